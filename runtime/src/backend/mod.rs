@@ -1,0 +1,293 @@
+//! Who computes it: the program of semantic operations and the two traits a backend implements.
+//!
+//! A [`Program`] is built once per model by [`crate::model`] and names *what* is computed over numbered buffers;
+//! token count and position belong to a [`Step`]. A [`Backend`] owns the weights of one loaded model and is shared;
+//! a [`Runner`] owns the activations and the KV cache of one session. A new operation is a new [`Op`] variant: the
+//! exhaustive matches of the backends then point at every place that has to learn it.
+
+use std::sync::Arc;
+
+use crate::error::Result;
+use crate::session::sampler::SampleRequest;
+use crate::tensor::Weight;
+
+pub mod cpu;
+#[cfg(feature = "wgpu")]
+pub mod wgpu;
+
+/// A weight that a backend holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct WeightId(pub u32);
+
+/// An activation buffer of a program: index into [`Program::buffers`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct BufferId(pub u32);
+
+/// Columns of an activation buffer, from `offset` on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Span {
+    /// The buffer.
+    pub buffer: BufferId,
+    /// First column, in elements.
+    pub offset: u32,
+}
+
+impl From<BufferId> for Span {
+    fn from(buffer: BufferId) -> Self {
+        Self { buffer, offset: 0 }
+    }
+}
+
+/// Which token rows of the step an operation works on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rows {
+    /// Every token of the step.
+    All,
+    /// Input rows of the tokens that produce logits ([`Step::logits`]), written to output rows 0, 1, ...;
+    /// nothing when the step wants no logits.
+    Logits,
+    /// As `Logits`, but the input is already compacted to rows 0, 1, ...
+    Compacted,
+}
+
+/// One semantic operation. Activations are f32, row-major, one row a token.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Op {
+    /// out[t, :] = table[token[t], :]
+    Embed {
+        /// Dense (vocab_size, width).
+        table: WeightId,
+        /// (n_tokens, width).
+        out: BufferId,
+    },
+    /// Each of `segments` consecutive runs of `dim` columns: out = x / sqrt(mean(x^2) + eps) * weight.
+    /// `x` and `out` may be the same span (in place).
+    RmsNorm {
+        /// First column of the first segment.
+        x: Span,
+        /// Vector (dim).
+        weight: WeightId,
+        /// First column of the first segment.
+        out: Span,
+        /// Columns of one segment.
+        dim: u32,
+        /// Segments a row: 1, or the number of heads for a per-head norm.
+        segments: u32,
+        /// Added to the mean of squares.
+        eps: f32,
+        /// Rows worked on.
+        rows: Rows,
+    },
+    /// out[t, offset..offset + N] = W x[t, :] + bias, added to what is there if `accumulate`.
+    Linear {
+        /// (n_tokens, K), the whole row is the input.
+        x: BufferId,
+        /// W4 or dense (N, K).
+        weight: WeightId,
+        /// Vector (N).
+        bias: Option<WeightId>,
+        /// Where the N columns go.
+        out: Span,
+        /// Add to the output (residual connection) instead of overwriting it.
+        accumulate: bool,
+        /// Rows worked on.
+        rows: Rows,
+    },
+    /// Rotates q in place, and writes rotated k and plain v of the step's tokens to the KV cache of `layer` at the
+    /// step's positions. Pairs are (i, i + rotary_dim / 2) of each head, the half-split form of Hugging Face models.
+    /// Row of `qkv`: heads * head_dim of q, kv_heads * head_dim of k, the same of v.
+    RopeAppend {
+        /// (n_tokens, (heads + 2 * kv_heads) * head_dim).
+        qkv: BufferId,
+        /// Layer of the KV cache.
+        layer: u32,
+        /// Rotary table ([`Runner::write_rope`]); `None` leaves q and k unrotated.
+        rope: Option<u32>,
+    },
+    /// out[t, h, :] = sum_j softmax_j(scale * q[t, h] . k[j, h / (heads / kv_heads)]) v[j], over the cached positions
+    /// j <= position of t, and j > position - window where a window is given.
+    Attention {
+        /// As in `RopeAppend`; only q is read, keys and values come from the cache.
+        qkv: BufferId,
+        /// (n_tokens, heads * head_dim).
+        out: BufferId,
+        /// Layer of the KV cache.
+        layer: u32,
+        /// Factor on the dot products, usually 1 / sqrt(head_dim).
+        scale: f32,
+        /// Sliding window in tokens, the token itself included.
+        window: Option<u32>,
+    },
+    /// out[t, i] = silu(x[t, i]) * x[t, width + i], silu(v) = v / (1 + exp(-v)).
+    SiluMul {
+        /// (n_tokens, 2 * width): gate, then up.
+        x: BufferId,
+        /// (n_tokens, width).
+        out: BufferId,
+    },
+}
+
+/// An activation buffer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BufferDesc {
+    /// Name for messages and profiles.
+    pub name: &'static str,
+    /// f32 elements a token row.
+    pub width: u32,
+    /// Whether the rows are logits rows ([`RunnerConfig::max_logits_rows`]) instead of token rows.
+    pub logits_rows: bool,
+}
+
+/// Head geometry, the same in every layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AttentionShape {
+    /// Query heads.
+    pub heads: u32,
+    /// Key/value heads; divides `heads`.
+    pub kv_heads: u32,
+    /// Elements of a head; even.
+    pub head_dim: u32,
+    /// Leading elements of a head that are rotated; even, at most `head_dim`.
+    pub rotary_dim: u32,
+}
+
+/// What a model computes for one step.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Program {
+    /// Activation buffers; [`BufferId`] is the index.
+    pub buffers: Vec<BufferDesc>,
+    /// Operations in order.
+    pub ops: Vec<Op>,
+    /// Decoder layers, i.e. KV caches.
+    pub layers: u32,
+    /// Head geometry.
+    pub attention: AttentionShape,
+    /// Number of rotary tables.
+    pub rope_tables: u32,
+    /// Entries of the embedding table; token ids are below it.
+    pub vocab_size: u32,
+    /// Buffer of the logits, (logits rows, vocab_size).
+    pub logits: BufferId,
+}
+
+/// Element type of the KV cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum KvType {
+    /// 2 bytes; half the memory and traffic.
+    F16,
+    /// 4 bytes; adds no rounding.
+    F32,
+}
+
+impl KvType {
+    /// Bytes of one element.
+    pub fn size(self) -> usize {
+        match self {
+            Self::F16 => 2,
+            Self::F32 => 4,
+        }
+    }
+}
+
+/// Capacities of a [`Runner`], fixed when it is made.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RunnerConfig {
+    /// Most tokens of one step (prefill chunk).
+    pub max_tokens: u32,
+    /// Most logits rows of one step; at least 1.
+    pub max_logits_rows: u32,
+    /// Positions of the KV cache.
+    pub context: u32,
+    /// Element type of the KV cache; `None` lets the backend choose.
+    pub kv_type: Option<KvType>,
+    /// CPU threads, the caller's included; `None` lets the backend choose. GPU backends ignore it.
+    pub threads: Option<usize>,
+}
+
+/// Which tokens of a step get logits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogitsRows {
+    /// None: a prefill chunk that is not the last.
+    None,
+    /// The last token only.
+    Last,
+    /// Every token of the step.
+    All,
+}
+
+impl LogitsRows {
+    /// First token row and number of rows of a step of `n_tokens`.
+    pub fn range(self, n_tokens: usize) -> std::ops::Range<usize> {
+        match self {
+            Self::None => 0..0,
+            Self::Last => n_tokens.saturating_sub(1)..n_tokens,
+            Self::All => 0..n_tokens,
+        }
+    }
+}
+
+/// One run of the program.
+#[derive(Debug, Clone, Copy)]
+pub struct Step<'a> {
+    /// Token ids, 1 to `max_tokens`, each below `vocab_size` (checked by the session).
+    pub tokens: &'a [u32],
+    /// Position of the first token: the number of tokens already in the KV cache that stay valid.
+    pub position: u32,
+    /// Rows of logits to compute.
+    pub logits: LogitsRows,
+}
+
+/// What a backend is and how it was configured.
+#[derive(Debug, Clone)]
+pub struct BackendInfo {
+    /// `cpu` or `wgpu`.
+    pub backend: &'static str,
+    /// Adapter or processor name.
+    pub device: String,
+    /// Kernel variant in use and why, for people.
+    pub variant: String,
+    /// Element type of the KV cache unless a session asks for another.
+    pub default_kv: KvType,
+    /// Bytes of weights held so far on the device.
+    pub weight_bytes: u64,
+}
+
+/// The weights of one loaded model on one device; shared by the sessions on it.
+pub trait Backend: Send + Sync {
+    /// Name, device, variant and memory.
+    fn info(&self) -> BackendInfo;
+
+    /// Takes a weight; `name` is the tensor's, for messages.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::OutOfMemory`], [`crate::ErrorKind::Unsupported`] or a device error.
+    fn upload(&mut self, name: &str, weight: Weight) -> Result<WeightId>;
+
+    /// Makes the per-session side: activations, KV cache, everything a step needs.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::OutOfMemory`] or a device error; never a panic for large capacities.
+    fn runner(self: Arc<Self>, program: &Arc<Program>, config: &RunnerConfig) -> Result<Box<dyn Runner>>;
+}
+
+/// The per-session side of a backend. Methods take the session's exclusive borrow; a failed call leaves the runner
+/// usable (after [`crate::ErrorKind::DeviceLost`] every further call fails the same way).
+pub trait Runner: Send {
+    /// Writes rows `first..` of rotary table `table`: (rows, rotary_dim / 2, 2) of (cos, sin), one row a position.
+    fn write_rope(&mut self, table: u32, first: u32, rows: &[f32]) -> Result<()>;
+
+    /// Runs the program over the step's tokens. May return before the device has finished.
+    fn run(&mut self, step: &Step<'_>) -> Result<()>;
+
+    /// Copies the logits rows of the last run to `out`, (rows, vocab_size), replacing its content.
+    fn read_logits(&mut self, out: &mut Vec<f32>) -> Result<()>;
+
+    /// Picks a token from the last logits row of the last run.
+    fn sample(&mut self, request: &SampleRequest<'_>) -> Result<u32>;
+
+    /// Element type of the KV cache.
+    fn kv_type(&self) -> KvType;
+
+    /// Bytes held for this session: KV cache, activations, tables.
+    fn bytes(&self) -> u64;
+}

@@ -1,0 +1,1 @@
+//! Which bytes: a folder or file on disk as validated views of tensors.

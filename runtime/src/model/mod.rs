@@ -1,0 +1,1 @@
+//! What is computed: a checkpoint's configuration turned into a program.

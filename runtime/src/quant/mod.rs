@@ -1,0 +1,1 @@
+//! What the bits mean: every weight dialect on disk, to and from the canonical form.

@@ -1,0 +1,3 @@
+//! What the user says and hears: tokens, prompts, sampling, text.
+
+pub mod sampler;

@@ -1,0 +1,190 @@
+//! Element types, shared byte ranges and the host form of weights.
+
+use std::ops::{Deref, Range};
+use std::sync::Arc;
+
+use memmap2::Mmap;
+
+use crate::error::{Error, ErrorKind, Result};
+
+/// Element type of a dense matrix that backends compute with directly.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum DenseType {
+    /// IEEE half precision, 2 bytes.
+    F16,
+    /// bfloat16, 2 bytes.
+    BF16,
+    /// IEEE single precision, 4 bytes.
+    F32,
+}
+
+impl DenseType {
+    /// Bytes of one element.
+    pub fn size(self) -> usize {
+        match self {
+            Self::F16 | Self::BF16 => 2,
+            Self::F32 => 4,
+        }
+    }
+
+    /// Lower-case name as in `config.json` (`float16`, `bfloat16`, `float32`).
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F16 => "float16",
+            Self::BF16 => "bfloat16",
+            Self::F32 => "float32",
+        }
+    }
+}
+
+/// A range of bytes in a memory-mapped file or in an owned allocation; cloning shares the storage.
+#[derive(Clone)]
+pub struct Bytes {
+    storage: Storage,
+    range: Range<usize>,
+}
+
+#[derive(Clone)]
+enum Storage {
+    Mapped(Arc<Mmap>),
+    Owned(Arc<Vec<u8>>),
+}
+
+impl Bytes {
+    /// The bytes `range` of a mapped file, or `None` if the file is shorter.
+    pub fn mapped(map: Arc<Mmap>, range: Range<usize>) -> Option<Self> {
+        (range.start <= range.end && range.end <= map.len()).then_some(Self { storage: Storage::Mapped(map), range })
+    }
+
+    /// An owned allocation as a whole.
+    pub fn owned(bytes: Vec<u8>) -> Self {
+        let range = 0..bytes.len();
+        Self { storage: Storage::Owned(Arc::new(bytes)), range }
+    }
+
+    /// The sub-range `range`, relative to this one, or `None` if it leaves it.
+    pub fn slice(&self, range: Range<usize>) -> Option<Self> {
+        if range.start > range.end || range.end > self.range.len() {
+            return None;
+        }
+        let start = self.range.start + range.start;
+        Some(Self { storage: self.storage.clone(), range: start..start + range.len() })
+    }
+
+    /// Tells the system that mapped pages of this range will not be read soon, so that they stop counting as
+    /// resident; reading them again stays valid and brings them back from the file. Owned bytes are untouched.
+    pub fn release(&self) {
+        #[cfg(unix)]
+        if let Storage::Mapped(map) = &self.storage {
+            // Whole pages inside the range only: the neighbours' bytes may be in use.
+            const PAGE: usize = 4096;
+            let start = self.range.start.next_multiple_of(PAGE);
+            let end = self.range.end / PAGE * PAGE;
+            if start < end {
+                // SAFETY: the mapping is read-only and backed by a file, so dropped pages are re-read from that
+                // file on the next access; no byte of it was ever written through this process.
+                let _ = unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, end - start) };
+            }
+        }
+    }
+}
+
+impl Deref for Bytes {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        let all: &[u8] = match &self.storage {
+            Storage::Mapped(map) => map,
+            Storage::Owned(bytes) => bytes,
+        };
+        &all[self.range.clone()]
+    }
+}
+
+impl std::fmt::Debug for Bytes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Bytes({} bytes)", self.range.len())
+    }
+}
+
+/// A dense matrix in the precision of its file.
+#[derive(Debug, Clone)]
+pub struct DenseMatrix {
+    /// Rows: output features, or vocabulary entries of an embedding.
+    pub n: usize,
+    /// Columns: input features, or the width of an embedding.
+    pub k: usize,
+    /// Element type of `bytes`.
+    pub dtype: DenseType,
+    /// (n, k), row-major, little-endian; no alignment is promised.
+    pub bytes: Bytes,
+}
+
+impl DenseMatrix {
+    /// A matrix over `bytes`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidTensor`] if the byte length is not `n * k` elements.
+    pub fn new(n: usize, k: usize, dtype: DenseType, bytes: Bytes) -> Result<Self> {
+        let expected = n.checked_mul(k).and_then(|e| e.checked_mul(dtype.size()));
+        if expected != Some(bytes.len()) {
+            return Err(Error::new(
+                ErrorKind::InvalidTensor,
+                format!("expected {n} x {k} {} elements, found {} bytes", dtype.name(), bytes.len()),
+            ));
+        }
+        Ok(Self { n, k, dtype, bytes })
+    }
+
+    /// Bytes of one row.
+    pub fn row_bytes(&self) -> usize {
+        self.k * self.dtype.size()
+    }
+}
+
+/// How the second number of a group turns codes into weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Offset {
+    /// `o` is a zero point in code units: w = (q - o) * s.
+    Zero,
+    /// `o` is a bias in weight units: w = q * s + o.
+    Bias,
+}
+
+/// A matrix in the canonical 4-bit form that every backend reads; every dialect on disk decodes to it.
+///
+/// A weight is `f16((q - o) * s)` or `f16(q * s + o)` (see [`Offset`]), rounded to half precision because that is
+/// what the software that defines these formats multiplies with.
+#[derive(Debug, Clone)]
+pub struct W4Matrix {
+    /// Output features.
+    pub n: usize,
+    /// Input features; a multiple of 8.
+    pub k: usize,
+    /// Input features that share one scale; a multiple of 8 that divides `k` (`k` itself: one group a row).
+    pub group_size: usize,
+    /// (n, k / 8): nibble t (bits 4t..4t+3) of word c of row r is the code of input feature 8c + t.
+    pub qweight: Vec<u32>,
+    /// (n, k / group_size): f16 scale `s` in the low half, f16 offset `o` in the high half.
+    pub group_params: Vec<u32>,
+    /// Meaning of `o`.
+    pub offset: Offset,
+}
+
+impl W4Matrix {
+    /// Groups of one row.
+    pub fn groups(&self) -> usize {
+        self.k / self.group_size
+    }
+}
+
+/// A weight on its way to a backend.
+#[derive(Debug, Clone)]
+pub enum Weight {
+    /// Packed 4-bit matrix.
+    W4(W4Matrix),
+    /// Dense matrix, also embeddings.
+    Dense(DenseMatrix),
+    /// Norm weight or bias, widened to f32.
+    Vector(Vec<f32>),
+}
