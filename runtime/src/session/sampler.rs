@@ -84,3 +84,144 @@ pub struct SampleRequest<'a> {
     /// Uniform in [0, 1).
     pub uniform: f32,
 }
+
+/// Picks a token from `logits`, (vocab_size), which it changes.
+///
+/// In order: penalties of the recent tokens; temperature 0 takes the largest logit (the lowest id among equals; NaN
+/// never wins); otherwise logits / temperature, the `top_k` largest, their softmax, the shortest prefix that reaches
+/// `top_p`, those of at least `min_p` times the largest probability, and the one at `uniform` of the kept mass.
+/// Candidates are ordered by logit, largest first, and by id among equals.
+pub fn pick(logits: &mut [f32], request: &SampleRequest<'_>) -> u32 {
+    let s = request.sampling;
+    for &(id, count) in request.recent {
+        if let Some(l) = logits.get_mut(id as usize) {
+            *l = if *l > 0.0 { *l / s.repetition_penalty } else { *l * s.repetition_penalty };
+            *l -= s.presence_penalty + s.frequency_penalty * count as f32;
+        }
+    }
+    if s.temperature == 0.0 {
+        return argmax(logits);
+    }
+    let mut candidates: Vec<(f32, u32)> =
+        logits.iter().zip(0u32..).filter(|(l, _)| !l.is_nan()).map(|(&l, id)| (l, id)).collect();
+    if candidates.is_empty() {
+        return 0;
+    }
+    let order = |a: &(f32, u32), b: &(f32, u32)| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1));
+    if s.top_k > 0 && (s.top_k as usize) < candidates.len() {
+        candidates.select_nth_unstable_by(s.top_k as usize - 1, order);
+        candidates.truncate(s.top_k as usize);
+    }
+    candidates.sort_unstable_by(order);
+    let max = candidates[0].0;
+    if max == f32::INFINITY || max == f32::NEG_INFINITY {
+        // A softmax over infinities is not defined; the order still is.
+        return candidates[0].1;
+    }
+    let mut total = 0.0;
+    for candidate in &mut candidates {
+        candidate.0 = ((candidate.0 - max) / s.temperature).exp();
+        total += candidate.0;
+    }
+    // The largest weight is exp(0) = 1, so `min_p` compares with the weights directly.
+    let (mut kept, mut mass) = (0, 0.0);
+    for &(weight, _) in &candidates {
+        if kept > 0 && (mass >= s.top_p * total || weight < s.min_p) {
+            break;
+        }
+        mass += weight;
+        kept += 1;
+    }
+    let target = request.uniform * mass;
+    let mut cumulated = 0.0;
+    for &(weight, id) in &candidates[..kept] {
+        cumulated += weight;
+        if cumulated > target {
+            return id;
+        }
+    }
+    candidates[kept - 1].1
+}
+
+/// Index of the largest value, the first among equals; NaN never wins; 0 if there is nothing else.
+pub fn argmax(logits: &[f32]) -> u32 {
+    let mut best = (f32::NEG_INFINITY, 0);
+    for (&l, id) in logits.iter().zip(0u32..) {
+        if l > best.0 {
+            best = (l, id);
+        }
+    }
+    best.1
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pick_with(logits: &[f32], sampling: &Sampling, recent: &[(u32, u32)], uniform: f32) -> u32 {
+        sampling.validate().unwrap();
+        pick(&mut logits.to_vec(), &SampleRequest { sampling, recent, uniform })
+    }
+
+    #[test]
+    fn greedy_takes_the_first_largest_and_ignores_nan() {
+        let greedy = Sampling::greedy();
+        assert_eq!(pick_with(&[1.0, 3.0, f32::NAN, 3.0], &greedy, &[], 0.9), 1);
+        assert_eq!(pick_with(&[f32::NAN, f32::NAN], &greedy, &[], 0.9), 0);
+    }
+
+    #[test]
+    fn frequencies_follow_the_softmax() {
+        let sampling = Sampling { temperature: 0.5, top_k: 0, top_p: 1.0, ..Sampling::default() };
+        let logits = [0.0f32, 1.0, 0.5, -1.0];
+        let weights: Vec<f64> = logits.iter().map(|&l| f64::from(l / 0.5).exp()).collect();
+        let total: f64 = weights.iter().sum();
+        let mut counts = [0u32; 4];
+        const N: u32 = 100_000;
+        for i in 0..N {
+            counts[pick_with(&logits, &sampling, &[], i as f32 / N as f32) as usize] += 1;
+        }
+        for (count, weight) in counts.iter().zip(weights) {
+            assert!((f64::from(*count) / f64::from(N) - weight / total).abs() < 1e-4);
+        }
+    }
+
+    #[test]
+    fn filters_cut_the_tail() {
+        let logits = [3.0f32, 2.0, 1.0, 0.0, 2.0];
+        let base = Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, ..Sampling::default() };
+        let last = 0.999_999;
+        assert_eq!(pick_with(&logits, &base, &[], last), 3);
+        assert_eq!(pick_with(&logits, &Sampling { top_k: 3, ..base.clone() }, &[], last), 4);
+        assert_eq!(pick_with(&logits, &Sampling { top_k: 2, ..base.clone() }, &[], last), 1);
+        assert_eq!(pick_with(&logits, &Sampling { top_p: 0.5, ..base.clone() }, &[], last), 0);
+        assert_eq!(pick_with(&logits, &Sampling { min_p: 0.3, ..base.clone() }, &[], last), 4);
+    }
+
+    #[test]
+    fn penalties_apply_once_a_token_and_per_count() {
+        let logits = [2.0f32, 1.9, -1.0];
+        let greedy = Sampling { repetition_penalty: 2.0, ..Sampling::greedy() };
+        assert_eq!(pick_with(&logits, &greedy, &[(0, 3)], 0.0), 1);
+        let greedy = Sampling { frequency_penalty: 0.04, ..Sampling::greedy() };
+        assert_eq!(pick_with(&logits, &greedy, &[(0, 2)], 0.0), 0);
+        assert_eq!(pick_with(&logits, &greedy, &[(0, 3)], 0.0), 1);
+        let greedy = Sampling { presence_penalty: 0.2, ..Sampling::greedy() };
+        assert_eq!(pick_with(&logits, &greedy, &[(0, 1)], 0.0), 1);
+    }
+
+    #[test]
+    fn values_out_of_range_are_refused() {
+        for bad in [
+            Sampling { temperature: f32::NAN, ..Sampling::default() },
+            Sampling { temperature: -1.0, ..Sampling::default() },
+            Sampling { top_p: 0.0, ..Sampling::default() },
+            Sampling { top_p: 1.5, ..Sampling::default() },
+            Sampling { min_p: -0.1, ..Sampling::default() },
+            Sampling { repetition_penalty: 0.0, ..Sampling::default() },
+            Sampling { presence_penalty: f32::INFINITY, ..Sampling::default() },
+        ] {
+            assert_eq!(bad.validate().unwrap_err().kind(), ErrorKind::InvalidInput);
+        }
+    }
+}

@@ -1,0 +1,190 @@
+//! Rotation, KV cache and attention on the CPU.
+
+use std::sync::Mutex;
+
+use half::f16;
+
+use super::kernels::Kernels;
+use super::pool::Pool;
+use super::{Scratch, zeros};
+use crate::backend::{AttentionShape, KvType};
+use crate::error::Result;
+
+/// Keys (or values) of one layer, (kv_heads, context, head_dim).
+enum Store {
+    F16(Vec<f16>),
+    F32(Vec<f32>),
+}
+
+impl Store {
+    fn new(kv_type: KvType, n: Option<usize>) -> Result<Self> {
+        Ok(match kv_type {
+            KvType::F16 => Self::F16(zeros(n, "the KV cache")?),
+            KvType::F32 => Self::F32(zeros(n, "the KV cache")?),
+        })
+    }
+
+    fn write(&mut self, kernels: &dyn Kernels, at: usize, values: &[f32]) {
+        match self {
+            Self::F16(store) => kernels.narrow_f16(values, &mut store[at..at + values.len()]),
+            Self::F32(store) => store[at..at + values.len()].copy_from_slice(values),
+        }
+    }
+
+    /// `len` elements from `at` on as f32, through `scratch` if they are stored as f16.
+    fn read<'a>(&'a self, kernels: &dyn Kernels, at: usize, len: usize, scratch: &'a mut [f32]) -> &'a [f32] {
+        match self {
+            Self::F16(store) => {
+                let scratch = &mut scratch[..len];
+                kernels.expand_f16(bytemuck::cast_slice(&store[at..at + len]), scratch);
+                scratch
+            }
+            Self::F32(store) => &store[at..at + len],
+        }
+    }
+}
+
+/// KV cache of one layer.
+pub(super) struct Cache {
+    keys: Store,
+    values: Store,
+}
+
+impl Cache {
+    /// `n` elements of keys and as many of values.
+    pub(super) fn new(kv_type: KvType, n: Option<usize>) -> Result<Self> {
+        Ok(Self { keys: Store::new(kv_type, n)?, values: Store::new(kv_type, n)? })
+    }
+}
+
+/// Positions whose keys or values are widened at a time.
+const POSITIONS: usize = 32;
+
+/// Elements of [`Scratch::weights`] that attention needs.
+pub(super) fn scratch_rows(shape: &AttentionShape) -> usize {
+    POSITIONS * shape.head_dim as usize
+}
+
+/// Elements of [`Scratch::sums`] that attention needs: the scores of the query heads that share a KV head.
+pub(super) fn scratch_scores(shape: &AttentionShape, context: usize) -> usize {
+    (shape.heads / shape.kv_heads) as usize * context
+}
+
+/// See [`crate::backend::Op::RopeAppend`]. `rope` is (context, rotary_dim / 2, 2).
+#[allow(clippy::too_many_arguments, reason = "the operation's operands, each of another kind")]
+pub(super) fn rope_append(
+    qkv: &mut [f32],
+    width: usize,
+    cache: &mut Cache,
+    rope: Option<&[f32]>,
+    shape: &AttentionShape,
+    context: usize,
+    position: usize,
+    kernels: &dyn Kernels,
+) {
+    let (heads, kv_heads) = (shape.heads as usize, shape.kv_heads as usize);
+    let (dim, rotary) = (shape.head_dim as usize, shape.rotary_dim as usize);
+    for (t, row) in qkv.chunks_exact_mut(width).enumerate() {
+        if let Some(rope) = rope {
+            let angles = &rope[(position + t) * rotary..][..rotary];
+            for head in row.chunks_exact_mut(dim).take(heads + kv_heads) {
+                let (first, second) = head[..rotary].split_at_mut(rotary / 2);
+                for ((a, b), angle) in first.iter_mut().zip(second).zip(angles.as_chunks::<2>().0) {
+                    let [cos, sin] = *angle;
+                    (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+                }
+            }
+        }
+        for h in 0..kv_heads {
+            let at = (h * context + position + t) * dim;
+            cache.keys.write(kernels, at, &row[(heads + h) * dim..][..dim]);
+            cache.values.write(kernels, at, &row[(heads + kv_heads + h) * dim..][..dim]);
+        }
+    }
+}
+
+/// Operands of [`attention`].
+pub(super) struct Inputs<'a> {
+    pub(super) qkv: &'a [f32],
+    pub(super) qkv_width: usize,
+    pub(super) cache: &'a Cache,
+    pub(super) shape: AttentionShape,
+    pub(super) context: usize,
+    pub(super) position: usize,
+    pub(super) n_tokens: usize,
+    pub(super) scale: f32,
+    pub(super) window: usize,
+}
+
+/// See [`crate::backend::Op::Attention`]. One task a token and KV head, so that keys and values are widened once for
+/// all query heads that share them.
+pub(super) fn attention(
+    pool: &mut Pool,
+    scratch: &[Mutex<Scratch>],
+    kernels: &dyn Kernels,
+    inputs: &Inputs<'_>,
+    out: &mut [f32],
+) {
+    struct Output(*mut f32, usize);
+    // SAFETY: each task writes only the columns of its own token and head group.
+    unsafe impl Sync for Output {}
+    impl Output {
+        /// # Safety
+        /// Concurrent calls must ask for disjoint ranges.
+        #[allow(clippy::mut_from_ref, reason = "disjointness is the caller's promise")]
+        unsafe fn range(&self, at: usize, len: usize) -> &mut [f32] {
+            assert!(at + len <= self.1);
+            // SAFETY: in bounds by the assertion, disjoint by the caller's promise.
+            unsafe { std::slice::from_raw_parts_mut(self.0.add(at), len) }
+        }
+    }
+
+    let shape = &inputs.shape;
+    let (heads, kv_heads, dim) = (shape.heads as usize, shape.kv_heads as usize, shape.head_dim as usize);
+    let group = heads / kv_heads;
+    let output = Output(out.as_mut_ptr(), out.len());
+    pool.run(inputs.n_tokens * kv_heads, &|task, worker| {
+        // Late tokens see more keys: deal them first, so that the last tasks are short.
+        let t = inputs.n_tokens - 1 - task / kv_heads;
+        let kv_head = task % kv_heads;
+        let mut scratch = scratch[worker].lock().unwrap_or_else(|e| e.into_inner());
+        let Scratch { weights: rows, sums: scores } = &mut *scratch;
+        let end = inputs.position + t + 1;
+        let start = end.saturating_sub(inputs.window);
+        let len = end - start;
+        let base = kv_head * inputs.context;
+        let q = &inputs.qkv[t * inputs.qkv_width + kv_head * group * dim..][..group * dim];
+        // SAFETY: `task` is a bijection to (t, kv_head), so no other task has this range.
+        let out = unsafe { output.range((t * heads + kv_head * group) * dim, group * dim) };
+
+        for from in (start..end).step_by(POSITIONS) {
+            let n = POSITIONS.min(end - from);
+            let keys = inputs.cache.keys.read(kernels, (base + from) * dim, n * dim, rows);
+            for (q, scores) in q.chunks_exact(dim).zip(scores.chunks_exact_mut(len)) {
+                for (key, score) in keys.chunks_exact(dim).zip(&mut scores[from - start..]) {
+                    *score = kernels.dot(q, key) * inputs.scale;
+                }
+            }
+        }
+        for scores in scores.chunks_exact_mut(len).take(group) {
+            let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            let mut sum = 0.0;
+            for score in scores.iter_mut() {
+                *score = (*score - max).exp();
+                sum += *score;
+            }
+            let factor = 1.0 / sum;
+            scores.iter_mut().for_each(|score| *score *= factor);
+        }
+        out.fill(0.0);
+        for from in (start..end).step_by(POSITIONS) {
+            let n = POSITIONS.min(end - from);
+            let values = inputs.cache.values.read(kernels, (base + from) * dim, n * dim, rows);
+            for (out, scores) in out.chunks_exact_mut(dim).zip(scores.chunks_exact(len)) {
+                for (value, &score) in values.chunks_exact(dim).zip(&scores[from - start..]) {
+                    kernels.axpy(score, value, out);
+                }
+            }
+        }
+    });
+}

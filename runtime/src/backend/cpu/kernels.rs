@@ -1,0 +1,240 @@
+//! The inner loops of the CPU backend behind one trait, one implementation per instruction set.
+//!
+//! Holding a value of an implementation proves that the processor supports it.
+
+use crate::tensor::Offset;
+
+/// Rows and columns of a [`Kernels::dot_tile`].
+pub(super) const TILE: usize = 4;
+
+/// Inner loops. All slices are f32 in natural order.
+pub(super) trait Kernels: Send + Sync {
+    /// Instruction set, for people.
+    fn name(&self) -> &'static str;
+
+    /// Expands consecutive groups of one row: `words` holds 8 codes each, `params` one entry a group of
+    /// `group_size` codes, both starting at the same group; `out.len() == words.len() * 8`.
+    fn expand_w4(&self, words: &[u32], params: &[u32], group_size: usize, offset: Offset, out: &mut [f32]);
+
+    /// Widens little-endian f16 values; `bytes.len() == 2 * out.len()`.
+    fn expand_f16(&self, bytes: &[u8], out: &mut [f32]);
+
+    /// Narrows to f16, round to nearest even.
+    fn narrow_f16(&self, values: &[f32], out: &mut [half::f16]);
+
+    /// acc[r][c] += sum_k w[r * stride_w + k] * x[c * stride_x + k] for r < rows and c < cols, both at most [`TILE`].
+    #[allow(clippy::too_many_arguments, reason = "a tile is two strided matrices and three extents")]
+    fn dot_tile(
+        &self,
+        w: &[f32],
+        stride_w: usize,
+        rows: usize,
+        x: &[f32],
+        stride_x: usize,
+        cols: usize,
+        k: usize,
+        acc: &mut [[f32; TILE]; TILE],
+    );
+
+    /// sum_i a[i] * b[i]
+    fn dot(&self, a: &[f32], b: &[f32]) -> f32;
+
+    /// y[i] += a * x[i]
+    fn axpy(&self, a: f32, x: &[f32], y: &mut [f32]);
+}
+
+/// The best implementation for this processor.
+pub(super) fn best() -> Box<dyn Kernels> {
+    #[cfg(target_arch = "x86_64")]
+    {
+        if let Some(kernels) = super::x86::Avx512::new() {
+            return Box::new(kernels);
+        }
+        if let Some(kernels) = super::x86::Avx2::new() {
+            return Box::new(kernels);
+        }
+    }
+    Box::new(Portable)
+}
+
+/// Every implementation this processor supports, for tests.
+#[cfg(test)]
+pub(super) fn all() -> Vec<Box<dyn Kernels>> {
+    let mut all: Vec<Box<dyn Kernels>> = vec![Box::new(Portable)];
+    #[cfg(target_arch = "x86_64")]
+    {
+        all.extend(super::x86::Avx2::new().map(|k| Box::new(k) as _));
+        all.extend(super::x86::Avx512::new().map(|k| Box::new(k) as _));
+    }
+    all
+}
+
+/// The 16 weights a group can hold, exactly as the software that defines the formats computes them.
+pub(super) fn group_table(params: u32, offset: Offset) -> [f32; 16] {
+    let scale = half::f16::from_bits(params as u16).to_f32();
+    let o = half::f16::from_bits((params >> 16) as u16).to_f32();
+    std::array::from_fn(|q| {
+        // Both products are exact in f32 (4 + 11 bits), so one rounding to f16 remains.
+        let w = match offset {
+            Offset::Zero => (q as f32 - o) * scale,
+            Offset::Bias => q as f32 * scale + o,
+        };
+        half::f16::from_f32(w).to_f32()
+    })
+}
+
+/// Plain Rust; the oracle of the other implementations and the fallback of processors without one.
+pub(super) struct Portable;
+
+impl Kernels for Portable {
+    fn name(&self) -> &'static str {
+        "portable"
+    }
+
+    fn expand_w4(&self, words: &[u32], params: &[u32], group_size: usize, offset: Offset, out: &mut [f32]) {
+        for ((words, &params), out) in words.chunks(group_size / 8).zip(params).zip(out.chunks_mut(group_size)) {
+            let table = group_table(params, offset);
+            for (&word, out) in words.iter().zip(out.chunks_exact_mut(8)) {
+                for (t, out) in out.iter_mut().enumerate() {
+                    *out = table[(word >> (4 * t)) as usize & 15];
+                }
+            }
+        }
+    }
+
+    fn expand_f16(&self, bytes: &[u8], out: &mut [f32]) {
+        for (pair, out) in bytes.chunks_exact(2).zip(out) {
+            *out = half::f16::from_le_bytes([pair[0], pair[1]]).to_f32();
+        }
+    }
+
+    fn narrow_f16(&self, values: &[f32], out: &mut [half::f16]) {
+        for (&value, out) in values.iter().zip(out) {
+            *out = half::f16::from_f32(value);
+        }
+    }
+
+    fn dot_tile(
+        &self,
+        w: &[f32],
+        stride_w: usize,
+        rows: usize,
+        x: &[f32],
+        stride_x: usize,
+        cols: usize,
+        k: usize,
+        acc: &mut [[f32; TILE]; TILE],
+    ) {
+        for (r, acc) in acc.iter_mut().enumerate().take(rows) {
+            for (c, acc) in acc.iter_mut().enumerate().take(cols) {
+                *acc += self.dot(&w[r * stride_w..][..k], &x[c * stride_x..][..k]);
+            }
+        }
+    }
+
+    fn dot(&self, a: &[f32], b: &[f32]) -> f32 {
+        // Eight partial sums let the compiler use whatever vectors the target has.
+        let mut sums = [0.0f32; 8];
+        let (a8, a_rest) = a.as_chunks::<8>();
+        let (b8, b_rest) = b.as_chunks::<8>();
+        for (a, b) in a8.iter().zip(b8) {
+            for i in 0..8 {
+                sums[i] += a[i] * b[i];
+            }
+        }
+        sums.iter().sum::<f32>() + a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum::<f32>()
+    }
+
+    fn axpy(&self, a: f32, x: &[f32], y: &mut [f32]) {
+        for (x, y) in x.iter().zip(y) {
+            *y += a * x;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn random(seed: &mut u64) -> u32 {
+        *seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (*seed >> 32) as u32
+    }
+
+    fn floats(n: usize, seed: &mut u64) -> Vec<f32> {
+        (0..n).map(|_| random(seed) as f32 / u32::MAX as f32 - 0.5).collect()
+    }
+
+    #[test]
+    fn expansions_are_bit_equal_to_portable() {
+        let mut seed = 7;
+        for kernels in all() {
+            for (k, group_size) in
+                [(32, 32), (64, 32), (64, 64), (576, 64), (128, 128), (344, 344), (1536, 128), (8, 8), (72, 24)]
+            {
+                for offset in [Offset::Zero, Offset::Bias] {
+                    let words: Vec<u32> = (0..k / 8).map(|_| random(&mut seed)).collect();
+                    let params: Vec<u32> = (0..k / group_size)
+                        .map(|_| {
+                            let s = half::f16::from_f32(random(&mut seed) as f32 / 4e9 * 0.1);
+                            let o = half::f16::from_f32(
+                                (random(&mut seed) % 16) as f32 * if offset == Offset::Zero { 1.0 } else { -0.01 },
+                            );
+                            u32::from(s.to_bits()) | u32::from(o.to_bits()) << 16
+                        })
+                        .collect();
+                    let (mut expected, mut found) = (vec![f32::NAN; k], vec![f32::NAN; k]);
+                    Portable.expand_w4(&words, &params, group_size, offset, &mut expected);
+                    kernels.expand_w4(&words, &params, group_size, offset, &mut found);
+                    assert_eq!(expected, found, "{} k {k} g {group_size} {offset:?}", kernels.name());
+                }
+            }
+            let halves: Vec<u8> = (0..2 * 77).map(|_| random(&mut seed) as u8 & 0x7b).collect();
+            let (mut expected, mut found) = (vec![f32::NAN; 77], vec![f32::NAN; 77]);
+            Portable.expand_f16(&halves, &mut expected);
+            kernels.expand_f16(&halves, &mut found);
+            assert_eq!(expected, found, "{}", kernels.name());
+            let values = floats(53, &mut seed);
+            let (mut expected, mut found) = (vec![half::f16::NAN; 53], vec![half::f16::NAN; 53]);
+            Portable.narrow_f16(&values, &mut expected);
+            kernels.narrow_f16(&values, &mut found);
+            assert_eq!(expected, found, "{}", kernels.name());
+        }
+    }
+
+    #[test]
+    fn dots_match_f64() {
+        let mut seed = 11;
+        for kernels in all() {
+            for k in [1, 7, 8, 15, 16, 17, 64, 100, 576] {
+                let w = floats(TILE * (k + 3), &mut seed);
+                let x = floats(TILE * (k + 5), &mut seed);
+                for rows in 1..=TILE {
+                    for cols in 1..=TILE {
+                        let mut acc = [[1.0f32; TILE]; TILE];
+                        kernels.dot_tile(&w, k + 3, rows, &x, k + 5, cols, k, &mut acc);
+                        for r in 0..TILE {
+                            for c in 0..TILE {
+                                let expected = if r < rows && c < cols {
+                                    1.0 + (0..k)
+                                        .map(|i| f64::from(w[r * (k + 3) + i]) * f64::from(x[c * (k + 5) + i]))
+                                        .sum::<f64>()
+                                } else {
+                                    1.0
+                                };
+                                assert!((f64::from(acc[r][c]) - expected).abs() < 1e-5, "{} k {k}", kernels.name());
+                            }
+                        }
+                    }
+                }
+                let mut y = x[..k].to_vec();
+                kernels.axpy(0.5, &w[..k], &mut y);
+                for i in 0..k {
+                    assert!((y[i] - (x[i] + 0.5 * w[i])).abs() < 1e-6);
+                }
+                let expected: f64 = (0..k).map(|i| f64::from(w[i]) * f64::from(x[i])).sum();
+                assert!((f64::from(kernels.dot(&w[..k], &x[..k])) - expected).abs() < 1e-5);
+            }
+        }
+    }
+}

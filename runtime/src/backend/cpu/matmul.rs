@@ -1,0 +1,284 @@
+//! out[t, n] = sum_k x[t, k] * W[n, k]: weight rows are expanded to f32 in cache and multiplied with every token.
+
+use std::sync::Mutex;
+
+use super::Scratch;
+use super::kernels::{Kernels, TILE};
+use super::pool::Pool;
+use crate::error::Result;
+use crate::tensor::{DenseType, Weight};
+
+/// Columns expanded at a time: TILE rows of them are 32 KiB, so they stay in the first cache levels.
+const K_TILE: usize = 2048;
+/// Tasks a thread gets on average; more balance better, fewer cost less.
+const TASKS_PER_THREAD: usize = 4;
+
+/// Elements of [`Scratch::weights`] a matrix product needs. A group longer than a tile is expanded whole.
+pub(super) fn scratch_weights() -> usize {
+    TILE * K_TILE
+}
+
+/// Elements of [`Scratch::sums`] a matrix product of `max_tokens` tokens needs.
+pub(super) fn scratch_sums(max_tokens: usize) -> usize {
+    TILE * max_tokens.next_multiple_of(TILE)
+}
+
+/// Widens one row of a dense matrix to f32.
+pub(super) fn widen(kernels: &dyn Kernels, dtype: DenseType, bytes: &[u8], out: &mut [f32]) {
+    match dtype {
+        DenseType::F16 => kernels.expand_f16(bytes, out),
+        DenseType::BF16 => {
+            for (pair, out) in bytes.as_chunks::<2>().0.iter().zip(out) {
+                *out = f32::from_bits(u32::from(u16::from_le_bytes(*pair)) << 16);
+            }
+        }
+        DenseType::F32 => {
+            for (bytes, out) in bytes.as_chunks::<4>().0.iter().zip(out) {
+                *out = f32::from_le_bytes(*bytes);
+            }
+        }
+    }
+}
+
+/// Output rows written by tasks that own disjoint columns.
+struct Output {
+    first: *mut f32,
+    stride: usize,
+    len: usize,
+}
+
+// SAFETY: every task writes only the columns of its own weight rows, see `set`.
+unsafe impl Sync for Output {}
+
+impl Output {
+    /// Writes (or adds to) column `n` of row `t`.
+    ///
+    /// # Safety
+    /// No two threads may pass the same `n` during one matrix product.
+    unsafe fn set(&self, t: usize, n: usize, value: f32, accumulate: bool) {
+        let at = t * self.stride + n;
+        assert!(at < self.len);
+        // SAFETY: in bounds by the assertion; unshared by the caller's promise.
+        unsafe {
+            let out = self.first.add(at);
+            *out = if accumulate { *out + value } else { value };
+        }
+    }
+}
+
+/// Multiplies `n_tokens` rows of `x` with `weight`. `out` starts at the first output column, rows are `stride` apart.
+#[allow(clippy::too_many_arguments, reason = "one product names its operands; a struct would only rename them")]
+pub(super) fn matmul(
+    pool: &mut Pool,
+    scratch: &[Mutex<Scratch>],
+    kernels: &dyn Kernels,
+    weight: &Weight,
+    x: &[f32],
+    n_tokens: usize,
+    bias: Option<&[f32]>,
+    accumulate: bool,
+    out: &mut [f32],
+    stride: usize,
+) -> Result<()> {
+    let (n, k) = match weight {
+        Weight::W4(m) => (m.n, m.k),
+        Weight::Dense(m) => (m.n, m.k),
+        Weight::Vector(_) => return Err(super::mismatch("a matrix")),
+    };
+    if x.len() != n_tokens * k {
+        return Err(super::mismatch(&format!("a matrix of {} input features, not {k}", x.len() / n_tokens.max(1))));
+    }
+    let blocks = n.div_ceil(TILE);
+    let tasks = blocks.min(pool.threads() * TASKS_PER_THREAD);
+    let output = Output { first: out.as_mut_ptr(), stride, len: out.len() };
+    pool.run(tasks, &|task, worker| {
+        let mut scratch = scratch[worker].lock().unwrap_or_else(|e| e.into_inner());
+        let Scratch { weights, sums } = &mut *scratch;
+        for block in blocks * task / tasks..blocks * (task + 1) / tasks {
+            let first = block * TILE;
+            let rows = TILE.min(n - first);
+            let sums = &mut sums[..TILE * n_tokens];
+            sums.fill(0.0);
+            for k0 in (0..k).step_by(K_TILE) {
+                let len = K_TILE.min(k - k0);
+                for r in 0..rows {
+                    expand(kernels, weight, first + r, k0, &mut weights[r * len..][..len]);
+                }
+                for (tile, sums) in sums.chunks_mut(TILE * TILE).enumerate() {
+                    let t0 = tile * TILE;
+                    let cols = TILE.min(n_tokens - t0);
+                    let mut acc = [[0.0; TILE]; TILE];
+                    kernels.dot_tile(weights, len, rows, &x[t0 * k + k0..], k, cols, len, &mut acc);
+                    for (c, sums) in sums.chunks_exact_mut(TILE).enumerate() {
+                        for (sum, acc) in sums.iter_mut().zip(&acc) {
+                            *sum += acc[c];
+                        }
+                    }
+                }
+            }
+            for (t, sums) in sums.chunks_exact(TILE).enumerate() {
+                for (r, &sum) in sums.iter().enumerate().take(rows) {
+                    let value = sum + bias.map_or(0.0, |b| b[first + r]);
+                    // SAFETY: blocks of weight rows are dealt to tasks without overlap.
+                    unsafe { output.set(t, first + r, value, accumulate) };
+                }
+            }
+        }
+    });
+    Ok(())
+}
+
+/// Expands `out.len()` columns of row `n` from column `k0` on.
+fn expand(kernels: &dyn Kernels, weight: &Weight, n: usize, k0: usize, out: &mut [f32]) {
+    match weight {
+        Weight::W4(m) => {
+            let words = &m.qweight[n * m.k / 8..][..m.k / 8];
+            let params = &m.group_params[n * m.groups()..][..m.groups()];
+            if m.group_size >= m.k {
+                // One group: any cut at a whole word is a smaller group with the same parameters.
+                kernels.expand_w4(&words[k0 / 8..][..out.len() / 8], params, out.len(), m.offset, out);
+                return;
+            }
+            let (mut at, end) = (k0, k0 + out.len());
+            // Tiles need not start or end at a group boundary (K_TILE is not a multiple of every group size).
+            while at < end {
+                let group = at / m.group_size;
+                let aligned = at.is_multiple_of(m.group_size);
+                let stop = if aligned && end - at >= m.group_size {
+                    at + (end - at) / m.group_size * m.group_size
+                } else {
+                    end.min((group + 1) * m.group_size)
+                };
+                let size = if stop - at < m.group_size || !aligned { stop - at } else { m.group_size };
+                kernels.expand_w4(
+                    &words[at / 8..stop / 8],
+                    &params[group..],
+                    size,
+                    m.offset,
+                    &mut out[at - k0..stop - k0],
+                );
+                at = stop;
+            }
+        }
+        Weight::Dense(m) => {
+            let size = m.dtype.size();
+            let row = &m.bytes[n * m.row_bytes()..][..m.row_bytes()];
+            widen(kernels, m.dtype, &row[k0 * size..][..out.len() * size], out);
+        }
+        Weight::Vector(_) => out.fill(0.0),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tensor::{Bytes, DenseMatrix, Offset, W4Matrix};
+
+    fn random(seed: &mut u64) -> u32 {
+        *seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (*seed >> 32) as u32
+    }
+
+    /// Weight and its rows as f64.
+    fn w4(n: usize, k: usize, group_size: usize, seed: &mut u64) -> (Weight, Vec<f64>) {
+        let qweight: Vec<u32> = (0..n * k / 8).map(|_| random(seed)).collect();
+        let group_params: Vec<u32> = (0..n * k / group_size)
+            .map(|_| {
+                let s = half::f16::from_f32(0.01 + random(seed) as f32 / 4e11);
+                u32::from(s.to_bits()) | u32::from(half::f16::from_f32((random(seed) % 16) as f32).to_bits()) << 16
+            })
+            .collect();
+        let rows = (0..n * k)
+            .map(|i| {
+                let table = super::super::kernels::group_table(group_params[i / group_size], Offset::Zero);
+                f64::from(table[(qweight[i / 8] >> (4 * (i % 8))) as usize & 15])
+            })
+            .collect();
+        (Weight::W4(W4Matrix { n, k, group_size, qweight, group_params, offset: Offset::Zero }), rows)
+    }
+
+    fn dense(n: usize, k: usize, dtype: DenseType, seed: &mut u64) -> (Weight, Vec<f64>) {
+        let mut bytes = Vec::new();
+        let mut rows = Vec::new();
+        for _ in 0..n * k {
+            let v = random(seed) as f32 / u32::MAX as f32 - 0.5;
+            match dtype {
+                DenseType::F16 => {
+                    bytes.extend(half::f16::from_f32(v).to_le_bytes());
+                    rows.push(half::f16::from_f32(v).to_f64());
+                }
+                DenseType::BF16 => {
+                    bytes.extend(half::bf16::from_f32(v).to_le_bytes());
+                    rows.push(half::bf16::from_f32(v).to_f64());
+                }
+                DenseType::F32 => {
+                    bytes.extend(v.to_le_bytes());
+                    rows.push(f64::from(v));
+                }
+            }
+        }
+        (Weight::Dense(DenseMatrix::new(n, k, dtype, Bytes::owned(bytes)).unwrap()), rows)
+    }
+
+    #[test]
+    fn products_match_f64() {
+        let mut seed = 3;
+        let mut cases: Vec<(usize, usize, (Weight, Vec<f64>))> = Vec::new();
+        for (n, k, g) in
+            [(1, 32, 32), (5, 64, 32), (130, 576, 64), (7, 2304, 96), (9, 4160, 64), (6, 2560, 2560), (3, 344, 344)]
+        {
+            cases.push((n, k, w4(n, k, g, &mut seed)));
+        }
+        for dtype in [DenseType::F16, DenseType::BF16, DenseType::F32] {
+            cases.push((33, 301, dense(33, 301, dtype, &mut seed)));
+            cases.push((2, 2500, dense(2, 2500, dtype, &mut seed)));
+        }
+        for kernels in super::super::kernels::all() {
+            for threads in [1, 3] {
+                let mut pool = Pool::new(threads);
+                for (n, k, (weight, rows)) in &cases {
+                    for n_tokens in [1, 2, 5, 9] {
+                        let scratch: Vec<_> = (0..threads)
+                            .map(|_| {
+                                let (weights, sums) = (scratch_weights(), scratch_sums(n_tokens));
+                                Mutex::new(Scratch { weights: vec![f32::NAN; weights], sums: vec![f32::NAN; sums] })
+                            })
+                            .collect();
+                        let x: Vec<f32> =
+                            (0..n_tokens * k).map(|_| random(&mut seed) as f32 / u32::MAX as f32 - 0.5).collect();
+                        let bias: Vec<f32> = (0..*n).map(|i| i as f32).collect();
+                        let stride = n + 3;
+                        for accumulate in [false, true] {
+                            let mut out = vec![if accumulate { 1.0 } else { f32::NAN }; n_tokens * stride];
+                            matmul(
+                                &mut pool,
+                                &scratch,
+                                &*kernels,
+                                weight,
+                                &x,
+                                n_tokens,
+                                Some(&bias),
+                                accumulate,
+                                &mut out,
+                                stride,
+                            )
+                            .unwrap();
+                            for t in 0..n_tokens {
+                                for r in 0..*n {
+                                    let exact: f64 = (0..*k).map(|i| f64::from(x[t * k + i]) * rows[r * k + i]).sum();
+                                    let expected = exact + r as f64 + if accumulate { 1.0 } else { 0.0 };
+                                    let found = f64::from(out[t * stride + r]);
+                                    assert!(
+                                        (found - expected).abs() < 2e-5 * (1.0 + expected.abs()),
+                                        "{} {n}x{k} token {t} row {r}: {found} != {expected}",
+                                        kernels.name()
+                                    );
+                                }
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}

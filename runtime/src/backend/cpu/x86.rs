@@ -1,0 +1,339 @@
+//! x86-64 inner loops: AVX2 + FMA + F16C, and AVX-512F.
+//!
+//! A group of 4-bit codes holds at most 16 different weights, so both expand a group through a 16-entry table in
+//! registers: the rounding to f16 is paid once a group, and a weight costs a shift and a permutation.
+
+use std::arch::x86_64::*;
+
+use super::kernels::{Kernels, Portable, TILE};
+use crate::tensor::Offset;
+
+/// AVX2 with FMA and F16C.
+pub(super) struct Avx2(());
+
+impl Avx2 {
+    pub(super) fn new() -> Option<Self> {
+        (is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c"))
+            .then_some(Self(()))
+    }
+}
+
+impl Kernels for Avx2 {
+    fn name(&self) -> &'static str {
+        "avx2"
+    }
+
+    fn expand_w4(&self, words: &[u32], params: &[u32], group_size: usize, offset: Offset, out: &mut [f32]) {
+        assert!(out.len() == words.len() * 8 && group_size.is_multiple_of(8));
+        // SAFETY: `self` proves AVX2, FMA and F16C.
+        unsafe { expand_w4_avx2(words, params, group_size, offset, out) }
+    }
+
+    fn expand_f16(&self, bytes: &[u8], out: &mut [f32]) {
+        assert!(bytes.len() == 2 * out.len());
+        // SAFETY: `self` proves F16C; the lengths were just checked.
+        unsafe { expand_f16_f16c(bytes, out) }
+    }
+
+    fn narrow_f16(&self, values: &[f32], out: &mut [half::f16]) {
+        assert!(values.len() == out.len());
+        // SAFETY: `self` proves F16C; the lengths were just checked.
+        unsafe { narrow_f16_f16c(values, out) }
+    }
+
+    fn dot_tile(
+        &self,
+        w: &[f32],
+        stride_w: usize,
+        rows: usize,
+        x: &[f32],
+        stride_x: usize,
+        cols: usize,
+        k: usize,
+        acc: &mut [[f32; TILE]; TILE],
+    ) {
+        check_tile(w, stride_w, rows, x, stride_x, cols, k);
+        for (r, acc) in acc.iter_mut().enumerate().take(rows) {
+            let w = &w[r * stride_w..][..k];
+            // SAFETY: `self` proves AVX2 and FMA; `check_tile` proved that `cols` rows of `k` lie in `x`.
+            unsafe {
+                match cols {
+                    1 => dot_cols_avx2::<1>(w, x, stride_x, acc),
+                    2 => dot_cols_avx2::<2>(w, x, stride_x, acc),
+                    3 => dot_cols_avx2::<3>(w, x, stride_x, acc),
+                    _ => dot_cols_avx2::<4>(w, x, stride_x, acc),
+                }
+            }
+        }
+    }
+
+    fn dot(&self, a: &[f32], b: &[f32]) -> f32 {
+        assert!(a.len() == b.len());
+        let mut acc = [0.0; TILE];
+        // SAFETY: `self` proves AVX2 and FMA; `b` is as long as `a`.
+        unsafe { dot_cols_avx2::<1>(a, b, 0, &mut acc) };
+        acc[0]
+    }
+
+    fn axpy(&self, a: f32, x: &[f32], y: &mut [f32]) {
+        assert!(x.len() == y.len());
+        // SAFETY: `self` proves AVX2 and FMA; the lengths were just checked.
+        unsafe { axpy_avx2(a, x, y) }
+    }
+}
+
+/// AVX-512F, which implies everything [`Avx2`] needs on every processor that has it; checked all the same.
+pub(super) struct Avx512(Avx2);
+
+impl Avx512 {
+    pub(super) fn new() -> Option<Self> {
+        is_x86_feature_detected!("avx512f").then(Avx2::new).flatten().map(Self)
+    }
+}
+
+impl Kernels for Avx512 {
+    fn name(&self) -> &'static str {
+        "avx512"
+    }
+
+    fn expand_w4(&self, words: &[u32], params: &[u32], group_size: usize, offset: Offset, out: &mut [f32]) {
+        assert!(out.len() == words.len() * 8 && group_size.is_multiple_of(8));
+        if !group_size.is_multiple_of(16) {
+            return self.0.expand_w4(words, params, group_size, offset, out);
+        }
+        // SAFETY: `self` proves AVX-512F and F16C.
+        unsafe { expand_w4_avx512(words, params, group_size, offset, out) }
+    }
+
+    fn expand_f16(&self, bytes: &[u8], out: &mut [f32]) {
+        self.0.expand_f16(bytes, out);
+    }
+
+    fn narrow_f16(&self, values: &[f32], out: &mut [half::f16]) {
+        self.0.narrow_f16(values, out);
+    }
+
+    fn dot_tile(
+        &self,
+        w: &[f32],
+        stride_w: usize,
+        rows: usize,
+        x: &[f32],
+        stride_x: usize,
+        cols: usize,
+        k: usize,
+        acc: &mut [[f32; TILE]; TILE],
+    ) {
+        check_tile(w, stride_w, rows, x, stride_x, cols, k);
+        // SAFETY: `self` proves AVX-512F; `check_tile` proved that all rows of `k` lie in the slices.
+        unsafe {
+            match (rows, cols) {
+                (4, 4) => dot_tile_avx512::<4, 4>(w, stride_w, x, stride_x, k, acc),
+                (4, 1) => dot_tile_avx512::<4, 1>(w, stride_w, x, stride_x, k, acc),
+                (4, 2) => dot_tile_avx512::<4, 2>(w, stride_w, x, stride_x, k, acc),
+                (4, 3) => dot_tile_avx512::<4, 3>(w, stride_w, x, stride_x, k, acc),
+                _ => {
+                    for (r, acc) in acc.chunks_mut(1).enumerate().take(rows) {
+                        let w = &w[r * stride_w..];
+                        match cols {
+                            1 => dot_tile_avx512::<1, 1>(w, 0, x, stride_x, k, acc),
+                            2 => dot_tile_avx512::<1, 2>(w, 0, x, stride_x, k, acc),
+                            3 => dot_tile_avx512::<1, 3>(w, 0, x, stride_x, k, acc),
+                            _ => dot_tile_avx512::<1, 4>(w, 0, x, stride_x, k, acc),
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    fn dot(&self, a: &[f32], b: &[f32]) -> f32 {
+        assert!(a.len() == b.len());
+        let mut acc = [[0.0; TILE]];
+        // SAFETY: `self` proves AVX-512F; both slices hold `a.len()` elements.
+        unsafe { dot_tile_avx512::<1, 1>(a, 0, b, 0, a.len(), &mut acc) };
+        acc[0][0]
+    }
+
+    fn axpy(&self, a: f32, x: &[f32], y: &mut [f32]) {
+        self.0.axpy(a, x, y);
+    }
+}
+
+fn check_tile(w: &[f32], stride_w: usize, rows: usize, x: &[f32], stride_x: usize, cols: usize, k: usize) {
+    assert!((1..=TILE).contains(&rows) && (1..=TILE).contains(&cols));
+    assert!((rows - 1) * stride_w + k <= w.len() && (cols - 1) * stride_x + k <= x.len());
+}
+
+/// The table of `group_table` in two registers: codes 0..8 and 8..16.
+#[target_feature(enable = "avx2,f16c")]
+fn table_avx2(params: u32, offset: Offset) -> (__m256, __m256) {
+    let both = _mm_cvtph_ps(_mm_cvtsi32_si128(params as i32));
+    let scale = _mm256_broadcastss_ps(both);
+    let o = _mm256_broadcastss_ps(_mm_movehdup_ps(both));
+    let round = |w: __m256| _mm256_cvtph_ps(_mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(w));
+    let half = |base: f32| {
+        let q = _mm256_add_ps(_mm256_set1_ps(base), _mm256_setr_ps(0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0));
+        // Multiply and add stay apart: a fused one would round differently from the definition.
+        round(match offset {
+            Offset::Zero => _mm256_mul_ps(_mm256_sub_ps(q, o), scale),
+            Offset::Bias => _mm256_add_ps(_mm256_mul_ps(q, scale), o),
+        })
+    };
+    (half(0.0), half(8.0))
+}
+
+#[target_feature(enable = "avx2,f16c")]
+fn expand_w4_avx2(words: &[u32], params: &[u32], group_size: usize, offset: Offset, out: &mut [f32]) {
+    let shifts = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
+    for ((words, &params), out) in words.chunks(group_size / 8).zip(params).zip(out.chunks_mut(group_size)) {
+        let (low, high) = table_avx2(params, offset);
+        for (&word, out) in words.iter().zip(out.as_chunks_mut::<8>().0) {
+            let codes = _mm256_srlv_epi32(_mm256_set1_epi32(word as i32), shifts);
+            // The permutation reads bits 0..3 of each index; bit 3 becomes the sign that selects the half.
+            let select = _mm256_castsi256_ps(_mm256_slli_epi32::<28>(codes));
+            let w =
+                _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, codes), _mm256_permutevar8x32_ps(high, codes), select);
+            // SAFETY: `out` is 8 floats.
+            unsafe { _mm256_storeu_ps(out.as_mut_ptr(), w) };
+        }
+    }
+}
+
+#[target_feature(enable = "avx512f,avx2,f16c")]
+fn expand_w4_avx512(words: &[u32], params: &[u32], group_size: usize, offset: Offset, out: &mut [f32]) {
+    let shifts = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+    for ((words, &params), out) in words.chunks(group_size / 8).zip(params).zip(out.chunks_mut(group_size)) {
+        let (low, high) = table_avx2(params, offset);
+        let table = _mm512_castpd_ps(_mm512_insertf64x4::<1>(
+            _mm512_castpd256_pd512(_mm256_castps_pd(low)),
+            _mm256_castps_pd(high),
+        ));
+        for (pair, out) in words.as_chunks::<2>().0.iter().zip(out.as_chunks_mut::<16>().0) {
+            let words = _mm512_inserti64x4::<1>(
+                _mm512_castsi256_si512(_mm256_set1_epi32(pair[0] as i32)),
+                _mm256_set1_epi32(pair[1] as i32),
+            );
+            // The permutation reads the low 4 bits of each index only.
+            let w = _mm512_permutexvar_ps(_mm512_srlv_epi32(words, shifts), table);
+            // SAFETY: `out` is 16 floats.
+            unsafe { _mm512_storeu_ps(out.as_mut_ptr(), w) };
+        }
+    }
+}
+
+#[target_feature(enable = "f16c")]
+fn expand_f16_f16c(bytes: &[u8], out: &mut [f32]) {
+    let (blocks, rest) = bytes.as_chunks::<16>();
+    let (out_blocks, out_rest) = out.as_chunks_mut::<8>();
+    for (block, out) in blocks.iter().zip(out_blocks) {
+        // SAFETY: unaligned load of 16 bytes and store of 8 floats, both inside their arrays.
+        unsafe { _mm256_storeu_ps(out.as_mut_ptr(), _mm256_cvtph_ps(_mm_loadu_si128(block.as_ptr().cast()))) };
+    }
+    Portable.expand_f16(rest, out_rest);
+}
+
+#[target_feature(enable = "f16c")]
+fn narrow_f16_f16c(values: &[f32], out: &mut [half::f16]) {
+    let (blocks, rest) = values.as_chunks::<8>();
+    let (out_blocks, out_rest) = out.as_chunks_mut::<8>();
+    for (block, out) in blocks.iter().zip(out_blocks) {
+        // SAFETY: unaligned load of 8 floats and store of 8 halves (`f16` is a transparent u16), inside their arrays.
+        unsafe {
+            let half = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(_mm256_loadu_ps(block.as_ptr()));
+            _mm_storeu_si128(out.as_mut_ptr().cast(), half);
+        }
+    }
+    Portable.narrow_f16(rest, out_rest);
+}
+
+#[target_feature(enable = "avx")]
+fn sum_avx(v: __m256) -> f32 {
+    let v = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
+    let v = _mm_add_ps(v, _mm_movehl_ps(v, v));
+    _mm_cvtss_f32(_mm_add_ss(v, _mm_movehdup_ps(v)))
+}
+
+/// acc[c] += w . x[c * stride ..] for c < C.
+///
+/// # Safety
+/// `(C - 1) * stride + w.len() <= x.len()`.
+#[target_feature(enable = "avx2,fma")]
+unsafe fn dot_cols_avx2<const C: usize>(w: &[f32], x: &[f32], stride: usize, acc: &mut [f32; TILE]) {
+    let k = w.len();
+    // Two sums a column hide the latency of the fused multiply-add.
+    let mut sums = [[_mm256_setzero_ps(); 2]; C];
+    let mut i = 0;
+    while i + 16 <= k {
+        for half in 0..2 {
+            let at = i + 8 * half;
+            // SAFETY: `at + 8 <= k`, and the caller promises `C` rows of `k` elements in `x`.
+            unsafe {
+                let w = _mm256_loadu_ps(w.as_ptr().add(at));
+                for c in 0..C {
+                    sums[c][half] = _mm256_fmadd_ps(w, _mm256_loadu_ps(x.as_ptr().add(c * stride + at)), sums[c][half]);
+                }
+            }
+        }
+        i += 16;
+    }
+    for c in 0..C {
+        let tail: f32 = w[i..].iter().zip(&x[c * stride + i..]).map(|(w, x)| w * x).sum();
+        acc[c] += sum_avx(_mm256_add_ps(sums[c][0], sums[c][1])) + tail;
+    }
+}
+
+/// acc[r][c] += w[r * stride_w ..][..k] . x[c * stride_x ..][..k] for r < R and c < C.
+///
+/// # Safety
+/// `(R - 1) * stride_w + k <= w.len()`, `(C - 1) * stride_x + k <= x.len()` and `R <= acc.len()`.
+#[target_feature(enable = "avx512f")]
+unsafe fn dot_tile_avx512<const R: usize, const C: usize>(
+    w: &[f32],
+    stride_w: usize,
+    x: &[f32],
+    stride_x: usize,
+    k: usize,
+    acc: &mut [[f32; TILE]],
+) {
+    let mut sums = [[_mm512_setzero_ps(); C]; R];
+    let mut i = 0;
+    while i < k {
+        // The last step masks off what lies past `k`.
+        let mask: __mmask16 = if k - i >= 16 { !0 } else { (1 << (k - i)) - 1 };
+        // SAFETY: masked lanes are not accessed, the others lie before `k` of rows that the caller promises.
+        unsafe {
+            let xs: [__m512; C] =
+                std::array::from_fn(|c| _mm512_maskz_loadu_ps(mask, x.as_ptr().add(c * stride_x + i)));
+            for r in 0..R {
+                let w = _mm512_maskz_loadu_ps(mask, w.as_ptr().add(r * stride_w + i));
+                for c in 0..C {
+                    sums[r][c] = _mm512_fmadd_ps(w, xs[c], sums[r][c]);
+                }
+            }
+        }
+        i += 16;
+    }
+    for r in 0..R {
+        for c in 0..C {
+            acc[r][c] += _mm512_reduce_add_ps(sums[r][c]);
+        }
+    }
+}
+
+#[target_feature(enable = "avx2,fma")]
+fn axpy_avx2(a: f32, x: &[f32], y: &mut [f32]) {
+    let va = _mm256_set1_ps(a);
+    let (x8, x_rest) = x.as_chunks::<8>();
+    let (y8, y_rest) = y.as_chunks_mut::<8>();
+    for (x, y) in x8.iter().zip(y8) {
+        // SAFETY: both are arrays of 8 floats.
+        unsafe {
+            let sum = _mm256_fmadd_ps(va, _mm256_loadu_ps(x.as_ptr()), _mm256_loadu_ps(y.as_ptr()));
+            _mm256_storeu_ps(y.as_mut_ptr(), sum);
+        }
+    }
+    for (x, y) in x_rest.iter().zip(y_rest) {
+        *y += a * x;
+    }
+}
