@@ -1,0 +1,198 @@
+//! What templates written for Jinja under Python expect of the language around them.
+
+use minijinja::value::{Kwargs, Value, ValueKind};
+use minijinja::{Error, ErrorKind, State};
+
+/// Prints values as Python does where a template prints one that is not a string.
+pub(super) fn print(out: &mut minijinja::Output, _: &State<'_, '_>, value: &Value) -> Result<(), Error> {
+    let written = match value.kind() {
+        ValueKind::Bool => out.write_str(if value.is_true() { "True" } else { "False" }),
+        ValueKind::None => out.write_str("None"),
+        ValueKind::Undefined => Ok(()),
+        _ => write!(out, "{value}"),
+    };
+    written.map_err(Error::from)
+}
+
+/// White space as `str.isspace` of Python sees it: also the four information separators.
+fn is_space(c: char) -> bool {
+    c.is_whitespace() || ('\u{1c}'..='\u{1f}').contains(&c)
+}
+
+/// `str.strip`, the whole of it or of the given characters.
+pub(super) fn trim(text: &str, chars: Option<&str>) -> String {
+    match chars {
+        None => text.trim_matches(is_space),
+        Some(chars) => text.trim_matches(|c| chars.contains(c)),
+    }
+    .to_owned()
+}
+
+/// Whether Python could iterate over it; unlike minijinja, None is not iterable.
+pub(super) fn is_iterable(value: &Value) -> bool {
+    !value.is_none() && (value.is_undefined() || value.try_iter().is_ok() || value.as_str().is_some())
+}
+
+/// Methods of Python's types: those of `minijinja_contrib::pycompat`, corrected and completed.
+pub(super) fn method(state: &State<'_, '_>, value: &Value, name: &str, args: &[Value]) -> Result<Value, Error> {
+    if let Some(text) = value.as_str() {
+        match (name, args) {
+            ("strip", []) => return Ok(text.trim_matches(is_space).into()),
+            ("lstrip", []) => return Ok(text.trim_start_matches(is_space).into()),
+            ("rstrip", []) => return Ok(text.trim_end_matches(is_space).into()),
+            ("rsplit", [separator, rest @ ..]) if separator.as_str().is_some_and(|s| !s.is_empty()) => {
+                let separator = separator.as_str().unwrap_or_default();
+                let limit = rest.first().and_then(Value::as_i64).filter(|&n| n >= 0);
+                let parts = limit.map_or(usize::MAX, |n| n as usize).saturating_add(1);
+                let mut split: Vec<&str> = text.rsplitn(parts, separator).collect();
+                split.reverse();
+                return Ok(split.into_iter().map(Value::from).collect());
+            }
+            _ => {}
+        }
+    }
+    minijinja_contrib::pycompat::unknown_method_callback(state, value, name, args)
+}
+
+/// `json.dumps` of Python with `ensure_ascii=False` as its default, as Transformers calls it.
+pub(super) fn to_json(value: Value, kwargs: Kwargs) -> Result<Value, Error> {
+    let indent: Option<usize> = kwargs.get("indent")?;
+    let separators: Option<Vec<String>> = kwargs.get("separators")?;
+    let (item, key) = match separators.as_deref() {
+        Some([item, key]) => (item.clone(), key.clone()),
+        Some(_) => return Err(Error::new(ErrorKind::InvalidOperation, "`separators` takes two strings")),
+        None => (if indent.is_some() { "," } else { ", " }.to_owned(), ": ".to_owned()),
+    };
+    let dump = Dump {
+        indent: indent.map(|n| n.min(64)),
+        item,
+        key,
+        ascii: kwargs.get::<Option<bool>>("ensure_ascii")?.unwrap_or(false),
+        sorted: kwargs.get::<Option<bool>>("sort_keys")?.unwrap_or(false),
+    };
+    kwargs.assert_all_used()?;
+    if value.is_undefined() {
+        return Err(Error::new(ErrorKind::UndefinedError, "an undefined value has no JSON form"));
+    }
+    let json = serde_json::to_value(&value).map_err(|e| Error::new(ErrorKind::BadSerialization, e.to_string()))?;
+    let mut out = String::new();
+    dump.value(&json, 0, &mut out);
+    Ok(Value::from_safe_string(out))
+}
+
+/// Settings of one `json.dumps`.
+struct Dump {
+    /// Spaces a level, or everything on one line.
+    indent: Option<usize>,
+    /// Between items.
+    item: String,
+    /// Between a key and its value.
+    key: String,
+    /// Escape everything that is not ASCII.
+    ascii: bool,
+    /// Order objects by key.
+    sorted: bool,
+}
+
+impl Dump {
+    fn value(&self, value: &serde_json::Value, depth: usize, out: &mut String) {
+        match value {
+            serde_json::Value::Array(items) => {
+                let writers = items.iter().map(|item| move |out: &mut String| self.value(item, depth + 1, out));
+                self.list(('[', ']'), writers, depth, out);
+            }
+            serde_json::Value::Object(items) => {
+                let mut items: Vec<_> = items.iter().collect();
+                if self.sorted {
+                    items.sort_by_key(|&(key, _)| key);
+                }
+                let writers = items.into_iter().map(|(key, item)| {
+                    move |out: &mut String| {
+                        self.string(key, out);
+                        out.push_str(&self.key);
+                        self.value(item, depth + 1, out);
+                    }
+                });
+                self.list(('{', '}'), writers, depth, out);
+            }
+            serde_json::Value::String(text) => self.string(text, out),
+            serde_json::Value::Number(n) if n.is_f64() => out.push_str(&float(n.as_f64().unwrap_or(0.0))),
+            other => out.push_str(&other.to_string()),
+        }
+    }
+
+    fn list<W: FnOnce(&mut String)>(
+        &self,
+        (open, close): (char, char),
+        items: impl Iterator<Item = W>,
+        depth: usize,
+        out: &mut String,
+    ) {
+        out.push(open);
+        let mut empty = true;
+        for write in items {
+            if !empty {
+                out.push_str(&self.item);
+            }
+            empty = false;
+            self.new_line(depth + 1, out);
+            write(out);
+        }
+        if !empty {
+            self.new_line(depth, out);
+        }
+        out.push(close);
+    }
+
+    fn new_line(&self, depth: usize, out: &mut String) {
+        if let Some(indent) = self.indent {
+            out.push('\n');
+            out.extend(std::iter::repeat_n(' ', indent * depth));
+        }
+    }
+
+    fn string(&self, text: &str, out: &mut String) {
+        let quoted = serde_json::Value::from(text).to_string();
+        for c in quoted.chars() {
+            if self.ascii && !c.is_ascii() {
+                let mut units = [0; 2];
+                for unit in c.encode_utf16(&mut units) {
+                    out.push_str(&format!("\\u{unit:04x}"));
+                }
+            } else {
+                out.push(c);
+            }
+        }
+    }
+}
+
+/// `repr` of a finite float: shortest digits, an exponent below 1e-4 and from 1e16 on.
+fn float(value: f64) -> String {
+    let shortest = format!("{value:e}");
+    let (digits, exponent) = shortest.split_once('e').unwrap_or((&shortest, "0"));
+    match exponent.parse::<i32>() {
+        Ok(e) if !(-4..16).contains(&e) => format!("{digits}e{}{:02}", if e < 0 { '-' } else { '+' }, e.abs()),
+        _ => format!("{value:?}"),
+    }
+}
+
+/// Day number of the first of January.
+fn day_number(year: i64) -> i64 {
+    let y = year - 1;
+    y * 365 + y.div_euclid(4) - y.div_euclid(100) + y.div_euclid(400) - 719_162
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dates_round_trip() {
+        assert_eq!(civil(0), (1970, 1, 1));
+        assert_eq!(civil(-1), (1969, 12, 31));
+        assert_eq!(civil(11_016), (2000, 2, 29));
+        assert_eq!(day_number(1970), 0);
+        assert_eq!(day_number(2000), 10_957);
+        assert_eq!(strftime(951_782_399, "%a %H:%M:%S").unwrap(), "Mon 23:59:59");
+    }
+}

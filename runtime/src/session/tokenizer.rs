@@ -1,0 +1,137 @@
+//! Text to token ids and back, through the checkpoint's own `tokenizer.json`.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use crate::checkpoint::Checkpoint;
+use crate::error::{Error, ErrorKind, Result};
+
+/// Largest `tokenizer.json` read; the largest known one is 33 MB.
+const MAX_BYTES: u64 = 128 << 20;
+
+/// Tokenizer of a model.
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    vocab_size: usize,
+}
+
+impl std::fmt::Debug for Tokenizer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Tokenizer").field("vocab_size", &self.vocab_size).finish_non_exhaustive()
+    }
+}
+
+fn error(message: impl std::fmt::Display) -> Error {
+    Error::new(ErrorKind::Tokenizer, message.to_string())
+}
+
+/// Calls into the tokenizer library, which can panic on definitions that contradict themselves.
+fn guarded<T>(what: &str, f: impl FnOnce() -> tokenizers::Result<T>) -> Result<T> {
+    match catch_unwind(AssertUnwindSafe(f)) {
+        Ok(result) => result.map_err(error),
+        Err(_) => Err(error(format!("the tokenizer definition is inconsistent: {what} failed"))),
+    }
+}
+
+impl Tokenizer {
+    /// Parses the text of a `tokenizer.json`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Tokenizer`] if it is malformed.
+    pub fn from_json(json: &[u8]) -> Result<Self> {
+        let inner = guarded("reading it", || tokenizers::Tokenizer::from_bytes(json))?;
+        let vocab_size = inner.get_vocab_size(true);
+        Ok(Self { inner, vocab_size })
+    }
+
+    /// Tokenizer of a folder, or `None` if it has no `tokenizer.json`.
+    pub(crate) fn from_checkpoint(checkpoint: &Checkpoint, vocab_size: usize) -> Result<Option<Self>> {
+        let Some(json) = checkpoint.read("tokenizer.json", MAX_BYTES)? else { return Ok(None) };
+        let in_file = |e: Error| e.in_file(checkpoint.dir().join("tokenizer.json"));
+        let tokenizer = Self::from_json(&json).map_err(in_file)?;
+        let largest = tokenizer.inner.get_vocab(true).into_values().max().unwrap_or(0);
+        if largest as usize >= vocab_size {
+            return Err(in_file(error(format!(
+                "the largest token id is {largest}, but `vocab_size` of the model is {vocab_size}"
+            ))));
+        }
+        Ok(Some(tokenizer))
+    }
+
+    /// Token ids of `text`. `add_special_tokens` adds what the tokenizer puts around a text (usually a BOS id): true
+    /// for plain text, false for a rendered chat template, which already contains it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Tokenizer`] if the text can't be encoded.
+    pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>> {
+        guarded("encoding", || self.inner.encode_fast(text, add_special_tokens)).map(|e| e.get_ids().to_vec())
+    }
+
+    /// Text of `ids`; unknown ids are left out. `skip_special` leaves out special tokens.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Tokenizer`] if the decoder fails.
+    pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String> {
+        guarded("decoding", || self.inner.decode(ids, skip_special))
+    }
+
+    /// Id of a token written exactly as in the vocabulary.
+    pub fn token_id(&self, token: &str) -> Option<u32> {
+        self.inner.token_to_id(token)
+    }
+
+    /// Entries of the vocabulary, added tokens included; a model's own `vocab_size` may be padded above it.
+    pub fn vocab_size(&self) -> usize {
+        self.vocab_size
+    }
+}
+
+/// Turns ids into text piece by piece without ever splitting a character.
+#[derive(Debug, Default)]
+pub struct TextStream {
+    /// Ids from the last clean cut on.
+    ids: Vec<u32>,
+    /// How many of `ids` are already in the emitted text.
+    emitted: usize,
+}
+
+impl TextStream {
+    /// Takes the next id and returns the text that is certain now; empty while a character is incomplete.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::decode`].
+    pub fn push(&mut self, tokenizer: &Tokenizer, id: u32) -> Result<String> {
+        self.ids.push(id);
+        let text = self.unseen(tokenizer)?;
+        // A replacement character at the end is, or may be, the first bytes of a character still to come.
+        if text.ends_with('\u{fffd}') {
+            return Ok(String::new());
+        }
+        if !text.is_empty() {
+            self.ids.drain(..self.emitted);
+            self.emitted = self.ids.len();
+        }
+        Ok(text)
+    }
+
+    /// The rest, with replacement characters for what never became complete.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::decode`].
+    pub fn finish(&mut self, tokenizer: &Tokenizer) -> Result<String> {
+        let text = self.unseen(tokenizer)?;
+        self.ids.clear();
+        self.emitted = 0;
+        Ok(text)
+    }
+
+    /// Text of the ids behind the emitted ones. The emitted ones are decoded along because decoders treat the first
+    /// token of a text differently (a leading space, for one).
+    fn unseen(&self, tokenizer: &Tokenizer) -> Result<String> {
+        let before = tokenizer.decode(&self.ids[..self.emitted], true)?;
+        let mut all = tokenizer.decode(&self.ids, true)?;
+        if !all.is_char_boundary(before.len()) || before.len() > all.len() {
+            return Ok(String::new());
+        }
+        Ok(all.split_off(before.len()))
+    }
+}
