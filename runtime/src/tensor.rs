@@ -153,8 +153,9 @@ pub enum Offset {
 
 /// A matrix in the canonical 4-bit form that every backend reads; every dialect on disk decodes to it.
 ///
-/// A weight is `f16((q - o) * s)` or `f16(q * s + o)` (see [`Offset`]), rounded to half precision because that is
-/// what the software that defines these formats multiplies with.
+/// A weight is `f16((q - o) * s)` or `f16(q * s + o)` (see [`Offset`]): computed in f32 and rounded once to half
+/// precision, because that is what the software that defines these formats multiplies with. The recorded hashes of
+/// its dequantized tensors agree bit for bit with [`W4Matrix::dequantize_row`].
 #[derive(Debug, Clone)]
 pub struct W4Matrix {
     /// Output features.

@@ -1,1 +1,294 @@
 //! Which bytes: a folder or file on disk as validated views of tensors.
+//!
+//! [`Checkpoint::open`] maps the weight files of a Hugging Face style folder and checks everything that can be checked
+//! without touching tensor data: after it, a [`TensorView`] has exactly the bytes that its dtype and shape ask for.
+//! Files are hostile until proven otherwise; what the packed bits *mean* is the business of [`crate::quant`].
+//!
+//! A mapped file must not be truncated while it is open: the system then ends the process on the next access, which no
+//! library can turn into an error. Writers that replace files by renaming (this project's, and `safetensors`) are safe.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+pub use ::safetensors::Dtype;
+use half::{bf16, f16};
+use memmap2::Mmap;
+use serde_json::Value;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::tensor::{Bytes, DenseMatrix, DenseType};
+
+mod files;
+mod safetensors;
+mod shards;
+
+const SINGLE: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+
+/// One tensor of a checkpoint: its description and its bytes in the mapped file.
+#[derive(Debug, Clone)]
+pub struct TensorView {
+    /// Name in the file.
+    pub name: String,
+    /// Element type.
+    pub dtype: Dtype,
+    /// Dimensions, outermost first.
+    pub shape: Vec<usize>,
+    /// Row-major little-endian elements, exactly as many as `shape` and `dtype` say; no alignment is promised.
+    pub bytes: Bytes,
+    /// File that holds it.
+    pub file: Arc<Path>,
+}
+
+impl TensorView {
+    /// An [`ErrorKind::InvalidTensor`] error about this tensor.
+    pub fn error(&self, message: impl Into<String>) -> Error {
+        Error::new(ErrorKind::InvalidTensor, message).in_file(&self.file).in_tensor(&self.name)
+    }
+
+    /// Checks the shape.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidTensor`] with expected and found shape.
+    pub fn expect_shape(&self, shape: &[usize]) -> Result<()> {
+        if self.shape != shape {
+            return Err(self.error(format!("expected shape {shape:?}, found {:?}", self.shape)));
+        }
+        Ok(())
+    }
+
+    /// Checks the element type.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidTensor`] with expected and found type.
+    pub fn expect_dtype(&self, dtype: Dtype) -> Result<()> {
+        if self.dtype != dtype {
+            return Err(self.error(format!("expected dtype {dtype}, found {}", self.dtype)));
+        }
+        Ok(())
+    }
+
+    /// Element type for dense computation.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidTensor`] if it is not F16, BF16 or F32.
+    pub fn dense_type(&self) -> Result<DenseType> {
+        match self.dtype {
+            Dtype::F16 => Ok(DenseType::F16),
+            Dtype::BF16 => Ok(DenseType::BF16),
+            Dtype::F32 => Ok(DenseType::F32),
+            other => Err(self.error(format!("expected dtype F16, BF16 or F32, found {other}"))),
+        }
+    }
+
+    /// All elements widened to f32, in file order.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidTensor`] if the type is not F16, BF16 or F32.
+    pub fn to_f32(&self) -> Result<Vec<f32>> {
+        let dtype = self.dense_type()?;
+        Ok(widen(&self.bytes, dtype))
+    }
+}
+
+/// Widens little-endian elements to f32; a trailing part of an element is ignored.
+pub(crate) fn widen(bytes: &[u8], dtype: DenseType) -> Vec<f32> {
+    let pairs = || bytes.chunks_exact(2).map(|b| [b[0], b[1]]);
+    match dtype {
+        DenseType::F16 => pairs().map(|b| f16::from_le_bytes(b).to_f32()).collect(),
+        DenseType::BF16 => pairs().map(|b| bf16::from_le_bytes(b).to_f32()).collect(),
+        DenseType::F32 => bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
+    }
+}
+
+/// An open checkpoint folder: configuration and memory-mapped tensors. Cheap to keep; tensor data stays on disk.
+#[derive(Debug)]
+pub struct Checkpoint {
+    dir: PathBuf,
+    config: Value,
+    tensors: BTreeMap<String, TensorView>,
+    unlisted: Vec<String>,
+    bytes_on_disk: u64,
+}
+
+impl Checkpoint {
+    /// Opens the folder `dir`: `config.json`, and `model.safetensors` or the shards of `model.safetensors.index.json`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`] if a file is missing or unreadable, [`ErrorKind::InvalidFile`] if one breaks its format,
+    /// [`ErrorKind::Unsupported`] if the weights are there in a format that is not read.
+    pub fn open(dir: &Path) -> Result<Self> {
+        let metadata = std::fs::metadata(dir).map_err(|error| Error::io(dir, &error))?;
+        if !metadata.is_dir() {
+            return Err(Error::new(ErrorKind::Io, "expected a checkpoint folder, found a file").in_file(dir));
+        }
+        let config_path = dir.join("config.json");
+        let config = files::read_json(&config_path)?.ok_or_else(|| missing(&config_path))?;
+        if !config.is_object() {
+            return Err(Error::new(ErrorKind::InvalidFile, "expected a JSON object").in_file(&config_path));
+        }
+
+        let mut checkpoint =
+            Self { dir: dir.to_path_buf(), config, tensors: BTreeMap::new(), unlisted: Vec::new(), bytes_on_disk: 0 };
+        if !checkpoint.add_file(&dir.join(SINGLE))? {
+            checkpoint.add_shards()?;
+        }
+        Ok(checkpoint)
+    }
+
+    /// The folder.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// `config.json` as it is.
+    pub fn config(&self) -> &Value {
+        &self.config
+    }
+
+    /// The tensor `name`.
+    pub fn tensor(&self, name: &str) -> Option<&TensorView> {
+        self.tensors.get(name)
+    }
+
+    /// Every tensor, sorted by name.
+    pub fn tensors(&self) -> impl ExactSizeIterator<Item = &TensorView> {
+        self.tensors.values()
+    }
+
+    /// Tensors that are in a shard although the index does not list them, sorted.
+    pub fn unlisted(&self) -> &[String] {
+        &self.unlisted
+    }
+
+    /// Bytes of the weight files.
+    pub fn bytes_on_disk(&self) -> u64 {
+        self.bytes_on_disk
+    }
+
+    /// The tensor `name`, which has to exist.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidTensor`].
+    pub fn get(&self, name: &str) -> Result<&TensorView> {
+        self.tensor(name).ok_or_else(|| {
+            Error::new(ErrorKind::InvalidTensor, "missing from the checkpoint").in_file(&self.dir).in_tensor(name)
+        })
+    }
+
+    /// The tensor `name`, which has to exist with this shape.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidTensor`].
+    pub fn require(&self, name: &str, shape: &[usize]) -> Result<&TensorView> {
+        let tensor = self.get(name)?;
+        tensor.expect_shape(shape)?;
+        Ok(tensor)
+    }
+
+    /// The floating-point matrix `name` of shape (n, k), without copying.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidTensor`] if it is missing or has another shape or type. Values are not looked at.
+    pub fn dense_matrix(&self, name: &str, n: usize, k: usize) -> Result<DenseMatrix> {
+        let tensor = self.require(name, &[n, k])?;
+        DenseMatrix::new(n, k, tensor.dense_type()?, tensor.bytes.clone())
+            .map_err(|error| error.in_file(&tensor.file).in_tensor(name))
+    }
+
+    /// The floating-point vector `name` of `len` elements, widened to f32.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidTensor`] if it is missing, has another shape or type, or holds a NaN or an infinity.
+    pub fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>> {
+        let tensor = self.require(name, &[len])?;
+        let values = tensor.to_f32()?;
+        if let Some(i) = values.iter().position(|v| !v.is_finite()) {
+            return Err(tensor.error(format!("element {i} is {}", values[i])));
+        }
+        Ok(values)
+    }
+
+    /// The JSON file `file_name` of the folder, or `None` if there is none.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`] or [`ErrorKind::InvalidFile`].
+    pub fn json(&self, file_name: &str) -> Result<Option<Value>> {
+        files::read_json(&self.dir.join(file_name))
+    }
+
+    /// The content of the file `file_name` of the folder if it has at most `limit` bytes, or `None` if there is none.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`] or [`ErrorKind::InvalidFile`].
+    pub fn read(&self, file_name: &str, limit: u64) -> Result<Option<Vec<u8>>> {
+        files::read_bounded(&self.dir.join(file_name), limit)
+    }
+
+    fn add_shards(&mut self) -> Result<()> {
+        let index_path = self.dir.join(INDEX);
+        let Some(bytes) = files::read_bounded(&index_path, shards::MAX_INDEX)? else {
+            return Err(self.no_weights());
+        };
+        let index = shards::Index::parse(&bytes).map_err(|error| error.in_file(&index_path))?;
+        for file in index.files() {
+            let path = self.dir.join(file);
+            if !self.add_file(&path)? {
+                return Err(missing(&path));
+            }
+        }
+        for (name, file) in &index.weight_map {
+            let found = self.tensors.get(name).and_then(|tensor| tensor.file.file_name());
+            if found != Some(file.as_ref()) {
+                let found = found.map_or("no shard".into(), |name| name.to_string_lossy());
+                let message = format!("the index says {file}, found in {found}");
+                return Err(Error::new(ErrorKind::InvalidFile, message).in_file(&index_path).in_tensor(name));
+            }
+        }
+        self.unlisted = self.tensors.keys().filter(|name| !index.weight_map.contains_key(*name)).cloned().collect();
+        Ok(())
+    }
+
+    /// Maps a weight file and adds its tensors; `false` if it does not exist.
+    fn add_file(&mut self, path: &Path) -> Result<bool> {
+        let Some((file, length)) = files::open_regular(path)? else { return Ok(false) };
+        // SAFETY: the mapping is read-only and private to this process's view; that the file is not truncated while
+        // it is mapped is the documented condition of this module.
+        let map = unsafe { Mmap::map(&file) }.map_err(|error| Error::io(path, &error))?;
+        let map = Arc::new(map);
+        let path: Arc<Path> = path.into();
+        for (name, entry) in safetensors::read_header(&map).map_err(|error| error.in_file(&path))? {
+            if let Some(other) = self.tensors.get(&name) {
+                let message = format!("also in {}", other.file.display());
+                return Err(Error::new(ErrorKind::InvalidFile, message).in_file(&path).in_tensor(name));
+            }
+            let bytes = Bytes::mapped(map.clone(), entry.range).ok_or_else(|| {
+                Error::new(ErrorKind::InvalidFile, "range leaves the file").in_file(&path).in_tensor(&name)
+            })?;
+            let view =
+                TensorView { name: name.clone(), dtype: entry.dtype, shape: entry.shape, bytes, file: path.clone() };
+            self.tensors.insert(name, view);
+        }
+        self.bytes_on_disk += length;
+        Ok(true)
+    }
+
+    /// Why there is nothing to open, naming what the folder has instead.
+    fn no_weights(&self) -> Error {
+        for (name, what) in [
+            ("pytorch_model.bin", "PyTorch pickle weights are not read; convert them to safetensors"),
+            ("pytorch_model.bin.index.json", "PyTorch pickle weights are not read; convert them to safetensors"),
+            ("consolidated.safetensors", "consolidated weights are not read; use the Hugging Face form"),
+        ] {
+            if self.dir.join(name).exists() {
+                return Error::new(ErrorKind::Unsupported, what).in_file(self.dir.join(name));
+            }
+        }
+        Error::new(ErrorKind::Io, format!("found neither {SINGLE} nor {INDEX}")).in_file(&self.dir)
+    }
+}
+
+fn missing(path: &Path) -> Error {
+    Error::new(ErrorKind::Io, "file not found").in_file(path)
+}

@@ -1,0 +1,50 @@
+//! Reading the small files of a checkpoint folder with bounds on their size and on what they may be.
+
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
+
+use serde_json::Value;
+
+use crate::error::{Error, ErrorKind, Result};
+
+/// Largest configuration-like JSON file, bytes; real ones are kilobytes.
+pub(crate) const MAX_JSON: u64 = 8 << 20;
+
+/// Opens a regular file, or `None` if nothing has that name; returns it with its length in bytes.
+///
+/// Symbolic links are followed, because that is how download caches build their folders. Anything that is not a
+/// regular file is refused before it is opened: opening a pipe would wait for a writer for ever.
+pub(crate) fn open_regular(path: &Path) -> Result<Option<(File, u64)>> {
+    let metadata = match std::fs::metadata(path) {
+        Ok(metadata) => metadata,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(Error::io(path, &error)),
+    };
+    if !metadata.is_file() {
+        return Err(Error::new(ErrorKind::InvalidFile, "expected a regular file").in_file(path));
+    }
+    let file = File::open(path).map_err(|error| Error::io(path, &error))?;
+    Ok(Some((file, metadata.len())))
+}
+
+/// The content of a file of at most `limit` bytes, or `None` if nothing has that name.
+pub(crate) fn read_bounded(path: &Path, limit: u64) -> Result<Option<Vec<u8>>> {
+    let Some((file, length)) = open_regular(path)? else { return Ok(None) };
+    let mut bytes = Vec::with_capacity(usize::try_from(length.min(limit)).unwrap_or(0));
+    // The file may grow after its length was asked, so the limit is enforced on what is read.
+    file.take(limit + 1).read_to_end(&mut bytes).map_err(|error| Error::io(path, &error))?;
+    if bytes.len() as u64 > limit {
+        let message = format!("expected at most {limit} bytes, found {}", length.max(bytes.len() as u64));
+        return Err(Error::new(ErrorKind::InvalidFile, message).in_file(path));
+    }
+    Ok(Some(bytes))
+}
+
+/// A JSON file of at most [`MAX_JSON`] bytes, or `None` if nothing has that name.
+pub(crate) fn read_json(path: &Path) -> Result<Option<Value>> {
+    let Some(bytes) = read_bounded(path, MAX_JSON)? else { return Ok(None) };
+    serde_json::from_slice(&bytes)
+        .map(Some)
+        .map_err(|error| Error::new(ErrorKind::InvalidFile, format!("not valid JSON: {error}")).in_file(path))
+}

@@ -1,0 +1,128 @@
+//! The canonical form itself: reading scales, and the exact values the packed codes stand for.
+
+use half::{bf16, f16};
+
+use crate::checkpoint::{Dtype, TensorView};
+use crate::error::{Error, ErrorKind, Result};
+use crate::tensor::{Bytes, Offset, W4Matrix};
+
+impl W4Matrix {
+    /// A matrix from its parts; see the fields for shapes.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidTensor`] if the parts do not fit each other.
+    pub fn new(
+        (n, k): (usize, usize),
+        group_size: usize,
+        qweight: Vec<u32>,
+        group_params: Vec<u32>,
+        offset: Offset,
+    ) -> Result<Self> {
+        let fits = group_size != 0
+            && group_size % 8 == 0
+            && k % group_size == 0
+            && n.checked_mul(k / 8) == Some(qweight.len())
+            && n.checked_mul(k / group_size) == Some(group_params.len());
+        if !fits {
+            let (words, params) = (qweight.len(), group_params.len());
+            let message = format!("{words} words and {params} groups do not make {n} x {k} in groups of {group_size}");
+            return Err(Error::new(ErrorKind::InvalidTensor, message));
+        }
+        Ok(Self { n, k, group_size, qweight, group_params, offset })
+    }
+
+    /// Scale and offset of group `group` of row `row`.
+    ///
+    /// # Panics
+    /// If the row or group is out of range.
+    pub fn group(&self, row: usize, group: usize) -> (f16, f16) {
+        assert!(group < self.groups(), "group out of range");
+        unpack_params(self.group_params[row * self.groups() + group])
+    }
+
+    /// The code (0 to 15) of input feature `col` of row `row`.
+    ///
+    /// # Panics
+    /// If the row or column is out of range.
+    pub fn code(&self, row: usize, col: usize) -> u8 {
+        assert!(col < self.k, "column out of range");
+        (self.qweight[row * (self.k / 8) + col / 8] >> (4 * (col % 8)) & 15) as u8
+    }
+
+    /// Writes the weights of row `row` to `out`, k elements, each exactly the half-precision value of the peer.
+    ///
+    /// # Panics
+    /// If the row is out of range or `out` is not `k` long.
+    pub fn dequantize_row(&self, row: usize, out: &mut [f32]) {
+        assert_eq!(out.len(), self.k, "a row has k elements");
+        let words = &self.qweight[row * (self.k / 8)..][..self.k / 8];
+        let params = &self.group_params[row * self.groups()..][..self.groups()];
+        for ((out, words), &params) in
+            out.chunks_exact_mut(self.group_size).zip(words.chunks_exact(self.group_size / 8)).zip(params)
+        {
+            let table = weight_table(params, self.offset);
+            for (out, &word) in out.chunks_exact_mut(8).zip(words) {
+                for (t, out) in out.iter_mut().enumerate() {
+                    *out = table[(word >> (4 * t) & 15) as usize];
+                }
+            }
+        }
+    }
+
+    /// The sixteen weights that the codes of group `group` of row `row` can stand for.
+    ///
+    /// # Panics
+    /// If the row or group is out of range.
+    pub fn group_table(&self, row: usize, group: usize) -> [f32; 16] {
+        assert!(group < self.groups(), "group out of range");
+        weight_table(self.group_params[row * self.groups() + group], self.offset)
+    }
+}
+
+/// The weights of codes 0 to 15, rounded to half precision.
+fn weight_table(params: u32, offset: Offset) -> [f32; 16] {
+    let (s, o) = unpack_params(params);
+    let (s, o) = (s.to_f32(), o.to_f32());
+    std::array::from_fn(|q| {
+        let q = q as f32;
+        let exact = match offset {
+            Offset::Zero => (q - o) * s,
+            Offset::Bias => q * s + o,
+        };
+        f16::from_f32(exact).to_f32()
+    })
+}
+
+/// Scale and offset as one word of [`W4Matrix::group_params`].
+pub(crate) fn pack_params(scale: f16, offset: f16) -> u32 {
+    u32::from(scale.to_bits()) | u32::from(offset.to_bits()) << 16
+}
+
+fn unpack_params(word: u32) -> (f16, f16) {
+    (f16::from_bits(word as u16), f16::from_bits((word >> 16) as u16))
+}
+
+/// Reads scales or biases, F16 or BF16, as finite f16 values in file order.
+///
+/// bfloat16 values that leave the range of half precision are an error; those below its smallest step become zero.
+pub(crate) fn read_f16(tensor: &TensorView) -> Result<Vec<f16>> {
+    let pairs = tensor.bytes.chunks_exact(2).map(|b| [b[0], b[1]]);
+    let values: Vec<f16> = match tensor.dtype {
+        Dtype::F16 => pairs.map(f16::from_le_bytes).collect(),
+        Dtype::BF16 => pairs.map(|b| f16::from_f32(bf16::from_le_bytes(b).to_f32())).collect(),
+        other => return Err(tensor.error(format!("expected dtype F16 or BF16, found {other}"))),
+    };
+    if let Some(i) = values.iter().position(|v| !v.is_finite()) {
+        let found = match tensor.dtype {
+            Dtype::BF16 => bf16::from_le_bytes([tensor.bytes[2 * i], tensor.bytes[2 * i + 1]]).to_f32(),
+            _ => values[i].to_f32(),
+        };
+        return Err(tensor.error(format!("expected finite half-precision values, found {found} at element {i}")));
+    }
+    Ok(values)
+}
+
+/// Gives the pages of packed tensors back once they have been repacked.
+pub(crate) fn release(tensors: &[&TensorView]) {
+    tensors.iter().map(|tensor| &tensor.bytes).for_each(Bytes::release);
+}
