@@ -148,6 +148,14 @@ impl Rope {
         Ok(Self { rotary_dim: head_dim, theta, scaling })
     }
 
+    /// Positions the rotation is meant for, given the `max_position_embeddings` of the configuration.
+    pub fn positions(&self, max_position_embeddings: usize) -> usize {
+        match self.scaling {
+            RopeScaling::Dynamic { factor, original } => (original * factor) as usize,
+            _ => max_position_embeddings,
+        }
+    }
+
     /// Whether rows depend on the length of the sequence and not on the position alone.
     pub fn depends_on_length(&self) -> bool {
         matches!(self.scaling, RopeScaling::Dynamic { .. })

@@ -93,7 +93,8 @@ impl Session {
     /// [`ErrorKind::InvalidInput`] for a zero capacity, [`ErrorKind::OutOfMemory`] naming the needed bytes if the
     /// context doesn't fit, or a device error.
     pub fn new(model: &Arc<Model>, options: &SessionOptions) -> Result<Self> {
-        let trained = u32::try_from(model.config().max_position_embeddings).unwrap_or(u32::MAX);
+        let config = model.config();
+        let trained = u32::try_from(config.rope.positions(config.max_position_embeddings)).unwrap_or(u32::MAX);
         let context = options.context.unwrap_or(trained.min(DEFAULT_CONTEXT));
         let chunk = options.chunk.unwrap_or(DEFAULT_CHUNK).min(context);
         for (name, value) in [("context", context), ("chunk", chunk), ("threads", options.threads.unwrap_or(1) as u32)]

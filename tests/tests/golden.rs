@@ -1,0 +1,179 @@
+//! Checkpoints written by other people's software, against the numbers that software computed.
+//!
+//! Every prompt's last-position logits on the CPU and on every GPU adapter in each variant, and 32 greedy tokens on
+//! the CPU. `reference/reference.json` in each folder holds the numbers and says how they were made.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use awqua::backend::KvType;
+use awqua::{BackendChoice, CancelToken, GenerateOptions, LoadOptions, Model, Sampling, Session, SessionOptions};
+use serde_json::Value;
+
+const FORMATS: &[&str] = &[
+    "autoawq-gemm-g64",
+    "autoawq-gemv-g32",
+    "autoawq-gemv-g64",
+    "autoawq-gemv_fast-g64",
+    "ct-asym-channel",
+    "ct-asym-g64",
+    "ct-sym-g64",
+    "fp16",
+];
+
+const ARCHS: &[&str] = &[
+    "llama-dynamic",
+    "llama-linear",
+    "llama-llama3rope",
+    "llama-llama3rope-awq-gemm-g64",
+    "llama-llama3rope-ct-asym-g32",
+    "llama-tied-mha",
+    "llama-yarn",
+    "mistral",
+    "mistral-awq-gemm-g64",
+    "mistral-ct-asym-g32",
+    "qwen2",
+    "qwen2-awq-gemm-g64",
+    "qwen2-ct-asym-g32",
+    "qwen2-window",
+    "qwen3",
+    "qwen3-awq-gemm-g64",
+    "qwen3-ct-asym-g32",
+];
+
+/// Greedy choices closer than this can go either way within rounding, so they prove nothing.
+const DECIDED: f64 = 1e-3;
+
+fn folders() -> Vec<PathBuf> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures");
+    let formats = FORMATS.iter().map(|name| root.join("formats").join(name));
+    formats.chain(ARCHS.iter().map(|name| root.join("arch").join(name))).collect()
+}
+
+fn reference(folder: &Path) -> Value {
+    let path = folder.join("reference/reference.json");
+    serde_json::from_slice(&std::fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))).unwrap()
+}
+
+fn ids(value: &Value) -> Vec<u32> {
+    value.as_array().unwrap().iter().map(|v| v.as_u64().unwrap() as u32).collect()
+}
+
+/// Largest difference of last-position logits over all prompts, as a share of the largest logit.
+fn worst_logits(model: &Arc<Model>, reference: &Value, options: &SessionOptions) -> f32 {
+    let mut session = Session::new(model, options).unwrap();
+    let mut worst = 0.0f32;
+    for prompt in reference["prompts"].as_array().unwrap() {
+        session.reset();
+        session.set_prompt(&ids(&prompt["input_ids"]), &CancelToken::default()).unwrap();
+        let expected: Vec<f32> =
+            prompt["last_logits"].as_array().unwrap().iter().map(|v| v.as_f64().unwrap() as f32).collect();
+        let found = session.logits().unwrap();
+        assert_eq!(found.len(), expected.len());
+        let scale = expected.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+        for (f, e) in found.iter().zip(&expected) {
+            assert!(f.is_finite());
+            worst = worst.max((f - e).abs() / scale);
+        }
+    }
+    worst
+}
+
+#[test]
+fn cpu_logits_match_the_peer() {
+    let options = LoadOptions { backend: BackendChoice::Cpu, ..Default::default() };
+    for folder in folders() {
+        let model = Model::open(&folder, &options).unwrap();
+        let reference = reference(&folder);
+        let name = folder.file_name().unwrap().to_string_lossy().into_owned();
+        // A chunk that divides no prompt, and whole prompts, must give the same.
+        for (kv_type, chunk, bound) in
+            [(KvType::F32, None, 2e-3), (KvType::F32, Some(7), 2e-3), (KvType::F16, None, 5e-3)]
+        {
+            let session = SessionOptions { kv_type: Some(kv_type), chunk, threads: Some(2), ..Default::default() };
+            let worst = worst_logits(&model, &reference, &session);
+            println!("{name} cpu {kv_type:?} chunk {chunk:?}: {worst:.1e}");
+            assert!(worst <= bound, "{name} {kv_type:?} chunk {chunk:?}: {worst:e}");
+        }
+    }
+}
+
+#[test]
+fn cpu_greedy_tokens_match_the_peer() {
+    let options = LoadOptions { backend: BackendChoice::Cpu, ..Default::default() };
+    let mut compared = 0;
+    for folder in folders() {
+        let model = Model::open(&folder, &options).unwrap();
+        let reference = reference(&folder);
+        let mut session = Session::new(&model, &SessionOptions { threads: Some(2), ..Default::default() }).unwrap();
+        for prompt in reference["prompts"].as_array().unwrap() {
+            if prompt["greedy32_min_gap"].as_f64().unwrap() <= DECIDED {
+                continue;
+            }
+            let generate = GenerateOptions {
+                max_tokens: 32,
+                sampling: Sampling::greedy(),
+                ignore_eos: true,
+                ..Default::default()
+            };
+            let found = session
+                .generate(&ids(&prompt["input_ids"]), &generate, &mut |_| std::ops::ControlFlow::Continue(()))
+                .unwrap();
+            assert_eq!(found.ids, ids(&prompt["greedy32_ids"]), "{}", folder.display());
+            compared += 1;
+        }
+    }
+    assert!(compared > 2 * (FORMATS.len() + ARCHS.len()), "only {compared} prompts were decided");
+}
+
+#[test]
+fn cpu_likelihoods_match_the_peer() {
+    let options = LoadOptions { backend: BackendChoice::Cpu, ..Default::default() };
+    for folder in folders() {
+        let model = Model::open(&folder, &options).unwrap();
+        let reference = reference(&folder);
+        let ids = ids(&reference["nll"]["input_ids"]);
+        let mut session = Session::new(
+            &model,
+            &SessionOptions { threads: Some(2), context: Some(ids.len() as u32), ..Default::default() },
+        )
+        .unwrap();
+        let mut nll = 0.0;
+        session
+            .score(&ids, &CancelToken::default(), &mut |position, logits| {
+                if let Some(&next) = ids.get(position + 1) {
+                    let max = logits.iter().fold(f32::NEG_INFINITY, |m, &l| m.max(l));
+                    let sum: f64 = logits.iter().map(|&l| f64::from(l - max).exp()).sum();
+                    nll += sum.ln() - f64::from(logits[next as usize] - max);
+                }
+            })
+            .unwrap();
+        let found = nll / (ids.len() - 1) as f64;
+        let expected = reference["nll"]["mean_nll"].as_f64().unwrap();
+        assert!((found - expected).abs() < 1e-3, "{}: {found} != {expected}", folder.display());
+    }
+}
+
+#[cfg(feature = "wgpu")]
+#[test]
+fn gpu_logits_match_the_peer() {
+    let adapters = awqua::backend::wgpu::adapters();
+    if adapters.is_empty() {
+        assert!(std::env::var_os("AWQUA_REQUIRE_GPU").is_none(), "AWQUA_REQUIRE_GPU is set and there is no adapter");
+        println!("skipped: no GPU adapter");
+        return;
+    }
+    for adapter in adapters {
+        for portable_kernels in [false, true] {
+            let options =
+                LoadOptions { backend: BackendChoice::Wgpu, device: Some(adapter.name.clone()), portable_kernels };
+            for folder in folders() {
+                let model = Model::open(&folder, &options).unwrap();
+                let worst = worst_logits(&model, &reference(&folder), &SessionOptions::default());
+                let name = folder.file_name().unwrap().to_string_lossy().into_owned();
+                println!("{name} {} portable {portable_kernels}: {worst:.1e}", adapter.name);
+                assert!(worst <= 1e-2, "{name} on {} portable {portable_kernels}: {worst:e}", adapter.name);
+            }
+        }
+    }
+}
