@@ -303,8 +303,11 @@ unsafe fn dot_tile_avx512<const R: usize, const C: usize>(
         let mask: __mmask16 = if k - i >= 16 { !0 } else { (1 << (k - i)) - 1 };
         // SAFETY: masked lanes are not accessed, the others lie before `k` of rows that the caller promises.
         unsafe {
-            let xs: [__m512; C] =
-                std::array::from_fn(|c| _mm512_maskz_loadu_ps(mask, x.as_ptr().add(c * stride_x + i)));
+            // Not `array::from_fn`: a closure with vector features is not inlined into a function without them.
+            let mut xs = [_mm512_setzero_ps(); C];
+            for (c, xs) in xs.iter_mut().enumerate() {
+                *xs = _mm512_maskz_loadu_ps(mask, x.as_ptr().add(c * stride_x + i));
+            }
             for r in 0..R {
                 let w = _mm512_maskz_loadu_ps(mask, w.as_ptr().add(r * stride_w + i));
                 for c in 0..C {
