@@ -90,3 +90,87 @@ impl Rng {
         (0..n).map(|_| if self.below(50) == 0 { self.range(-500.0, 500.0) } else { self.range(-1.0, 1.0) }).collect()
     }
 }
+
+impl Expected {
+    /// f32 words within `tolerance` of `values`; NaN stands for NaN.
+    pub fn close(binding: u32, values: Vec<f32>, tolerance: Vec<f32>) -> Self {
+        Self { binding, values: Values::F32(values), tolerance, rms: 0.0 }
+    }
+
+    /// f32 words within `relative` times the largest finite magnitude of `values`.
+    pub fn near(binding: u32, values: Vec<f32>, relative: f32) -> Self {
+        let largest = values.iter().filter(|v| v.is_finite()).fold(0.0_f32, |m, v| m.max(v.abs()));
+        let tolerance = vec![relative * largest; values.len()];
+        Self::close(binding, values, tolerance)
+    }
+
+    /// Words that have exactly these bits.
+    pub fn exact(binding: u32, words: Vec<u32>) -> Self {
+        Self { binding, values: Values::U32(words), tolerance: Vec::new(), rms: 0.0 }
+    }
+
+    /// Differences between the words of the buffer after a run and what is expected; `None` if all is well.
+    pub fn mismatch(&self, words: &[u32]) -> Option<String> {
+        let found: Vec<f32> = match &self.values {
+            Values::U32(expected) => {
+                let at = expected.iter().zip(words).position(|(e, w)| e != w)?;
+                return Some(format!(
+                    "binding {}, word {at}: expected {:#x}, found {:#x}",
+                    self.binding, expected[at], words[at]
+                ));
+            }
+            Values::F32(_) => words.iter().map(|&word| f32::from_bits(word)).collect(),
+            Values::F16(_) => unpack_halves(words),
+        };
+        let (Values::F32(expected) | Values::F16(expected)) = &self.values else { return None };
+        if found.len() != expected.len() {
+            return Some(format!("binding {}: {} values, expected {}", self.binding, found.len(), expected.len()));
+        }
+        let (mut error_squares, mut squares) = (0.0_f64, 0.0_f64);
+        for (at, (&e, &f)) in expected.iter().zip(&found).enumerate() {
+            if e.is_nan() && f.is_nan() {
+                continue;
+            }
+            let error = (e - f).abs();
+            let allowed = self.tolerance[at];
+            if error.is_nan() || error > allowed {
+                return Some(format!(
+                    "binding {}, value {at}: expected {e}, found {f}, allowed difference {allowed}",
+                    self.binding
+                ));
+            }
+            error_squares += f64::from(error).powi(2);
+            squares += f64::from(e).powi(2);
+        }
+        let rms = (error_squares / squares.max(f64::MIN_POSITIVE)).sqrt() as f32;
+        (self.rms > 0.0 && rms > self.rms)
+            .then(|| format!("binding {}: relative rms difference {rms}, allowed {}", self.binding, self.rms))
+    }
+}
+
+/// The words of f32 values.
+pub fn words(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|v| v.to_bits()).collect()
+}
+
+/// `n` f32 outputs before a run.
+pub fn poisoned(n: usize) -> Vec<f32> {
+    vec![f32::from_bits(POISON); n]
+}
+
+/// Words of values rounded to half precision, the first of a pair in the low half; an odd last pair is filled with 0.
+pub fn pack_halves(values: &[f32]) -> Vec<u32> {
+    let bits = |v: f32| u32::from(half::f16::from_f32(v).to_bits());
+    values.chunks(2).map(|pair| bits(pair[0]) | pair.get(1).map_or(0, |&v| bits(v) << 16)).collect()
+}
+
+/// Values of half precision pairs.
+pub fn unpack_halves(words: &[u32]) -> Vec<f32> {
+    let half = |bits: u32| half::f16::from_bits(bits as u16).to_f32();
+    words.iter().flat_map(|&word| [half(word), half(word >> 16)]).collect()
+}
+
+/// Bytes of the 32-bit words of buffers.
+pub fn word_bytes(words: u64) -> u64 {
+    4 * words
+}
