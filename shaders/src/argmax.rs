@@ -62,7 +62,7 @@ pub fn key_score(key: u32) -> f32 {
 pub fn reference(params: &Params, scores: &[f32]) -> Vec<[u32; 2]> {
     let scores = &scores[params.offset as usize..][..params.n as usize];
     let keyed: Vec<[u32; 2]> = scores.iter().zip(0..).map(|(&score, id)| [sort_key(score), id]).collect();
-    keyed.chunks(BLOCK as usize).map(|block| best(block)).collect()
+    keyed.chunks(BLOCK as usize).map(best).collect()
 }
 
 /// The first of candidates: largest key, then lowest id.
