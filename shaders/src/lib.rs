@@ -1,1 +1,383 @@
-//! wip
+//! WGSL compute kernels of Awqua, each with a CPU twin; knows no GPU API.
+//!
+//! One kernel is one stem: `gemv_w4.wgsl` is the shader body and `gemv_w4.rs` its twin, with the `Params` block, the
+//! dispatch `grid`, a naive `reference`, the `cost` and the trials that compare the two. [`compose`] concatenates a
+//! body with the preludes of a [`Variant`]; [`catalogue`] holds what naga reflects from the result (bindings,
+//! workgroup size and memory, parameter offsets) and is the only list of bindings a backend needs.
+//!
+//! Rules every kernel follows:
+//! - group 0; binding 0 is the uniform `params`, binding 1 the uniform [`Step`] where the kernel has one, storage
+//!   buffers from binding 2 on;
+//! - entry point [`ENTRY_POINT`]; activations are f32, row-major, with strides and offsets in elements;
+//! - workgroup index `x + y * num_workgroups.x` numbers blocks of outputs, `z` numbers token rows;
+//! - products are accumulated in f32 in every variant.
+
+use bytemuck::{Pod, Zeroable};
+
+/// Declares a uniform block: a `repr(C)` struct whose size is a multiple of 16 bytes, and the list of its fields.
+macro_rules! params {
+    ($(#[$doc:meta])* $name:ident { $($(#[$field_doc:meta])* $field:ident: $type:ty,)* }) => {
+        $(#[$doc])*
+        #[repr(C)]
+        #[derive(Debug, Clone, Copy, PartialEq, Default, bytemuck::Pod, bytemuck::Zeroable)]
+        pub struct $name { $($(#[$field_doc])* pub $field: $type,)* }
+
+        impl $name {
+            /// Name and byte offset of every field, in order.
+            pub const FIELDS: &'static [$crate::Field] = &[$($crate::Field {
+                name: stringify!($field),
+                offset: std::mem::offset_of!($name, $field) as u32,
+            }),*];
+        }
+
+        const _: () = assert!(std::mem::size_of::<$name>() % 16 == 0, "uniform blocks are whole 16-byte units");
+    };
+}
+
+pub mod argmax;
+pub mod argmax_reduce;
+pub mod attention;
+pub mod attention_reduce;
+pub mod catalogue;
+pub mod embed;
+pub mod gemm_dense;
+pub mod gemm_w4;
+pub mod gemv_dense;
+pub mod gemv_w4;
+pub mod head_norm;
+pub mod penalize;
+pub mod rms_norm;
+pub mod rope_append;
+pub mod sample;
+pub mod silu_mul;
+pub mod top_k;
+pub mod trial;
+
+pub use trial::{Rng, Trial};
+
+/// Name of the entry point of every kernel.
+pub const ENTRY_POINT: &str = "main";
+
+/// Most workgroups of one dispatch dimension.
+pub const MAX_GROUPS: u32 = 65_535;
+
+/// Output `o += ...` instead of `o = ...` (bit of a matmul's `flags`).
+pub const FLAG_ACCUMULATE: u32 = 1;
+/// The bias buffer is added (bit of a matmul's `flags`).
+pub const FLAG_BIAS: u32 = 2;
+/// Group offsets are biases (w = q * s + o) instead of zero points (w = (q - o) * s) (bit of a matmul's `flags`).
+pub const FLAG_OFFSET_IS_BIAS: u32 = 4;
+
+params! {
+    /// Uniform at binding 1, written once a run.
+    Step {
+        /// Tokens of the step.
+        n_tokens: u32,
+        /// Position of the first token.
+        position: u32,
+        /// First token row that produces logits.
+        logits_start: u32,
+        /// Number of token rows that produce logits.
+        logits_rows: u32,
+    }
+}
+
+/// Which rows a kernel reads and writes: the `row_mode` of its parameters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[repr(u32)]
+pub enum RowMode {
+    /// Rows 0..n_tokens in and out.
+    All = 0,
+    /// Rows logits_start.. in, rows 0.. out, logits_rows of them.
+    Logits = 1,
+    /// Rows 0..logits_rows in and out.
+    Compacted = 2,
+}
+
+impl RowMode {
+    /// Number of rows of a step; the `rows` argument of the `grid` functions.
+    pub fn count(self, step: &Step) -> u32 {
+        if self == Self::All { step.n_tokens } else { step.logits_rows }
+    }
+
+    /// Input row of output row `row`.
+    pub fn input_row(self, step: &Step, row: u32) -> u32 {
+        if self == Self::Logits { step.logits_start + row } else { row }
+    }
+
+    /// The mode with this number, `All` for an unknown one.
+    pub fn from_u32(mode: u32) -> Self {
+        match mode {
+            1 => Self::Logits,
+            2 => Self::Compacted,
+            _ => Self::All,
+        }
+    }
+}
+
+/// Element type that a W4 matmul dequantises and multiplies in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Elem {
+    /// Single precision; runs everywhere.
+    F32,
+    /// Half precision; needs the device feature.
+    F16,
+}
+
+/// How the invocations of a workgroup combine their sums.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Reduce {
+    /// A tree in workgroup memory; runs everywhere.
+    Workgroup,
+    /// Subgroup operations, then workgroup memory; needs the device feature.
+    Subgroup,
+}
+
+/// Element type of a dense weight.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Dense {
+    /// Half precision, two to a word, the first in the low half.
+    F16,
+    /// bfloat16, two to a word, the first in the low half.
+    BF16,
+    /// Single precision bits.
+    F32,
+}
+
+impl Dense {
+    /// Elements of one 32-bit word.
+    pub const fn per_word(self) -> u32 {
+        match self {
+            Self::F16 | Self::BF16 => 2,
+            Self::F32 => 1,
+        }
+    }
+
+    /// Value of element `index` of a row of words.
+    pub fn element(self, words: &[u32], index: usize) -> f32 {
+        let half = |word: u32| (word >> (16 * (index % 2))) as u16;
+        match self {
+            Self::F16 => half::f16::from_bits(half(words[index / 2])).to_f32(),
+            Self::BF16 => half::bf16::from_bits(half(words[index / 2])).to_f32(),
+            Self::F32 => f32::from_bits(words[index]),
+        }
+    }
+}
+
+/// Element type of the KV cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Kv {
+    /// Half precision, two to a word, the even element in the low half.
+    F16,
+    /// Single precision bits.
+    F32,
+}
+
+impl Kv {
+    /// Elements of one 32-bit word.
+    pub const fn per_word(self) -> u32 {
+        match self {
+            Self::F16 => 2,
+            Self::F32 => 1,
+        }
+    }
+}
+
+/// A choice on every axis; a kernel ignores the axes it does not have ([`Kernel::canonical`]).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Variant {
+    /// Element type of W4 matmuls.
+    pub elem: Elem,
+    /// Reduction of a workgroup.
+    pub reduce: Reduce,
+    /// Element type of dense weights.
+    pub dense: Dense,
+    /// Element type of the KV cache.
+    pub kv: Kv,
+}
+
+impl Default for Variant {
+    /// What runs on every device, with half precision storage.
+    fn default() -> Self {
+        Self { elem: Elem::F32, reduce: Reduce::Workgroup, dense: Dense::F16, kv: Kv::F16 }
+    }
+}
+
+/// Name and byte offset of a field of a uniform block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Field {
+    /// Field name, the same in WGSL and Rust.
+    pub name: &'static str,
+    /// Bytes from the start of the block.
+    pub offset: u32,
+}
+
+/// A piece of WGSL in front of a body. The axis preludes are one of several files that define the same names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Prelude {
+    /// The `step` uniform and the row mapping.
+    Step,
+    /// Axis [`Elem`]: `Elem` and the dot product of packed codes.
+    Elem,
+    /// Axis [`Reduce`]: sums over a workgroup of `WG` invocations.
+    Reduce,
+    /// Axis [`Dense`]: decoding of dense words.
+    Dense,
+    /// Axis [`Kv`]: packing of cache words.
+    Kv,
+    /// Group parameters of the canonical 4-bit layout.
+    W4,
+    /// The tiled matrix product, given `weights8`.
+    Gemm,
+    /// Total order of scores with their ids.
+    Order,
+}
+
+/// A kernel: its body, the preludes it needs and the numbers shared with its twin.
+#[derive(Debug)]
+pub struct Kernel {
+    /// Stem of its files.
+    pub name: &'static str,
+    /// WGSL without preludes.
+    pub body: &'static str,
+    /// Preludes in order.
+    pub preludes: &'static [Prelude],
+    /// Numbers that the twin owns, emitted as `const NAME: u32 = value;`. `WG` is the workgroup size.
+    pub constants: &'static [(&'static str, u32)],
+    /// Fields of the uniform at binding 0.
+    pub params: &'static [Field],
+    /// Random runs of every case with the outcome the twin expects.
+    pub trials: fn(Variant, &mut Rng) -> Vec<Trial>,
+}
+
+impl Kernel {
+    /// What naga reflected from the kernel.
+    pub fn catalogue(&self) -> &'static catalogue::Entry {
+        catalogue::ENTRIES.iter().find(|entry| entry.name == self.name).expect("a test compares the catalogue with ALL")
+    }
+
+    /// The variant with every axis this kernel does not have at its default, so that equal shaders compare equal.
+    pub fn canonical(&self, variant: Variant) -> Variant {
+        let has = |prelude| self.preludes.contains(&prelude);
+        let base = Variant::default();
+        Variant {
+            elem: if has(Prelude::Elem) { variant.elem } else { base.elem },
+            reduce: if has(Prelude::Reduce) { variant.reduce } else { base.reduce },
+            dense: if has(Prelude::Dense) { variant.dense } else { base.dense },
+            kv: if has(Prelude::Kv) { variant.kv } else { base.kv },
+        }
+    }
+
+    /// Every distinct variant of this kernel.
+    pub fn variants(&self) -> Vec<Variant> {
+        let mut all = Vec::new();
+        for elem in [Elem::F32, Elem::F16] {
+            for reduce in [Reduce::Workgroup, Reduce::Subgroup] {
+                for dense in [Dense::F16, Dense::BF16, Dense::F32] {
+                    for kv in [Kv::F16, Kv::F32] {
+                        all.push(self.canonical(Variant { elem, reduce, dense, kv }));
+                    }
+                }
+            }
+        }
+        all.sort();
+        all.dedup();
+        all
+    }
+
+    /// Name with the axes the kernel has, such as `gemv_w4-f16-subgroup`.
+    pub fn label(&self, variant: Variant) -> String {
+        let mut label = self.name.to_owned();
+        for prelude in self.preludes {
+            label += match (prelude, variant) {
+                (Prelude::Elem, Variant { elem: Elem::F32, .. }) => "-f32",
+                (Prelude::Elem, Variant { elem: Elem::F16, .. }) => "-f16",
+                (Prelude::Reduce, Variant { reduce: Reduce::Workgroup, .. }) => "-workgroup",
+                (Prelude::Reduce, Variant { reduce: Reduce::Subgroup, .. }) => "-subgroup",
+                (Prelude::Dense, Variant { dense: Dense::F16, .. }) => "-wf16",
+                (Prelude::Dense, Variant { dense: Dense::BF16, .. }) => "-wbf16",
+                (Prelude::Dense, Variant { dense: Dense::F32, .. }) => "-wf32",
+                (Prelude::Kv, Variant { kv: Kv::F16, .. }) => "-kvf16",
+                (Prelude::Kv, Variant { kv: Kv::F32, .. }) => "-kvf32",
+                _ => "",
+            };
+        }
+        label
+    }
+}
+
+/// Every kernel.
+pub static ALL: [&Kernel; 16] = [
+    &embed::KERNEL,
+    &rms_norm::KERNEL,
+    &head_norm::KERNEL,
+    &gemv_w4::KERNEL,
+    &gemm_w4::KERNEL,
+    &gemv_dense::KERNEL,
+    &gemm_dense::KERNEL,
+    &rope_append::KERNEL,
+    &attention::KERNEL,
+    &attention_reduce::KERNEL,
+    &silu_mul::KERNEL,
+    &penalize::KERNEL,
+    &argmax::KERNEL,
+    &argmax_reduce::KERNEL,
+    &top_k::KERNEL,
+    &sample::KERNEL,
+];
+
+/// The complete WGSL of a kernel: constants, preludes of the variant, body.
+pub fn compose(kernel: &Kernel, variant: Variant) -> String {
+    let variant = kernel.canonical(variant);
+    let mut source = String::new();
+    if variant.elem == Elem::F16 {
+        source += "enable f16;\n";
+    }
+    for (name, value) in kernel.constants {
+        source += &format!("const {name}: u32 = {value}u;\n");
+    }
+    for prelude in kernel.preludes {
+        source += match (prelude, variant) {
+            (Prelude::Step, _) => include_str!("prelude/step.wgsl"),
+            (Prelude::Elem, Variant { elem: Elem::F32, .. }) => include_str!("prelude/elem_f32.wgsl"),
+            (Prelude::Elem, Variant { elem: Elem::F16, .. }) => include_str!("prelude/elem_f16.wgsl"),
+            (Prelude::Reduce, Variant { reduce: Reduce::Workgroup, .. }) => {
+                include_str!("prelude/reduce_workgroup.wgsl")
+            }
+            (Prelude::Reduce, Variant { reduce: Reduce::Subgroup, .. }) => include_str!("prelude/reduce_subgroup.wgsl"),
+            (Prelude::Dense, Variant { dense: Dense::F16, .. }) => include_str!("prelude/dense_f16.wgsl"),
+            (Prelude::Dense, Variant { dense: Dense::BF16, .. }) => include_str!("prelude/dense_bf16.wgsl"),
+            (Prelude::Dense, Variant { dense: Dense::F32, .. }) => include_str!("prelude/dense_f32.wgsl"),
+            (Prelude::Kv, Variant { kv: Kv::F16, .. }) => include_str!("prelude/kv_f16.wgsl"),
+            (Prelude::Kv, Variant { kv: Kv::F32, .. }) => include_str!("prelude/kv_f32.wgsl"),
+            (Prelude::W4, _) => include_str!("prelude/w4.wgsl"),
+            (Prelude::Gemm, _) => include_str!("prelude/gemm.wgsl"),
+            (Prelude::Order, _) => include_str!("prelude/order.wgsl"),
+        };
+    }
+    source + kernel.body
+}
+
+/// What one dispatch moves and computes at least.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Cost {
+    /// Bytes of device memory, each distinct one counted once.
+    pub bytes: u64,
+    /// Multiplications and additions.
+    pub flops: u64,
+}
+
+/// Dispatch of `blocks` workgroups for each of `rows` rows: blocks over x and y, rows over z. The last y line may be
+/// ragged; kernels check their block number.
+pub fn grid(blocks: u32, rows: u32) -> [u32; 3] {
+    let lines = blocks.div_ceil(MAX_GROUPS).max(1);
+    [blocks.div_ceil(lines), lines, rows]
+}
+
+/// The bytes of a uniform block.
+pub fn uniform_bytes<T: Pod + Zeroable>(block: &T) -> &[u8] {
+    bytemuck::bytes_of(block)
+}
+
+#[cfg(test)]
+mod tests;

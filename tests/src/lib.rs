@@ -1,1 +1,3 @@
-//! wip
+//! Shared parts of the workspace tests.
+
+pub mod oracle;

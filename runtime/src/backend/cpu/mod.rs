@@ -105,7 +105,7 @@ fn zeros<T: Clone + Default>(n: Option<usize>, what: &str) -> Result<Vec<T>> {
 }
 
 /// Bytes of memory this system could still provide, where it says so.
-fn available_memory() -> Option<u64> {
+pub(in crate::backend) fn available_memory() -> Option<u64> {
     let info = std::fs::read_to_string("/proc/meminfo").ok()?;
     let kib = |key: &str| {
         info.lines().find_map(|l| l.strip_prefix(key)?.trim().strip_suffix("kB")?.trim().parse::<u64>().ok())

@@ -1,1 +1,119 @@
-//! Any GPU through wgpu.
+//! Any GPU through wgpu: Vulkan, Metal or Direct3D 12.
+//!
+//! `device` opens an adapter and turns its failures into errors, `pipelines` compiles kernels, `weights` lays matrices
+//! out, `memory` is what a session holds there,
+//! `plan` turns a program into bind groups and uniform blocks once, `run` encodes and submits one step of it,
+//! and `sampling` picks tokens without reading logits back. `selftest` decides which kernel variants can be trusted.
+
+use std::sync::Arc;
+
+use awqua_shaders::{Elem, Reduce};
+
+use super::{Backend, BackendInfo, KvType, Program, Runner, RunnerConfig, WeightId};
+use crate::error::{Error, ErrorKind, Result};
+use crate::tensor::Weight;
+
+mod device;
+mod memory;
+mod pipelines;
+mod plan;
+mod readback;
+mod run;
+mod sampling;
+mod selftest;
+mod weights;
+
+pub use device::{AdapterSummary, adapters};
+
+use device::Gpu;
+use pipelines::Pipelines;
+use weights::GpuWeight;
+
+/// What to open and which kernel variants to allow.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct WgpuOptions {
+    /// Part of the adapter's name, or its number in [`adapters`]; `None` takes the preferred one.
+    pub device: Option<String>,
+    /// Compute in single precision even where half precision is offered.
+    pub force_f32: bool,
+    /// Do without subgroup operations even where they are offered.
+    pub force_no_subgroup: bool,
+    /// Bytes of a buffer that kernels may see at once, if less than the device allows; splits weights accordingly.
+    pub limit_binding: Option<u64>,
+}
+
+/// Opens the adapter that `options` name, or the preferred one, and checks its arithmetic.
+///
+/// # Errors
+/// [`ErrorKind::NoDevice`] if no adapter fits, [`ErrorKind::Device`] if its driver fails or computes wrongly.
+pub fn open(options: &WgpuOptions) -> Result<Box<dyn Backend>> {
+    Ok(Box::new(WgpuBackend::open(options)?))
+}
+
+/// The weights of one model on one GPU.
+pub struct WgpuBackend {
+    gpu: Gpu,
+    pipelines: Pipelines,
+    elem: Elem,
+    reduce: Reduce,
+    variant: String,
+    weights: Vec<GpuWeight>,
+    weight_bytes: u64,
+}
+
+impl WgpuBackend {
+    /// As [`open`].
+    ///
+    /// # Errors
+    /// As [`open`].
+    pub fn open(options: &WgpuOptions) -> Result<Self> {
+        let gpu = Gpu::open(options)?;
+        let pipelines = Pipelines::default();
+        let choice = selftest::choose(&gpu, &pipelines, options)?;
+        Ok(Self {
+            gpu,
+            pipelines,
+            elem: choice.elem,
+            reduce: choice.reduce,
+            variant: choice.reason,
+            weights: Vec::new(),
+            weight_bytes: 0,
+        })
+    }
+
+    /// Destroys the device and frees its memory at once; the sessions on it fail with [`ErrorKind::DeviceLost`].
+    pub fn destroy(&self) {
+        self.gpu.device.destroy();
+    }
+
+    fn weight(&self, id: WeightId) -> Result<&GpuWeight> {
+        self.weights
+            .get(id.0 as usize)
+            .ok_or_else(|| Error::new(ErrorKind::InvalidInput, format!("the backend holds no weight {}", id.0)))
+    }
+}
+
+impl Backend for WgpuBackend {
+    fn info(&self) -> BackendInfo {
+        BackendInfo {
+            backend: "wgpu",
+            device: format!("{} ({})", self.gpu.summary.name, self.gpu.summary.api),
+            variant: self.variant.clone(),
+            default_kv: KvType::F16,
+            weight_bytes: self.weight_bytes,
+        }
+    }
+
+    fn upload(&mut self, name: &str, weight: Weight) -> Result<WeightId> {
+        let id = u32::try_from(self.weights.len())
+            .map_err(|_| Error::new(ErrorKind::Unsupported, "too many weights".to_owned()))?;
+        let (weight, bytes) = weights::upload(&self.gpu, name, &weight)?;
+        self.weights.push(weight);
+        self.weight_bytes += bytes;
+        Ok(WeightId(id))
+    }
+
+    fn runner(self: Arc<Self>, program: &Arc<Program>, config: &RunnerConfig) -> Result<Box<dyn Runner>> {
+        Ok(Box::new(run::WgpuRunner::new(self, program, config)?))
+    }
+}

@@ -1,0 +1,120 @@
+//! Compute pipelines, made when first asked for; layouts come from the kernel catalogue alone.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+
+use awqua_shaders::catalogue::{Binding, BindingKind};
+use awqua_shaders::{ENTRY_POINT, Kernel, Variant, compose};
+
+use super::device::{Gpu, lock};
+use crate::error::Result;
+
+/// A kernel variant ready to dispatch.
+pub(super) struct Pipeline {
+    pub(super) compute: wgpu::ComputePipeline,
+    pub(super) bindings: &'static [Binding],
+    layout: wgpu::BindGroupLayout,
+    label: String,
+}
+
+/// The pipelines of one device.
+#[derive(Default)]
+pub(super) struct Pipelines {
+    made: Mutex<HashMap<(&'static str, Variant), Arc<Pipeline>>>,
+}
+
+impl Pipelines {
+    /// The pipeline of `kernel`, compiled now if nobody asked before.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Device`] if the driver refuses the shader.
+    pub(super) fn get(&self, gpu: &Gpu, kernel: &'static Kernel, variant: Variant) -> Result<Arc<Pipeline>> {
+        let variant = kernel.canonical(variant);
+        let mut made = lock(&self.made);
+        if let Some(pipeline) = made.get(&(kernel.name, variant)) {
+            return Ok(pipeline.clone());
+        }
+        let pipeline = Arc::new(compile(gpu, kernel, variant)?);
+        made.insert((kernel.name, variant), pipeline.clone());
+        Ok(pipeline)
+    }
+}
+
+impl Pipeline {
+    /// Binds the uniforms and, in the order of the bindings, the whole of the `storage` buffers.
+    pub(super) fn bind(
+        &self,
+        gpu: &Gpu,
+        params: wgpu::BufferBinding<'_>,
+        step: &wgpu::Buffer,
+        storage: &[wgpu::Buffer],
+    ) -> wgpu::BindGroup {
+        let mut storage = storage.iter();
+        let entries: Vec<_> = self
+            .bindings
+            .iter()
+            .map(|binding| wgpu::BindGroupEntry {
+                binding: binding.index,
+                resource: match (binding.kind, binding.index) {
+                    (BindingKind::Uniform, 0) => wgpu::BindingResource::Buffer(params.clone()),
+                    (BindingKind::Uniform, _) => step.as_entire_binding(),
+                    _ => storage.next().expect("a buffer for every storage binding").as_entire_binding(),
+                },
+            })
+            .collect();
+        assert!(storage.next().is_none(), "more buffers than {} binds", self.label);
+        gpu.device.create_bind_group(&wgpu::BindGroupDescriptor {
+            label: Some(&self.label),
+            layout: &self.layout,
+            entries: &entries,
+        })
+    }
+}
+
+fn compile(gpu: &Gpu, kernel: &'static Kernel, variant: Variant) -> Result<Pipeline> {
+    let bindings = kernel.catalogue().bindings;
+    let label = kernel.label(variant);
+    let entries: Vec<_> = bindings.iter().map(layout_entry).collect();
+    gpu.scoped(&label, 0, || {
+        let device = &gpu.device;
+        let module = device.create_shader_module(wgpu::ShaderModuleDescriptor {
+            label: Some(&label),
+            source: wgpu::ShaderSource::Wgsl(compose(kernel, variant).into()),
+        });
+        let layout = device
+            .create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor { label: Some(&label), entries: &entries });
+        let pipeline_layout = device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
+            label: Some(&label),
+            bind_group_layouts: &[Some(&layout)],
+            immediate_size: 0,
+        });
+        let compute = device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+            label: Some(&label),
+            layout: Some(&pipeline_layout),
+            module: &module,
+            entry_point: Some(ENTRY_POINT),
+            compilation_options: wgpu::PipelineCompilationOptions::default(),
+            cache: None,
+        });
+        (compute, layout)
+    })
+    .map(|(compute, layout)| Pipeline { compute, bindings, layout, label: label.clone() })
+}
+
+fn layout_entry(binding: &Binding) -> wgpu::BindGroupLayoutEntry {
+    let ty = match binding.kind {
+        BindingKind::Uniform => wgpu::BufferBindingType::Uniform,
+        BindingKind::StorageRead => wgpu::BufferBindingType::Storage { read_only: true },
+        BindingKind::StorageReadWrite => wgpu::BufferBindingType::Storage { read_only: false },
+    };
+    wgpu::BindGroupLayoutEntry {
+        binding: binding.index,
+        visibility: wgpu::ShaderStages::COMPUTE,
+        ty: wgpu::BindingType::Buffer {
+            ty,
+            has_dynamic_offset: false,
+            min_binding_size: wgpu::BufferSize::new(u64::from(binding.min_size)),
+        },
+        count: None,
+    }
+}

@@ -1,0 +1,560 @@
+//! A program as dispatches: bind groups and uniform blocks made once, dispatch sizes computed from each step.
+
+use std::sync::Arc;
+
+use awqua_shaders::{
+    Dense, Kernel, Kv, RowMode, Step, Variant, attention, attention_reduce, embed, gemm_dense, gemm_w4, gemv_dense,
+    gemv_w4, head_norm, rms_norm, rope_append, silu_mul, uniform_bytes,
+};
+use awqua_shaders::{FLAG_ACCUMULATE, FLAG_BIAS, FLAG_OFFSET_IS_BIAS};
+use bytemuck::Pod;
+use wgpu::BufferUsages;
+
+use super::WgpuBackend;
+use super::memory::Memory;
+use super::pipelines::Pipeline;
+use super::weights::{GpuDense, GpuW4, GpuWeight};
+use crate::backend::{BufferId, KvType, Op, Program, Rows, Span, WeightId};
+use crate::error::{Error, ErrorKind, Result};
+use crate::tensor::{DenseType, Offset};
+
+/// Most rows of a matmul that read the weights once a row instead of once a tile of rows.
+const GEMV_ROWS: u32 = 16;
+
+/// The dispatches of a program.
+pub(super) struct Plan {
+    /// One entry an operation, in order.
+    pub(super) ops: Vec<PlannedOp>,
+    /// Bytes of the uniform blocks.
+    pub(super) bytes: u64,
+}
+
+/// The dispatches of one operation.
+pub(super) struct PlannedOp {
+    rows: RowMode,
+    /// Most rows that `few` is for.
+    few_rows: u32,
+    few: Vec<Dispatch>,
+    many: Vec<Dispatch>,
+}
+
+impl PlannedOp {
+    /// The dispatches for this step; none if no row takes part.
+    pub(super) fn dispatches(&self, step: &Step) -> &[Dispatch] {
+        match self.rows.count(step) {
+            0 => &[],
+            rows if rows <= self.few_rows => &self.few,
+            _ => &self.many,
+        }
+    }
+}
+
+/// One kernel call.
+pub(super) struct Dispatch {
+    pub(super) pipeline: Arc<Pipeline>,
+    pub(super) bind_group: wgpu::BindGroup,
+    launch: LaunchFn,
+}
+
+type LaunchFn = Box<dyn Fn(&Step) -> Launch + Send + Sync>;
+
+/// Size of a dispatch.
+pub(super) struct Launch {
+    /// Workgroups in x, y, z.
+    pub(super) grid: [u32; 3],
+    /// Estimated multiplications and additions.
+    pub(super) flops: u64,
+}
+
+impl Dispatch {
+    /// Size for this step.
+    pub(super) fn launch(&self, step: &Step) -> Launch {
+        (self.launch)(step)
+    }
+}
+
+impl Plan {
+    /// Plans `program` over the buffers of `memory`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] or [`ErrorKind::InvalidTensor`] where weights do not fit the program, or a device
+    /// error.
+    pub(super) fn new(backend: &WgpuBackend, program: &Program, memory: &Memory) -> Result<Self> {
+        let mut planner = Planner { backend, program, memory, uniforms: Vec::new() };
+        let drafts = program.ops.iter().map(|op| planner.op(op)).collect::<Result<Vec<_>>>()?;
+
+        let gpu = &backend.gpu;
+        let bytes = planner.uniforms.len() as u64;
+        let usage = BufferUsages::UNIFORM | BufferUsages::COPY_DST;
+        let uniforms = gpu.buffer("uniform blocks", bytes, usage)?;
+        gpu.queue.write_buffer(&uniforms, 0, &planner.uniforms);
+        let finish =
+            |drafts: Vec<Draft>| drafts.into_iter().map(|d| d.finish(backend, &uniforms, &memory.step)).collect();
+        let ops = gpu.scoped("bind groups", 0, || {
+            drafts
+                .into_iter()
+                .map(|draft| PlannedOp {
+                    rows: draft.rows,
+                    few_rows: draft.few_rows,
+                    few: finish(draft.few),
+                    many: finish(draft.many),
+                })
+                .collect()
+        })?;
+        Ok(Self { ops, bytes })
+    }
+}
+
+/// A [`PlannedOp`] before the uniform buffer exists.
+struct DraftOp {
+    rows: RowMode,
+    few_rows: u32,
+    few: Vec<Draft>,
+    many: Vec<Draft>,
+}
+
+impl DraftOp {
+    /// An operation whose dispatches do not depend on the number of rows.
+    fn always(rows: RowMode, dispatches: Vec<Draft>) -> Self {
+        Self { rows, few_rows: u32::MAX, few: dispatches, many: Vec::new() }
+    }
+}
+
+struct Draft {
+    pipeline: Arc<Pipeline>,
+    uniform: std::ops::Range<u64>,
+    storage: Vec<wgpu::Buffer>,
+    launch: LaunchFn,
+}
+
+impl Draft {
+    fn finish(self, backend: &WgpuBackend, uniforms: &wgpu::Buffer, step: &wgpu::Buffer) -> Dispatch {
+        let params = wgpu::BufferBinding {
+            buffer: uniforms,
+            offset: self.uniform.start,
+            size: wgpu::BufferSize::new(self.uniform.end - self.uniform.start),
+        };
+        let bind_group = self.pipeline.bind(&backend.gpu, params, step, &self.storage);
+        Dispatch { pipeline: self.pipeline, bind_group, launch: self.launch }
+    }
+}
+
+struct Planner<'a> {
+    backend: &'a WgpuBackend,
+    program: &'a Program,
+    memory: &'a Memory,
+    uniforms: Vec<u8>,
+}
+
+impl<'a> Planner<'a> {
+    fn op(&mut self, op: &Op) -> Result<DraftOp> {
+        match *op {
+            Op::Embed { table, out } => self.embed(table, out),
+            Op::RmsNorm { x, weight, out, dim, segments, eps, rows } => {
+                let rows = row_mode(rows);
+                if x.buffer == out.buffer {
+                    return self.norm_in_place(x, out, weight, (dim, segments), eps, rows);
+                }
+                let mut dispatches = Vec::new();
+                for segment in 0..segments {
+                    let at = |span: Span| Span { offset: span.offset.saturating_add(segment * dim), ..span };
+                    dispatches.push(self.norm(at(x), at(out), weight, dim, eps, rows)?);
+                }
+                Ok(DraftOp::always(rows, dispatches))
+            }
+            Op::Linear { x, weight, bias, out, accumulate, rows } => {
+                self.linear(x, weight, bias, out, accumulate, row_mode(rows))
+            }
+            Op::RopeAppend { qkv, layer, rope } => self.rope_append(qkv, layer, rope),
+            Op::Attention { qkv, out, layer, scale, window } => self.attention(qkv, out, layer, scale, window),
+            Op::SiluMul { x, out } => {
+                let width = self.width(out)?;
+                self.fits(x.into(), width.saturating_mul(2))?;
+                let (x_stride, out_stride) = (self.stride(x), self.stride(out));
+                let params = silu_mul::Params { width, x_stride, out_stride, ..Default::default() };
+                let storage = vec![self.buffer(x), self.buffer(out)];
+                let launch = move |step: &Step| Launch {
+                    grid: silu_mul::grid(&params, step.n_tokens),
+                    flops: 8 * u64::from(width) * u64::from(step.n_tokens),
+                };
+                let draft = self.draft(&silu_mul::KERNEL, self.variant(), &params, storage, launch)?;
+                Ok(DraftOp::always(RowMode::All, vec![draft]))
+            }
+        }
+    }
+
+    fn embed(&mut self, table: WeightId, out: BufferId) -> Result<DraftOp> {
+        let table = self.dense(table)?;
+        let width = table.k;
+        self.fits(out.into(), width)?;
+        let mut dispatches = Vec::new();
+        for part in &table.parts {
+            let params = embed::Params {
+                width,
+                row_words: table.row_words,
+                first_row: part.first_row,
+                n_rows: part.rows,
+                out_stride: self.stride(out),
+                ..Default::default()
+            };
+            let storage = vec![self.memory.tokens.clone(), part.words.clone(), self.buffer(out)];
+            let launch = move |step: &Step| Launch {
+                grid: embed::grid(&params, step.n_tokens),
+                flops: u64::from(width) * u64::from(step.n_tokens),
+            };
+            let variant = Variant { dense: dense(table.dtype), ..self.variant() };
+            dispatches.push(self.draft(&embed::KERNEL, variant, &params, storage, launch)?);
+        }
+        Ok(DraftOp::always(RowMode::All, dispatches))
+    }
+
+    fn norm(&mut self, x: Span, out: Span, weight: WeightId, dim: u32, eps: f32, rows: RowMode) -> Result<Draft> {
+        self.fits(x, dim)?;
+        self.fits(out, dim)?;
+        let weight = self.vector(weight, dim)?;
+        let params = rms_norm::Params {
+            dim,
+            x_stride: self.stride(x.buffer),
+            x_offset: x.offset,
+            out_stride: self.stride(out.buffer),
+            out_offset: out.offset,
+            eps,
+            row_mode: rows as u32,
+            ..Default::default()
+        };
+        let storage = vec![self.buffer(x.buffer), weight, self.buffer(out.buffer)];
+        let launch = move |step: &Step| Launch {
+            grid: rms_norm::grid(&params, rows.count(step)),
+            flops: 4 * u64::from(dim) * u64::from(rows.count(step)),
+        };
+        self.draft(&rms_norm::KERNEL, self.variant(), &params, storage, launch)
+    }
+
+    fn norm_in_place(
+        &mut self,
+        x: Span,
+        out: Span,
+        weight: WeightId,
+        (dim, segments): (u32, u32),
+        eps: f32,
+        rows: RowMode,
+    ) -> Result<DraftOp> {
+        if x.offset != out.offset || rows != RowMode::All {
+            return Err(unsupported("a norm within one buffer works on the same columns of all rows"));
+        }
+        self.fits(x, dim.saturating_mul(segments))?;
+        let weight = self.vector(weight, dim)?;
+        let stride = self.stride(x.buffer);
+        let params = head_norm::Params { dim, segments, stride, offset: x.offset, eps, ..Default::default() };
+        let launch = move |step: &Step| Launch {
+            grid: head_norm::grid(&params, step.n_tokens),
+            flops: 4 * u64::from(dim * segments) * u64::from(step.n_tokens),
+        };
+        let storage = vec![self.buffer(x.buffer), weight];
+        let draft = self.draft(&head_norm::KERNEL, self.variant(), &params, storage, launch)?;
+        Ok(DraftOp::always(rows, vec![draft]))
+    }
+
+    fn linear(
+        &mut self,
+        x: BufferId,
+        weight: WeightId,
+        bias: Option<WeightId>,
+        out: Span,
+        accumulate: bool,
+        rows: RowMode,
+    ) -> Result<DraftOp> {
+        if x == out.buffer {
+            return Err(unsupported("a linear layer can not write to its input"));
+        }
+        let mut op = DraftOp { rows, few_rows: GEMV_ROWS, few: Vec::new(), many: Vec::new() };
+        let flags = if accumulate { FLAG_ACCUMULATE } else { 0 } | if bias.is_some() { FLAG_BIAS } else { 0 };
+        let backend = self.backend;
+        let (n, k) = match backend.weight(weight)? {
+            GpuWeight::W4(w) => (w.n, w.k),
+            GpuWeight::Dense(w) => (w.n, w.k),
+            GpuWeight::Vector { .. } => return Err(unsupported("a linear layer needs a matrix")),
+        };
+        self.fits(out, n)?;
+        if self.width(x)? != k {
+            let message = format!("expected {} input features, found {k}", self.width(x)?);
+            return Err(Error::new(ErrorKind::InvalidTensor, message));
+        }
+        let bias = match bias {
+            Some(bias) => self.vector(bias, n)?,
+            None => self.memory.dummy.clone(),
+        };
+        let site = Site { x, bias, out, flags, rows };
+        match backend.weight(weight)? {
+            GpuWeight::W4(matrix) => self.linear_w4(matrix, &site, &mut op)?,
+            GpuWeight::Dense(matrix) => self.linear_dense(matrix, &site, &mut op)?,
+            GpuWeight::Vector { .. } => return Err(unsupported("a linear layer needs a matrix")),
+        }
+        Ok(op)
+    }
+
+    fn linear_w4(&mut self, matrix: &GpuW4, site: &Site, op: &mut DraftOp) -> Result<()> {
+        let rows = site.rows;
+        for part in &matrix.parts {
+            let params = gemv_w4::Params {
+                n: part.rows,
+                k: matrix.k,
+                row_words: matrix.row_words,
+                group_size: matrix.group_size,
+                groups: matrix.groups,
+                x_stride: self.stride(site.x),
+                out_stride: self.stride(site.out.buffer),
+                out_offset: site.out.offset + part.first_row,
+                bias_offset: part.first_row,
+                flags: site.flags | if matrix.offset == Offset::Bias { FLAG_OFFSET_IS_BIAS } else { 0 },
+                row_mode: rows as u32,
+                ..Default::default()
+            };
+            let storage = vec![
+                self.buffer(site.x),
+                part.qweight.clone(),
+                part.group_params.clone(),
+                site.bias.clone(),
+                self.buffer(site.out.buffer),
+            ];
+            let flops = 2 * u64::from(part.rows) * u64::from(matrix.k);
+            let few = move |step: &Step| Launch {
+                grid: gemv_w4::grid(&params, rows.count(step)),
+                flops: flops * u64::from(rows.count(step)),
+            };
+            let many = move |step: &Step| Launch {
+                grid: gemm_w4::grid(&params, rows.count(step)),
+                flops: flops * u64::from(rows.count(step)),
+            };
+            op.few.push(self.draft(&gemv_w4::KERNEL, self.variant(), &params, storage.clone(), few)?);
+            op.many.push(self.draft(&gemm_w4::KERNEL, self.variant(), &params, storage, many)?);
+        }
+        Ok(())
+    }
+
+    fn linear_dense(&mut self, matrix: &GpuDense, site: &Site, op: &mut DraftOp) -> Result<()> {
+        let rows = site.rows;
+        let variant = Variant { dense: dense(matrix.dtype), ..self.variant() };
+        for part in &matrix.parts {
+            let params = gemv_dense::Params {
+                n: part.rows,
+                k: matrix.k,
+                row_words: matrix.row_words,
+                x_stride: self.stride(site.x),
+                out_stride: self.stride(site.out.buffer),
+                out_offset: site.out.offset + part.first_row,
+                bias_offset: part.first_row,
+                flags: site.flags,
+                row_mode: rows as u32,
+                ..Default::default()
+            };
+            let storage =
+                vec![self.buffer(site.x), part.words.clone(), site.bias.clone(), self.buffer(site.out.buffer)];
+            let flops = 2 * u64::from(part.rows) * u64::from(matrix.k);
+            let few = move |step: &Step| Launch {
+                grid: gemv_dense::grid(&params, rows.count(step)),
+                flops: flops * u64::from(rows.count(step)),
+            };
+            let many = move |step: &Step| Launch {
+                grid: gemm_dense::grid(&params, rows.count(step)),
+                flops: flops * u64::from(rows.count(step)),
+            };
+            op.few.push(self.draft(&gemv_dense::KERNEL, variant, &params, storage.clone(), few)?);
+            op.many.push(self.draft(&gemm_dense::KERNEL, variant, &params, storage, many)?);
+        }
+        Ok(())
+    }
+
+    fn rope_append(&mut self, qkv: BufferId, layer: u32, rope: Option<u32>) -> Result<DraftOp> {
+        let shape = self.program.attention;
+        self.fits(qkv.into(), (shape.heads + 2 * shape.kv_heads).saturating_mul(shape.head_dim))?;
+        let params = rope_append::Params {
+            heads: shape.heads,
+            kv_heads: shape.kv_heads,
+            head_dim: shape.head_dim,
+            rotary_dim: if rope.is_some() { shape.rotary_dim } else { 0 },
+            qkv_stride: self.stride(qkv),
+            context: self.memory.context,
+            ..Default::default()
+        };
+        let table = match rope {
+            Some(table) => self.memory.rope(table)?.clone(),
+            None => self.memory.dummy.clone(),
+        };
+        let (keys, values) = self.memory.cache(layer)?;
+        let storage = vec![self.buffer(qkv), table, keys.clone(), values.clone()];
+        let elements = u64::from((shape.heads + 2 * shape.kv_heads) * shape.head_dim);
+        let launch = move |step: &Step| Launch {
+            grid: rope_append::grid(&params, step.n_tokens),
+            flops: 4 * elements * u64::from(step.n_tokens),
+        };
+        let draft = self.draft(&rope_append::KERNEL, self.variant(), &params, storage, launch)?;
+        Ok(DraftOp::always(RowMode::All, vec![draft]))
+    }
+
+    fn attention(
+        &mut self,
+        qkv: BufferId,
+        out: BufferId,
+        layer: u32,
+        scale: f32,
+        window: Option<u32>,
+    ) -> Result<DraftOp> {
+        let shape = self.program.attention;
+        if shape.head_dim > attention::HEAD_DIM_MAX {
+            return Err(unsupported(&format!("heads of {} elements, more than 256", shape.head_dim)));
+        }
+        let heads = shape.heads * shape.head_dim;
+        self.fits(qkv.into(), heads + 2 * shape.kv_heads * shape.head_dim)?;
+        self.fits(out.into(), heads)?;
+        let mut stages = Vec::new();
+        // The number of splits is laid out in the partial buffers, so few and many tokens have parameters of their own.
+        for n_tokens in [1, u32::MAX] {
+            let context = self.memory.context;
+            let split_len = attention::split_len(n_tokens, context);
+            let window = window.unwrap_or(0);
+            let splits_max = attention::splits_max(window, split_len, context);
+            let params = attention::Params {
+                heads: shape.heads,
+                kv_heads: shape.kv_heads,
+                head_dim: shape.head_dim,
+                qkv_stride: self.stride(qkv),
+                context,
+                scale,
+                window,
+                splits_max,
+                split_len,
+                ..Default::default()
+            };
+            let (keys, values) = self.memory.cache(layer)?;
+            let (partial_out, partial_ml) = (&self.memory.partial_out, &self.memory.partial_ml);
+            let storage = vec![self.buffer(qkv), keys.clone(), values.clone(), partial_out.clone(), partial_ml.clone()];
+            let launch = move |step: &Step| {
+                let seen = (step.position + step.n_tokens).min(if window == 0 { u32::MAX } else { window });
+                Launch {
+                    grid: attention::grid(&params, step.position, step.n_tokens),
+                    flops: 4 * u64::from(heads) * u64::from(seen) * u64::from(step.n_tokens),
+                }
+            };
+            let first = self.draft(&attention::KERNEL, self.variant(), &params, storage, launch)?;
+            let params = attention_reduce::Params {
+                heads: shape.heads,
+                head_dim: shape.head_dim,
+                out_stride: self.stride(out),
+                window,
+                splits_max,
+                split_len,
+                ..Default::default()
+            };
+            let storage = vec![partial_out.clone(), partial_ml.clone(), self.buffer(out)];
+            let launch = move |step: &Step| Launch {
+                grid: attention_reduce::grid(&params, step.n_tokens),
+                flops: 4 * u64::from(heads) * u64::from(step.n_tokens),
+            };
+            stages.push(vec![first, self.draft(&attention_reduce::KERNEL, self.variant(), &params, storage, launch)?]);
+        }
+        let many = stages.pop().unwrap_or_default();
+        let few = stages.pop().unwrap_or_default();
+        Ok(DraftOp { rows: RowMode::All, few_rows: attention::FEW_TOKENS, few, many })
+    }
+
+    fn draft<P: Pod>(
+        &mut self,
+        kernel: &'static Kernel,
+        variant: Variant,
+        params: &P,
+        storage: Vec<wgpu::Buffer>,
+        launch: impl Fn(&Step) -> Launch + Send + Sync + 'static,
+    ) -> Result<Draft>
+    where
+        P: bytemuck::Zeroable,
+    {
+        let pipeline = self.backend.pipelines.get(&self.backend.gpu, kernel, variant)?;
+        let align = self.backend.gpu.limits.min_uniform_buffer_offset_alignment as usize;
+        let start = self.uniforms.len().next_multiple_of(align);
+        self.uniforms.resize(start, 0);
+        self.uniforms.extend_from_slice(uniform_bytes(params));
+        let uniform = start as u64..self.uniforms.len() as u64;
+        Ok(Draft { pipeline, uniform, storage, launch: Box::new(launch) })
+    }
+
+    fn variant(&self) -> Variant {
+        let kv = match self.memory.kv_type {
+            KvType::F16 => Kv::F16,
+            KvType::F32 => Kv::F32,
+        };
+        Variant { elem: self.backend.elem, reduce: self.backend.reduce, kv, ..Variant::default() }
+    }
+
+    fn buffer(&self, id: BufferId) -> wgpu::Buffer {
+        self.memory.activations[id.0 as usize].buffer.clone()
+    }
+
+    fn stride(&self, id: BufferId) -> u32 {
+        self.memory.activations[id.0 as usize].stride
+    }
+
+    fn width(&self, id: BufferId) -> Result<u32> {
+        match self.program.buffers.get(id.0 as usize) {
+            Some(desc) => Ok(desc.width),
+            None => Err(Error::new(ErrorKind::InvalidInput, format!("the program has no buffer {}", id.0))),
+        }
+    }
+
+    /// Checks that `columns` columns from `span` on are there.
+    fn fits(&self, span: Span, columns: u32) -> Result<()> {
+        let width = self.width(span.buffer)?;
+        if span.offset.checked_add(columns).is_none_or(|end| end > width) {
+            let name = self.program.buffers[span.buffer.0 as usize].name;
+            let message = format!("{columns} columns from {} do not fit the {width} of buffer `{name}`", span.offset);
+            return Err(Error::new(ErrorKind::InvalidTensor, message));
+        }
+        Ok(())
+    }
+
+    fn vector(&self, id: WeightId, expected: u32) -> Result<wgpu::Buffer> {
+        match self.backend.weight(id)? {
+            GpuWeight::Vector { len, buffer } if *len == expected => Ok(buffer.clone()),
+            GpuWeight::Vector { len, .. } => {
+                Err(Error::new(ErrorKind::InvalidTensor, format!("expected a vector of {expected}, found {len}")))
+            }
+            _ => Err(unsupported("a norm weight or bias has to be a vector")),
+        }
+    }
+
+    fn dense(&self, id: WeightId) -> Result<&'a GpuDense> {
+        match self.backend.weight(id)? {
+            GpuWeight::Dense(matrix) => Ok(matrix),
+            _ => Err(unsupported("an embedding table has to be dense")),
+        }
+    }
+}
+
+/// Where a linear layer stands.
+struct Site {
+    x: BufferId,
+    bias: wgpu::Buffer,
+    out: Span,
+    flags: u32,
+    rows: RowMode,
+}
+
+fn row_mode(rows: Rows) -> RowMode {
+    match rows {
+        Rows::All => RowMode::All,
+        Rows::Logits => RowMode::Logits,
+        Rows::Compacted => RowMode::Compacted,
+    }
+}
+
+fn dense(dtype: DenseType) -> Dense {
+    match dtype {
+        DenseType::F16 => Dense::F16,
+        DenseType::BF16 => Dense::BF16,
+        DenseType::F32 => Dense::F32,
+    }
+}
+
+fn unsupported(message: &str) -> Error {
+    Error::new(ErrorKind::Unsupported, message.to_owned())
+}

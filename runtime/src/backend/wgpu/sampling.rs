@@ -1,0 +1,190 @@
+//! Token choice on the device: penalties, then argmax or top-k and a draw; four bytes come back.
+
+use awqua_shaders::{Kernel, Variant, argmax, argmax_reduce, penalize, sample, top_k, uniform_bytes};
+use wgpu::BufferUsages;
+
+use super::WgpuBackend;
+use super::device::Gpu;
+use super::readback::Readback;
+use crate::error::Result;
+use crate::session::sampler::SampleRequest;
+
+/// A kernel with its bindings.
+struct Stage {
+    pipeline: std::sync::Arc<super::pipelines::Pipeline>,
+    bind_group: wgpu::BindGroup,
+}
+
+/// Slots of the uniform buffer.
+const SAMPLE_SLOT: u64 = 0;
+const ARGMAX_SLOT: u64 = 1;
+const ARGMAX_REDUCE_SLOT: u64 = 2;
+const TOP_K_SLOT: u64 = 3;
+
+/// The sampling kernels bound to buffers of one session.
+pub(super) struct Sampler {
+    vocab: u32,
+    /// Copy of the logits row that penalties change.
+    scores: wgpu::Buffer,
+    /// (capacity) pairs of id and count.
+    recent: wgpu::Buffer,
+    recent_capacity: usize,
+    uniforms: wgpu::Buffer,
+    slot_bytes: u64,
+    result: wgpu::Buffer,
+    penalize: Stage,
+    argmax: [Stage; 2],
+    /// As many as the largest k can need.
+    top_k: Vec<Stage>,
+    /// By buffer that the last top-k pass wrote.
+    sample: [Stage; 2],
+    bytes: u64,
+}
+
+impl Sampler {
+    /// Allocates and binds for rows of `vocab` scores and at most `context` recent tokens.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::OutOfMemory`] or a device error.
+    pub(super) fn new(backend: &WgpuBackend, vocab: u32, context: u32) -> Result<Self> {
+        let gpu = &backend.gpu;
+        let mut bytes = 0;
+        let mut storage = |what: &str, size: u64| {
+            bytes += size;
+            gpu.buffer(what, size, BufferUsages::STORAGE | BufferUsages::COPY_DST | BufferUsages::COPY_SRC)
+        };
+        let recent_capacity = vocab.min(context);
+        let scores = storage("scores", u64::from(vocab) * 4)?;
+        let recent = storage("recent tokens", u64::from(recent_capacity) * 8)?;
+        let most = top_k::kept(vocab, sample::MAX_TOP_K).max(argmax::blocks(vocab));
+        let candidates = [storage("candidates", u64::from(most) * 8)?, storage("candidates", u64::from(most) * 8)?];
+        let result = storage("the chosen token", 16)?;
+
+        let passes = top_k::passes(vocab, 0, sample::MAX_TOP_K).len() as u64;
+        let slot_bytes = u64::from(gpu.limits.min_uniform_buffer_offset_alignment.max(64));
+        let usage = BufferUsages::UNIFORM | BufferUsages::COPY_DST;
+        let uniforms = gpu.buffer("sampling uniforms", slot_bytes * (TOP_K_SLOT + passes), usage)?;
+        let stage = |kernel: &'static Kernel, slot: u64, storage: &[&wgpu::Buffer]| {
+            let pipeline = backend.pipelines.get(gpu, kernel, Variant::default())?;
+            let size = pipeline.bindings.first().map_or(16, |binding| u64::from(binding.min_size));
+            let params =
+                wgpu::BufferBinding { buffer: &uniforms, offset: slot * slot_bytes, size: wgpu::BufferSize::new(size) };
+            let storage: Vec<_> = storage.iter().map(|buffer| (*buffer).clone()).collect();
+            let bind_group = gpu.scoped("bind groups", 0, || pipeline.bind(gpu, params, &uniforms, &storage))?;
+            Ok::<_, crate::Error>(Stage { pipeline, bind_group })
+        };
+        let [a, b] = &candidates;
+        let sampler = Self {
+            vocab,
+            penalize: stage(&penalize::KERNEL, SAMPLE_SLOT, &[&recent, &scores])?,
+            argmax: [
+                stage(&argmax::KERNEL, ARGMAX_SLOT, &[&scores, a])?,
+                stage(&argmax_reduce::KERNEL, ARGMAX_REDUCE_SLOT, &[a, &result])?,
+            ],
+            // The first pass reads scores and writes to `a`; the following ones go back and forth.
+            top_k: (0..passes)
+                .map(|pass| {
+                    let (from, to) = if pass % 2 == 0 { (b, a) } else { (a, b) };
+                    stage(&top_k::KERNEL, TOP_K_SLOT + pass, &[&scores, from, to])
+                })
+                .collect::<Result<_>>()?,
+            sample: [
+                stage(&sample::KERNEL, SAMPLE_SLOT, &[a, &result])?,
+                stage(&sample::KERNEL, SAMPLE_SLOT, &[b, &result])?,
+            ],
+            bytes: bytes + uniforms.size(),
+            scores,
+            recent,
+            recent_capacity: recent_capacity as usize,
+            slot_bytes,
+            uniforms,
+            result,
+        };
+        let params = argmax::Params { n: vocab, offset: 0, ..Default::default() };
+        sampler.write(gpu, ARGMAX_SLOT, uniform_bytes(&params));
+        let params = argmax_reduce::Params { n: argmax::blocks(vocab), ..Default::default() };
+        sampler.write(gpu, ARGMAX_REDUCE_SLOT, uniform_bytes(&params));
+        Ok(sampler)
+    }
+
+    /// Whether the kernels can make this choice; the others need the whole row in order.
+    pub(super) fn handles(&self, request: &SampleRequest<'_>) -> bool {
+        let s = request.sampling;
+        let kept = s.temperature == 0.0 || (1..=sample::MAX_TOP_K).contains(&s.top_k);
+        kept && request.recent.len() <= self.recent_capacity
+    }
+
+    /// Bytes of its buffers.
+    pub(super) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Picks a token from the scores that begin at the byte of `logits`.
+    ///
+    /// # Errors
+    /// As [`Gpu::wait`].
+    pub(super) fn sample(
+        &self,
+        gpu: &Gpu,
+        request: &SampleRequest<'_>,
+        (logits, offset): (&wgpu::Buffer, u64),
+        readback: &Readback,
+    ) -> Result<u32> {
+        let s = request.sampling;
+        let penalized = s.repetition_penalty != 1.0 || s.presence_penalty != 0.0 || s.frequency_penalty != 0.0;
+        let recent = if penalized { request.recent } else { &[] };
+        let params = sample::Params {
+            vocab: self.vocab,
+            offset: 0,
+            n_recent: recent.len() as u32,
+            top_k: s.top_k.clamp(1, self.vocab),
+            temperature: s.temperature,
+            top_p: s.top_p,
+            min_p: s.min_p,
+            uniform_number: request.uniform,
+            repetition: s.repetition_penalty,
+            presence: s.presence_penalty,
+            frequency: s.frequency_penalty,
+            ..Default::default()
+        };
+        self.write(gpu, SAMPLE_SLOT, uniform_bytes(&params));
+
+        let mut encoder = gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor { label: Some("sample") });
+        encoder.copy_buffer_to_buffer(logits, offset, &self.scores, 0, u64::from(self.vocab) * 4);
+        {
+            let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
+            let mut run = |stage: &Stage, [x, y, z]: [u32; 3]| {
+                pass.set_pipeline(&stage.pipeline.compute);
+                pass.set_bind_group(0, &stage.bind_group, &[]);
+                pass.dispatch_workgroups(x, y, z);
+            };
+            if !recent.is_empty() {
+                let pairs: Vec<[u32; 2]> = recent.iter().map(|&(id, count)| [id, count]).collect();
+                gpu.queue.write_buffer(&self.recent, 0, bytemuck::cast_slice(&pairs));
+                run(&self.penalize, penalize::grid(&params));
+            }
+            if s.temperature == 0.0 {
+                let [blocks, reduce] = &self.argmax;
+                run(blocks, [argmax::blocks(self.vocab), 1, 1]);
+                run(reduce, argmax_reduce::grid());
+            } else {
+                let passes = top_k::passes(self.vocab, 0, params.top_k);
+                for (i, pass) in passes.iter().enumerate() {
+                    self.write(gpu, TOP_K_SLOT + i as u64, uniform_bytes(pass));
+                    run(&self.top_k[i], top_k::grid(pass));
+                }
+                run(&self.sample[(passes.len() + 1) % 2], sample::grid());
+            }
+        }
+        let mut token = 0;
+        readback.submit_and_read(gpu, encoder, (&self.result, 0), 4, |bytes| {
+            token = bytes.first_chunk().map_or(0, |b| u32::from_le_bytes(*b));
+        })?;
+        // Scores that are all NaN have no winner; the sampler on the CPU says 0 then, too.
+        Ok(if token < self.vocab { token } else { 0 })
+    }
+
+    fn write(&self, gpu: &Gpu, slot: u64, bytes: &[u8]) {
+        gpu.queue.write_buffer(&self.uniforms, slot * self.slot_bytes, bytes);
+    }
+}

@@ -1,0 +1,166 @@
+//! Weights on the device: rows padded to what the kernels load at once, split into parts that one binding can hold.
+
+use std::ops::Range;
+
+use wgpu::BufferUsages;
+
+use super::device::{Gpu, SLICE};
+use crate::error::{Error, ErrorKind, Result};
+use crate::tensor::{DenseMatrix, DenseType, Offset, W4Matrix, Weight};
+
+/// A kernel loads four words of a row at once; rows are padded with zeros to multiples of this many bytes.
+const ROW_BYTES: usize = 16;
+
+/// A weight the way kernels read it.
+pub(super) enum GpuWeight {
+    W4(GpuW4),
+    Dense(GpuDense),
+    Vector { len: u32, buffer: wgpu::Buffer },
+}
+
+/// A packed matrix: (n, k) codes, rows of `row_words` words.
+pub(super) struct GpuW4 {
+    pub(super) n: u32,
+    pub(super) k: u32,
+    pub(super) group_size: u32,
+    pub(super) groups: u32,
+    pub(super) row_words: u32,
+    pub(super) offset: Offset,
+    pub(super) parts: Vec<W4Part>,
+}
+
+/// Rows `first_row..first_row + rows` of a packed matrix.
+pub(super) struct W4Part {
+    pub(super) first_row: u32,
+    pub(super) rows: u32,
+    pub(super) qweight: wgpu::Buffer,
+    pub(super) group_params: wgpu::Buffer,
+}
+
+/// A dense matrix: (n, k), rows of `row_words` words.
+pub(super) struct GpuDense {
+    pub(super) n: u32,
+    pub(super) k: u32,
+    pub(super) dtype: DenseType,
+    pub(super) row_words: u32,
+    pub(super) parts: Vec<DensePart>,
+}
+
+/// Rows `first_row..first_row + rows` of a dense matrix.
+pub(super) struct DensePart {
+    pub(super) first_row: u32,
+    pub(super) rows: u32,
+    pub(super) words: wgpu::Buffer,
+}
+
+/// Copies `weight` to the device; also returns the bytes it takes there.
+///
+/// # Errors
+/// [`ErrorKind::OutOfMemory`], [`ErrorKind::Unsupported`] for shapes beyond 32 bits, or a device error.
+pub(super) fn upload(gpu: &Gpu, name: &str, weight: &Weight) -> Result<(GpuWeight, u64)> {
+    match weight {
+        Weight::W4(matrix) => upload_w4(gpu, name, matrix),
+        Weight::Dense(matrix) => upload_dense(gpu, name, matrix),
+        Weight::Vector(values) => {
+            let bytes: &[u8] = bytemuck::cast_slice(values);
+            let buffer = weight_buffer(gpu, name, bytes.len())?;
+            write(gpu, &buffer, bytes, bytes.len(), bytes.len())?;
+            Ok((GpuWeight::Vector { len: dimension(values.len())?, buffer }, bytes.len() as u64))
+        }
+    }
+}
+
+fn upload_w4(gpu: &Gpu, name: &str, matrix: &W4Matrix) -> Result<(GpuWeight, u64)> {
+    let words = matrix.k / 8;
+    let row_words = (4 * words).next_multiple_of(ROW_BYTES) / 4;
+    let groups = matrix.groups();
+    let mut parts = Vec::new();
+    let mut total = 0;
+    for rows in split(gpu, name, matrix.n, 4 * row_words.max(groups))? {
+        let qweight = weight_buffer(gpu, name, rows.len() * row_words * 4)?;
+        let codes = bytemuck::cast_slice(&matrix.qweight[rows.start * words..rows.end * words]);
+        write(gpu, &qweight, codes, words * 4, row_words * 4)?;
+        let group_params = weight_buffer(gpu, name, rows.len() * groups * 4)?;
+        let scales = bytemuck::cast_slice(&matrix.group_params[rows.start * groups..rows.end * groups]);
+        write(gpu, &group_params, scales, scales.len(), scales.len())?;
+        total += qweight.size() + group_params.size();
+        parts.push(W4Part { first_row: dimension(rows.start)?, rows: dimension(rows.len())?, qweight, group_params });
+    }
+    let weight = GpuW4 {
+        n: dimension(matrix.n)?,
+        k: dimension(matrix.k)?,
+        group_size: dimension(matrix.group_size)?,
+        groups: dimension(groups)?,
+        row_words: dimension(row_words)?,
+        offset: matrix.offset,
+        parts,
+    };
+    Ok((GpuWeight::W4(weight), total))
+}
+
+fn upload_dense(gpu: &Gpu, name: &str, matrix: &DenseMatrix) -> Result<(GpuWeight, u64)> {
+    let row_bytes = matrix.row_bytes();
+    let padded = row_bytes.next_multiple_of(ROW_BYTES);
+    let mut parts = Vec::new();
+    let mut total = 0;
+    for rows in split(gpu, name, matrix.n, padded)? {
+        let words = weight_buffer(gpu, name, rows.len() * padded)?;
+        write(gpu, &words, &matrix.bytes[rows.start * row_bytes..rows.end * row_bytes], row_bytes, padded)?;
+        total += words.size();
+        parts.push(DensePart { first_row: dimension(rows.start)?, rows: dimension(rows.len())?, words });
+    }
+    let weight = GpuDense {
+        n: dimension(matrix.n)?,
+        k: dimension(matrix.k)?,
+        dtype: matrix.dtype,
+        row_words: dimension(padded / 4)?,
+        parts,
+    };
+    Ok((GpuWeight::Dense(weight), total))
+}
+
+fn dimension(value: usize) -> Result<u32> {
+    u32::try_from(value)
+        .map_err(|_| Error::new(ErrorKind::Unsupported, format!("dimension {value} does not fit 32 bits")))
+}
+
+/// Rows of the parts, each at most what one binding and one buffer can hold.
+fn split(gpu: &Gpu, name: &str, n: usize, row_bytes: usize) -> Result<Vec<Range<usize>>> {
+    let limit = gpu.limits.max_storage_buffer_binding_size.min(gpu.limits.max_buffer_size);
+    // Kernels index a part with 32 bits of words, and buffers are rounded up to 16 bytes.
+    let limit = usize::try_from(limit).unwrap_or(usize::MAX).min(1 << 33) / 16 * 16;
+    let rows = limit / row_bytes.max(1);
+    if rows == 0 {
+        let message = format!("a row of {row_bytes} bytes exceeds the {limit} bytes that a kernel can see at once");
+        return Err(Error::new(ErrorKind::Unsupported, message).in_tensor(name));
+    }
+    // Equal parts, so that no dispatch is left with a handful of rows.
+    let count = n.div_ceil(rows).max(1);
+    let each = n.div_ceil(count).max(1);
+    Ok((0..n).step_by(each).map(|start| start..(start + each).min(n)).collect())
+}
+
+fn weight_buffer(gpu: &Gpu, name: &str, bytes: usize) -> Result<wgpu::Buffer> {
+    gpu.buffer(name, bytes as u64, BufferUsages::STORAGE | BufferUsages::COPY_DST).map_err(|e| e.in_tensor(name))
+}
+
+/// Writes rows of `row_bytes` each at multiples of `padded` bytes, a bounded slice at a time.
+fn write(gpu: &Gpu, buffer: &wgpu::Buffer, data: &[u8], row_bytes: usize, padded: usize) -> Result<()> {
+    if row_bytes == padded {
+        return gpu.write(buffer, 0, data);
+    }
+    let mut scratch = Vec::new();
+    let mut at = 0;
+    let rows = (SLICE / padded).max(1);
+    for block in data.chunks(rows * row_bytes) {
+        scratch.clear();
+        for row in block.chunks(row_bytes) {
+            let end = scratch.len() + padded;
+            scratch.extend_from_slice(row);
+            scratch.resize(end, 0);
+        }
+        gpu.write(buffer, at, &scratch)?;
+        at += scratch.len() as u64;
+    }
+    Ok(())
+}

@@ -1,0 +1,165 @@
+// One split of softmax(scale * q k) v for the query heads of one kv head: unnormalised output, largest score m and
+// sum l of exp(score - m), over the positions of the split that the token may see, max(0, pos - window + 1)..=pos.
+//
+// Splits are numbered from the first one the token sees and begin at multiples of split_len in absolute positions, so
+// a token's partial results do not depend on how its prompt was cut into steps.
+// Mapping: a workgroup = (kv head and HEADS of its query heads, split, row) on grid x, y, z. Scores: four invocations
+// share the elements of one of TILE positions, a vec4 holds the HEADS query heads. Output: an invocation owns two
+// elements of the head for every slices-th position of the tile.
+// Traffic: the split's keys and values once for HEADS query heads. Online softmax in f32.
+
+struct Params {
+    heads: u32,
+    kv_heads: u32,
+    head_dim: u32,
+    qkv_stride: u32,
+    context: u32,
+    scale: f32,
+    window: u32,
+    splits_max: u32,
+    split_len: u32,
+}
+@group(0) @binding(0) var<uniform> params: Params;
+@group(0) @binding(2) var<storage, read> qkv: array<f32>;                    // (n_tokens, qkv_stride), q first
+@group(0) @binding(3) var<storage, read> k_cache: array<u32>;                // (kv_heads, context, head_dim)
+@group(0) @binding(4) var<storage, read> v_cache: array<u32>;                // (kv_heads, context, head_dim)
+@group(0) @binding(5) var<storage, read_write> partial_out: array<f32>;      // (n_tokens, heads, splits_max, head_dim)
+@group(0) @binding(6) var<storage, read_write> partial_ml: array<vec2<f32>>; // (n_tokens, heads, splits_max): m, l
+
+const LOWEST: f32 = -3.0e38;
+const PARTS: u32 = WG / TILE;
+
+var<workgroup> q_tile: array<vec4<f32>, HEAD_DIM_MAX>;   // by element: the HEADS query heads, times scale
+var<workgroup> scratch: array<vec4<f32>, WG>;
+var<workgroup> scores: array<vec4<f32>, TILE>;
+var<workgroup> weights: array<vec4<f32>, TILE>;
+
+@compute @workgroup_size(WG)
+fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local_index: u32) {
+    let token = group.z;
+    let heads_per_kv = params.heads / params.kv_heads;
+    let blocks_per_kv = (heads_per_kv + HEADS - 1u) / HEADS;
+    let kv_head = group.x / blocks_per_kv;
+    let head_in_kv = group.x % blocks_per_kv * HEADS;
+    if (token >= step.n_tokens || kv_head >= params.kv_heads) {
+        return;
+    }
+    let position = step.position + token;
+    var first = 0u;
+    if (params.window > 0u && position + 1u > params.window) {
+        first = position + 1u - params.window;
+    }
+    let split = first / params.split_len + group.y;
+    let begin = max(first, split * params.split_len);
+    let end = min(position + 1u, (split + 1u) * params.split_len);
+    if (begin >= end || group.y >= params.splits_max) {
+        return;
+    }
+
+    let head_start = kv_head * heads_per_kv + head_in_kv;
+    let heads_here = min(HEADS, heads_per_kv - head_in_kv);
+    let pairs = params.head_dim / 2u;
+    for (var i = local_index; i < params.head_dim; i += WG) {
+        let q_start = token * params.qkv_stride + head_start * params.head_dim + i;
+        var q = vec4<f32>(0.0);
+        for (var h = 0u; h < heads_here; h++) {
+            q[h] = qkv[q_start + h * params.head_dim] * params.scale;
+        }
+        q_tile[i] = q;
+    }
+    // Orders the writes of q before its reads.
+    workgroupBarrier();
+
+    let cache_start = kv_head * params.context;
+    let score_slot = local_index / PARTS;
+    let score_part = local_index % PARTS;
+    // Several invocations own the same pair when the head is small, each for its slice of the positions.
+    let slices = min(WG / pairs, TILE);
+    let slice = local_index / pairs;
+    let pair = local_index % pairs;
+    var even = vec4<f32>(0.0);
+    var odd = vec4<f32>(0.0);
+    var largest = vec4<f32>(LOWEST);
+    var sum = vec4<f32>(0.0);
+
+    for (var tile = begin; tile < end; tile += TILE) {
+        let count = min(TILE, end - tile);
+        var partial = vec4<f32>(0.0);
+        if (score_slot < count) {
+            let row = (cache_start + tile + score_slot) * pairs;
+            for (var i = score_part; i < pairs; i += PARTS) {
+                let word = (row + i) * KV_PAIR_WORDS;
+                let k = kv_unpack(k_cache[word], k_cache[word + KV_PAIR_WORDS - 1u]);
+                partial = fma(q_tile[2u * i], vec4<f32>(k.x), partial);
+                partial = fma(q_tile[2u * i + 1u], vec4<f32>(k.y), partial);
+            }
+        }
+        scratch[local_index] = partial;
+        // Orders the partial scores before their sums.
+        workgroupBarrier();
+        if (local_index < TILE) {
+            var score = vec4<f32>(LOWEST);
+            if (local_index < count) {
+                score = scratch[local_index * PARTS];
+                for (var i = 1u; i < PARTS; i++) {
+                    score += scratch[local_index * PARTS + i];
+                }
+            }
+            scores[local_index] = score;
+        }
+        // Orders the scores before every invocation looks for the largest.
+        workgroupBarrier();
+        var new_largest = largest;
+        for (var i = 0u; i < count; i++) {
+            new_largest = max(new_largest, scores[i]);
+        }
+        if (local_index < count) {
+            weights[local_index] = exp(scores[local_index] - new_largest);
+        }
+        let correction = exp(max(largest - new_largest, vec4<f32>(-100.0)));
+        largest = new_largest;
+        even *= correction;
+        odd *= correction;
+        sum *= correction;
+        // Orders the weights before their use.
+        workgroupBarrier();
+        for (var i = 0u; i < count; i++) {
+            sum += weights[i];
+        }
+        if (slice < slices) {
+            for (var i = slice; i < count; i += slices) {
+                let word = ((cache_start + tile + i) * pairs + pair) * KV_PAIR_WORDS;
+                let v = kv_unpack(v_cache[word], v_cache[word + KV_PAIR_WORDS - 1u]);
+                even = fma(weights[i], vec4<f32>(v.x), even);
+                odd = fma(weights[i], vec4<f32>(v.y), odd);
+            }
+        }
+        // The next tile writes scores and weights only behind barriers that follow these reads.
+    }
+
+    // The slices of a pair are added by the invocation of slice 0: first the even elements, then the odd ones.
+    workgroupBarrier();
+    scratch[local_index] = even;
+    workgroupBarrier();
+    if (slice == 0u) {
+        for (var i = 1u; i < slices; i++) {
+            even += scratch[i * pairs + pair];
+        }
+    }
+    workgroupBarrier();
+    scratch[local_index] = odd;
+    workgroupBarrier();
+    if (slice == 0u) {
+        for (var i = 1u; i < slices; i++) {
+            odd += scratch[i * pairs + pair];
+        }
+        for (var h = 0u; h < heads_here; h++) {
+            let row = (token * params.heads + head_start + h) * params.splits_max + group.y;
+            partial_out[row * params.head_dim + 2u * pair] = even[h];
+            partial_out[row * params.head_dim + 2u * pair + 1u] = odd[h];
+            if (pair == 0u) {
+                partial_ml[row] = vec2<f32>(largest[h], sum[h]);
+            }
+        }
+    }
+}

@@ -1,0 +1,36 @@
+// out[t, i] = x[t, i] / sqrt(mean_i(x[t, i]^2) + eps) * weight[i].
+//
+// Mapping: a workgroup a row; grid z numbers rows. Traffic: x twice (the second time from cache), out once.
+
+struct Params {
+    dim: u32,
+    x_stride: u32,
+    x_offset: u32,
+    out_stride: u32,
+    out_offset: u32,
+    eps: f32,
+    row_mode: u32,
+}
+@group(0) @binding(0) var<uniform> params: Params;
+@group(0) @binding(2) var<storage, read> x: array<f32>;              // (rows, x_stride)
+@group(0) @binding(3) var<storage, read> weight: array<f32>;         // (dim)
+@group(0) @binding(4) var<storage, read_write> out: array<f32>;      // (rows, out_stride)
+
+@compute @workgroup_size(WG)
+fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local_index: u32) {
+    let row = group.z;
+    if (row >= row_count(params.row_mode)) {
+        return;
+    }
+    let x_start = input_row(params.row_mode, row) * params.x_stride + params.x_offset;
+    var squares = 0.0;
+    for (var i = local_index; i < params.dim; i += WG) {
+        let value = x[x_start + i];
+        squares = fma(value, value, squares);
+    }
+    let factor = inverseSqrt(workgroup_sum(squares, local_index) / f32(params.dim) + params.eps);
+    let out_start = row * params.out_stride + params.out_offset;
+    for (var i = local_index; i < params.dim; i += WG) {
+        out[out_start + i] = x[x_start + i] * factor * weight[i];
+    }
+}

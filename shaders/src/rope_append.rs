@@ -1,0 +1,135 @@
+//! Twin of `rope_append.wgsl`; the formula and the mapping are in its header.
+
+use crate::trial::{Expected, Values};
+use crate::*;
+
+/// Invocations of a workgroup.
+pub const WG: u32 = 128;
+
+params! {
+    /// Uniform at binding 0.
+    Params {
+        /// Query heads.
+        heads: u32,
+        /// Key/value heads.
+        kv_heads: u32,
+        /// Elements of a head; even.
+        head_dim: u32,
+        /// Leading elements that are rotated; even, 0 for none.
+        rotary_dim: u32,
+        /// Elements of a row of qkv.
+        qkv_stride: u32,
+        /// Positions of the cache.
+        context: u32,
+        /// Unused.
+        pad: [u32; 2],
+    }
+}
+
+/// The kernel.
+pub static KERNEL: Kernel = Kernel {
+    name: "rope_append",
+    body: include_str!("rope_append.wgsl"),
+    preludes: &[Prelude::Step, Prelude::Kv],
+    constants: &[("WG", WG)],
+    params: Params::FIELDS,
+    trials,
+};
+
+/// Dispatch for `rows` tokens.
+pub fn grid(params: &Params, rows: u32) -> [u32; 3] {
+    let pairs = (params.heads + 2 * params.kv_heads) * (params.head_dim / 2);
+    [pairs.div_ceil(WG), 1, rows]
+}
+
+/// Two products of a rotation in single precision, relative to the largest element.
+const ROTATION: f32 = 1e-6;
+/// Rounding to half precision, relative to the element.
+const F16_ROUNDING: f32 = 6e-4;
+
+/// Rotates q in place and writes k and v to the caches, before they are rounded to the type of the cache. `k_cache`
+/// and `v_cache` are elements, (kv_heads, context, head_dim).
+pub fn reference(
+    params: &Params,
+    step: &Step,
+    qkv: &mut [f32],
+    rope: &[[f32; 2]],
+    k_cache: &mut [f32],
+    v_cache: &mut [f32],
+) {
+    let (heads, kv_heads, dim) = (params.heads as usize, params.kv_heads as usize, params.head_dim as usize);
+    let half = params.rotary_dim as usize / 2;
+    for token in 0..step.n_tokens as usize {
+        let position = step.position as usize + token;
+        for head in 0..heads + 2 * kv_heads {
+            let start = token * params.qkv_stride as usize + head * dim;
+            let mut row = qkv[start..start + dim].to_vec();
+            if head < heads + kv_heads {
+                for i in 0..half {
+                    let [cos, sin] = rope[position * half + i];
+                    let (a, b) = (row[i], row[i + half]);
+                    row[i] = a * cos - b * sin;
+                    row[i + half] = b * cos + a * sin;
+                }
+            }
+            if head < heads {
+                qkv[start..start + dim].copy_from_slice(&row);
+                continue;
+            }
+            let cache = if head < heads + kv_heads { &mut *k_cache } else { &mut *v_cache };
+            let at = ((head - heads) % kv_heads * params.context as usize + position) * dim;
+            cache[at..at + dim].copy_from_slice(&row);
+        }
+    }
+}
+
+/// The row in, q out, k and v to the cache.
+pub fn cost(params: &Params, kv: Kv, rows: u32) -> Cost {
+    let head = u64::from(params.head_dim) * u64::from(rows);
+    let (q, kv_elements) = (head * u64::from(params.heads), 2 * head * u64::from(params.kv_heads));
+    let cached = trial::word_bytes(kv_elements / u64::from(kv.per_word()));
+    Cost { bytes: trial::word_bytes(2 * q + kv_elements) + cached, flops: 3 * (q + kv_elements / 2) }
+}
+
+/// (heads, kv_heads, head_dim, rotary_dim, position, tokens): full, partial, odd half and no rotation.
+pub fn cases() -> Vec<[u32; 6]> {
+    vec![[1, 1, 2, 2, 0, 1], [4, 2, 64, 64, 5, 3], [3, 3, 80, 20, 1, 4], [2, 1, 12, 6, 3, 2], [8, 2, 128, 0, 7, 1]]
+}
+
+fn trials(variant: Variant, rng: &mut Rng) -> Vec<Trial> {
+    let mut trials = Vec::new();
+    for [heads, kv_heads, head_dim, rotary_dim, position, n_tokens] in cases() {
+        let row = (heads + 2 * kv_heads) * head_dim;
+        let context = position + n_tokens + 2;
+        let params = Params { heads, kv_heads, head_dim, rotary_dim, qkv_stride: row + 4, context, pad: [0; 2] };
+        let step = Step { n_tokens, position, ..Step::default() };
+        let mut qkv = rng.values((n_tokens * params.qkv_stride) as usize, 30.0);
+        let rope: Vec<[f32; 2]> = (0..(context * rotary_dim / 2).max(1))
+            .map(|_| {
+                let (sin, cos) = rng.range(-3.0, 3.0).sin_cos();
+                [cos, sin]
+            })
+            .collect();
+        let elements = (kv_heads * context * head_dim) as usize;
+        let poison = if variant.kv == Kv::F16 { trial::POISON_F16 } else { trial::POISON };
+        let cache = vec![poison; elements / variant.kv.per_word() as usize];
+        let storage = vec![trial::words(&qkv), trial::words(rope.as_flattened()), cache.clone(), cache];
+        let (mut k, mut v) = (trial::poisoned(elements), trial::poisoned(elements));
+        reference(&params, &step, &mut qkv, &rope, &mut k, &mut v);
+        let close = |binding, values: Vec<f32>| {
+            let rounding = if variant.kv == Kv::F16 { F16_ROUNDING } else { 0.0 };
+            let tolerance = values.iter().map(|v| ROTATION * 60.0 + rounding * v.abs()).collect();
+            let values = if variant.kv == Kv::F16 { Values::F16(values) } else { Values::F32(values) };
+            Expected { binding, values, tolerance, rms: 0.0 }
+        };
+        trials.push(Trial {
+            label: format!("{heads}/{kv_heads} heads of {head_dim}, {rotary_dim} rotated, {n_tokens} at {position}"),
+            params: bytemuck::bytes_of(&params).to_vec(),
+            step,
+            storage,
+            grid: grid(&params, n_tokens),
+            expected: vec![Expected::near(2, qkv, ROTATION), close(4, k), close(5, v)],
+        });
+    }
+    trials
+}

@@ -1,0 +1,230 @@
+//! A naive interpretation of a [`Program`]: every operation as its documentation spells it, in f64 where it sums.
+//! Slow and obvious on purpose; backends are compared with it.
+
+use awqua::backend::{BufferId, KvType, LogitsRows, Op, Program, Rows, Span};
+use awqua::tensor::{DenseType, Offset, W4Matrix, Weight};
+use half::{bf16, f16};
+
+/// The state of one session: activations, KV cache and rotary tables.
+pub struct Oracle<'a> {
+    program: &'a Program,
+    weights: Vec<Vec<f32>>,
+    context: usize,
+    kv: KvType,
+    buffers: Vec<Vec<f32>>,
+    /// A layer: (kv_heads, context, head_dim).
+    keys: Vec<Vec<f32>>,
+    values: Vec<Vec<f32>>,
+    rope: Vec<Vec<f32>>,
+    logits_rows: usize,
+}
+
+impl<'a> Oracle<'a> {
+    /// A session with an empty cache of `context` positions whose elements are rounded to `kv`.
+    pub fn new(program: &'a Program, weights: &[Weight], context: usize, kv: KvType) -> Self {
+        let shape = program.attention;
+        let cache =
+            vec![vec![0.0; shape.kv_heads as usize * context * shape.head_dim as usize]; program.layers as usize];
+        Self {
+            program,
+            weights: weights.iter().map(widen).collect(),
+            context,
+            kv,
+            buffers: vec![Vec::new(); program.buffers.len()],
+            keys: cache.clone(),
+            values: cache,
+            rope: vec![vec![0.0; context * shape.rotary_dim as usize]; program.rope_tables as usize],
+            logits_rows: 0,
+        }
+    }
+
+    /// As `Runner::write_rope`.
+    pub fn write_rope(&mut self, table: usize, first: usize, rows: &[f32]) {
+        let at = first * self.program.attention.rotary_dim as usize;
+        self.rope[table][at..at + rows.len()].copy_from_slice(rows);
+    }
+
+    /// As `Runner::run`; returns the logits rows.
+    pub fn run(&mut self, tokens: &[u32], position: usize, logits: LogitsRows) -> Vec<f32> {
+        let range = logits.range(tokens.len());
+        self.logits_rows = range.len();
+        for (desc, buffer) in self.program.buffers.iter().zip(&mut self.buffers) {
+            buffer.resize(tokens.len() * desc.width as usize, 0.0);
+        }
+        for op in &self.program.ops {
+            self.op(op, tokens, position, range.clone());
+        }
+        let width = self.width(self.program.logits);
+        self.buffers[self.program.logits.0 as usize][..range.len() * width].to_vec()
+    }
+
+    fn width(&self, id: BufferId) -> usize {
+        self.program.buffers[id.0 as usize].width as usize
+    }
+
+    fn row(&self, span: Span, row: usize, len: usize) -> Vec<f32> {
+        let at = row * self.width(span.buffer) + span.offset as usize;
+        self.buffers[span.buffer.0 as usize][at..at + len].to_vec()
+    }
+
+    fn put(&mut self, span: Span, row: usize, values: &[f32]) {
+        let at = row * self.width(span.buffer) + span.offset as usize;
+        self.buffers[span.buffer.0 as usize][at..at + values.len()].copy_from_slice(values);
+    }
+
+    /// Pairs of (input row, output row).
+    fn rows(&self, rows: Rows, n_tokens: usize, logits: &std::ops::Range<usize>) -> Vec<(usize, usize)> {
+        match rows {
+            Rows::All => (0..n_tokens).map(|t| (t, t)).collect(),
+            Rows::Logits => logits.clone().enumerate().map(|(out, x)| (x, out)).collect(),
+            Rows::Compacted => (0..logits.len()).map(|t| (t, t)).collect(),
+        }
+    }
+
+    fn op(&mut self, op: &Op, tokens: &[u32], position: usize, logits: std::ops::Range<usize>) {
+        let shape = self.program.attention;
+        let (heads, kv_heads) = (shape.heads as usize, shape.kv_heads as usize);
+        let dim = shape.head_dim as usize;
+        match *op {
+            Op::Embed { table, out } => {
+                let width = self.width(out);
+                for (t, &token) in tokens.iter().enumerate() {
+                    let row = self.weights[table.0 as usize][token as usize * width..][..width].to_vec();
+                    self.put(out.into(), t, &row);
+                }
+            }
+            Op::RmsNorm { x, weight, out, dim, segments, eps, rows } => {
+                for (from, to) in self.rows(rows, tokens.len(), &logits) {
+                    for segment in 0..segments {
+                        let shift = |s: Span| Span { offset: s.offset + segment * dim, ..s };
+                        let mut values = self.row(shift(x), from, dim as usize);
+                        let mean = values.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / f64::from(dim);
+                        let scale = 1.0 / (mean + f64::from(eps)).sqrt();
+                        for (v, w) in values.iter_mut().zip(&self.weights[weight.0 as usize]) {
+                            *v = (f64::from(*v) * scale * f64::from(*w)) as f32;
+                        }
+                        self.put(shift(out), to, &values);
+                    }
+                }
+            }
+            Op::Linear { x, weight, bias, out, accumulate, rows } => {
+                let k = self.width(x);
+                let n = self.weights[weight.0 as usize].len() / k;
+                for (from, to) in self.rows(rows, tokens.len(), &logits) {
+                    let input = self.row(x.into(), from, k);
+                    let mut result = if accumulate { self.row(out, to, n) } else { vec![0.0; n] };
+                    for (i, (r, w)) in result.iter_mut().zip(self.weights[weight.0 as usize].chunks(k)).enumerate() {
+                        let mut sum: f64 = w.iter().zip(&input).map(|(w, x)| f64::from(*w) * f64::from(*x)).sum();
+                        sum += bias.map_or(0.0, |b| f64::from(self.weights[b.0 as usize][i]));
+                        *r += sum as f32;
+                    }
+                    self.put(out, to, &result);
+                }
+            }
+            Op::RopeAppend { qkv, layer, rope } => {
+                for t in 0..tokens.len() {
+                    let mut row = self.row(qkv.into(), t, (heads + 2 * kv_heads) * dim);
+                    if let Some(table) = rope {
+                        for head in row[..(heads + kv_heads) * dim].chunks_mut(dim) {
+                            self.rotate(head, table as usize, position + t);
+                        }
+                    }
+                    self.put(qkv.into(), t, &row[..heads * dim]);
+                    for h in 0..kv_heads {
+                        let at = (h * self.context + position + t) * dim;
+                        for i in 0..dim {
+                            let kv = self.kv;
+                            self.keys[layer as usize][at + i] = round(row[(heads + h) * dim + i], kv);
+                            self.values[layer as usize][at + i] = round(row[(heads + kv_heads + h) * dim + i], kv);
+                        }
+                    }
+                }
+            }
+            Op::Attention { qkv, out, layer, scale, window } => {
+                for t in 0..tokens.len() {
+                    let last = position + t;
+                    let first = window.map_or(0, |w| (last + 1).saturating_sub(w as usize));
+                    let q = self.row(qkv.into(), t, heads * dim);
+                    let mut result = vec![0.0; heads * dim];
+                    for h in 0..heads {
+                        let cache = h / (heads / kv_heads) * self.context;
+                        let row = |j: usize| (cache + j) * dim..(cache + j + 1) * dim;
+                        let score = |j: usize| {
+                            let key = &self.keys[layer as usize][row(j)];
+                            let dot = |(a, b): (&f32, &f32)| f64::from(*a) * f64::from(*b);
+                            f64::from(scale) * q[h * dim..][..dim].iter().zip(key).map(dot).sum::<f64>()
+                        };
+                        let scores: Vec<f64> = (first..=last).map(score).collect();
+                        let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                        let sum: f64 = scores.iter().map(|s| (s - max).exp()).sum();
+                        for (j, s) in (first..=last).zip(&scores) {
+                            let p = (s - max).exp() / sum;
+                            for (r, v) in result[h * dim..][..dim].iter_mut().zip(&self.values[layer as usize][row(j)])
+                            {
+                                *r += (p * f64::from(*v)) as f32;
+                            }
+                        }
+                    }
+                    self.put(out.into(), t, &result);
+                }
+            }
+            Op::SiluMul { x, out } => {
+                let width = self.width(out);
+                for t in 0..tokens.len() {
+                    let row = self.row(x.into(), t, 2 * width);
+                    let silu = |v: f32| v / (1.0 + (-v).exp());
+                    let result: Vec<f32> = (0..width).map(|i| silu(row[i]) * row[width + i]).collect();
+                    self.put(out.into(), t, &result);
+                }
+            }
+        }
+    }
+
+    fn rotate(&self, head: &mut [f32], table: usize, position: usize) {
+        let half = self.program.attention.rotary_dim as usize / 2;
+        for i in 0..half {
+            let at = (position * half + i) * 2;
+            let (cos, sin) = (self.rope[table][at], self.rope[table][at + 1]);
+            let (a, b) = (head[i], head[i + half]);
+            head[i] = a * cos - b * sin;
+            head[i + half] = b * cos + a * sin;
+        }
+    }
+}
+
+fn round(value: f32, kv: KvType) -> f32 {
+    match kv {
+        KvType::F16 => f16::from_f32(value).to_f32(),
+        KvType::F32 => value,
+    }
+}
+
+fn widen(weight: &Weight) -> Vec<f32> {
+    match weight {
+        Weight::Vector(values) => values.clone(),
+        Weight::W4(matrix) => dequantize(matrix),
+        Weight::Dense(matrix) => match matrix.dtype {
+            DenseType::F32 => matrix.bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
+            DenseType::F16 => matrix.bytes.as_chunks().0.iter().map(|b| f16::from_le_bytes(*b).to_f32()).collect(),
+            DenseType::BF16 => matrix.bytes.as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b).to_f32()).collect(),
+        },
+    }
+}
+
+fn dequantize(matrix: &W4Matrix) -> Vec<f32> {
+    let mut out = Vec::with_capacity(matrix.n * matrix.k);
+    for row in 0..matrix.n {
+        for column in 0..matrix.k {
+            let code = matrix.qweight[(row * matrix.k + column) / 8] >> (4 * (column % 8)) & 15;
+            let params = matrix.group_params[row * matrix.groups() + column / matrix.group_size];
+            let scale = f16::from_bits(params as u16).to_f32();
+            let offset = f16::from_bits((params >> 16) as u16).to_f32();
+            let weight = match matrix.offset {
+                Offset::Zero => (code as f32 - offset) * scale,
+                Offset::Bias => code as f32 * scale + offset,
+            };
+            out.push(f16::from_f32(weight).to_f32());
+        }
+    }
+    out
+}

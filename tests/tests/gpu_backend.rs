@@ -1,0 +1,424 @@
+//! The wgpu backend against a naive interpretation of the same program, on every adapter and kernel variant.
+#![cfg(feature = "wgpu")]
+
+use std::sync::Arc;
+
+use awqua::ErrorKind;
+use awqua::backend::wgpu::{WgpuBackend, WgpuOptions, adapters};
+use awqua::backend::{
+    AttentionShape, Backend, BufferDesc, BufferId, KvType, LogitsRows, Op, Program, Rows, Runner, RunnerConfig, Span,
+    Step, WeightId,
+};
+use awqua::session::sampler::{SampleRequest, Sampling};
+use awqua::tensor::{Bytes, DenseMatrix, DenseType, Offset, W4Matrix, Weight};
+use awqua_tests::oracle::Oracle;
+use half::{bf16, f16};
+
+const CONTEXT: u32 = 160;
+const MAX_TOKENS: u32 = 40;
+
+/// Shapes of a small decoder.
+#[derive(Debug, Clone)]
+struct Case {
+    name: &'static str,
+    hidden: usize,
+    ffn: usize,
+    vocab: usize,
+    layers: u32,
+    shape: AttentionShape,
+    qk_norm: bool,
+    bias: bool,
+    window: Option<u32>,
+    /// Rotary tables; layer i uses table i modulo this, no rotation at 0.
+    rope_tables: u32,
+    projections: Projection,
+    embedding: DenseType,
+    kv: KvType,
+}
+
+/// How the projections are stored.
+#[derive(Debug, Clone, Copy)]
+enum Projection {
+    /// Group size 0 is one group a row.
+    W4 {
+        group_size: usize,
+        offset: Offset,
+    },
+    Dense(DenseType),
+}
+
+fn cases() -> Vec<Case> {
+    let w4 = |group_size, offset| Projection::W4 { group_size, offset };
+    let shape = |heads, kv_heads, head_dim, rotary_dim| AttentionShape { heads, kv_heads, head_dim, rotary_dim };
+    vec![
+        Case {
+            name: "grouped queries, zero points",
+            hidden: 64,
+            ffn: 96,
+            vocab: 300,
+            layers: 2,
+            shape: shape(4, 2, 16, 16),
+            qk_norm: false,
+            bias: true,
+            window: None,
+            rope_tables: 1,
+            projections: w4(32, Offset::Zero),
+            embedding: DenseType::F16,
+            kv: KvType::F16,
+        },
+        Case {
+            name: "odd widths, window, norms per head",
+            hidden: 40,
+            ffn: 72,
+            vocab: 301,
+            layers: 2,
+            shape: shape(6, 2, 12, 8),
+            qk_norm: true,
+            bias: false,
+            window: Some(5),
+            rope_tables: 2,
+            projections: w4(8, Offset::Bias),
+            embedding: DenseType::BF16,
+            kv: KvType::F32,
+        },
+        Case {
+            name: "dense half precision with odd rows",
+            hidden: 37,
+            ffn: 45,
+            vocab: 129,
+            layers: 1,
+            shape: shape(3, 1, 10, 10),
+            qk_norm: true,
+            bias: true,
+            window: None,
+            rope_tables: 0,
+            projections: Projection::Dense(DenseType::F16),
+            embedding: DenseType::F32,
+            kv: KvType::F16,
+        },
+        Case {
+            name: "dense bfloat16, one head",
+            hidden: 33,
+            ffn: 50,
+            vocab: 77,
+            layers: 2,
+            shape: shape(1, 1, 32, 16),
+            qk_norm: false,
+            bias: false,
+            window: Some(200),
+            rope_tables: 1,
+            projections: Projection::Dense(DenseType::BF16),
+            embedding: DenseType::BF16,
+            kv: KvType::F32,
+        },
+        Case {
+            name: "wide heads, one group a row",
+            hidden: 48,
+            ffn: 64,
+            vocab: 100,
+            layers: 1,
+            shape: shape(2, 1, 128, 128),
+            qk_norm: false,
+            bias: true,
+            window: None,
+            rope_tables: 1,
+            projections: w4(0, Offset::Zero),
+            embedding: DenseType::F32,
+            kv: KvType::F16,
+        },
+    ]
+}
+
+/// xorshift64*, enough for test data.
+struct Rng(u64);
+
+impl Rng {
+    fn next(&mut self) -> u32 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        (self.0.wrapping_mul(0x2545_F491_4F6C_DD1D) >> 32) as u32
+    }
+
+    /// Uniform in [-scale, scale).
+    fn value(&mut self, scale: f32) -> f32 {
+        (self.next() as f32 / 2_147_483_648.0 - 1.0) * scale
+    }
+
+    fn values(&mut self, len: usize, scale: f32) -> Vec<f32> {
+        (0..len).map(|_| self.value(scale)).collect()
+    }
+}
+
+/// A program with its weights in the order of their ids.
+struct Model {
+    program: Arc<Program>,
+    weights: Vec<Weight>,
+}
+
+struct Builder {
+    rng: Rng,
+    weights: Vec<Weight>,
+    ops: Vec<Op>,
+}
+
+impl Builder {
+    fn push(&mut self, weight: Weight) -> WeightId {
+        self.weights.push(weight);
+        WeightId(self.weights.len() as u32 - 1)
+    }
+
+    fn vector(&mut self, len: usize, center: f32, scale: f32) -> WeightId {
+        let values = self.rng.values(len, scale).iter().map(|v| v + center).collect();
+        self.push(Weight::Vector(values))
+    }
+
+    fn dense(&mut self, n: usize, k: usize, dtype: DenseType, scale: f32) -> WeightId {
+        let values = self.rng.values(n * k, scale);
+        let bytes = match dtype {
+            DenseType::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+            DenseType::F16 => values.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect(),
+            DenseType::BF16 => values.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect(),
+        };
+        let matrix = DenseMatrix::new(n, k, dtype, Bytes::owned(bytes)).expect("the bytes fit the shape");
+        self.push(Weight::Dense(matrix))
+    }
+
+    fn matrix(&mut self, n: usize, k: usize, projection: Projection) -> WeightId {
+        let scale = 1.5 / (k as f32).sqrt();
+        let (group_size, offset) = match projection {
+            Projection::Dense(dtype) => return self.dense(n, k, dtype, scale),
+            Projection::W4 { group_size: 0, offset } => (k, offset),
+            Projection::W4 { group_size, offset } => (group_size, offset),
+        };
+        let qweight = (0..n * k / 8).map(|_| self.rng.next()).collect();
+        let params = |rng: &mut Rng| {
+            let s = f16::from_f32((rng.value(0.5) + 1.0) * scale / 8.0);
+            let o = match offset {
+                Offset::Zero => f16::from_f32((rng.next() % 16) as f32),
+                Offset::Bias => f16::from_f32(-8.0 * s.to_f32()),
+            };
+            u32::from(s.to_bits()) | u32::from(o.to_bits()) << 16
+        };
+        let group_params = (0..n * (k / group_size)).map(|_| params(&mut self.rng)).collect();
+        self.push(Weight::W4(W4Matrix { n, k, group_size, qweight, group_params, offset }))
+    }
+
+    fn linear(&mut self, case: &Case, x: u32, (n, k): (usize, usize), out: Span, bias: bool, accumulate: bool) {
+        let weight = self.matrix(n, k, case.projections);
+        let bias = bias.then(|| self.vector(n, 0.0, 0.5));
+        self.ops.push(Op::Linear { x: BufferId(x), weight, bias, out, accumulate, rows: Rows::All });
+    }
+
+    fn norm(&mut self, x: Span, out: Span, dim: usize, segments: u32, rows: Rows) {
+        let weight = self.vector(dim, 1.0, 0.3);
+        self.ops.push(Op::RmsNorm { x, weight, out, dim: dim as u32, segments, eps: 1e-5, rows });
+    }
+}
+
+const HIDDEN: u32 = 0;
+const NORMED: u32 = 1;
+const QKV: u32 = 2;
+const ATTENTION: u32 = 3;
+const GATE_UP: u32 = 4;
+const PRODUCT: u32 = 5;
+const LAST: u32 = 6;
+const LOGITS: u32 = 7;
+
+fn span(buffer: u32, offset: usize) -> Span {
+    Span { buffer: BufferId(buffer), offset: offset as u32 }
+}
+
+fn build(case: &Case) -> Model {
+    let shape = case.shape;
+    let (heads, kv_heads, dim) = (shape.heads as usize, shape.kv_heads as usize, shape.head_dim as usize);
+    let (hidden, ffn) = (case.hidden, case.ffn);
+    let qkv = (heads + 2 * kv_heads) * dim;
+    let mut b = Builder { rng: Rng(0x9E37_79B9 + hidden as u64), weights: Vec::new(), ops: Vec::new() };
+
+    let table = b.dense(case.vocab, hidden, case.embedding, 1.0);
+    b.ops.push(Op::Embed { table, out: BufferId(HIDDEN) });
+    for layer in 0..case.layers {
+        b.norm(span(HIDDEN, 0), span(NORMED, 0), hidden, 1, Rows::All);
+        b.linear(case, NORMED, (qkv, hidden), span(QKV, 0), case.bias, false);
+        if case.qk_norm {
+            b.norm(span(QKV, 0), span(QKV, 0), dim, shape.heads, Rows::All);
+            b.norm(span(QKV, heads * dim), span(QKV, heads * dim), dim, shape.kv_heads, Rows::All);
+        }
+        let rope = layer.checked_rem(case.rope_tables);
+        b.ops.push(Op::RopeAppend { qkv: BufferId(QKV), layer, rope });
+        b.ops.push(Op::Attention {
+            qkv: BufferId(QKV),
+            out: BufferId(ATTENTION),
+            layer,
+            scale: 1.0 / (dim as f32).sqrt(),
+            window: case.window,
+        });
+        b.linear(case, ATTENTION, (hidden, heads * dim), span(HIDDEN, 0), case.bias, true);
+        b.norm(span(HIDDEN, 0), span(NORMED, 0), hidden, 1, Rows::All);
+        b.linear(case, NORMED, (ffn, hidden), span(GATE_UP, 0), false, false);
+        b.linear(case, NORMED, (ffn, hidden), span(GATE_UP, ffn), case.bias, false);
+        b.ops.push(Op::SiluMul { x: BufferId(GATE_UP), out: BufferId(PRODUCT) });
+        b.linear(case, PRODUCT, (hidden, ffn), span(HIDDEN, 0), false, true);
+    }
+    b.norm(span(HIDDEN, 0), span(LAST, 0), hidden, 1, Rows::Logits);
+    let weight = b.dense(case.vocab, hidden, case.embedding, 0.5);
+    let out = span(LOGITS, 0);
+    b.ops.push(Op::Linear { x: BufferId(LAST), weight, bias: None, out, accumulate: false, rows: Rows::Compacted });
+
+    let buffer = |name, width: usize, logits_rows| BufferDesc { name, width: width as u32, logits_rows };
+    let program = Program {
+        buffers: vec![
+            buffer("hidden", hidden, false),
+            buffer("normed", hidden, false),
+            buffer("qkv", qkv, false),
+            buffer("attention", heads * dim, false),
+            buffer("gate_up", 2 * ffn, false),
+            buffer("product", ffn, false),
+            buffer("last", hidden, true),
+            buffer("logits", case.vocab, true),
+        ],
+        ops: b.ops,
+        layers: case.layers,
+        attention: shape,
+        rope_tables: case.rope_tables,
+        vocab_size: case.vocab as u32,
+        logits: BufferId(LOGITS),
+    };
+    Model { program: Arc::new(program), weights: b.weights }
+}
+
+fn rope_rows(table: u32, half: u32) -> Vec<f32> {
+    let angle = |position: u32, i: u32| position as f32 / (10.0 + table as f32).powf(i as f32 / half as f32);
+    (0..CONTEXT).flat_map(|p| (0..half).flat_map(move |i| [angle(p, i).cos(), angle(p, i).sin()])).collect()
+}
+
+fn config(kv: Option<KvType>) -> RunnerConfig {
+    RunnerConfig { max_tokens: MAX_TOKENS, max_logits_rows: MAX_TOKENS, context: CONTEXT, kv_type: kv, threads: None }
+}
+
+fn upload(options: &WgpuOptions, model: &Model) -> Arc<WgpuBackend> {
+    let mut backend = WgpuBackend::open(options).expect("the adapter opens");
+    for (i, weight) in model.weights.iter().enumerate() {
+        let id = backend.upload(&format!("weight {i}"), weight.clone()).expect("the weight fits");
+        assert_eq!(id, WeightId(i as u32));
+    }
+    Arc::new(backend)
+}
+
+fn runner(options: &WgpuOptions, model: &Model, kv: KvType) -> (Arc<WgpuBackend>, Box<dyn Runner>) {
+    let backend = upload(options, model);
+    let mut runner = backend.clone().runner(&model.program, &config(Some(kv))).expect("the runner fits");
+    for table in 0..model.program.rope_tables {
+        let rows = rope_rows(table, model.program.attention.rotary_dim / 2);
+        let half = rows.len() / 2;
+        // Two writes, the second not from row 0.
+        runner.write_rope(table, 0, &rows[..half]).expect("rows fit");
+        runner.write_rope(table, CONTEXT / 2, &rows[half..]).expect("rows fit");
+    }
+    (backend, runner)
+}
+
+/// Every adapter under every variant; prints a skip where there is none.
+fn options() -> Vec<WgpuOptions> {
+    let adapters: Vec<_> = adapters().into_iter().filter(|a| a.unusable.is_none()).collect();
+    if adapters.is_empty() {
+        assert!(std::env::var_os("AWQUA_REQUIRE_GPU").is_none_or(|v| v != "1"), "AWQUA_REQUIRE_GPU=1 and no adapter");
+        skip("no usable GPU adapter");
+    }
+    let mut all = Vec::new();
+    for adapter in adapters {
+        for (force_f32, force_no_subgroup) in [(false, false), (true, false), (false, true), (true, true)] {
+            if (force_f32 || adapter.f16) && (force_no_subgroup || adapter.subgroup.is_some()) {
+                let device = Some(adapter.index.to_string());
+                all.push(WgpuOptions { device, force_f32, force_no_subgroup, limit_binding: None });
+            }
+        }
+    }
+    all
+}
+
+#[expect(clippy::print_stderr, reason = "a skipped test has to be visible")]
+fn skip(reason: &str) {
+    eprintln!("SKIPPED: {reason}");
+}
+
+fn tokens(rng: &mut Rng, n: usize, vocab: usize) -> Vec<u32> {
+    (0..n).map(|_| rng.next() % vocab as u32).collect()
+}
+
+/// Largest difference relative to the largest expected value.
+fn error(found: &[f32], expected: &[f32]) -> f32 {
+    assert_eq!(found.len(), expected.len());
+    let largest = expected.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+    let mut worst = 0.0f32;
+    for (f, e) in found.iter().zip(expected) {
+        assert!(f.is_finite(), "{f} instead of {e}");
+        worst = worst.max((f - e).abs());
+    }
+    worst / largest
+}
+
+/// Prefill in ragged chunks, with and without logits, decode, then go back in the cache: tokens, position, logits.
+const STEPS: &[(usize, u32, LogitsRows)] = &[
+    (7, 0, LogitsRows::None),
+    (33, 7, LogitsRows::Last),
+    (1, 40, LogitsRows::Last),
+    (1, 41, LogitsRows::All),
+    (40, 42, LogitsRows::All),
+    (3, 82, LogitsRows::Last),
+    (5, 50, LogitsRows::All),
+    (40, 55, LogitsRows::None),
+    (40, 95, LogitsRows::None),
+    (24, 135, LogitsRows::Last),
+    (1, 159, LogitsRows::Last),
+];
+
+fn compare(case: &Case, options: &WgpuOptions) {
+    let model = build(case);
+    let (backend, mut runner) = runner(options, &model, case.kv);
+    assert_eq!(runner.kv_type(), case.kv);
+    assert!(runner.bytes() > 0 && backend.info().weight_bytes > 0);
+    let mut oracle = Oracle::new(&model.program, &model.weights, CONTEXT as usize, case.kv);
+    for table in 0..case.rope_tables {
+        oracle.write_rope(table as usize, 0, &rope_rows(table, case.shape.rotary_dim / 2));
+    }
+    // Half precision products carry 11 bits; f32 differs by order of summation, by not rounding dequantised weights
+    // to half precision, and a half precision cache can round an element to the other neighbour.
+    let tolerance = if options.force_f32 { 2e-3 } else { 1e-2 };
+    let mut rng = Rng(77);
+    let mut logits = Vec::new();
+    for &(n, position, rows) in STEPS {
+        let tokens = tokens(&mut rng, n, case.vocab);
+        let expected = oracle.run(&tokens, position as usize, rows);
+        runner.run(&Step { tokens: &tokens, position, logits: rows }).expect("the step runs");
+        runner.read_logits(&mut logits).expect("the logits come back");
+        let error = if expected.is_empty() { logits.len() as f32 } else { error(&logits, &expected) };
+        let info = backend.info();
+        assert!(
+            error <= tolerance,
+            "{} on {} ({}), {n} tokens at {position}: error {error} above {tolerance}",
+            case.name,
+            info.device,
+            info.variant
+        );
+    }
+}
+
+#[test]
+fn programs_match_the_naive_interpretation() {
+    for options in options() {
+        for case in cases() {
+            compare(&case, &options);
+        }
+    }
+}
+
+#[test]
+fn weights_split_over_bindings_match() {
+    for options in options() {
+        for case in cases() {
+            compare(&case, &WgpuOptions { limit_binding: Some(32 << 10), ..options.clone() });
+        }
+    }
+}
