@@ -20,8 +20,11 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::tensor::{Bytes, DenseMatrix, DenseType};
 
 mod files;
+mod inspect;
 mod safetensors;
 mod shards;
+
+pub use inspect::{Finding, Inspection, Severity, TensorInfo, TensorKind, inspect, verify};
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";

@@ -185,10 +185,10 @@ fn repack_gemm(bytes: &[u8], n: usize, k: usize) -> Vec<u32> {
         let lanes = LANES.min(in_width - first);
         for first_column in (0..out_width).step_by(LANES) {
             let columns = LANES.min(out_width - first_column);
-            for column in 0..columns {
+            for (slot, column) in (first_column..first_column + columns).enumerate() {
                 let mut block = [[0u32; LANES]; 8];
                 for (i, block) in block.iter_mut().enumerate() {
-                    let start = 4 * ((8 * (first_column + column) + i) * in_width + first);
+                    let start = 4 * ((8 * column + i) * in_width + first);
                     for (lane, word) in block.iter_mut().zip(words(&bytes[start..start + 4 * lanes])) {
                         *lane = word;
                     }
@@ -196,7 +196,7 @@ fn repack_gemm(bytes: &[u8], n: usize, k: usize) -> Vec<u32> {
                 transpose_nibbles(&mut block);
                 for (t, block) in block.iter().enumerate() {
                     for (lane, &word) in block.iter().enumerate() {
-                        tile[8 * lane + GEMM_ORDER[t]][column] = word;
+                        tile[8 * lane + GEMM_ORDER[t]][slot] = word;
                     }
                 }
             }

@@ -19,7 +19,7 @@ impl W4Matrix {
         offset: Offset,
     ) -> Result<Self> {
         let fits = group_size != 0
-            && group_size % 8 == 0
+            && group_size.is_multiple_of(8)
             && k % group_size == 0
             && n.checked_mul(k / 8) == Some(qweight.len())
             && n.checked_mul(k / group_size) == Some(group_params.len());

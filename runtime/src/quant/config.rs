@@ -44,11 +44,13 @@ impl Dialect {
         }
     }
 
-    /// Suffixes of all tensors of a packed module, the optional ones included.
-    pub fn suffixes(self) -> &'static [&'static str] {
+    /// Output and input features of packed codes stored with this shape, or `None` if it is none of this layout's.
+    pub fn stored_shape(self, codes: &[usize]) -> Option<(usize, usize)> {
+        let &[rows, columns] = codes else { return None };
         match self {
-            Self::PackQuantized => &["weight_packed", "weight_scale", "weight_zero_point", "weight_shape"],
-            _ => &["qweight", "qzeros", "scales"],
+            Self::AwqGemm => Some((columns.checked_mul(8)?, rows)),
+            Self::AwqGemv | Self::PackQuantized => Some((rows, columns.checked_mul(8)?)),
+            Self::AwqGemvFast => Some((rows.checked_mul(4)?, columns)),
         }
     }
 }
@@ -228,10 +230,10 @@ fn awq(section: &Value) -> Result<Quantization> {
 
 fn compressed_tensors(section: &Value) -> Result<Quantization> {
     let format = field(section, &["format"]).and_then(Value::as_str);
-    if let Some(sparsity) = field(section, &["sparsity_config"]).and_then(|s| s.get("format")).and_then(Value::as_str) {
-        if sparsity != "dense" {
-            return Err(unsupported(format!("sparsity format {sparsity:?}")));
-        }
+    if let Some(sparsity) = field(section, &["sparsity_config"]).and_then(|s| s.get("format")).and_then(Value::as_str)
+        && sparsity != "dense"
+    {
+        return Err(unsupported(format!("sparsity format {sparsity:?}")));
     }
     let transforms = field(section, &["transform_config"]).and_then(|t| t.get("config_groups"));
     if transforms.and_then(Value::as_object).is_some_and(|groups| !groups.is_empty()) {

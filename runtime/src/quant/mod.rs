@@ -114,11 +114,11 @@ pub(crate) struct Shape {
 impl Shape {
     fn new(n: usize, k: usize, scheme: Scheme) -> Result<Self> {
         let group_size = scheme.group_size.unwrap_or(k);
-        if n == 0 || k == 0 || k % 8 != 0 {
+        if n == 0 || k == 0 || !k.is_multiple_of(8) {
             let message = format!("packed weights of {n} x {k} (input features have to be a multiple of 8)");
             return Err(Error::new(ErrorKind::Unsupported, message));
         }
-        if k % group_size != 0 {
+        if !k.is_multiple_of(group_size) {
             let message = format!("group size {group_size} does not divide the {k} input features");
             return Err(Error::new(ErrorKind::InvalidConfig, message));
         }
