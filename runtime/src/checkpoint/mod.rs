@@ -20,6 +20,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::tensor::{Bytes, DenseMatrix, DenseType};
 
 mod files;
+pub mod gguf;
 mod inspect;
 mod safetensors;
 mod shards;
