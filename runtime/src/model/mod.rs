@@ -167,7 +167,7 @@ fn open_backend(options: &LoadOptions) -> Result<Box<dyn Backend>> {
         BackendChoice::Cpu => Ok(backend::cpu::open()),
         BackendChoice::Wgpu => backend::wgpu::open(&wgpu),
         BackendChoice::Auto => {
-            let hardware = backend::wgpu::adapters().iter().any(|adapter| adapter.is_hardware());
+            let hardware = backend::wgpu::adapters().iter().any(|a| a.kind != "cpu" && a.unusable.is_none());
             // Naming a device is asking for it.
             if hardware || options.device.is_some() { backend::wgpu::open(&wgpu) } else { Ok(backend::cpu::open()) }
         }
