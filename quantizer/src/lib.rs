@@ -1,9 +1,11 @@
-//! Chooses the 4-bit codes of a floating-point checkpoint and writes them as a checkpoint that others read too.
+//! Turns models of other formats and precisions into checkpoints that Awqua and others run.
 //!
-//! [`rtn`] rounds every weight to the nearest step, without calibration data. [`write`] is the streaming writer of
-//! checkpoint folders that everything here ends in. What the packed bits mean is [`awqua::quant`]'s business: a
-//! format is written with the functions beside those that read it.
+//! [`import`] expands GGUF models to half precision. [`rtn`] chooses 4-bit codes by rounding every weight to the
+//! nearest step, without calibration data. [`write`] is the streaming writer of checkpoint folders that packing ends
+//! in. What the packed bits mean is [`awqua::quant`]'s business: a format is written with the functions beside those
+//! that read it.
 
+pub mod import;
 pub mod rtn;
 pub mod write;
 
