@@ -123,36 +123,23 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         sum *= correction;
         // Orders the weights before their use.
         workgroupBarrier();
-        for (var i = 0u; i < count; i++) {
-            sum += weights[i];
-        }
         if (slice < slices) {
             for (var i = slice; i < count; i += slices) {
                 let word = ((cache_start + tile + i) * pairs + pair) * KV_PAIR_WORDS;
                 let v = kv_unpack(v_cache[word], v_cache[word + KV_PAIR_WORDS - 1u]);
                 even = fma(weights[i], vec4<f32>(v.x), even);
                 odd = fma(weights[i], vec4<f32>(v.y), odd);
+                sum += weights[i];
             }
         }
         // The next tile writes scores and weights only behind barriers that follow these reads.
     }
 
-    // The slices of a pair are added by the invocation of slice 0: first the even elements, then the odd ones.
-    workgroupBarrier();
-    scratch[local_index] = even;
-    workgroupBarrier();
+    // Invocation (slice 0, pair) adds up what the slices of its pair hold: even elements, odd elements, sums.
+    even = sum_of_slices(even, local_index, pairs, slices);
+    odd = sum_of_slices(odd, local_index, pairs, slices);
+    sum = sum_of_slices(sum, local_index, pairs, slices);
     if (slice == 0u) {
-        for (var i = 1u; i < slices; i++) {
-            even += scratch[i * pairs + pair];
-        }
-    }
-    workgroupBarrier();
-    scratch[local_index] = odd;
-    workgroupBarrier();
-    if (slice == 0u) {
-        for (var i = 1u; i < slices; i++) {
-            odd += scratch[i * pairs + pair];
-        }
         for (var h = 0u; h < heads_here; h++) {
             let row = (token * params.heads + head_start + h) * params.splits_max + group.y;
             partial_out[row * params.head_dim + 2u * pair] = even[h];
@@ -162,4 +149,19 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             }
         }
     }
+}
+
+// Sum over the slices of a pair, for the invocations of slice 0; call in uniform control flow.
+fn sum_of_slices(value: vec4<f32>, local_index: u32, pairs: u32, slices: u32) -> vec4<f32> {
+    // Orders earlier reads of scratch before these writes, and these before the reads.
+    workgroupBarrier();
+    scratch[local_index] = value;
+    workgroupBarrier();
+    var total = value;
+    if (local_index < pairs) {
+        for (var i = 1u; i < slices; i++) {
+            total += scratch[i * pairs + local_index];
+        }
+    }
+    return total;
 }

@@ -60,7 +60,8 @@ fn main(@builtin(global_invocation_id) id: vec3<u32>) {
     let kv_head = (head - params.heads) % params.kv_heads;
     let word = ((kv_head * params.context + position) * pairs + pair) * KV_PAIR_WORDS;
     if (head < params.heads + params.kv_heads) {
-        let words = kv_pack(vec2<f32>(rotated(start, 2u * pair, rope_start), rotated(start, 2u * pair + 1u, rope_start)));
+        let i = 2u * pair;
+        let words = kv_pack(vec2<f32>(rotated(start, i, rope_start), rotated(start, i + 1u, rope_start)));
         k_cache[word] = words.x;
         k_cache[word + KV_PAIR_WORDS - 1u] = words[KV_PAIR_WORDS - 1u];
     } else {

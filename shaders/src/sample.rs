@@ -56,6 +56,10 @@ pub fn grid() -> [u32; 3] {
 
 /// Id of the picked candidate, as the kernel computes it in f32 with additions in candidate order.
 pub fn reference(params: &Params, candidates: &[[u32; 2]]) -> u32 {
+    // A softmax over infinities, or over nothing but NaN (key 0), is not defined; the order still is.
+    if !crate::argmax::key_score(candidates[0][0]).is_finite() {
+        return candidates[0][1];
+    }
     let count = params.top_k.min(params.vocab).clamp(1, MAX_TOP_K) as usize;
     let weights = weights(params, &candidates[..count]);
     let total: f32 = weights.iter().sum();
@@ -134,6 +138,11 @@ fn trials(_variant: Variant, rng: &mut Rng) -> Vec<Trial> {
             let params = Params { vocab, top_k, temperature, top_p, min_p, uniform_number, ..Params::default() };
             let mut candidates: Vec<[u32; 2]> =
                 (0..count).map(|_| [crate::argmax::sort_key(rng.range(-8.0, 8.0)), rng.below(vocab)]).collect();
+            match rng.below(12) {
+                0 => candidates[0][0] = crate::argmax::sort_key(f32::INFINITY),
+                1 => candidates.iter_mut().for_each(|candidate| candidate[0] = 0),
+                _ => {}
+            }
             candidates.sort_by_key(|&[key, id]| (!key, id));
             if !is_delicate(&params, &candidates) {
                 drawn = Some((params, candidates));

@@ -44,6 +44,11 @@ fn main(@builtin(local_invocation_index) local_index: u32) {
     if (local_index != 0u) {
         return;
     }
+    // A softmax over infinities, or over nothing but NaN (key 0), is not defined; the order still is.
+    if ((key_bits(candidates[0].x) & 0x7fffffffu) >= 0x7f800000u) {
+        result[0] = candidates[0].y;
+        return;
+    }
     var total = 0.0;
     for (var i = 0u; i < count; i++) {
         total += weights[i];

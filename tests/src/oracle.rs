@@ -5,6 +5,15 @@ use awqua::backend::{BufferId, KvType, LogitsRows, Op, Program, Rows, Span};
 use awqua::tensor::{DenseType, Offset, W4Matrix, Weight};
 use half::{bf16, f16};
 
+/// What a dequantised 4-bit weight is rounded to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Dequantised {
+    /// To half precision, the definition of the format.
+    Half,
+    /// Not rounded, as kernels do that apply scales to sums.
+    Exact,
+}
+
 /// The state of one session: activations, KV cache and rotary tables.
 pub struct Oracle<'a> {
     program: &'a Program,
@@ -21,13 +30,13 @@ pub struct Oracle<'a> {
 
 impl<'a> Oracle<'a> {
     /// A session with an empty cache of `context` positions whose elements are rounded to `kv`.
-    pub fn new(program: &'a Program, weights: &[Weight], context: usize, kv: KvType) -> Self {
+    pub fn new(program: &'a Program, weights: &[Weight], context: usize, kv: KvType, w4: Dequantised) -> Self {
         let shape = program.attention;
         let cache =
             vec![vec![0.0; shape.kv_heads as usize * context * shape.head_dim as usize]; program.layers as usize];
         Self {
             program,
-            weights: weights.iter().map(widen).collect(),
+            weights: weights.iter().map(|weight| widen(weight, w4)).collect(),
             context,
             kv,
             buffers: vec![Vec::new(); program.buffers.len()],
@@ -199,10 +208,10 @@ fn round(value: f32, kv: KvType) -> f32 {
     }
 }
 
-fn widen(weight: &Weight) -> Vec<f32> {
+fn widen(weight: &Weight, w4: Dequantised) -> Vec<f32> {
     match weight {
         Weight::Vector(values) => values.clone(),
-        Weight::W4(matrix) => dequantize(matrix),
+        Weight::W4(matrix) => dequantise(matrix, w4),
         Weight::Dense(matrix) => match matrix.dtype {
             DenseType::F32 => matrix.bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
             DenseType::F16 => matrix.bytes.as_chunks().0.iter().map(|b| f16::from_le_bytes(*b).to_f32()).collect(),
@@ -211,7 +220,7 @@ fn widen(weight: &Weight) -> Vec<f32> {
     }
 }
 
-fn dequantize(matrix: &W4Matrix) -> Vec<f32> {
+fn dequantise(matrix: &W4Matrix, rounding: Dequantised) -> Vec<f32> {
     let mut out = Vec::with_capacity(matrix.n * matrix.k);
     for row in 0..matrix.n {
         for column in 0..matrix.k {
@@ -223,7 +232,10 @@ fn dequantize(matrix: &W4Matrix) -> Vec<f32> {
                 Offset::Zero => (code as f32 - offset) * scale,
                 Offset::Bias => code as f32 * scale + offset,
             };
-            out.push(f16::from_f32(weight).to_f32());
+            out.push(match rounding {
+                Dequantised::Half => f16::from_f32(weight).to_f32(),
+                Dequantised::Exact => weight,
+            });
         }
     }
     out

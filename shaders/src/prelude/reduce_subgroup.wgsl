@@ -8,6 +8,9 @@ var<workgroup> reduce_scratch: array<vec4<f32>, WG / 4u>;
 
 // Sum of `value` over the workgroup, returned to every invocation; call in uniform control flow.
 fn workgroup_sum4(value: vec4<f32>, local_index: u32) -> vec4<f32> {
+    // Orders the reads of an earlier call before these writes, and brings the lanes of a subgroup together again after
+    // loops that some of them left early.
+    workgroupBarrier();
     let subgroup_total = subgroupAdd(value);
     let first = subgroupMin(local_index);
     let lanes = subgroupAdd(1u);
@@ -20,8 +23,6 @@ fn workgroup_sum4(value: vec4<f32>, local_index: u32) -> vec4<f32> {
     for (var i = 1u; i < (WG + lanes - 1u) / lanes; i++) {
         total += reduce_scratch[i];
     }
-    // Orders these reads before the writes of a following call.
-    workgroupBarrier();
     return total;
 }
 

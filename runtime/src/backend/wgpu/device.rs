@@ -134,6 +134,8 @@ pub(super) struct Gpu {
     pub(super) summary: AdapterSummary,
     pub(super) limits: Limits,
     pub(super) features: Features,
+    /// Estimated multiplications and additions after which a submission ends.
+    pub(super) submission_flops: u64,
     faults: Arc<Faults>,
     submitted: Mutex<u64>,
     finished: Arc<AtomicU64>,
@@ -186,6 +188,11 @@ impl Gpu {
         device.set_device_lost_callback(move |reason, message| {
             let _ = on_loss.lost.set(format!("{reason:?}: {message}"));
         });
+        let submission_flops = match summaries[index].kind {
+            "discrete" => 200_000_000_000,
+            "cpu" => 2_000_000_000,
+            _ => 20_000_000_000,
+        };
         let summary = summaries.into_iter().nth(index).expect("select returns an index of the list");
         Ok(Self {
             device,
@@ -193,6 +200,7 @@ impl Gpu {
             summary,
             limits,
             features,
+            submission_flops: options.submission_flops.unwrap_or(submission_flops),
             faults,
             submitted: Mutex::new(0),
             finished: Arc::new(AtomicU64::new(0)),
@@ -263,15 +271,6 @@ impl Gpu {
         Ok(())
     }
 
-    /// Multiplications and additions after which a submission should end: tens of milliseconds on such a device.
-    pub(super) fn flops_of_a_submission(&self) -> u64 {
-        match self.summary.kind {
-            "discrete" => 200_000_000_000,
-            "cpu" => 2_000_000_000,
-            _ => 20_000_000_000,
-        }
-    }
-
     /// Fails early if `bytes` of `what` can never fit; devices without memory of their own hand out more than there is.
     ///
     /// # Errors
@@ -330,11 +329,26 @@ impl Gpu {
         }
     }
 
+    /// Destroys the device; everything from here on fails with [`ErrorKind::DeviceLost`].
+    pub(super) fn destroy(&self) {
+        self.device.destroy();
+        // The loss is reported once the work in flight has ended.
+        let _ = self.settle();
+    }
+
+    /// Waits for the work in flight and fails with what it reported.
+    pub(super) fn settle(&self) -> Result<()> {
+        self.poll(None)?;
+        self.check()
+    }
+
     fn poll(&self, index: Option<&wgpu::SubmissionIndex>) -> Result<()> {
         let wait = wgpu::PollType::Wait { submission_index: index.cloned(), timeout: Some(POLL) };
         // A driver that reports the loss of the device while it waits makes `poll` panic instead of returning it.
         match catch_unwind(AssertUnwindSafe(|| self.device.poll(wait))) {
             Ok(Ok(_) | Err(wgpu::PollError::Timeout)) => Ok(()),
+            // A lost device refuses submissions, so there is none to wait for; the loss itself is reported without.
+            Ok(Err(wgpu::PollError::WrongSubmissionIndex(..))) if index.is_some() => self.poll(None),
             Ok(Err(error)) => Err(Error::new(ErrorKind::Device, format!("`{}`: {error}", self.summary.name))),
             Err(_) => {
                 let _ = self.faults.lost.set("the driver failed while waiting for it".to_owned());

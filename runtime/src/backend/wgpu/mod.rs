@@ -40,6 +40,9 @@ pub struct WgpuOptions {
     pub force_no_subgroup: bool,
     /// Bytes of a buffer that kernels may see at once, if less than the device allows; splits weights accordingly.
     pub limit_binding: Option<u64>,
+    /// Multiplications and additions after which a submission ends, so that others get their turn on the device;
+    /// `None` takes some tens of milliseconds' worth.
+    pub submission_flops: Option<u64>,
 }
 
 /// Opens the adapter that `options` name, or the preferred one, and checks its arithmetic.
@@ -83,7 +86,7 @@ impl WgpuBackend {
 
     /// Destroys the device and frees its memory at once; the sessions on it fail with [`ErrorKind::DeviceLost`].
     pub fn destroy(&self) {
-        self.gpu.device.destroy();
+        self.gpu.destroy();
     }
 
     fn weight(&self, id: WeightId) -> Result<&GpuWeight> {

@@ -458,17 +458,14 @@ impl<'a> Planner<'a> {
         Ok(DraftOp { rows: RowMode::All, few_rows: attention::FEW_TOKENS, few, many })
     }
 
-    fn draft<P: Pod>(
+    fn draft<P: Pod + bytemuck::Zeroable>(
         &mut self,
         kernel: &'static Kernel,
         variant: Variant,
         params: &P,
         storage: Vec<wgpu::Buffer>,
         launch: impl Fn(&Step) -> Launch + Send + Sync + 'static,
-    ) -> Result<Draft>
-    where
-        P: bytemuck::Zeroable,
-    {
+    ) -> Result<Draft> {
         let pipeline = self.backend.pipelines.get(&self.backend.gpu, kernel, variant)?;
         let align = self.backend.gpu.limits.min_uniform_buffer_offset_alignment as usize;
         let start = self.uniforms.len().next_multiple_of(align);

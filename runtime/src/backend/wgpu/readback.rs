@@ -71,7 +71,7 @@ impl Readback {
         let result = gpu.wait_until(None, || state.load(Ordering::Acquire) != PENDING).and_then(|()| {
             let failed = |reason: String| Error::new(ErrorKind::Device, format!("results can not be read: {reason}"));
             if state.load(Ordering::Acquire) == FAILED {
-                gpu.check()?;
+                gpu.settle()?;
                 return Err(failed("mapping failed".to_owned()));
             }
             let view = self.staging.get_mapped_range(0..bytes).map_err(|e| failed(e.to_string()))?;

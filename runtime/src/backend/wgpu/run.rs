@@ -157,10 +157,12 @@ impl Runner for WgpuRunner {
     }
 
     fn read_logits(&mut self, out: &mut Vec<f32>) -> Result<()> {
+        self.backend.gpu.check()?;
         self.read_rows(0..self.step.logits_rows, out)
     }
 
     fn sample(&mut self, request: &SampleRequest<'_>) -> Result<u32> {
+        self.backend.gpu.check()?;
         let row = self.last_row()?;
         if self.sampler.handles(request) {
             let logits = &self.memory.activations[self.program.logits.0 as usize];
@@ -186,7 +188,7 @@ impl Runner for WgpuRunner {
 /// Encodes every dispatch of the step; a new submission begins whenever the last one is long enough, because systems
 /// reset devices that work on one for seconds, and others want to use the device too.
 fn submit(gpu: &Gpu, plan: &Plan, step: &shaders::Step) -> Option<Ticket> {
-    let budget = gpu.flops_of_a_submission();
+    let budget = gpu.submission_flops.max(1);
     let mut dispatches = plan.ops.iter().flat_map(|op| op.dispatches(step)).peekable();
     let mut ticket = None;
     while dispatches.peek().is_some() {
