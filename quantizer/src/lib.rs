@@ -7,4 +7,4 @@
 pub mod rtn;
 pub mod write;
 
-pub use rtn::{RtnOptions, quantize_matrix, quantize_rtn};
+pub use rtn::{PackedModule, Progress, Report, Rest, RtnOptions, quantize_matrix, quantize_rtn};
