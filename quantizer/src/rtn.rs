@@ -136,12 +136,21 @@ pub fn quantize_matrix(dense: &DenseMatrix, group_size: usize) -> Result<W4Matri
             let s = scale.to_f32();
             group_params.push(u32::from(scale.to_bits()) | u32::from(f16::from_f32(zero).to_bits()) << 16);
             qweight.extend(group.chunks_exact(8).map(|weights| {
-                let code = |w: f32| ((w / s).round_ties_even() + zero).clamp(0.0, 15.0) as u32;
+                let code = |w: f32| (round(w / s) + zero).clamp(0.0, 15.0) as u32;
                 weights.iter().enumerate().fold(0, |word, (t, &w)| word | code(w) << (4 * t))
             }));
         }
     }
     W4Matrix::new((n, k), group_size, qweight, group_params, Offset::Zero)
+}
+
+/// Rounds to the nearest integer, ties to even, for magnitudes up to 2^22; codes are below 32.
+///
+/// Adding 1.5 * 2^23 leaves no fraction bits, so the addition itself rounds. `f32::round_ties_even` means the same, but
+/// is a function call on processors whose baseline has no such instruction, and that was most of the time.
+fn round(x: f32) -> f32 {
+    const NO_FRACTION: f32 = 12_582_912.0;
+    x + NO_FRACTION - NO_FRACTION
 }
 
 /// Scale and zero point of a group, or `None` if they are not finite.
@@ -155,7 +164,7 @@ fn group_range(group: &[f32]) -> Option<(f16, f32)> {
     }
     // The smallest range is AutoAWQ's: it keeps the scale of an all-zero group away from zero.
     let scale = f16::from_f32((high - low).max(1e-5) / 15.0);
-    let zero = (-low / scale.to_f32()).round_ties_even().clamp(0.0, 15.0);
+    let zero = round(-low / scale.to_f32()).clamp(0.0, 15.0);
     (finite && scale.is_finite()).then_some((scale, zero))
 }
 

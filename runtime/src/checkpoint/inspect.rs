@@ -223,8 +223,10 @@ fn verify_packed(
 fn check_dense(tensor: &TensorView, findings: &mut Vec<Finding>) {
     let Ok(dtype) = tensor.dense_type() else { return };
     // In pieces: a widened embedding of a large model does not have to fit in memory.
+    let mut values = Vec::new();
     for (i, bytes) in tensor.bytes.chunks(dtype.size() << 16).enumerate() {
-        let values = super::widen(bytes, dtype);
+        values.clear();
+        super::widen(bytes, dtype, &mut values);
         if let Some(at) = values.iter().position(|value| !value.is_finite()) {
             let error = tensor.error(format!("element {} is {}", (i << 16) + at, values[at]));
             findings.push(finding(&error));

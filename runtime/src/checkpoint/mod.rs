@@ -89,20 +89,35 @@ impl TensorView {
     /// All elements widened to f32, in file order.
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidTensor`] if the type is not F16, BF16 or F32.
+    /// [`ErrorKind::InvalidTensor`] if the type is not F16, BF16 or F32, [`ErrorKind::OutOfMemory`].
     pub fn to_f32(&self) -> Result<Vec<f32>> {
         let dtype = self.dense_type()?;
-        Ok(widen(&self.bytes, dtype))
+        let mut values = self.reserve(self.bytes.len() / dtype.size())?;
+        widen(&self.bytes, dtype, &mut values);
+        Ok(values)
+    }
+
+    /// An empty vector with room for `len` elements made from this tensor. Sparse files are larger than any memory, so
+    /// a size that the file confirms can still be absurd.
+    pub(crate) fn reserve<T>(&self, len: usize) -> Result<Vec<T>> {
+        let mut values = Vec::new();
+        values.try_reserve_exact(len).map_err(|_| {
+            let message = format!("{len} elements of {} bytes do not fit memory", size_of::<T>());
+            Error::new(ErrorKind::OutOfMemory, message).in_file(&self.file).in_tensor(&self.name)
+        })?;
+        Ok(values)
     }
 }
 
-/// Widens little-endian elements to f32; a trailing part of an element is ignored.
-pub(crate) fn widen(bytes: &[u8], dtype: DenseType) -> Vec<f32> {
+/// Appends little-endian elements, widened to f32, to `out`; a trailing part of an element is ignored.
+fn widen(bytes: &[u8], dtype: DenseType, out: &mut Vec<f32>) {
     let pairs = || bytes.chunks_exact(2).map(|b| [b[0], b[1]]);
     match dtype {
-        DenseType::F16 => pairs().map(|b| f16::from_le_bytes(b).to_f32()).collect(),
-        DenseType::BF16 => pairs().map(|b| bf16::from_le_bytes(b).to_f32()).collect(),
-        DenseType::F32 => bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
+        DenseType::F16 => out.extend(pairs().map(|b| f16::from_le_bytes(b).to_f32())),
+        DenseType::BF16 => out.extend(pairs().map(|b| bf16::from_le_bytes(b).to_f32())),
+        DenseType::F32 => {
+            out.extend(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])));
+        }
     }
 }
 

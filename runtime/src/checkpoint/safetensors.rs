@@ -14,6 +14,8 @@ use crate::error::{Error, ErrorKind, Result};
 
 /// Largest header, bytes: the limit of the format's reference implementation.
 const MAX_HEADER: u64 = 100_000_000;
+/// Most tensors of a file; bounds what a header of that size can cost in memory.
+const MAX_TENSORS: usize = 1 << 18;
 /// Most dimensions of a tensor.
 const MAX_RANK: usize = 8;
 /// Longest tensor name, bytes.
@@ -178,6 +180,9 @@ impl<'de> Visitor<'de> for HeaderSeed<'_> {
                 }
             }
             self.current.clear();
+            if entries.len() > MAX_TENSORS {
+                return Err(A::Error::custom(format!("more than {MAX_TENSORS} tensors")));
+            }
         }
         Ok(entries)
     }

@@ -45,7 +45,8 @@ pub(super) fn decode_gemm(checkpoint: &Checkpoint, prefix: &str, shape: Shape) -
     scales.expect_shape(&[groups, n])?;
     let scale_values = read_f16(scales)?;
 
-    let mut group_params = vec![0; n * groups];
+    let mut group_params = qzeros.reserve(n * groups)?;
+    group_params.resize(n * groups, 0);
     for (i, word) in words(&qzeros.bytes).enumerate() {
         let (group, c) = (i / (n / 8), i % (n / 8));
         for (t, column) in GEMM_ORDER.iter().enumerate() {
@@ -54,7 +55,9 @@ pub(super) fn decode_gemm(checkpoint: &Checkpoint, prefix: &str, shape: Shape) -
             group_params[row * groups + group] = pack_params(scale_values[group * n + row], zero);
         }
     }
-    let codes = repack_gemm(&qweight.bytes, n, k);
+    let mut codes = qweight.reserve(n * (k / 8))?;
+    codes.resize(n * (k / 8), 0);
+    repack_gemm(&qweight.bytes, n, k, &mut codes);
     release(&[qweight, qzeros, scales]);
     W4Matrix::new((n, k), group_size, codes, group_params, Offset::Zero)
 }
@@ -67,16 +70,16 @@ pub(super) fn decode_gemv(checkpoint: &Checkpoint, prefix: &str, shape: Shape) -
     check(qzeros, Dtype::I32, &[n, zeros_width])?;
     scales.expect_shape(&[n, 8 * zeros_width])?;
     let scale_values = read_f16(scales)?;
-    let zeros: Vec<u32> = words(&qzeros.bytes).collect();
 
-    let mut group_params = Vec::with_capacity(n * groups);
-    for (scales, zeros) in scale_values.chunks_exact(8 * zeros_width).zip(zeros.chunks_exact(zeros_width)) {
-        group_params.extend((0..groups).map(|group| {
-            let zero = zeros[group / 8] >> (4 * (group % 8)) & 15;
-            pack_params(scales[group], f16::from_f32(zero as f32))
-        }));
+    let mut group_params = qzeros.reserve(n * groups)?;
+    for (scales, zeros) in scale_values.chunks_exact(8 * zeros_width).zip(qzeros.bytes.chunks_exact(4 * zeros_width)) {
+        // Eight zero points a word; what lies past the last group is padding.
+        let zeros = words(zeros).flat_map(|word| (0..8).map(move |t| word >> (4 * t) & 15));
+        let pairs = scales.iter().zip(zeros).take(groups);
+        group_params.extend(pairs.map(|(&scale, zero)| pack_params(scale, f16::from_f32(zero as f32))));
     }
-    let codes = words(&qweight.bytes).collect();
+    let mut codes = qweight.reserve(n * (k / 8))?;
+    codes.extend(words(&qweight.bytes));
     release(&[qweight, qzeros, scales]);
     W4Matrix::new((n, k), group_size, codes, group_params, Offset::Zero)
 }
@@ -94,11 +97,12 @@ pub(super) fn decode_gemv_fast(checkpoint: &Checkpoint, prefix: &str, shape: Sha
     let scale_values = read_f16(scales)?;
     let biases = read_f16(qzeros)?;
 
-    let mut group_params = Vec::with_capacity(n * groups);
+    let mut group_params = qzeros.reserve(n * groups)?;
     for row in 0..n {
         group_params.extend((0..groups).map(|g| pack_params(scale_values[g * n + row], biases[g * n + row])));
     }
-    let mut codes = vec![0; n * (k / 8)];
+    let mut codes: Vec<u32> = qweight.reserve(n * (k / 8))?;
+    codes.resize(n * (k / 8), 0);
     // A band is 4 rows, i.e. 4 * k / 8 words; a block of it 4 rows of 64 input features, 8 words a row.
     for (band, codes) in qweight.bytes.chunks_exact(2 * k).zip(codes.chunks_exact_mut(k / 2)) {
         for (block, bytes) in band.chunks_exact(128).enumerate() {
@@ -176,9 +180,8 @@ const LANES: usize = 16;
 ///
 /// Works on tiles of 16 x 16 words, so that both sides are touched in whole cache lines; inside a tile, 8 x 8 blocks of
 /// nibbles are transposed 16 at a time in loops that the compiler turns into vector code.
-fn repack_gemm(bytes: &[u8], n: usize, k: usize) -> Vec<u32> {
+fn repack_gemm(bytes: &[u8], n: usize, k: usize, out: &mut [u32]) {
     let (in_width, out_width) = (n / 8, k / 8);
-    let mut out = vec![0u32; n * out_width];
     // (8 * LANES output features, LANES words of input features)
     let mut tile = vec![[0u32; LANES]; 8 * LANES];
     for first in (0..in_width).step_by(LANES) {
@@ -206,7 +209,6 @@ fn repack_gemm(bytes: &[u8], n: usize, k: usize) -> Vec<u32> {
             }
         }
     }
-    out
 }
 
 /// Transposes 8 x 8 nibbles in every lane: nibble t of word i becomes nibble i of word t.

@@ -107,11 +107,12 @@ fn unpack_params(word: u32) -> (f16, f16) {
 /// bfloat16 values that leave the range of half precision are an error; those below its smallest step become zero.
 pub(crate) fn read_f16(tensor: &TensorView) -> Result<Vec<f16>> {
     let pairs = tensor.bytes.chunks_exact(2).map(|b| [b[0], b[1]]);
-    let values: Vec<f16> = match tensor.dtype {
-        Dtype::F16 => pairs.map(f16::from_le_bytes).collect(),
-        Dtype::BF16 => pairs.map(|b| f16::from_f32(bf16::from_le_bytes(b).to_f32())).collect(),
+    let mut values: Vec<f16> = tensor.reserve(pairs.len())?;
+    match tensor.dtype {
+        Dtype::F16 => values.extend(pairs.map(f16::from_le_bytes)),
+        Dtype::BF16 => values.extend(pairs.map(|b| f16::from_f32(bf16::from_le_bytes(b).to_f32()))),
         other => return Err(tensor.error(format!("expected dtype F16 or BF16, found {other}"))),
-    };
+    }
     if let Some(i) = values.iter().position(|v| !v.is_finite()) {
         let found = match tensor.dtype {
             Dtype::BF16 => bf16::from_le_bytes([tensor.bytes[2 * i], tensor.bytes[2 * i + 1]]).to_f32(),

@@ -46,20 +46,23 @@ pub(super) fn decode(checkpoint: &Checkpoint, prefix: &str, shape: Shape, symmet
             let stored = checkpoint.get(&name("weight_zero_point"))?;
             stored.expect_dtype(Dtype::I32)?;
             stored.expect_shape(&[n.div_ceil(8), groups])?;
-            Some(words(&stored.bytes).collect())
+            let mut zeros = stored.reserve(stored.bytes.len() / 4)?;
+            zeros.extend(words(&stored.bytes));
+            Some(zeros)
         }
     };
     let zero = |row: usize, group: usize| match &zeros {
         None => 8,
         Some(zeros) => zeros[row / 8 * groups + group] >> (4 * (row % 8)) & 15,
     };
-    let mut group_params = Vec::with_capacity(n * groups);
+    let mut group_params = scales.reserve(n * groups)?;
     for row in 0..n {
         group_params.extend(
             (0..groups).map(|g| pack_params(scale_values[row * groups + g], f16::from_f32(zero(row, g) as f32))),
         );
     }
-    let codes = words(&packed.bytes).collect();
+    let mut codes = packed.reserve(n * (k / 8))?;
+    codes.extend(words(&packed.bytes));
     release(&[packed, scales]);
     W4Matrix::new((n, k), group_size, codes, group_params, Offset::Zero)
 }

@@ -96,13 +96,13 @@ impl Quantization {
     /// # Errors
     /// As [`Quantization::from_config`], with the file.
     pub fn of(checkpoint: &Checkpoint) -> Result<Option<Self>> {
-        let fallback = checkpoint.json("quant_config.json")?;
-        let from_config = Self::from_config(checkpoint.config(), None);
-        let found = from_config.map_err(|error| error.in_file(checkpoint.dir().join("config.json")))?;
-        if found.is_some() || fallback.is_none() {
+        let found = Self::from_config(checkpoint.config(), None);
+        let found = found.map_err(|error| error.in_file(checkpoint.dir().join("config.json")))?;
+        if found.is_some() {
             return Ok(found);
         }
-        Self::from_config(checkpoint.config(), fallback.as_ref())
+        let Some(fallback) = checkpoint.json("quant_config.json")? else { return Ok(None) };
+        Self::from_config(checkpoint.config(), Some(&fallback))
             .map_err(|error| error.in_file(checkpoint.dir().join("quant_config.json")))
     }
 

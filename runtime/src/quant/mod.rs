@@ -21,7 +21,8 @@ pub use config::{Dialect, Quantization, Scheme};
 ///
 /// # Errors
 /// [`ErrorKind::InvalidTensor`] if a tensor is missing or has the wrong type, shape or values;
-/// [`ErrorKind::InvalidConfig`] if configuration and tensors contradict each other; [`ErrorKind::Unsupported`].
+/// [`ErrorKind::InvalidConfig`] if configuration and tensors contradict each other; [`ErrorKind::Unsupported`];
+/// [`ErrorKind::OutOfMemory`].
 pub fn load_linear(
     checkpoint: &Checkpoint,
     quantization: Option<&Quantization>,
