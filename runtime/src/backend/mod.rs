@@ -53,7 +53,7 @@ pub enum Rows {
 /// One semantic operation. Activations are f32, row-major, one row a token.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Op {
-    /// out[t, :] = table[token[t], :]
+    /// `out[t, :] = table[token[t], :]`
     Embed {
         /// Dense (vocab_size, width).
         table: WeightId,
@@ -78,7 +78,7 @@ pub enum Op {
         /// Rows worked on.
         rows: Rows,
     },
-    /// out[t, offset..offset + N] = W x[t, :] + bias, added to what is there if `accumulate`.
+    /// `out[t, offset..offset + N] = W x[t, :] + bias`, added to what is there if `accumulate`.
     Linear {
         /// (n_tokens, K), the whole row is the input.
         x: BufferId,
@@ -104,7 +104,7 @@ pub enum Op {
         /// Rotary table ([`Runner::write_rope`]); `None` leaves q and k unrotated.
         rope: Option<u32>,
     },
-    /// out[t, h, :] = sum_j softmax_j(scale * q[t, h] . k[j, h / (heads / kv_heads)]) v[j], over the cached positions
+    /// `out[t, h, :] = sum_j softmax_j(scale * q[t, h] . k[j, h / (heads / kv_heads)]) v[j]`, over the cached positions
     /// j <= position of t, and j > position - window where a window is given.
     Attention {
         /// As in `RopeAppend`; only q is read, keys and values come from the cache.
@@ -118,7 +118,7 @@ pub enum Op {
         /// Sliding window in tokens, the token itself included.
         window: Option<u32>,
     },
-    /// out[t, i] = silu(x[t, i]) * x[t, width + i], silu(v) = v / (1 + exp(-v)).
+    /// `out[t, i] = silu(x[t, i]) * x[t, width + i]`, silu(v) = v / (1 + exp(-v)).
     SiluMul {
         /// (n_tokens, 2 * width): gate, then up.
         x: BufferId,

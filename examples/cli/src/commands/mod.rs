@@ -1,0 +1,13 @@
+//! One module a subcommand.
+
+pub mod bench;
+pub mod chat;
+pub mod demo;
+pub mod devices;
+pub mod import;
+pub mod inspect;
+pub mod logits;
+pub mod perplexity;
+pub mod quantize;
+pub mod run;
+pub mod verify;
