@@ -17,6 +17,9 @@ use crate::session::sampler::{SampleRequest, pick};
 /// Bytes of logits read back at once, unless one row is larger.
 const READ_BYTES: u64 = 8 << 20;
 
+/// Most dispatches of a submission: the device begins with the first ones while the host encodes the next.
+const DISPATCHES: usize = 128;
+
 /// The session's side of the wgpu backend.
 pub(super) struct WgpuRunner {
     backend: Arc<WgpuBackend>,
@@ -188,7 +191,7 @@ impl Runner for WgpuRunner {
 /// Encodes every dispatch of the step; a new submission begins whenever the last one is long enough, because systems
 /// reset devices that work on one for seconds, and others want to use the device too.
 fn submit(gpu: &Gpu, plan: &Plan, step: &shaders::Step) -> Option<Ticket> {
-    let budget = gpu.submission_flops.max(1);
+    let budget = gpu.submission_flops;
     let mut dispatches = plan.ops.iter().flat_map(|op| op.dispatches(step)).peekable();
     let mut ticket = None;
     while dispatches.peek().is_some() {
@@ -196,14 +199,16 @@ fn submit(gpu: &Gpu, plan: &Plan, step: &shaders::Step) -> Option<Ticket> {
         {
             let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
             let mut flops = 0;
-            while flops < budget {
-                let Some(dispatch) = dispatches.next() else { break };
+            for dispatch in dispatches.by_ref().take(DISPATCHES) {
                 let launch = dispatch.launch(step);
                 let [x, y, z] = launch.grid;
                 pass.set_pipeline(&dispatch.pipeline.compute);
                 pass.set_bind_group(0, &dispatch.bind_group, &[]);
                 pass.dispatch_workgroups(x, y, z);
                 flops += launch.flops;
+                if flops >= budget {
+                    break;
+                }
             }
         }
         ticket = Some(gpu.submit(Some(encoder.finish())));
