@@ -104,7 +104,8 @@ fn refuse(e: &clap::Error) -> ExitCode {
         _ => {}
     }
     let text = e.render().to_string();
-    let reason = text.split("\n\nUsage:").next().unwrap_or_default().trim_start_matches("error: ");
+    let reason = text.split("\n\nUsage:").next().unwrap_or_default();
+    let reason = reason.split("\n\nFor more").next().unwrap_or_default().trim_start_matches("error: ");
     let reason = reason.split_whitespace().collect::<Vec<_>>().join(" ");
     // The arguments could not be parsed, so whether JSON is wanted is read off the words.
     let json = std::env::args_os().any(|a| a == "--json");
