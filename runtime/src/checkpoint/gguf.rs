@@ -102,8 +102,9 @@ impl GgufTensor {
         let row_bytes = self.bytes.len() / self.rows();
         let bytes = row.checked_mul(row_bytes).and_then(|start| self.bytes.get(start..start + row_bytes));
         let Some(bytes) = bytes else {
-            return Err(Error::new(ErrorKind::InvalidInput, format!("row {row} of {}", self.rows()))
-                .in_tensor(&self.name));
+            return Err(
+                Error::new(ErrorKind::InvalidInput, format!("row {row} of {}", self.rows())).in_tensor(&self.name)
+            );
         };
         dequantize_row(self.ggml_type, bytes, out).map_err(|e| e.in_tensor(&self.name))
     }
