@@ -236,7 +236,8 @@ fn every_packaging_gives_the_same_folder() {
     let numbered: Vec<String> = (0..11).map(|i| format!("p{i}.bin")).collect();
     let stored = |members: &[(&str, &[u8])]| zip_of(members, CompressionMethod::Stored);
     let deflated = |members: &[(&str, &[u8])]| zip_of(members, CompressionMethod::Deflated);
-    let cases: Vec<(&str, Vec<(&str, Vec<u8>)>)> = vec![
+    type Files<'a> = Vec<(&'a str, Vec<u8>)>;
+    let cases: Vec<(&str, Files)> = vec![
         ("plain", vec![("m.gguf", gguf.clone())]),
         ("stored", vec![("m.zip", stored(&[("README.md", b"part1"), ("data/m.gguf", &gguf)]))]),
         ("deflated", vec![("m.whl", deflated(&[("p/__init__.py", b""), ("p/m.GGUF", &gguf)]))]),
@@ -363,6 +364,7 @@ fn qwen_files_keep_their_rows_and_biases() {
 }
 
 #[test]
+#[allow(clippy::print_stderr, reason = "a skipped test has to be visible")]
 fn smollm2_wheel_imports() {
     let Some(wheel) = std::env::var_os(WHEEL_VARIABLE) else {
         eprintln!("skipped: {WHEEL_VARIABLE} is not set");

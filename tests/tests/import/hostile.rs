@@ -127,6 +127,34 @@ fn every_truncation_is_refused() {
 }
 
 #[test]
+fn changed_bytes_never_panic() {
+    let original = tiny_llama().bytes();
+    let header = original.windows(8).rposition(|w| w == b"ffn_down").unwrap() + 64;
+    let mut state = 0x2545_f491_4f6c_dd1du64;
+    let mut random = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state as usize
+    };
+    for _ in 0..5_000 {
+        let mut bytes = original.clone();
+        for _ in 0..1 + random() % 3 {
+            let value = [0, 1, 0x7f, 0x80, 0xff, random() as u8][random() % 6];
+            // Half of the changes in the numbers at the start and near the tensor entries, where they count most.
+            let at = if random() % 2 == 0 { random() % header } else { header - 1 - random() % 1400 };
+            bytes[at] = value;
+        }
+        if let Ok(gguf) = parse(bytes) {
+            for tensor in gguf.tensors() {
+                let mut row = vec![0.0; tensor.row_len()];
+                tensor.dequantize_row(tensor.rows() - 1, &mut row).unwrap();
+            }
+        }
+    }
+}
+
+#[test]
 fn contradictions_are_refused() {
     use ErrorKind::{InvalidConfig, InvalidTensor, Unsupported};
     check(
