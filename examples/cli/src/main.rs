@@ -5,6 +5,7 @@
 
 use std::process::ExitCode;
 
+use clap::error::ErrorKind as ClapKind;
 use clap::{Parser, Subcommand};
 
 mod commands;
@@ -20,6 +21,7 @@ Exit codes:
   2  the command line is wrong
   3  no such device or driver, device lost, or out of memory
   4  a file or model is missing, damaged or not supported
+  130  interrupted (Ctrl-C)
 
 Errors are one line on standard error, `error: ...`; with --json an object
 {\"error\": {\"kind\", \"message\", \"file\", \"tensor\"}}.";
@@ -59,7 +61,10 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(e) => return refuse(&e),
+    };
     let (json, result) = match cli.command {
         Command::Demo(args) => (false, commands::demo::run(&args)),
         Command::Chat(args) => (false, commands::chat::run(&args)),
@@ -82,4 +87,28 @@ fn main() -> ExitCode {
             ExitCode::from(failure.exit_code())
         }
     }
+}
+
+/// Prints help where it was asked for, or says in one line what is wrong with the command line.
+fn refuse(e: &clap::Error) -> ExitCode {
+    match e.kind() {
+        ClapKind::DisplayHelp | ClapKind::DisplayVersion => {
+            // A reader that closed the pipe has seen enough of the help.
+            let _ = e.print();
+            return ExitCode::SUCCESS;
+        }
+        ClapKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+            let _ = e.print();
+            return ExitCode::from(2);
+        }
+        _ => {}
+    }
+    let text = e.render().to_string();
+    let reason = text.split("\n\nUsage:").next().unwrap_or_default().trim_start_matches("error: ");
+    let reason = reason.split_whitespace().collect::<Vec<_>>().join(" ");
+    // The arguments could not be parsed, so whether JSON is wanted is read off the words.
+    let json = std::env::args_os().any(|a| a == "--json");
+    let failure = Failure::Usage(format!("{reason} (try --help)"));
+    output::report(&failure, json);
+    ExitCode::from(failure.exit_code())
 }

@@ -3,13 +3,14 @@
 use std::io::BufRead;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use awqua::session::chat::ChatMessage;
-use awqua::{GenerateOptions, Model, Session};
+use awqua::{ErrorKind, GenerateOptions, Model, Session};
 
 use super::run::stream;
 use crate::options::{DeviceArgs, SamplingArgs};
-use crate::output::{self, Outcome};
+use crate::output::{self, Failure, Outcome};
 
 /// Tokens of the context kept free for an answer; older turns are forgotten before it shrinks below.
 const ROOM: usize = 256;
@@ -54,7 +55,8 @@ pub struct Conversation {
 impl Conversation {
     /// Reads lines until the input ends or says `/exit`.
     pub fn talk(mut self) -> Outcome {
-        output::note("(/reset starts over, /exit or Ctrl-D ends)");
+        output::note("(/reset starts over, Ctrl-C stops an answer, /exit or Ctrl-D ends)");
+        let answering = self.stop_on_interrupt()?;
         let system = self.history.iter().take_while(|m| m.role == "system").count();
         let mut lines = std::io::stdin().lock().lines();
         loop {
@@ -70,11 +72,34 @@ impl Conversation {
                     self.session.reset();
                 }
                 text => {
-                    self.answer(text)?;
-                    output::line("")?;
+                    self.options.cancel.reset();
+                    answering.store(true, Ordering::Release);
+                    let answer = self.answer(text);
+                    answering.store(false, Ordering::Release);
+                    match answer {
+                        Ok(_) => output::line("")?,
+                        Err(Failure::Library(e)) if may_go_on(e.kind()) => {
+                            // The question stays unanswered and is not part of the conversation.
+                            self.history.pop();
+                            output::note(&format!("({e})"));
+                        }
+                        Err(e) => return Err(e),
+                    }
                 }
             }
         }
+    }
+
+    /// Makes Ctrl-C stop the answer while the returned flag is set, and end the program otherwise.
+    fn stop_on_interrupt(&self) -> Outcome<Arc<AtomicBool>> {
+        let answering = Arc::new(AtomicBool::new(false));
+        let (flag, cancel) = (Arc::clone(&answering), self.options.cancel.clone());
+        ctrlc::set_handler(move || match flag.load(Ordering::Acquire) {
+            true => cancel.cancel(),
+            false => std::process::exit(130),
+        })
+        .map_err(std::io::Error::other)?;
+        Ok(answering)
     }
 
     /// Answers one turn, streaming, and remembers both sides.
@@ -106,4 +131,9 @@ impl Conversation {
             self.history.drain(first..first + 2);
         }
     }
+}
+
+/// Whether a conversation can continue after this failure of one turn.
+fn may_go_on(kind: ErrorKind) -> bool {
+    matches!(kind, ErrorKind::Cancelled | ErrorKind::ContextFull | ErrorKind::Template | ErrorKind::Tokenizer)
 }

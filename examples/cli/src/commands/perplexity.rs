@@ -1,6 +1,6 @@
 //! `awqua perplexity`: how well a model predicts a text.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use awqua::{CancelToken, Error, ErrorKind};
@@ -16,7 +16,7 @@ pub struct Args {
     /// Text file; encoded as a whole, without special tokens
     #[arg(long, value_name = "FILE", required_unless_present = "ids_file", conflicts_with = "ids_file")]
     text: Option<PathBuf>,
-    /// JSON file: a list of token ids, {"ids": [...]}, or a list of windows (each a list of ids)
+    /// JSON file: a list of token ids, {"ids": [...]}, or a list of windows (each a list of ids, taken whole)
     #[arg(long, value_name = "FILE")]
     ids_file: Option<PathBuf>,
     /// Windows to take [default: all whole ones]
@@ -41,7 +41,8 @@ struct Report {
     /// Tokens predicted.
     tokens: usize,
     windows: usize,
-    tokens_per_second: f64,
+    /// Tokens computed a second.
+    tokens_s: f64,
 }
 
 /// Tokens of one forward pass, and the first of them that is predicted.
@@ -52,13 +53,20 @@ struct Window<'a> {
 
 pub fn run(args: &Args) -> Outcome {
     let model = args.device.open(&args.dir)?;
-    let ctx = args.device.ctx.unwrap_or(1024) as usize;
+    let mut ctx = args.device.ctx.unwrap_or(1024) as usize;
     let texts = match (&args.text, &args.ids_file) {
         (Some(file), _) => {
             let text = std::fs::read_to_string(file).map_err(|e| Error::io(file, &e))?;
             vec![model.tokenizer()?.encode(&text, false)?]
         }
-        (None, Some(file)) => read_ids(file)?,
+        (None, Some(file)) => match read_ids(file)? {
+            Ids::Windows(windows) => {
+                // They are cut already.
+                ctx = windows.iter().map(Vec::len).max().unwrap_or(0).max(2);
+                windows
+            }
+            Ids::Flat(ids) | Ids::Named { ids } => vec![ids],
+        },
         (None, None) => return Err(Failure::Usage("give --text or --ids-file".into())),
     };
     let windows = cut(&texts, ctx, args.stride.map_or(ctx, |s| s as usize), args.windows.map(|w| w as usize))?;
@@ -91,14 +99,14 @@ pub fn run(args: &Args) -> Outcome {
         perplexity: nll.exp(),
         tokens,
         windows: windows.len(),
-        tokens_per_second: computed as f64 / start.elapsed().as_secs_f64(),
+        tokens_s: computed as f64 / start.elapsed().as_secs_f64(),
     };
     if args.json {
         return output::json(&report);
     }
     output::line(&format!(
         "nll {:.5}, perplexity {:.4} over {} tokens in {} windows ({:.1} tokens/s)",
-        report.nll, report.perplexity, report.tokens, report.windows, report.tokens_per_second
+        report.nll, report.perplexity, report.tokens, report.windows, report.tokens_s
     ))
 }
 
@@ -109,27 +117,22 @@ fn surprise(logits: &[f32], id: u32) -> f64 {
     sum.ln() - f64::from(logits[id as usize] - max)
 }
 
-fn read_ids(file: &PathBuf) -> Outcome<Vec<Vec<u32>>> {
-    #[derive(serde::Deserialize)]
-    #[serde(untagged)]
-    enum Ids {
-        Flat(Vec<u32>),
-        Windows(Vec<Vec<u32>>),
-        Named { ids: Box<Ids> },
-    }
-    fn flatten(ids: Ids) -> Vec<Vec<u32>> {
-        match ids {
-            Ids::Flat(ids) => vec![ids],
-            Ids::Windows(windows) => windows,
-            Ids::Named { ids } => flatten(*ids),
-        }
-    }
+/// What `--ids-file` may hold.
+#[derive(serde::Deserialize)]
+#[serde(untagged)]
+enum Ids {
+    Flat(Vec<u32>),
+    Windows(Vec<Vec<u32>>),
+    Named { ids: Vec<u32> },
+}
+
+fn read_ids(file: &Path) -> Outcome<Ids> {
     let bytes = std::fs::read(file).map_err(|e| Error::io(file, &e))?;
-    let ids: Ids = serde_json::from_slice(&bytes).map_err(|_| {
-        Error::new(ErrorKind::InvalidFile, "expected a list of token ids, of such lists, or {\"ids\": ...}")
+    serde_json::from_slice(&bytes).map_err(|_| {
+        Error::new(ErrorKind::InvalidFile, "expected a list of token ids, of such lists, or {\"ids\": [...]}")
             .in_file(file)
-    })?;
-    Ok(flatten(ids))
+            .into()
+    })
 }
 
 /// Cuts every text into windows; the end that fills no window is left out, unless a text is shorter than one.

@@ -48,7 +48,7 @@ pub struct Args {
 pub fn run(args: &Args) -> Outcome {
     let model = args.device.open(&args.dir)?;
     let ids = prompt_ids(args, &model)?;
-    let mut session = args.device.session(&model, ids.len() + args.max_tokens)?;
+    let mut session = args.device.session(&model, ids.len().saturating_add(args.max_tokens))?;
     let options = GenerateOptions {
         max_tokens: args.max_tokens,
         sampling: args.sampling.sampling(&model)?,
@@ -61,8 +61,10 @@ pub fn run(args: &Args) -> Outcome {
         let generation = session.generate(&ids, &options, &mut |_| ControlFlow::Continue(()))?;
         return output::json(&Answer::new(&generation));
     }
-    stream(&mut session, &ids, &options)?;
-    output::line("")
+    let generation = stream(&mut session, &ids, &options)?;
+    // Without a tokenizer the ids are all there is to show.
+    let missing = if model.tokenizer().is_err() { join(&generation.ids) } else { String::new() };
+    output::line(&missing)
 }
 
 /// Generates with the text streamed to standard output.
@@ -79,6 +81,10 @@ pub fn stream(session: &mut awqua::Session, ids: &[u32], options: &GenerateOptio
         Some(e) => Err(e.into()),
         None => Ok(generation),
     }
+}
+
+fn join(ids: &[u32]) -> String {
+    ids.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
 }
 
 fn prompt_ids(args: &Args, model: &Model) -> Outcome<Vec<u32>> {
@@ -99,6 +105,9 @@ fn prompt_ids(args: &Args, model: &Model) -> Outcome<Vec<u32>> {
             messages.extend(args.system.as_deref().map(|s| ChatMessage::new("system", s)));
             messages.push(ChatMessage::new("user", text));
             Ok(tokenizer.encode(&template.render_messages(&messages, true)?, false)?)
+        }
+        None if args.system.is_some() => {
+            Err(Failure::Usage("--system needs a chat template, and this model has none".into()))
         }
         _ => Ok(tokenizer.encode(&text, true)?),
     }
