@@ -215,12 +215,12 @@ fn read_sentence_piece(gguf: &Gguf, tokens: &[Token]) -> Result<Kind> {
     };
     let vocab: HashMap<&str, u32> = tokens.iter().map(|token| token.text.as_str()).zip(0..).collect();
     let mut pieces = Vec::new();
-    for ((token, score), id) in tokens.iter().zip(scores).zip(0u32..) {
+    for (id, (token, score)) in tokens.iter().zip(scores).enumerate() {
         if score.is_nan() || token.text.len() > MAX_PIECE {
             return Err(invalid(format!("token {id}: {} bytes, score {score}", token.text.len())));
         }
         if token.token_type == TokenType::Normal {
-            pieces.push((id, token.text.as_str(), *score));
+            pieces.push((token.text.as_str(), *score));
         }
     }
     if let Some(byte) = (0..=255u8).map(|b| format!("<0x{b:02X}>")).find(|byte| !vocab.contains_key(byte.as_str())) {

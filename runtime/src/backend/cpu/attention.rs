@@ -3,43 +3,48 @@
 use std::sync::Mutex;
 
 use half::f16;
+use memmap2::MmapMut;
 
 use super::kernels::Kernels;
 use super::pool::Pool;
-use super::{Scratch, zeros};
+use super::{Scratch, zero_pages};
 use crate::backend::{AttentionShape, KvType};
 use crate::error::Result;
 
-/// Keys (or values) of one layer, (kv_heads, context, head_dim).
-enum Store {
-    F16(Vec<f16>),
-    F32(Vec<f32>),
+/// Keys (or values) of one layer, (kv_heads, context, head_dim). Pages of their own: a cache is large and fills
+/// slowly, and memory from the allocator may have to be cleared, and so become resident, at once.
+struct Store {
+    kv_type: KvType,
+    pages: MmapMut,
 }
 
 impl Store {
     fn new(kv_type: KvType, n: Option<usize>) -> Result<Self> {
-        Ok(match kv_type {
-            KvType::F16 => Self::F16(zeros(n, "the KV cache")?),
-            KvType::F32 => Self::F32(zeros(n, "the KV cache")?),
-        })
+        let bytes = n.and_then(|n| n.checked_mul(kv_type.size()));
+        Ok(Self { kv_type, pages: zero_pages(bytes, "the KV cache")? })
     }
 
     fn write(&mut self, kernels: &dyn Kernels, at: usize, values: &[f32]) {
-        match self {
-            Self::F16(store) => kernels.narrow_f16(values, &mut store[at..at + values.len()]),
-            Self::F32(store) => store[at..at + values.len()].copy_from_slice(values),
+        let range = at..at + values.len();
+        match self.kv_type {
+            KvType::F16 => {
+                kernels.narrow_f16(values, &mut bytemuck::cast_slice_mut::<u8, f16>(&mut self.pages)[range]);
+            }
+            KvType::F32 => {
+                bytemuck::cast_slice_mut::<u8, f32>(&mut self.pages)[range].copy_from_slice(values);
+            }
         }
     }
 
     /// `len` elements from `at` on as f32, through `scratch` if they are stored as f16.
     fn read<'a>(&'a self, kernels: &dyn Kernels, at: usize, len: usize, scratch: &'a mut [f32]) -> &'a [f32] {
-        match self {
-            Self::F16(store) => {
+        match self.kv_type {
+            KvType::F16 => {
                 let scratch = &mut scratch[..len];
-                kernels.expand_f16(bytemuck::cast_slice(&store[at..at + len]), scratch);
+                kernels.expand_f16(&self.pages[2 * at..2 * (at + len)], scratch);
                 scratch
             }
-            Self::F32(store) => &store[at..at + len],
+            KvType::F32 => &bytemuck::cast_slice::<u8, f32>(&self.pages)[at..at + len],
         }
     }
 }

@@ -88,20 +88,34 @@ struct CpuRunner {
     sample_row: Vec<f32>,
 }
 
-/// `n` zeros without touching the memory, or an error that names the need.
-fn zeros<T: Clone + Default>(n: Option<usize>, what: &str) -> Result<Vec<T>> {
-    let out_of_memory = |bytes: String| Error::new(ErrorKind::OutOfMemory, format!("{what} needs {bytes} bytes"));
-    let n = n.ok_or_else(|| out_of_memory("more than 2^64".into()))?;
-    let bytes = n.checked_mul(size_of::<T>()).ok_or_else(|| out_of_memory("more than 2^64".into()))?;
-    // Linux hands out address space beyond the memory it has; refuse what can never be filled.
-    if available_memory().is_some_and(|available| bytes as u64 > available) {
-        return Err(out_of_memory(bytes.to_string()));
+/// `n` zeros, or an error that names the need.
+fn zeros(n: Option<usize>, what: &str) -> Result<Vec<f32>> {
+    let bytes = fitting(n.and_then(|n| n.checked_mul(size_of::<f32>())), what)?;
+    let n = bytes / size_of::<f32>();
+    let mut zeros = Vec::new();
+    zeros.try_reserve_exact(n).map_err(|_| out_of_memory(what, bytes))?;
+    zeros.resize(n, 0.0);
+    Ok(zeros)
+}
+
+/// `bytes` zero bytes of untouched pages, or an error that names the need.
+fn zero_pages(bytes: Option<usize>, what: &str) -> Result<memmap2::MmapMut> {
+    let bytes = fitting(bytes, what)?;
+    memmap2::MmapMut::map_anon(bytes).map_err(|_| out_of_memory(what, bytes))
+}
+
+/// Passes on a byte count that this machine could provide. Linux hands out address space beyond the memory it has,
+/// so a failed allocation is not enough to find out.
+fn fitting(bytes: Option<usize>, what: &str) -> Result<usize> {
+    match bytes {
+        Some(bytes) if available_memory().is_none_or(|available| bytes as u64 <= available) => Ok(bytes),
+        Some(bytes) => Err(out_of_memory(what, bytes)),
+        None => Err(out_of_memory(what, "more than 2^64")),
     }
-    let mut probe = Vec::<T>::new();
-    probe.try_reserve_exact(n).map_err(|_| out_of_memory(bytes.to_string()))?;
-    drop(probe);
-    // `vec!` of a zero value asks the allocator for zeroed pages, which stay untouched until used.
-    Ok(vec![T::default(); n])
+}
+
+fn out_of_memory(what: &str, bytes: impl std::fmt::Display) -> Error {
+    Error::new(ErrorKind::OutOfMemory, format!("{what} needs {bytes} bytes"))
 }
 
 /// Bytes of memory this system could still provide, where it says so.
@@ -133,7 +147,7 @@ impl CpuRunner {
         let per_layer = context.checked_mul((shape.kv_heads * shape.head_dim) as usize);
         let whole = per_layer.and_then(|n| n.checked_mul(2 * program.layers as usize * kv_type.size()));
         // Checked as a whole first: each layer alone could still fit.
-        drop(zeros::<u8>(whole, &format!("a KV cache of {context} tokens"))?);
+        fitting(whole, &format!("a KV cache of {context} tokens"))?;
         let caches =
             (0..program.layers).map(|_| attention::Cache::new(kv_type, per_layer)).collect::<Result<Vec<_>>>()?;
         let rope_len = context.checked_mul(shape.rotary_dim as usize);
