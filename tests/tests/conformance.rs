@@ -1,5 +1,7 @@
 //! Tokenization and chat templates against what `tokenizers` and Transformers produce; see the fixtures' README.
 
+#![allow(clippy::print_stdout, reason = "what is skipped and how close the numbers are is part of a test's output")]
+
 use std::path::{Path, PathBuf};
 
 use awqua::session::chat::{ChatTemplate, RenderOptions};

