@@ -12,7 +12,7 @@ mod generate;
 pub mod sampler;
 pub mod tokenizer;
 
-pub use generate::{GenerateOptions, Generation, StopReason};
+pub use generate::{ContextShift, GenerateOptions, Generation, StopReason};
 
 /// Context of a session that does not ask for one: enough for a conversation, small enough for any device.
 const DEFAULT_CONTEXT: u32 = 4096;
