@@ -272,7 +272,8 @@ fn folders_that_contradict_themselves_are_refused_by_name() {
     assert_eq!(error.kind(), ErrorKind::InvalidConfig, "{error}");
     assert!(error.to_string().contains("generation_config.json: `eos_token_id`"), "{error}");
     let error = changed("tokenizer", "tokenizer.json", |t| {
-        t["added_tokens"][0]["id"] = 70_000.into();
+        let vocab = t["model"]["vocab"].as_object_mut().unwrap();
+        *vocab.values_mut().last().unwrap() = 70_000.into();
     });
     assert_eq!(error.kind(), ErrorKind::Tokenizer, "{error}");
     let error = changed("template", "tokenizer_config.json", |t| t["chat_template"] = "{% if %}".into());
