@@ -7,7 +7,7 @@
 
 use std::sync::Arc;
 
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::session::sampler::SampleRequest;
 use crate::tensor::Weight;
 
@@ -237,6 +237,32 @@ pub struct Step<'a> {
     pub logits: LogitsRows,
 }
 
+impl Step<'_> {
+    /// Checks the step against the capacities of a runner.
+    ///
+    /// # Errors
+    /// [`ErrorKind::ContextFull`] if it leaves the context, else [`ErrorKind::InvalidInput`].
+    fn check(&self, program: &Program, config: &RunnerConfig) -> Result<()> {
+        let invalid = |message: String| Err(Error::new(ErrorKind::InvalidInput, message));
+        let n = self.tokens.len();
+        if n == 0 || n > config.max_tokens as usize {
+            return invalid(format!("a step takes 1 to {} tokens, got {n}", config.max_tokens));
+        }
+        if u64::from(self.position) + n as u64 > u64::from(config.context) {
+            let message = format!("position {} plus {n} tokens leave the context of {}", self.position, config.context);
+            return Err(Error::new(ErrorKind::ContextFull, message));
+        }
+        let rows = self.logits.range(n).len();
+        if rows > config.max_logits_rows as usize {
+            return invalid(format!("a step computes at most {} logits rows, got {rows}", config.max_logits_rows));
+        }
+        match self.tokens.iter().find(|&&id| id >= program.vocab_size) {
+            Some(id) => invalid(format!("token id {id} is not below the vocabulary size {}", program.vocab_size)),
+            None => Ok(()),
+        }
+    }
+}
+
 /// What a backend is and how it was configured.
 #[derive(Debug, Clone)]
 pub struct BackendInfo {
@@ -260,18 +286,18 @@ pub trait Backend: Send + Sync {
     /// Takes a weight; `name` is the tensor's, for messages.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::OutOfMemory`], [`crate::ErrorKind::Unsupported`] or a device error.
+    /// [`ErrorKind::OutOfMemory`], [`ErrorKind::Unsupported`] or a device error.
     fn upload(&mut self, name: &str, weight: Weight) -> Result<WeightId>;
 
     /// Makes the per-session side: activations, KV cache, everything a step needs.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::OutOfMemory`] or a device error; never a panic for large capacities.
+    /// [`ErrorKind::OutOfMemory`] or a device error; never a panic for large capacities.
     fn runner(self: Arc<Self>, program: &Arc<Program>, config: &RunnerConfig) -> Result<Box<dyn Runner>>;
 }
 
 /// The per-session side of a backend. Methods take the session's exclusive borrow; a failed call leaves the runner
-/// usable (after [`crate::ErrorKind::DeviceLost`] every further call fails the same way).
+/// usable (after [`ErrorKind::DeviceLost`] every further call fails the same way).
 pub trait Runner: Send {
     /// Writes rows `first..` of rotary table `table`: (rows, rotary_dim / 2, 2) of (cos, sin), one row a position.
     fn write_rope(&mut self, table: u32, first: u32, rows: &[f32]) -> Result<()>;

@@ -2,9 +2,7 @@
 
 use std::sync::{Arc, Mutex};
 
-use super::{
-    Backend, BackendInfo, BufferId, KvType, LogitsRows, Op, Program, Rows, Runner, RunnerConfig, Span, Step, WeightId,
-};
+use super::{Backend, BackendInfo, BufferId, KvType, Op, Program, Rows, Runner, RunnerConfig, Span, Step, WeightId};
 use crate::error::{Error, ErrorKind, Result};
 use crate::session::sampler::{self, SampleRequest};
 use crate::tensor::Weight;
@@ -375,7 +373,7 @@ impl Runner for CpuRunner {
 
     fn run(&mut self, step: &Step<'_>) -> Result<()> {
         let program = Arc::clone(&self.program);
-        check_step(step, &program, &self.config)?;
+        step.check(&program, &self.config)?;
         self.logits_rows = 0;
         for op in &program.ops {
             self.run_op(op, step)?;
@@ -414,26 +412,4 @@ impl Runner for CpuRunner {
             * self.kv_type.size() as u64;
         4 * floats as u64 + kv
     }
-}
-
-/// Checks a step against the capacities; shared by the backends.
-pub(super) fn check_step(step: &Step<'_>, program: &Program, config: &RunnerConfig) -> Result<()> {
-    let n = step.tokens.len();
-    if n == 0 || n > config.max_tokens as usize {
-        let message = format!("a step takes 1 to {} tokens, got {n}", config.max_tokens);
-        return Err(Error::new(ErrorKind::InvalidInput, message));
-    }
-    if step.logits == LogitsRows::All && n > config.max_logits_rows as usize {
-        let message = format!("a step takes at most {} logits rows, got {n}", config.max_logits_rows);
-        return Err(Error::new(ErrorKind::InvalidInput, message));
-    }
-    if step.position as usize + n > config.context as usize {
-        let message = format!("position {} plus {n} tokens leave the context of {}", step.position, config.context);
-        return Err(Error::new(ErrorKind::ContextFull, message));
-    }
-    if let Some(id) = step.tokens.iter().find(|&&id| id >= program.vocab_size) {
-        let message = format!("token id {id} is not below the vocabulary size {}", program.vocab_size);
-        return Err(Error::new(ErrorKind::InvalidInput, message));
-    }
-    Ok(())
 }

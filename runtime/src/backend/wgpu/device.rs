@@ -384,8 +384,8 @@ fn select(adapters: &[AdapterSummary], wanted: Option<&str>) -> Result<usize> {
         },
     };
     let Some(found) = found else {
-        let names: Vec<_> = adapters.iter().map(|a| format!("{} `{}`", a.index, a.name)).collect();
-        return none(format!("no adapter matches `{}`; there are {}", wanted.unwrap_or_default(), names.join(", ")));
+        let names: Vec<_> = adapters.iter().map(|a| format!("{}: `{}`", a.index, a.name)).collect();
+        return none(format!("no adapter matches `{}`; found [{}]", wanted.unwrap_or_default(), names.join(", ")));
     };
     match &found.unusable {
         Some(reason) => none(format!("`{}` can not be used: {reason}", found.name)),

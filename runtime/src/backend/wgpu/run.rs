@@ -75,26 +75,6 @@ impl WgpuRunner {
         })
     }
 
-    fn validate(&self, step: &Step<'_>) -> Result<()> {
-        let invalid = |message: String| Err(Error::new(ErrorKind::InvalidInput, message));
-        let n_tokens = step.tokens.len();
-        if n_tokens == 0 || n_tokens > self.config.max_tokens as usize {
-            return invalid(format!("a step of {n_tokens} tokens, 1 to {} are possible", self.config.max_tokens));
-        }
-        if u64::from(step.position) + n_tokens as u64 > u64::from(self.config.context) {
-            let message =
-                format!("{n_tokens} tokens at {} exceed the context of {}", step.position, self.config.context);
-            return Err(Error::new(ErrorKind::ContextFull, message));
-        }
-        if step.logits.range(n_tokens).len() > self.config.max_logits_rows as usize {
-            return invalid(format!("logits of {n_tokens} tokens, {} are possible", self.config.max_logits_rows));
-        }
-        match step.tokens.iter().find(|token| **token >= self.program.vocab_size) {
-            Some(token) => invalid(format!("token {token} of a vocabulary of {}", self.program.vocab_size)),
-            None => Ok(()),
-        }
-    }
-
     /// Reads `rows` of the logits into `out`, (rows, vocab_size).
     fn read_rows(&mut self, rows: std::ops::Range<u32>, out: &mut Vec<f32>) -> Result<()> {
         let logits = &self.memory.activations[self.program.logits.0 as usize];
@@ -136,7 +116,7 @@ impl Runner for WgpuRunner {
     fn run(&mut self, step: &Step<'_>) -> Result<()> {
         let gpu = &self.backend.gpu;
         gpu.check()?;
-        self.validate(step)?;
+        step.check(&self.program, &self.config)?;
         // At most two steps are queued, so that a prompt that is abandoned ends soon.
         if let Some(ticket) = self.previous.take() {
             gpu.wait(&ticket)?;
