@@ -61,6 +61,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    quiet_device_selection();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(e) => return refuse(&e),
@@ -112,4 +113,13 @@ fn refuse(e: &clap::Error) -> ExitCode {
     let failure = Failure::Usage(format!("{reason} (try --help)"));
     output::report(&failure, json);
     ExitCode::from(failure.exit_code())
+}
+
+/// Keeps Mesa's Vulkan layer that orders devices out of our standard error: without a desktop session it looks for
+/// one all the same and prints an error for each look. This command chooses its device itself.
+fn quiet_device_selection() {
+    if cfg!(target_os = "linux") && std::env::var_os("XDG_RUNTIME_DIR").is_none() {
+        // SAFETY: the first call of `main`; no other thread exists that could read the environment.
+        unsafe { std::env::set_var("NODEVICE_SELECT", "1") };
+    }
 }

@@ -1,17 +1,73 @@
 //! What templates written for Jinja under Python expect of the language around them.
 
+use std::borrow::Cow;
+
 use minijinja::value::{Kwargs, Value, ValueKind};
 use minijinja::{Error, ErrorKind, State};
 
 /// Prints values as Python does where a template prints one that is not a string.
 pub(super) fn print(out: &mut minijinja::Output, _: &State<'_, '_>, value: &Value) -> Result<(), Error> {
-    let written = match value.kind() {
-        ValueKind::Bool => out.write_str(if value.is_true() { "True" } else { "False" }),
-        ValueKind::None => out.write_str("None"),
-        ValueKind::Undefined => Ok(()),
-        _ => write!(out, "{value}"),
-    };
-    written.map_err(Error::from)
+    out.write_str(&to_str(value)).map_err(Error::from)
+}
+
+/// `str(value)`, with nothing for an undefined value.
+fn to_str(value: &Value) -> Cow<'_, str> {
+    match value.kind() {
+        ValueKind::Bool => if value.is_true() { "True" } else { "False" }.into(),
+        ValueKind::None => "None".into(),
+        ValueKind::Undefined => "".into(),
+        ValueKind::Seq | ValueKind::Map => {
+            let mut out = String::new();
+            repr(value, &mut out);
+            out.into()
+        }
+        _ => value.as_str().map_or_else(|| value.to_string().into(), Cow::Borrowed),
+    }
+}
+
+/// `repr(value)`.
+fn repr(value: &Value, out: &mut String) {
+    let items = || value.try_iter().into_iter().flatten().enumerate();
+    match value.kind() {
+        ValueKind::String => repr_str(value.as_str().unwrap_or_default(), out),
+        ValueKind::Seq => {
+            out.push('[');
+            for (i, item) in items() {
+                out.push_str(if i == 0 { "" } else { ", " });
+                repr(&item, out);
+            }
+            out.push(']');
+        }
+        ValueKind::Map => {
+            out.push('{');
+            for (i, key) in items() {
+                out.push_str(if i == 0 { "" } else { ", " });
+                repr(&key, out);
+                out.push_str(": ");
+                repr(&value.get_item(&key).unwrap_or_default(), out);
+            }
+            out.push('}');
+        }
+        _ => out.push_str(&to_str(value)),
+    }
+}
+
+/// `repr` of a string: single quotes unless only those are inside, control characters escaped.
+fn repr_str(text: &str, out: &mut String) {
+    let quote = if text.contains('\'') && !text.contains('"') { '"' } else { '\'' };
+    out.push(quote);
+    for c in text.chars() {
+        match c {
+            '\\' => out.push_str("\\\\"),
+            '\n' => out.push_str("\\n"),
+            '\r' => out.push_str("\\r"),
+            '\t' => out.push_str("\\t"),
+            c if c == quote => out.extend(['\\', c]),
+            c if c.is_control() => out.push_str(&format!("\\x{:02x}", c as u32)),
+            c => out.push(c),
+        }
+    }
+    out.push(quote);
 }
 
 /// White space as `str.isspace` of Python sees it: also the four information separators.
@@ -19,8 +75,9 @@ fn is_space(c: char) -> bool {
     c.is_whitespace() || ('\u{1c}'..='\u{1f}').contains(&c)
 }
 
-/// `str.strip`, the whole of it or of the given characters.
-pub(super) fn trim(text: &str, chars: Option<&str>) -> String {
+/// `str(value).strip()`, of white space or of the given characters.
+pub(super) fn trim(value: &Value, chars: Option<&str>) -> String {
+    let text = to_str(value);
     match chars {
         None => text.trim_matches(is_space),
         Some(chars) => text.trim_matches(|c| chars.contains(c)),
