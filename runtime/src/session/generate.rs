@@ -172,7 +172,10 @@ impl Session {
             if self.tokens.len() == self.context as usize {
                 match options.shift {
                     None => break StopReason::ContextFull,
-                    Some(shift) => self.shift(shift.keep, &options.cancel)?,
+                    Some(shift) => match self.shift(shift.keep, &options.cancel) {
+                        Err(e) if e.kind() == ErrorKind::Cancelled => break StopReason::Cancelled,
+                        shifted => shifted?,
+                    },
                 }
             }
             let length = self.tokens.len() + 1;
