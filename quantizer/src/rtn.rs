@@ -6,9 +6,9 @@ use std::path::Path;
 
 use awqua::checkpoint::{Checkpoint, Dtype, TensorView};
 use awqua::quant::{self, Dialect, Quantization, Scheme, awq};
-use awqua::tensor::{DenseMatrix, DenseType, Offset, W4Matrix};
+use awqua::tensor::{DenseMatrix, Offset, W4Matrix};
 use awqua::{Error, ErrorKind, Result};
-use half::{bf16, f16};
+use half::f16;
 use serde::Serialize;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
@@ -127,7 +127,7 @@ pub fn quantize_matrix(dense: &DenseMatrix, group_size: usize) -> Result<W4Matri
     let mut group_params = Vec::with_capacity(n * (k / group_size));
     let mut row = vec![0.0; k];
     for (i, bytes) in dense.bytes.chunks_exact(dense.row_bytes()).enumerate() {
-        widen(bytes, dense.dtype, &mut row);
+        dense.dtype.widen(bytes, &mut row);
         for (g, group) in row.chunks_exact(group_size).enumerate() {
             let (scale, zero) = group_range(group).ok_or_else(|| {
                 let message = format!("row {i}, group {g}: weights are not finite or exceed half precision");
@@ -386,7 +386,7 @@ impl Job<'_> {
             let mut converted = Vec::with_capacity(2 << 16);
             for bytes in tensor.bytes.chunks(dtype.size() << 16) {
                 let values = &mut values[..bytes.len() / dtype.size()];
-                widen(bytes, dtype, values);
+                dtype.widen(bytes, values);
                 converted.clear();
                 for &value in values.iter() {
                     let narrow = f16::from_f32(value);
@@ -466,7 +466,7 @@ fn relative_error(dense: &DenseMatrix, matrix: &W4Matrix) -> f64 {
     let (mut original, mut packed) = (vec![0.0; dense.k], vec![0.0; dense.k]);
     let (mut error, mut norm) = (0.0, 0.0);
     for (i, bytes) in dense.bytes.chunks_exact(dense.row_bytes()).enumerate() {
-        widen(bytes, dense.dtype, &mut original);
+        dense.dtype.widen(bytes, &mut original);
         matrix.dequantize_row(i, &mut packed);
         for (&w, &p) in original.iter().zip(&packed) {
             error += f64::from(w - p).powi(2);
@@ -483,25 +483,4 @@ fn write_words(out: &mut dyn Write, words: &[u32]) -> std::io::Result<()> {
         buffer.extend(chunk.iter().flat_map(|word| word.to_le_bytes()));
         out.write_all(&buffer)
     })
-}
-
-/// Widens little-endian elements to f32; `out` has as many elements as `bytes`.
-fn widen(bytes: &[u8], dtype: DenseType, out: &mut [f32]) {
-    match dtype {
-        DenseType::F16 => {
-            for (out, b) in out.iter_mut().zip(bytes.chunks_exact(2)) {
-                *out = f16::from_le_bytes([b[0], b[1]]).to_f32();
-            }
-        }
-        DenseType::BF16 => {
-            for (out, b) in out.iter_mut().zip(bytes.chunks_exact(2)) {
-                *out = bf16::from_le_bytes([b[0], b[1]]).to_f32();
-            }
-        }
-        DenseType::F32 => {
-            for (out, b) in out.iter_mut().zip(bytes.chunks_exact(4)) {
-                *out = f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
-            }
-        }
-    }
 }

@@ -3,6 +3,7 @@
 use std::ops::{Deref, Range};
 use std::sync::Arc;
 
+use half::{bf16, f16};
 use memmap2::Mmap;
 
 use crate::error::{Error, ErrorKind, Result};
@@ -24,6 +25,27 @@ impl DenseType {
         match self {
             Self::F16 | Self::BF16 => 2,
             Self::F32 => 4,
+        }
+    }
+
+    /// Widens little-endian elements to f32, as many as both slices hold.
+    pub fn widen(self, bytes: &[u8], out: &mut [f32]) {
+        match self {
+            Self::F16 => {
+                for (out, b) in out.iter_mut().zip(bytes.as_chunks().0) {
+                    *out = f16::from_le_bytes(*b).to_f32();
+                }
+            }
+            Self::BF16 => {
+                for (out, b) in out.iter_mut().zip(bytes.as_chunks().0) {
+                    *out = bf16::from_le_bytes(*b).to_f32();
+                }
+            }
+            Self::F32 => {
+                for (out, b) in out.iter_mut().zip(bytes.as_chunks().0) {
+                    *out = f32::from_le_bytes(*b);
+                }
+            }
         }
     }
 
@@ -149,6 +171,22 @@ pub enum Offset {
     Zero,
     /// `o` is a bias in weight units: w = q * s + o.
     Bias,
+}
+
+impl Offset {
+    /// The weights that codes 0 to 15 of a group with these [`W4Matrix::group_params`] stand for.
+    pub fn weights(self, params: u32) -> [f32; 16] {
+        let scale = f16::from_bits(params as u16).to_f32();
+        let o = f16::from_bits((params >> 16) as u16).to_f32();
+        std::array::from_fn(|q| {
+            // Both products are exact in f32 (4 + 11 bits).
+            let exact = match self {
+                Self::Zero => (q as f32 - o) * scale,
+                Self::Bias => q as f32 * scale + o,
+            };
+            f16::from_f32(exact).to_f32()
+        })
+    }
 }
 
 /// A matrix in the canonical 4-bit form that every backend reads; every dialect on disk decodes to it.

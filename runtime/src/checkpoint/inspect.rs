@@ -223,10 +223,10 @@ fn verify_packed(
 fn check_dense(tensor: &TensorView, findings: &mut Vec<Finding>) {
     let Ok(dtype) = tensor.dense_type() else { return };
     // In pieces: a widened embedding of a large model does not have to fit in memory.
-    let mut values = Vec::new();
+    let mut values = vec![0.0; 1 << 16];
     for (i, bytes) in tensor.bytes.chunks(dtype.size() << 16).enumerate() {
-        values.clear();
-        super::widen(bytes, dtype, &mut values);
+        let values = &mut values[..bytes.len() / dtype.size()];
+        dtype.widen(bytes, values);
         if let Some(at) = values.iter().position(|value| !value.is_finite()) {
             let error = tensor.error(format!("element {} is {}", (i << 16) + at, values[at]));
             findings.push(finding(&error));

@@ -12,7 +12,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 pub use ::safetensors::Dtype;
-use half::{bf16, f16};
 use memmap2::Mmap;
 use serde_json::Value;
 
@@ -92,8 +91,10 @@ impl TensorView {
     /// [`ErrorKind::InvalidTensor`] if the type is not F16, BF16 or F32, [`ErrorKind::OutOfMemory`].
     pub fn to_f32(&self) -> Result<Vec<f32>> {
         let dtype = self.dense_type()?;
-        let mut values = self.reserve(self.bytes.len() / dtype.size())?;
-        widen(&self.bytes, dtype, &mut values);
+        let len = self.bytes.len() / dtype.size();
+        let mut values = self.reserve(len)?;
+        values.resize(len, 0.0);
+        dtype.widen(&self.bytes, &mut values);
         Ok(values)
     }
 
@@ -106,18 +107,6 @@ impl TensorView {
             Error::new(ErrorKind::OutOfMemory, message).in_file(&self.file).in_tensor(&self.name)
         })?;
         Ok(values)
-    }
-}
-
-/// Appends little-endian elements, widened to f32, to `out`; a trailing part of an element is ignored.
-fn widen(bytes: &[u8], dtype: DenseType, out: &mut Vec<f32>) {
-    let pairs = || bytes.chunks_exact(2).map(|b| [b[0], b[1]]);
-    match dtype {
-        DenseType::F16 => out.extend(pairs().map(|b| f16::from_le_bytes(b).to_f32())),
-        DenseType::BF16 => out.extend(pairs().map(|b| bf16::from_le_bytes(b).to_f32())),
-        DenseType::F32 => {
-            out.extend(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])));
-        }
     }
 }
 

@@ -60,7 +60,7 @@ impl W4Matrix {
         for ((out, words), &params) in
             out.chunks_exact_mut(self.group_size).zip(words.chunks_exact(self.group_size / 8)).zip(params)
         {
-            let table = weight_table(params, self.offset);
+            let table = self.offset.weights(params);
             for (out, &word) in out.chunks_exact_mut(8).zip(words) {
                 for (t, out) in out.iter_mut().enumerate() {
                     *out = table[(word >> (4 * t) & 15) as usize];
@@ -75,22 +75,8 @@ impl W4Matrix {
     /// If the row or group is out of range.
     pub fn group_table(&self, row: usize, group: usize) -> [f32; 16] {
         assert!(group < self.groups(), "group out of range");
-        weight_table(self.group_params[row * self.groups() + group], self.offset)
+        self.offset.weights(self.group_params[row * self.groups() + group])
     }
-}
-
-/// The weights of codes 0 to 15, rounded to half precision.
-fn weight_table(params: u32, offset: Offset) -> [f32; 16] {
-    let (s, o) = unpack_params(params);
-    let (s, o) = (s.to_f32(), o.to_f32());
-    std::array::from_fn(|q| {
-        let q = q as f32;
-        let exact = match offset {
-            Offset::Zero => (q - o) * s,
-            Offset::Bias => q * s + o,
-        };
-        f16::from_f32(exact).to_f32()
-    })
 }
 
 /// Scale and offset as one word of [`W4Matrix::group_params`].

@@ -2,7 +2,7 @@
 //!
 //! Holding a value of an implementation proves that the processor supports it.
 
-use crate::tensor::Offset;
+use crate::tensor::{DenseType, Offset};
 
 /// Rows and columns of a [`Kernels::dot_tile`].
 pub(super) const TILE: usize = 4;
@@ -69,20 +69,6 @@ pub(super) fn all() -> Vec<Box<dyn Kernels>> {
     all
 }
 
-/// The 16 weights a group can hold, exactly as the software that defines the formats computes them.
-pub(super) fn group_table(params: u32, offset: Offset) -> [f32; 16] {
-    let scale = half::f16::from_bits(params as u16).to_f32();
-    let o = half::f16::from_bits((params >> 16) as u16).to_f32();
-    std::array::from_fn(|q| {
-        // Both products are exact in f32 (4 + 11 bits), so one rounding to f16 remains.
-        let w = match offset {
-            Offset::Zero => (q as f32 - o) * scale,
-            Offset::Bias => q as f32 * scale + o,
-        };
-        half::f16::from_f32(w).to_f32()
-    })
-}
-
 /// Plain Rust; the oracle of the other implementations and the fallback of processors without one.
 pub(super) struct Portable;
 
@@ -93,7 +79,7 @@ impl Kernels for Portable {
 
     fn expand_w4(&self, words: &[u32], params: &[u32], group_size: usize, offset: Offset, out: &mut [f32]) {
         for ((words, &params), out) in words.chunks(group_size / 8).zip(params).zip(out.chunks_mut(group_size)) {
-            let table = group_table(params, offset);
+            let table = offset.weights(params);
             for (&word, out) in words.iter().zip(out.chunks_exact_mut(8)) {
                 for (t, out) in out.iter_mut().enumerate() {
                     *out = table[(word >> (4 * t)) as usize & 15];
@@ -103,9 +89,7 @@ impl Kernels for Portable {
     }
 
     fn expand_f16(&self, bytes: &[u8], out: &mut [f32]) {
-        for (pair, out) in bytes.chunks_exact(2).zip(out) {
-            *out = half::f16::from_le_bytes([pair[0], pair[1]]).to_f32();
-        }
+        DenseType::F16.widen(bytes, out);
     }
 
     fn narrow_f16(&self, values: &[f32], out: &mut [half::f16]) {

@@ -27,16 +27,7 @@ pub(super) fn scratch_sums(max_tokens: usize) -> usize {
 pub(super) fn widen(kernels: &dyn Kernels, dtype: DenseType, bytes: &[u8], out: &mut [f32]) {
     match dtype {
         DenseType::F16 => kernels.expand_f16(bytes, out),
-        DenseType::BF16 => {
-            for (pair, out) in bytes.as_chunks::<2>().0.iter().zip(out) {
-                *out = f32::from_bits(u32::from(u16::from_le_bytes(*pair)) << 16);
-            }
-        }
-        DenseType::F32 => {
-            for (bytes, out) in bytes.as_chunks::<4>().0.iter().zip(out) {
-                *out = f32::from_le_bytes(*bytes);
-            }
-        }
+        DenseType::BF16 | DenseType::F32 => dtype.widen(bytes, out),
     }
 }
 
@@ -190,7 +181,7 @@ mod tests {
             .collect();
         let rows = (0..n * k)
             .map(|i| {
-                let table = super::super::kernels::group_table(group_params[i / group_size], Offset::Zero);
+                let table = Offset::Zero.weights(group_params[i / group_size]);
                 f64::from(table[(qweight[i / 8] >> (4 * (i % 8))) as usize & 15])
             })
             .collect();

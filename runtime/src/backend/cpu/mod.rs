@@ -90,10 +90,9 @@ struct CpuRunner {
 fn zeros(n: Option<usize>, what: &str) -> Result<Vec<f32>> {
     let bytes = fitting(n.and_then(|n| n.checked_mul(size_of::<f32>())), what)?;
     let n = bytes / size_of::<f32>();
-    let mut zeros = Vec::new();
-    zeros.try_reserve_exact(n).map_err(|_| out_of_memory(what, bytes))?;
-    zeros.resize(n, 0.0);
-    Ok(zeros)
+    // `vec!` leaves fresh pages untouched but aborts where there are none; so ask first.
+    Vec::<f32>::new().try_reserve_exact(n).map_err(|_| out_of_memory(what, bytes))?;
+    Ok(vec![0.0; n])
 }
 
 /// `bytes` zero bytes of untouched pages, or an error that names the need.

@@ -165,7 +165,7 @@ fn check_tile(w: &[f32], stride_w: usize, rows: usize, x: &[f32], stride_x: usiz
     assert!((rows - 1) * stride_w + k <= w.len() && (cols - 1) * stride_x + k <= x.len());
 }
 
-/// The table of `group_table` in two registers: codes 0..8 and 8..16.
+/// The table of `Offset::weights` in two registers: codes 0..8 and 8..16.
 #[target_feature(enable = "avx2,f16c")]
 fn table_avx2(params: u32, offset: Offset) -> (__m256, __m256) {
     let both = _mm_cvtph_ps(_mm_cvtsi32_si128(params as i32));
