@@ -183,17 +183,6 @@ impl CpuRunner {
         self.program.buffers[buffer.0 as usize].width as usize
     }
 
-    fn weight(&self, id: WeightId) -> &Weight {
-        &self.backend.weights[id.0 as usize]
-    }
-
-    fn vector(&self, id: WeightId) -> Result<&[f32]> {
-        match self.weight(id) {
-            Weight::Vector(v) => Ok(v),
-            _ => Err(mismatch("a vector")),
-        }
-    }
-
     fn run_op(&mut self, op: &Op, step: &Step<'_>) -> Result<()> {
         let n_tokens = step.tokens.len();
         let selected = |rows: Rows| match rows {
@@ -277,8 +266,9 @@ impl CpuRunner {
     ) -> Result<()> {
         let (x_width, out_width) = (self.width(x.buffer), self.width(out.buffer));
         let in_place = x.buffer == out.buffer;
+        let backend = Arc::clone(&self.backend);
+        let Weight::Vector(weight) = &backend.weights[weight.0 as usize] else { return Err(mismatch("a vector")) };
         let mut output = std::mem::take(&mut self.buffers[out.buffer.0 as usize]);
-        let weight = self.vector(weight)?;
         for (to, from) in rows.enumerate() {
             for segment in 0..segments {
                 let x_at = from * x_width + x.offset as usize + segment * dim;
@@ -314,7 +304,6 @@ impl CpuRunner {
         }
         let out_width = self.width(out.buffer);
         let x_width = self.width(x);
-        let mut output = std::mem::take(&mut self.buffers[out.buffer.0 as usize]);
         let backend = Arc::clone(&self.backend);
         let bias = match bias {
             Some(id) => match &backend.weights[id.0 as usize] {
@@ -323,6 +312,7 @@ impl CpuRunner {
             },
             None => None,
         };
+        let mut output = std::mem::take(&mut self.buffers[out.buffer.0 as usize]);
         let result = matmul::matmul(
             &mut self.pool,
             &self.scratch,
