@@ -4,7 +4,8 @@ use std::fs::{self, File};
 use std::io::{self, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 
-use awqua::checkpoint::gguf::{Gguf, map_file};
+use awqua::checkpoint::gguf::Gguf;
+use awqua::checkpoint::map_file;
 use awqua::tensor::Bytes;
 use awqua::{Error, ErrorKind, Result};
 use sha2::{Digest, Sha256};

@@ -1,12 +1,15 @@
-//! Reading the small files of a checkpoint folder with bounds on their size and on what they may be.
+//! Reading and mapping the files of a checkpoint with bounds on their size and on what they may be.
 
 use std::fs::File;
 use std::io::Read;
 use std::path::Path;
+use std::sync::Arc;
 
+use memmap2::Mmap;
 use serde_json::Value;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::tensor::Bytes;
 
 /// Largest configuration-like JSON file, bytes; real ones are kilobytes.
 pub(crate) const MAX_JSON: u64 = 8 << 20;
@@ -26,6 +29,31 @@ pub(crate) fn open_regular(path: &Path) -> Result<Option<(File, u64)>> {
     }
     let file = File::open(path).map_err(|error| Error::io(path, &error))?;
     Ok(Some((file, metadata.len())))
+}
+
+/// Maps a whole file read-only.
+///
+/// The mapping sees later changes of the file; a file that somebody truncates while it is mapped ends the process on
+/// most systems, so map only files that stay as they are.
+///
+/// # Errors
+/// [`ErrorKind::Io`] if it can not be opened or mapped.
+pub fn map_file(path: &Path) -> Result<Bytes> {
+    map(&File::open(path).map_err(|error| Error::io(path, &error))?, path)
+}
+
+/// Maps an open file; `path` is for messages. See [`map_file`].
+pub(crate) fn map(file: &File, path: &Path) -> Result<Bytes> {
+    if file.metadata().map_err(|error| Error::io(path, &error))?.len() == 0 {
+        // An empty mapping is refused by some systems.
+        return Ok(Bytes::owned(Vec::new()));
+    }
+    // SAFETY: the mapping is read-only and only ever read as bytes, every value of which is valid; that nobody
+    // truncates the file is the caller's part, as documented.
+    let map = unsafe { Mmap::map(file) }.map_err(|error| Error::io(path, &error))?;
+    let length = map.len();
+    Bytes::mapped(Arc::new(map), 0..length)
+        .ok_or_else(|| Error::new(ErrorKind::Io, "mapping is shorter than the file").in_file(path))
 }
 
 /// The content of a file of at most `limit` bytes, or `None` if nothing has that name.

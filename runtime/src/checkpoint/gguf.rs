@@ -7,11 +7,7 @@ mod blocks;
 mod reader;
 
 use std::collections::{BTreeMap, HashMap};
-use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-
-use memmap2::Mmap;
 
 pub use blocks::{GgmlType, dequantize_row};
 use reader::Reader;
@@ -110,35 +106,13 @@ impl GgufTensor {
     }
 }
 
-/// Maps a whole file into memory, read-only.
-///
-/// The mapping sees later changes of the file; a file that somebody truncates while it is mapped ends the process on
-/// most systems, so map only files that stay as they are.
-///
-/// # Errors
-/// [`ErrorKind::Io`] if the file can not be opened or mapped.
-pub fn map_file(path: &Path) -> Result<Bytes> {
-    let file = File::open(path).map_err(|e| Error::io(path, &e))?;
-    let length = file.metadata().map_err(|e| Error::io(path, &e))?.len();
-    if length == 0 {
-        // An empty mapping is refused by some systems.
-        return Ok(Bytes::owned(Vec::new()));
-    }
-    // SAFETY: the mapping is read-only and only ever read as bytes, every value of which is valid; that nobody
-    // truncates the file is the caller's part, as documented.
-    let map = unsafe { Mmap::map(&file) }.map_err(|e| Error::io(path, &e))?;
-    let length = map.len();
-    Bytes::mapped(Arc::new(map), 0..length)
-        .ok_or_else(|| Error::new(ErrorKind::Io, "mapping is shorter than the file").in_file(path))
-}
-
 impl Gguf {
     /// Maps and reads the file at `path`.
     ///
     /// # Errors
     /// As [`Self::parse`], and [`ErrorKind::Io`].
     pub fn open(path: &Path) -> Result<Self> {
-        Self::parse(map_file(path)?, path)
+        Self::parse(super::map_file(path)?, path)
     }
 
     /// Reads a file from its bytes; `path` is for messages only.

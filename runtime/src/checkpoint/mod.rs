@@ -12,7 +12,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 pub use ::safetensors::Dtype;
-use memmap2::Mmap;
 use serde_json::Value;
 
 use crate::error::{Error, ErrorKind, Result};
@@ -24,6 +23,7 @@ mod inspect;
 mod safetensors;
 mod shards;
 
+pub use files::map_file;
 pub use inspect::{Finding, Inspection, Severity, TensorInfo, TensorKind, inspect, verify};
 
 const SINGLE: &str = "model.safetensors";
@@ -260,25 +260,22 @@ impl Checkpoint {
 
     /// Maps a weight file and adds its tensors; `false` if it does not exist.
     fn add_file(&mut self, path: &Path) -> Result<bool> {
-        let Some((file, length)) = files::open_regular(path)? else { return Ok(false) };
-        // SAFETY: the mapping is read-only and private to this process's view; that the file is not truncated while
-        // it is mapped is the documented condition of this module.
-        let map = unsafe { Mmap::map(&file) }.map_err(|error| Error::io(path, &error))?;
-        let map = Arc::new(map);
+        let Some((file, _)) = files::open_regular(path)? else { return Ok(false) };
+        let whole = files::map(&file, path)?;
         let path: Arc<Path> = path.into();
-        for (name, entry) in safetensors::read_header(&map).map_err(|error| error.in_file(&path))? {
+        for (name, entry) in safetensors::read_header(&whole).map_err(|error| error.in_file(&path))? {
             if let Some(other) = self.tensors.get(&name) {
                 let message = format!("also in {}", other.file.display());
                 return Err(Error::new(ErrorKind::InvalidFile, message).in_file(&path).in_tensor(name));
             }
-            let bytes = Bytes::mapped(map.clone(), entry.range).ok_or_else(|| {
+            let bytes = whole.slice(entry.range).ok_or_else(|| {
                 Error::new(ErrorKind::InvalidFile, "range leaves the file").in_file(&path).in_tensor(&name)
             })?;
             let view =
                 TensorView { name: name.clone(), dtype: entry.dtype, shape: entry.shape, bytes, file: path.clone() };
             self.tensors.insert(name, view);
         }
-        self.bytes_on_disk += length;
+        self.bytes_on_disk += whole.len() as u64;
         Ok(true)
     }
 
