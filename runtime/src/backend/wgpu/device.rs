@@ -342,8 +342,8 @@ impl Gpu {
     /// Destroys the device; everything from here on fails with [`ErrorKind::DeviceLost`].
     pub(super) fn destroy(&self) {
         self.device.destroy();
-        // The loss is reported once the work in flight has ended.
-        let _ = self.settle();
+        // The loss is reported once the work in flight has ended; the check in between then ends the wait.
+        let _ = self.wait_until(None, || false);
     }
 
     /// Waits for the work in flight and fails with what it reported.

@@ -6,9 +6,11 @@ use awqua_shaders::{
     Dense, Kernel, Kv, RowMode, Step, Variant, attention, attention_reduce, embed, gemm_dense, gemm_w4, gemv_dense,
     gemv_w4, head_norm, rms_norm, rope_append, silu_mul, uniform_bytes,
 };
-use awqua_shaders::{FLAG_ACCUMULATE, FLAG_BIAS, FLAG_OFFSET_IS_BIAS};
+use awqua_shaders::{FLAG_ACCUMULATE, FLAG_BIAS};
 use bytemuck::Pod;
 use wgpu::BufferUsages;
+
+mod fuse;
 
 use super::WgpuBackend;
 use super::memory::Memory;
@@ -16,7 +18,7 @@ use super::pipelines::Pipeline;
 use super::weights::{GpuDense, GpuW4, GpuWeight};
 use crate::backend::{BufferId, KvType, Op, Program, Rows, Span, WeightId};
 use crate::error::{Error, ErrorKind, Result};
-use crate::tensor::{DenseType, Offset};
+use crate::tensor::DenseType;
 
 /// Most rows of a matmul that read the weights once a row instead of once a tile of rows. A tile is computed whole
 /// however few its rows: 64 of them take an H100 as long as 40 single rows (8B shapes, group size 128), and fewer where
@@ -31,13 +33,13 @@ fn gemv_rows(device_kind: &str) -> u32 {
 
 /// The dispatches of a program.
 pub(super) struct Plan {
-    /// One entry an operation, in order.
+    /// One entry an operation or a run of them that is computed together, in order.
     pub(super) ops: Vec<PlannedOp>,
     /// Bytes of the uniform blocks.
     pub(super) bytes: u64,
 }
 
-/// The dispatches of one operation.
+/// The dispatches of one operation or of several.
 pub(super) struct PlannedOp {
     rows: RowMode,
     /// Most rows that `few` is for.
@@ -89,7 +91,16 @@ impl Plan {
     /// error.
     pub(super) fn new(backend: &WgpuBackend, program: &Program, memory: &Memory) -> Result<Self> {
         let mut planner = Planner { backend, program, memory, uniforms: Vec::new() };
-        let drafts = program.ops.iter().map(|op| planner.op(op)).collect::<Result<Vec<_>>>()?;
+        let mut drafts = Vec::new();
+        let mut ops = program.ops.as_slice();
+        while let Some(op) = ops.first() {
+            let (draft, count) = match planner.fused(ops)? {
+                Some(fused) => fused,
+                None => (planner.op(op)?, 1),
+            };
+            drafts.push(draft);
+            ops = &ops[count..];
+        }
 
         let gpu = &backend.gpu;
         let bytes = planner.uniforms.len() as u64;
@@ -308,24 +319,20 @@ impl<'a> Planner<'a> {
             let params = gemv_w4::Params {
                 n: part.rows,
                 k: matrix.k,
-                row_words: matrix.row_words,
+                chunks: matrix.chunks,
                 group_size: matrix.group_size,
                 groups: matrix.groups,
                 x_stride: self.stride(site.x),
                 out_stride: self.stride(site.out.buffer),
                 out_offset: site.out.offset + part.first_row,
                 bias_offset: part.first_row,
-                flags: site.flags | if matrix.offset == Offset::Bias { FLAG_OFFSET_IS_BIAS } else { 0 },
+                flags: site.flags | matrix.flags,
                 row_mode: rows as u32,
                 ..Default::default()
             };
-            let storage = vec![
-                self.buffer(site.x),
-                part.qweight.clone(),
-                part.group_params.clone(),
-                site.bias.clone(),
-                self.buffer(site.out.buffer),
-            ];
+            let weights = [self.buffer(site.x), part.qweight.clone(), part.group_params.clone(), site.bias.clone()];
+            let with_norm = [&weights[..], &[self.memory.dummy.clone(), self.buffer(site.out.buffer)]].concat();
+            let storage = [&weights[..], &[self.buffer(site.out.buffer)]].concat();
             let flops = 2 * u64::from(part.rows) * u64::from(matrix.k);
             let few = move |step: &Step| Launch {
                 grid: gemv_w4::grid(&params, rows.count(step)),
@@ -335,7 +342,7 @@ impl<'a> Planner<'a> {
                 grid: gemm_w4::grid(&params, rows.count(step)),
                 flops: flops * u64::from(rows.count(step)),
             };
-            op.few.push(self.draft(&gemv_w4::KERNEL, self.variant(), &params, storage.clone(), few)?);
+            op.few.push(self.draft(&gemv_w4::KERNEL, self.variant(), &params, with_norm, few)?);
             op.many.push(self.draft(&gemm_w4::KERNEL, self.variant(), &params, storage, many)?);
         }
         Ok(())
@@ -489,7 +496,8 @@ impl<'a> Planner<'a> {
             KvType::F16 => Kv::F16,
             KvType::F32 => Kv::F32,
         };
-        Variant { elem: self.backend.elem, reduce: self.backend.reduce, kv, ..Variant::default() }
+        let WgpuBackend { elem, reduce, size, .. } = *self.backend;
+        Variant { elem, reduce, kv, size, ..Variant::default() }
     }
 
     fn buffer(&self, id: BufferId) -> wgpu::Buffer {
