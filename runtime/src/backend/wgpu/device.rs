@@ -178,7 +178,11 @@ impl Gpu {
         if let Some(bytes) = options.limit_binding {
             limits.max_storage_buffer_binding_size = limits.max_storage_buffer_binding_size.min(bytes.max(256));
         }
-        let features = adapter.features() & (Features::SHADER_F16 | Features::SUBGROUP | Features::TIMESTAMP_QUERY);
+        let wanted = Features::SHADER_F16
+            | Features::SUBGROUP
+            | Features::TIMESTAMP_QUERY
+            | Features::TIMESTAMP_QUERY_INSIDE_PASSES;
+        let features = adapter.features() & wanted;
         let request = adapter.request_device(&wgpu::DeviceDescriptor {
             label: Some("awqua"),
             required_features: features,

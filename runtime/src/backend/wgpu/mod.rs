@@ -17,6 +17,7 @@ mod device;
 mod memory;
 mod pipelines;
 mod plan;
+mod profile;
 mod readback;
 mod run;
 mod sampling;

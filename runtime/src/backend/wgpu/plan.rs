@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use awqua_shaders::{
-    Dense, Kernel, Kv, RowMode, Step, Variant, attention, attention_reduce, embed, gemm_dense, gemm_w4, gemv_dense,
-    gemv_w4, head_norm, rms_norm, rope_append, silu_mul, uniform_bytes,
+    Cost, Dense, Kernel, Kv, RowMode, Step, Variant, attention, attention_reduce, embed, gemm_dense, gemm_w4,
+    gemv_dense, gemv_w4, head_norm, rms_norm, rope_append, silu_mul, uniform_bytes,
 };
 use awqua_shaders::{FLAG_ACCUMULATE, FLAG_BIAS};
 use bytemuck::Pod;
@@ -72,8 +72,8 @@ type LaunchFn = Box<dyn Fn(&Step) -> Launch + Send + Sync>;
 pub(super) struct Launch {
     /// Workgroups in x, y, z.
     pub(super) grid: [u32; 3],
-    /// Estimated multiplications and additions.
-    pub(super) flops: u64,
+    /// What it moves and computes at least.
+    pub(super) cost: Cost,
 }
 
 impl Dispatch {
@@ -194,7 +194,7 @@ impl<'a> Planner<'a> {
                 let storage = vec![self.buffer(x), self.buffer(out)];
                 let launch = move |step: &Step| Launch {
                     grid: silu_mul::grid(&params, step.n_tokens),
-                    flops: 8 * u64::from(width) * u64::from(step.n_tokens),
+                    cost: silu_mul::cost(&params, step.n_tokens),
                 };
                 let draft = self.draft(&silu_mul::KERNEL, self.variant(), &params, storage, launch)?;
                 Ok(DraftOp::always(RowMode::All, vec![draft]))
@@ -219,7 +219,7 @@ impl<'a> Planner<'a> {
             let storage = vec![self.memory.tokens.clone(), part.words.clone(), self.buffer(out)];
             let launch = move |step: &Step| Launch {
                 grid: embed::grid(&params, step.n_tokens),
-                flops: u64::from(width) * u64::from(step.n_tokens),
+                cost: embed::cost(&params, step.n_tokens),
             };
             let variant = Variant { dense: dense(table.dtype), ..self.variant() };
             dispatches.push(self.draft(&embed::KERNEL, variant, &params, storage, launch)?);
@@ -244,7 +244,7 @@ impl<'a> Planner<'a> {
         let storage = vec![self.buffer(x.buffer), weight, self.buffer(out.buffer)];
         let launch = move |step: &Step| Launch {
             grid: rms_norm::grid(&params, rows.count(step)),
-            flops: 4 * u64::from(dim) * u64::from(rows.count(step)),
+            cost: rms_norm::cost(&params, rows.count(step)),
         };
         self.draft(&rms_norm::KERNEL, self.variant(), &params, storage, launch)
     }
@@ -267,7 +267,7 @@ impl<'a> Planner<'a> {
         let params = head_norm::Params { dim, segments, stride, offset: x.offset, eps, ..Default::default() };
         let launch = move |step: &Step| Launch {
             grid: head_norm::grid(&params, step.n_tokens),
-            flops: 4 * u64::from(dim * segments) * u64::from(step.n_tokens),
+            cost: head_norm::cost(&params, step.n_tokens),
         };
         let storage = vec![self.buffer(x.buffer), weight];
         let draft = self.draft(&head_norm::KERNEL, self.variant(), &params, storage, launch)?;
@@ -333,14 +333,13 @@ impl<'a> Planner<'a> {
             let weights = [self.buffer(site.x), part.qweight.clone(), part.group_params.clone(), site.bias.clone()];
             let with_norm = [&weights[..], &[self.memory.dummy.clone(), self.buffer(site.out.buffer)]].concat();
             let storage = [&weights[..], &[self.buffer(site.out.buffer)]].concat();
-            let flops = 2 * u64::from(part.rows) * u64::from(matrix.k);
             let few = move |step: &Step| Launch {
                 grid: gemv_w4::grid(&params, rows.count(step)),
-                flops: flops * u64::from(rows.count(step)),
+                cost: gemv_w4::cost(&params, rows.count(step)),
             };
             let many = move |step: &Step| Launch {
                 grid: gemm_w4::grid(&params, rows.count(step)),
-                flops: flops * u64::from(rows.count(step)),
+                cost: gemv_w4::cost(&params, rows.count(step)),
             };
             op.few.push(self.draft(&gemv_w4::KERNEL, self.variant(), &params, with_norm, few)?);
             op.many.push(self.draft(&gemm_w4::KERNEL, self.variant(), &params, storage, many)?);
@@ -366,14 +365,13 @@ impl<'a> Planner<'a> {
             };
             let storage =
                 vec![self.buffer(site.x), part.words.clone(), site.bias.clone(), self.buffer(site.out.buffer)];
-            let flops = 2 * u64::from(part.rows) * u64::from(matrix.k);
             let few = move |step: &Step| Launch {
                 grid: gemv_dense::grid(&params, rows.count(step)),
-                flops: flops * u64::from(rows.count(step)),
+                cost: gemv_dense::cost(&params, rows.count(step)),
             };
             let many = move |step: &Step| Launch {
                 grid: gemm_dense::grid(&params, rows.count(step)),
-                flops: flops * u64::from(rows.count(step)),
+                cost: gemv_dense::cost(&params, rows.count(step)),
             };
             op.few.push(self.draft(&gemv_dense::KERNEL, variant, &params, storage.clone(), few)?);
             op.many.push(self.draft(&gemm_dense::KERNEL, variant, &params, storage, many)?);
@@ -399,10 +397,10 @@ impl<'a> Planner<'a> {
         };
         let (keys, values) = self.memory.cache(layer)?;
         let storage = vec![self.buffer(qkv), table, keys.clone(), values.clone()];
-        let elements = u64::from((shape.heads + 2 * shape.kv_heads) * shape.head_dim);
+        let kv = self.variant().kv;
         let launch = move |step: &Step| Launch {
             grid: rope_append::grid(&params, step.n_tokens),
-            flops: 4 * elements * u64::from(step.n_tokens),
+            cost: rope_append::cost(&params, kv, step.n_tokens),
         };
         let draft = self.draft(&rope_append::KERNEL, self.variant(), &params, storage, launch)?;
         Ok(DraftOp::always(RowMode::All, vec![draft]))
@@ -423,6 +421,7 @@ impl<'a> Planner<'a> {
         let heads = shape.heads * shape.head_dim;
         self.fits(qkv.into(), heads + 2 * shape.kv_heads * shape.head_dim)?;
         self.fits(out.into(), heads)?;
+        let kv = self.variant().kv;
         let mut stages = Vec::new();
         // The number of splits is laid out in the partial buffers, so few and many tokens have parameters of their own.
         for n_tokens in [1, u32::MAX] {
@@ -449,7 +448,7 @@ impl<'a> Planner<'a> {
                 let seen = (step.position + step.n_tokens).min(if window == 0 { u32::MAX } else { window });
                 Launch {
                     grid: attention::grid(&params, step.position, step.n_tokens),
-                    flops: 4 * u64::from(heads) * u64::from(seen) * u64::from(step.n_tokens),
+                    cost: attention::cost(&params, kv, seen, step.n_tokens),
                 }
             };
             let first = self.draft(&attention::KERNEL, self.variant(), &params, storage, launch)?;
@@ -465,7 +464,11 @@ impl<'a> Planner<'a> {
             let storage = vec![partial_out.clone(), partial_ml.clone(), self.buffer(out)];
             let launch = move |step: &Step| Launch {
                 grid: attention_reduce::grid(&params, step.n_tokens),
-                flops: 4 * u64::from(heads) * u64::from(step.n_tokens),
+                cost: attention_reduce::cost(
+                    &params,
+                    attention::splits(window, split_len, step.position, step.n_tokens),
+                    step.n_tokens,
+                ),
             };
             stages.push(vec![first, self.draft(&attention_reduce::KERNEL, self.variant(), &params, storage, launch)?]);
         }

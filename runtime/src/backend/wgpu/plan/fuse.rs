@@ -122,10 +122,9 @@ impl<'a> Planner<'a> {
             keys.clone(),
             values.clone(),
         ];
-        let flops = 2 * u64::from(matrix.n) * u64::from(matrix.k);
         let launch = move |step: &Step| Launch {
             grid: gemv_w4_rope::grid(&params, step.n_tokens),
-            flops: flops * u64::from(step.n_tokens),
+            cost: gemv_w4_rope::cost(&params, step.n_tokens),
         };
         self.draft(&gemv_w4_rope::KERNEL, self.variant(), &params, storage, launch).map(Some)
     }
@@ -151,10 +150,9 @@ impl<'a> Planner<'a> {
             norm_weight,
             self.buffer(out),
         ];
-        let flops = 2 * u64::from(matrix.n) * u64::from(matrix.k);
         let launch = move |step: &Step| Launch {
             grid: gemv_w4_swiglu::grid(&params, step.n_tokens),
-            flops: flops * u64::from(step.n_tokens),
+            cost: gemv_w4_swiglu::cost(&params, step.n_tokens),
         };
         self.draft(&gemv_w4_swiglu::KERNEL, self.variant(), &params, storage, launch).map(Some)
     }
@@ -193,10 +191,9 @@ impl<'a> Planner<'a> {
                     norm_weight.clone(),
                     self.buffer(out.buffer),
                 ];
-                let flops = 2 * u64::from(part.rows) * u64::from(matrix.k);
                 let launch = move |step: &Step| Launch {
                     grid: gemv_w4::grid(&params, step.n_tokens),
-                    flops: flops * u64::from(step.n_tokens),
+                    cost: gemv_w4::cost(&params, step.n_tokens),
                 };
                 few.push(self.draft(&gemv_w4::KERNEL, self.variant(), &params, storage, launch)?);
             }
