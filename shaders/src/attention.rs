@@ -189,63 +189,64 @@ pub fn cases() -> Vec<Case> {
 }
 
 fn trials(variant: Variant, rng: &mut Rng) -> Vec<Trial> {
-    let mut trials = Vec::new();
-    for case in cases() {
-        let Case { heads, kv_heads, head_dim, position, tokens, window, split_len } = case;
-        let context = position + tokens + 3;
-        let params = Params {
-            heads,
-            kv_heads,
-            head_dim,
-            qkv_stride: (heads + 2 * kv_heads) * head_dim + 1,
-            context,
-            scale: 1.0 / (head_dim as f32).sqrt(),
-            window,
-            splits_max: splits_max(window, split_len, context),
-            split_len,
-            pad: [0; 3],
-        };
-        let step = Step { n_tokens: tokens, position, ..Step::default() };
-        let qkv = rng.values((tokens * params.qkv_stride) as usize, 3.0);
-        let mut cache = || -> (Vec<u32>, Vec<f32>) {
-            // Positions that no token sees hold NaN.
-            let mut values = trial::poisoned((kv_heads * context * head_dim) as usize);
-            for head in values.chunks_mut((context * head_dim) as usize) {
-                let seen = (visible(window, position).0 * head_dim) as usize..((position + tokens) * head_dim) as usize;
-                for value in &mut head[seen] {
-                    *value = rng.range(-2.0, 2.0);
-                }
+    cases().into_iter().map(|case| trial(case, 1, variant, rng)).collect()
+}
+
+/// Random data for a case; rows of qkv have `pad` elements more than needed.
+pub(crate) fn trial(case: Case, pad: u32, variant: Variant, rng: &mut Rng) -> Trial {
+    let Case { heads, kv_heads, head_dim, position, tokens, window, split_len } = case;
+    let context = position + tokens + 3;
+    let params = Params {
+        heads,
+        kv_heads,
+        head_dim,
+        qkv_stride: (heads + 2 * kv_heads) * head_dim + pad,
+        context,
+        scale: 1.0 / (head_dim as f32).sqrt(),
+        window,
+        splits_max: splits_max(window, split_len, context),
+        split_len,
+        pad: [0; 3],
+    };
+    let step = Step { n_tokens: tokens, position, ..Step::default() };
+    let qkv = rng.values((tokens * params.qkv_stride) as usize, 3.0);
+    let mut cache = || -> (Vec<u32>, Vec<f32>) {
+        // Positions that no token sees hold NaN.
+        let mut values = trial::poisoned((kv_heads * context * head_dim) as usize);
+        for head in values.chunks_mut((context * head_dim) as usize) {
+            let seen = (visible(window, position).0 * head_dim) as usize..((position + tokens) * head_dim) as usize;
+            for value in &mut head[seen] {
+                *value = rng.range(-2.0, 2.0);
             }
-            match variant.kv {
-                Kv::F16 => {
-                    let words = trial::pack_halves(&values);
-                    let values = trial::unpack_halves(&words);
-                    (words, values)
-                }
-                Kv::F32 => (trial::words(&values), values),
+        }
+        match variant.kv {
+            Kv::F16 => {
+                let words = trial::pack_halves(&values);
+                let values = trial::unpack_halves(&words);
+                (words, values)
             }
-        };
-        let ((k_words, k), (v_words, v)) = (cache(), cache());
-        let rows = (tokens * heads * params.splits_max) as usize;
-        let mut out = trial::poisoned(rows * head_dim as usize);
-        let mut ml = vec![[f32::from_bits(trial::POISON); 2]; rows];
-        let storage = vec![trial::words(&qkv), k_words, v_words, trial::words(&out), trial::words(ml.as_flattened())];
-        reference(&params, &step, &qkv, &k, &v, &mut out, &mut ml);
-        let out_tolerance = (0..out.len()).map(|i| TOLERANCE * 2.0 * ml[i / head_dim as usize][1]).collect();
-        let ml_tolerance = ml.iter().flat_map(|&[m, l]| [TOLERANCE * (m.abs() + 1.0), TOLERANCE * l]).collect();
-        trials.push(Trial {
-            label: format!("{case:?}"),
-            params: bytemuck::bytes_of(&params).to_vec(),
-            step,
-            storage,
-            grid: grid(&params, position, tokens),
-            expected: vec![
-                Expected::close(5, out, out_tolerance),
-                Expected::close(6, ml.as_flattened().to_vec(), ml_tolerance),
-            ],
-        });
+            Kv::F32 => (trial::words(&values), values),
+        }
+    };
+    let ((k_words, k), (v_words, v)) = (cache(), cache());
+    let rows = (tokens * heads * params.splits_max) as usize;
+    let mut out = trial::poisoned(rows * head_dim as usize);
+    let mut ml = vec![[f32::from_bits(trial::POISON); 2]; rows];
+    let storage = vec![trial::words(&qkv), k_words, v_words, trial::words(&out), trial::words(ml.as_flattened())];
+    reference(&params, &step, &qkv, &k, &v, &mut out, &mut ml);
+    let out_tolerance = (0..out.len()).map(|i| TOLERANCE * 2.0 * ml[i / head_dim as usize][1]).collect();
+    let ml_tolerance = ml.iter().flat_map(|&[m, l]| [TOLERANCE * (m.abs() + 1.0), TOLERANCE * l]).collect();
+    Trial {
+        label: format!("{case:?}"),
+        params: bytemuck::bytes_of(&params).to_vec(),
+        step,
+        storage,
+        grid: grid(&params, position, tokens),
+        expected: vec![
+            Expected::close(5, out, out_tolerance),
+            Expected::close(6, ml.as_flattened().to_vec(), ml_tolerance),
+        ],
     }
-    trials
 }
 
 #[cfg(test)]

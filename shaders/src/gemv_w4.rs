@@ -254,5 +254,6 @@ fn trial(case: Case, variant: Variant, rng: &mut Rng) -> Trial {
 }
 
 fn trials(variant: Variant, rng: &mut Rng) -> Vec<Trial> {
-    cases().into_iter().map(|case| trial(case, variant, rng)).collect()
+    let fits = |case: &Case| Groups::of(case.group_size, case.k) <= variant.groups;
+    cases().into_iter().filter(fits).map(|case| trial(case, variant, rng)).collect()
 }

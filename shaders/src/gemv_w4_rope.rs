@@ -120,6 +120,9 @@ pub fn cases() -> Vec<[u32; 9]> {
 fn trials(variant: Variant, rng: &mut Rng) -> Vec<Trial> {
     let mut trials = Vec::new();
     for [heads, kv_heads, head_dim, rotary_dim, k, group_size, position, n_tokens, flags] in cases() {
+        if Groups::of(group_size, k) > variant.groups {
+            continue;
+        }
         let n = (heads + 2 * kv_heads) * head_dim;
         let case = Case { n, k, group_size, tokens: n_tokens, row_mode: RowMode::All, flags };
         let mut data = Data::random(case, n, 1.0, variant.elem, rng);

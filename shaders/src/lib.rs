@@ -37,15 +37,18 @@ macro_rules! params {
 pub mod argmax;
 pub mod argmax_reduce;
 pub mod attention;
+pub mod attention_few;
 pub mod attention_reduce;
 pub mod catalogue;
 pub mod embed;
 pub mod gemm_dense;
 pub mod gemm_w4;
+pub mod gemm_w4_coop;
 pub mod gemv_dense;
 pub mod gemv_w4;
 pub mod gemv_w4_rope;
 pub mod gemv_w4_swiglu;
+pub mod halve;
 pub mod head_norm;
 pub mod penalize;
 pub mod rms_norm;
@@ -233,6 +236,28 @@ impl Size {
 /// Numbers that a twin shares with its shader, by name.
 pub type Constants = &'static [(&'static str, u32)];
 
+/// How the groups of a packed matrix lie in its quads of chunks, 128 inputs each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Groups {
+    /// A quad has one group: sizes of 128, 256, ... or a whole row.
+    Quads,
+    /// A chunk has one group: sizes of 32, 64, ... or a whole row.
+    Chunks,
+    /// Any size; slow.
+    Any,
+}
+
+impl Groups {
+    /// The fastest that fits groups of `group_size` inputs of `k`.
+    pub fn of(group_size: u32, k: u32) -> Self {
+        match gemv_w4::group_shift(group_size, k) {
+            7.. => Self::Quads,
+            5.. => Self::Chunks,
+            _ => Self::Any,
+        }
+    }
+}
+
 /// A choice on every axis; a kernel ignores the axes it does not have ([`Kernel::canonical`]).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Variant {
@@ -246,12 +271,21 @@ pub struct Variant {
     pub kv: Kv,
     /// Size of the workgroup.
     pub size: Size,
+    /// Group sizes of the packed matrix.
+    pub groups: Groups,
 }
 
 impl Default for Variant {
     /// What runs on every device, with half precision storage.
     fn default() -> Self {
-        Self { elem: Elem::F32, reduce: Reduce::Workgroup, dense: Dense::F16, kv: Kv::F16, size: Size::Small }
+        Self {
+            elem: Elem::F32,
+            reduce: Reduce::Workgroup,
+            dense: Dense::F16,
+            kv: Kv::F16,
+            size: Size::Small,
+            groups: Groups::Any,
+        }
     }
 }
 
@@ -287,6 +321,8 @@ pub enum Prelude {
     Stage,
     /// Writing staged inputs to the binding `staged`.
     StageOut,
+    /// Half precision matrix units of 16x16x16 with sums in f32, in subgroups of 32.
+    Coop,
     /// Total order of scores with their ids.
     Order,
 }
@@ -316,6 +352,11 @@ impl Kernel {
         catalogue::ENTRIES.iter().find(|entry| entry.name == self.name).expect("a test compares the catalogue with ALL")
     }
 
+    /// Whether the device must have the matrix units of [`Prelude::Coop`].
+    pub fn needs_coop(&self) -> bool {
+        self.preludes.contains(&Prelude::Coop)
+    }
+
     /// The variant with every axis this kernel does not have at its default, so that equal shaders compare equal.
     pub fn canonical(&self, variant: Variant) -> Variant {
         let has = |prelude| self.preludes.contains(&prelude);
@@ -326,6 +367,7 @@ impl Kernel {
             dense: if has(Prelude::Dense) { variant.dense } else { base.dense },
             kv: if has(Prelude::Kv) { variant.kv } else { base.kv },
             size: if self.sizes.is_empty() { base.size } else { variant.size },
+            groups: if has(Prelude::GemvW4) { variant.groups } else { base.groups },
         }
     }
 
@@ -337,7 +379,9 @@ impl Kernel {
                 for dense in [Dense::F16, Dense::BF16, Dense::F32] {
                     for kv in [Kv::F16, Kv::F32] {
                         for size in [Size::Small, Size::Medium, Size::Large] {
-                            all.push(self.canonical(Variant { elem, reduce, dense, kv, size }));
+                            for groups in [Groups::Quads, Groups::Chunks, Groups::Any] {
+                                all.push(self.canonical(Variant { elem, reduce, dense, kv, size, groups }));
+                            }
                         }
                     }
                 }
@@ -362,6 +406,8 @@ impl Kernel {
                 (Prelude::Dense, Variant { dense: Dense::F32, .. }) => "-wf32",
                 (Prelude::Kv, Variant { kv: Kv::F16, .. }) => "-kvf16",
                 (Prelude::Kv, Variant { kv: Kv::F32, .. }) => "-kvf32",
+                (Prelude::GemvW4, Variant { groups: Groups::Quads, .. }) => "-quads",
+                (Prelude::GemvW4, Variant { groups: Groups::Chunks, .. }) => "-chunks",
                 _ => "",
             };
         }
@@ -373,7 +419,7 @@ impl Kernel {
 }
 
 /// Every kernel.
-pub static ALL: [&Kernel; 19] = [
+pub static ALL: [&Kernel; 22] = [
     &embed::KERNEL,
     &stage::KERNEL,
     &rms_norm::KERNEL,
@@ -382,10 +428,13 @@ pub static ALL: [&Kernel; 19] = [
     &gemv_w4_rope::KERNEL,
     &gemv_w4_swiglu::KERNEL,
     &gemm_w4::KERNEL,
+    &halve::KERNEL,
+    &gemm_w4_coop::KERNEL,
     &gemv_dense::KERNEL,
     &gemm_dense::KERNEL,
     &rope_append::KERNEL,
     &attention::KERNEL,
+    &attention_few::KERNEL,
     &attention_reduce::KERNEL,
     &silu_mul::KERNEL,
     &penalize::KERNEL,
@@ -399,8 +448,11 @@ pub static ALL: [&Kernel; 19] = [
 pub fn compose(kernel: &Kernel, variant: Variant) -> String {
     let variant = kernel.canonical(variant);
     let mut source = String::new();
-    if variant.elem == Elem::F16 {
+    if variant.elem == Elem::F16 || kernel.needs_coop() {
         source += "enable f16;\n";
+    }
+    if kernel.needs_coop() {
+        source += "enable wgpu_cooperative_matrix;\n";
     }
     let sized = (variant.size as usize).checked_sub(1).and_then(|i| kernel.sizes.get(i)).copied().unwrap_or(&[]);
     for &(name, value) in kernel.constants {
@@ -411,6 +463,9 @@ pub fn compose(kernel: &Kernel, variant: Variant) -> String {
         for &(name, value) in FLAGS {
             source += &format!("const {name}: u32 = {value}u;\n");
         }
+    }
+    if kernel.preludes.contains(&Prelude::GemvW4) {
+        source += &format!("const GROUPS: u32 = {}u;\n", variant.groups as u32);
     }
     for prelude in kernel.preludes {
         source += match (prelude, variant) {
@@ -428,6 +483,7 @@ pub fn compose(kernel: &Kernel, variant: Variant) -> String {
             (Prelude::Kv, Variant { kv: Kv::F32, .. }) => include_str!("prelude/kv_f32.wgsl"),
             (Prelude::W4, _) => include_str!("prelude/w4.wgsl"),
             (Prelude::GemvW4, _) => include_str!("prelude/gemv_w4.wgsl"),
+            (Prelude::Coop, _) => "",
             (Prelude::Stage, _) => include_str!("prelude/stage.wgsl"),
             (Prelude::StageOut, _) => include_str!("prelude/stage_out.wgsl"),
             (Prelude::Gemm, _) => include_str!("prelude/gemm.wgsl"),

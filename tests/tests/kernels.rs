@@ -28,7 +28,7 @@ fn kernels_match_their_twins() {
         for kernel in ALL {
             for variant in kernel.variants() {
                 let label = kernel.label(variant);
-                if !harness.supports(variant) {
+                if !harness.supports(kernel, variant) {
                     eprintln!("SKIPPED {label} on {}: the adapter lacks its features", harness.name);
                     continue;
                 }
@@ -62,8 +62,18 @@ struct Harness {
 
 impl Harness {
     fn new(adapter: &wgpu::Adapter) -> Self {
+        let wanted = wgpu::Features::SHADER_F16 | wgpu::Features::SUBGROUP;
+        // The matrix kernel needs this shape; others have the feature without it.
+        let coop = adapter.cooperative_matrix_properties().iter().any(|p| {
+            (p.m_size, p.n_size, p.k_size) == (16, 16, 16)
+                && p.ab_type == wgpu::CooperativeScalarType::F16
+                && p.cr_type == wgpu::CooperativeScalarType::F32
+        });
+        let coop = if coop { wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX } else { wgpu::Features::empty() };
         let descriptor = wgpu::DeviceDescriptor {
-            required_features: adapter.features() & (wgpu::Features::SHADER_F16 | wgpu::Features::SUBGROUP),
+            required_features: adapter.features() & (wanted | coop),
+            // SAFETY: a test of the kernel that uses the one experimental feature asked for, on drivers that report it.
+            experimental_features: unsafe { wgpu::ExperimentalFeatures::enabled() },
             required_limits: adapter.limits(),
             ..Default::default()
         };
@@ -73,9 +83,11 @@ impl Harness {
         Self { name: format!("{} ({:?})", info.name, info.backend), device, queue }
     }
 
-    fn supports(&self, variant: Variant) -> bool {
+    fn supports(&self, kernel: &Kernel, variant: Variant) -> bool {
         let has = |feature| self.device.features().contains(feature);
-        (variant.elem == Elem::F32 || has(wgpu::Features::SHADER_F16))
+        let coop = has(wgpu::Features::SHADER_F16) && has(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX);
+        (!kernel.needs_coop() || coop)
+            && (variant.elem == Elem::F32 || has(wgpu::Features::SHADER_F16))
             && (variant.reduce == Reduce::Workgroup || has(wgpu::Features::SUBGROUP))
             && variant.size.invocations() <= self.device.limits().max_compute_invocations_per_workgroup
     }

@@ -309,6 +309,10 @@ pub trait Backend: Send + Sync {
     fn runner(self: Arc<Self>, program: &Arc<Program>, config: &RunnerConfig) -> Result<Box<dyn Runner>>;
 }
 
+/// Most tokens that [`Runner::sample_ahead`] runs in front of [`Runner::take`]: one that is computed and one behind it,
+/// so that the device never waits for the host.
+pub const MAX_AHEAD: usize = 2;
+
 /// The per-session side of a backend. Methods take the session's exclusive borrow; a failed call leaves the runner
 /// usable (after [`ErrorKind::DeviceLost`] every further call fails the same way).
 pub trait Runner: Send {
@@ -323,6 +327,25 @@ pub trait Runner: Send {
 
     /// Picks a token from the last logits row of the last run.
     fn sample(&mut self, request: &SampleRequest<'_>) -> Result<u32>;
+
+    /// Picks a token like [`Runner::sample`] and runs the step over it at `position`, with logits, without waiting for
+    /// either; [`Runner::take`] gives the token. At most [`MAX_AHEAD`] such tokens may be outstanding, and [`Runner::run`]
+    /// forgets them. Returns false, having done nothing, where the backend can not do this for the request.
+    ///
+    /// # Errors
+    /// As [`Runner::sample`] and [`Runner::run`].
+    fn sample_ahead(&mut self, request: &SampleRequest<'_>, position: u32) -> Result<bool> {
+        let _ = (request, position);
+        Ok(false)
+    }
+
+    /// The oldest token of [`Runner::sample_ahead`] that was not taken yet; waits for it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`] if there is none, or a device error.
+    fn take(&mut self) -> Result<u32> {
+        Err(Error::new(ErrorKind::InvalidInput, "no token was sampled ahead"))
+    }
 
     /// Runs the step like [`Runner::run`] and measures the device time of every operation, in order.
     ///

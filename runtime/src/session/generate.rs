@@ -9,6 +9,7 @@ use rand_pcg::rand_core::Rng;
 use super::sampler::{SampleRequest, Sampling};
 use super::tokenizer::{TextStream, Tokenizer};
 use super::{CancelToken, Session};
+use crate::backend::MAX_AHEAD;
 use crate::error::{Error, ErrorKind, Result};
 
 /// How to continue a prompt.
@@ -139,6 +140,8 @@ impl Session {
         let mut ids = Vec::with_capacity(options.max_tokens.min(self.context as usize));
         let mut recent = Recent::new(&options.sampling, prompt);
         let mut first_token = None;
+        // Tokens under way, and whether the step of the last one taken turned out not to be wanted.
+        let (mut ahead, mut in_vain) = (0, false);
         let stop = loop {
             if ids.len() == options.max_tokens {
                 break StopReason::MaxTokens;
@@ -146,10 +149,31 @@ impl Session {
             if options.cancel.is_cancelled() {
                 break StopReason::Cancelled;
             }
-            let uniform = (random.next_u32() >> 8) as f32 / (1 << 24) as f32;
-            let request = SampleRequest { sampling: &options.sampling, recent: recent.counts(), uniform };
-            self.require_logits()?;
-            let id = self.runner.sample(&request)?;
+            // Tokens whose choice needs nothing from the host are computed ahead of it, but for the last one, whose
+            // step nobody may ask for.
+            while ahead < MAX_AHEAD
+                && recent.counts().is_empty()
+                && recent.window == 0
+                && ids.len() + ahead + 1 < options.max_tokens
+                && !model.config().rope.depends_on_length()
+                && self.sample_ahead(&options.sampling, ahead, &mut random)?
+            {
+                ahead += 1;
+            }
+            let was_ahead = ahead > 0;
+            in_vain = was_ahead;
+            let id = if was_ahead {
+                ahead -= 1;
+                self.runner.take()?
+            } else {
+                let request = SampleRequest {
+                    sampling: &options.sampling,
+                    recent: recent.counts(),
+                    uniform: uniform(&mut random),
+                };
+                self.require_logits()?;
+                self.runner.sample(&request)?
+            };
             first_token.get_or_insert_with(Instant::now);
             if options.stop_ids.contains(&id) || (!options.ignore_eos && model.generation().eos_token_ids.contains(&id))
             {
@@ -166,6 +190,12 @@ impl Session {
                     break StopReason::StopString(stop);
                 }
             }
+            if was_ahead {
+                // Its step is under way already.
+                self.tokens.push(id);
+                in_vain = false;
+                continue;
+            }
             if ids.len() == options.max_tokens {
                 break StopReason::MaxTokens;
             }
@@ -181,6 +211,8 @@ impl Session {
             let length = self.tokens.len() + 1;
             self.step(&[id], length, crate::backend::LogitsRows::Last)?;
         };
+        // Steps computed in vain left their logits behind, and keys and values beyond the end of the cache.
+        self.has_logits &= ahead == 0 && !in_vain;
         let decode_seconds = first_token.map_or(0.0, |t| t.elapsed().as_secs_f64());
         let text = match text {
             None => String::new(),
@@ -205,6 +237,24 @@ impl Session {
         })
     }
 
+    /// Has the token after the `ahead` ones under way chosen and computed without waiting for it; false where that can
+    /// not be done.
+    fn sample_ahead(&mut self, sampling: &Sampling, ahead: usize, random: &mut Pcg32) -> Result<bool> {
+        if !self.has_logits || self.tokens.len() + ahead >= self.context as usize {
+            return Ok(false);
+        }
+        self.write_rope(ahead + 1, self.tokens.len() + ahead + 1)?;
+        let position = (self.tokens.len() + ahead) as u32;
+        // The number is drawn only if it is used.
+        let mut after = random.clone();
+        let request = SampleRequest { sampling, recent: &[], uniform: uniform(&mut after) };
+        let done = self.runner.sample_ahead(&request, position)?;
+        if done {
+            *random = after;
+        }
+        Ok(done)
+    }
+
     /// Makes room in a full cache: keeps the first `keep` tokens and the newer half of the others.
     fn shift(&mut self, keep: usize, cancel: &CancelToken) -> Result<()> {
         let keep = keep.min(self.tokens.len());
@@ -217,6 +267,11 @@ impl Session {
         self.truncate(keep);
         if tail.is_empty() { Ok(()) } else { self.append(&tail, cancel) }
     }
+}
+
+/// The next number in [0, 1), of 24 bits.
+fn uniform(random: &mut Pcg32) -> f32 {
+    (random.next_u32() >> 8) as f32 / (1 << 24) as f32
 }
 
 /// Occurrences of the last tokens, for the penalties.

@@ -7,6 +7,10 @@
 
 const SLICES: u32 = WG / LANES;
 
+// Axis groups.
+const GROUPS_QUADS: u32 = 0u;
+const GROUPS_CHUNKS: u32 = 1u;
+
 var<workgroup> partial: array<f32, WG>;
 var<workgroup> squares: array<f32, 32>;
 
@@ -69,7 +73,7 @@ fn gemv(n: u32, row: u32, local_index: u32) -> f32 {
         let magnitudes = bitcast<vec4<f32>>(x[x_start + magnitudes_at(quads, quad)]);
         let x_at = x_start + quad * QUAD_VECS;
         var products: vec4<f32>;
-        if (params.group_shift >= 7u) {
+        if (GROUPS == GROUPS_QUADS) {
             let group = group_params[group_start + min(chunk * 32u >> params.group_shift, params.groups - 1u) * TILE_N];
             products = vec4<f32>(
                 chunk_product(q0, group, x_at),
@@ -77,7 +81,7 @@ fn gemv(n: u32, row: u32, local_index: u32) -> f32 {
                 chunk_product(q2, group, x_at + 2u * CHUNK_VECS),
                 chunk_product(q3, group, x_at + 3u * CHUNK_VECS),
             );
-        } else if (params.group_shift >= 5u) {
+        } else if (GROUPS == GROUPS_CHUNKS) {
             let inputs = vec4<u32>(chunk, chunk + 1u, chunk + 2u, chunk + 3u) * 32u;
             let index = min(inputs >> vec4<u32>(params.group_shift), vec4<u32>(params.groups - 1u)) * TILE_N + group_start;
             products = vec4<f32>(

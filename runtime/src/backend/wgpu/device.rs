@@ -82,6 +82,22 @@ fn summary(index: usize, adapter: &wgpu::Adapter) -> AdapterSummary {
     }
 }
 
+/// Whether the adapter multiplies 16x16x16 matrices in half precision with sums in f32, in subgroups of 32.
+fn has_matrix_units(adapter: &wgpu::Adapter) -> bool {
+    use awqua_shaders::gemm_w4_coop;
+    let info = adapter.get_info();
+    let limits = adapter.limits();
+    let needed = Features::EXPERIMENTAL_COOPERATIVE_MATRIX | Features::SHADER_F16;
+    adapter.features().contains(needed)
+        && (info.subgroup_min_size, info.subgroup_max_size) == (32, 32)
+        && limits.max_compute_workgroup_storage_size >= gemm_w4_coop::MEMORY
+        && adapter.cooperative_matrix_properties().iter().any(|p| {
+            (p.m_size, p.n_size, p.k_size) == (16, 16, 16)
+                && p.ab_type == wgpu::CooperativeScalarType::F16
+                && p.cr_type == wgpu::CooperativeScalarType::F32
+        })
+}
+
 /// Why the kernels can not run there, if so.
 fn unusable(adapter: &wgpu::Adapter) -> Option<String> {
     let limits = adapter.limits();
@@ -182,12 +198,20 @@ impl Gpu {
             | Features::SUBGROUP
             | Features::TIMESTAMP_QUERY
             | Features::TIMESTAMP_QUERY_INSIDE_PASSES;
-        let features = adapter.features() & wanted;
+        let mut features = adapter.features() & wanted;
+        if has_matrix_units(adapter) && !options.force_f32 && !options.force_no_subgroup {
+            features |= Features::EXPERIMENTAL_COOPERATIVE_MATRIX;
+        }
         let request = adapter.request_device(&wgpu::DeviceDescriptor {
             label: Some("awqua"),
             required_features: features,
             required_limits: limits.clone(),
-            experimental_features: wgpu::ExperimentalFeatures::disabled(),
+            experimental_features: match features.contains(Features::EXPERIMENTAL_COOPERATIVE_MATRIX) {
+                // SAFETY: the one experimental feature asked for is used by one kernel, whose trials run before its
+                // first use; wgpu documents it as incomplete, not as unsound where a driver reports it.
+                true => unsafe { wgpu::ExperimentalFeatures::enabled() },
+                false => wgpu::ExperimentalFeatures::disabled(),
+            },
             memory_hints: wgpu::MemoryHints::Performance,
             trace: wgpu::Trace::Off,
         });

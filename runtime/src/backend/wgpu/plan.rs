@@ -86,6 +86,8 @@ impl Plan {
             uniforms: Vec::new(),
             few_rows: gemv_rows(backend.gpu.summary.kind).min(max_tokens),
             staged: HashMap::new(),
+            half_buffers: HashMap::new(),
+            max_tokens,
             staged_bytes: 0,
             ready: None,
         };
@@ -167,6 +169,9 @@ struct Planner<'a> {
     few_rows: u32,
     /// Staged inputs by the buffer they stand for.
     staged: HashMap<BufferId, wgpu::Buffer>,
+    /// Half precision inputs of many rows and their scales, by chunks of a row.
+    half_buffers: HashMap<u32, (wgpu::Buffer, wgpu::Buffer)>,
+    max_tokens: u32,
     staged_bytes: u64,
     /// The buffer whose staged form the last operation left up to date, for few rows.
     ready: Option<BufferId>,

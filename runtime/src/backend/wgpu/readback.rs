@@ -17,6 +17,12 @@ pub(super) struct Readback {
     staging: wgpu::Buffer,
 }
 
+/// A reading on its way.
+pub(super) struct Reading {
+    state: Arc<AtomicU32>,
+    bytes: u64,
+}
+
 impl Readback {
     /// Room for `bytes`.
     ///
@@ -59,15 +65,39 @@ impl Readback {
         bytes: u64,
         take: impl FnOnce(&[u8]),
     ) -> Result<()> {
-        encoder.copy_buffer_to_buffer(source, offset, &self.staging, 0, bytes);
+        self.encode(&mut encoder, (source, offset), bytes);
         gpu.submit(Some(encoder.finish()));
         gpu.check()?;
+        let reading = self.start(bytes);
+        self.finish(gpu, reading, take)
+    }
 
+    /// Adds the copy of `bytes` of `source` from its offset on.
+    pub(super) fn encode(
+        &self,
+        encoder: &mut wgpu::CommandEncoder,
+        (source, offset): (&wgpu::Buffer, u64),
+        bytes: u64,
+    ) {
+        encoder.copy_buffer_to_buffer(source, offset, &self.staging, 0, bytes);
+    }
+
+    /// Begins to read `bytes`, after everything submitted before; [`Self::finish`] must follow.
+    pub(super) fn start(&self, bytes: u64) -> Reading {
         let state = Arc::new(AtomicU32::new(PENDING));
         let callback = state.clone();
         self.staging.map_async(wgpu::MapMode::Read, 0..bytes, move |result| {
             callback.store(if result.is_ok() { MAPPED } else { FAILED }, Ordering::Release);
         });
+        Reading { state, bytes }
+    }
+
+    /// Waits for what [`Self::start`] began and hands it to `take`.
+    ///
+    /// # Errors
+    /// As [`Gpu::wait`].
+    pub(super) fn finish(&self, gpu: &Gpu, reading: Reading, take: impl FnOnce(&[u8])) -> Result<()> {
+        let Reading { state, bytes } = reading;
         let result = gpu.wait_until(None, || state.load(Ordering::Acquire) != PENDING).and_then(|()| {
             let failed = |reason: String| Error::new(ErrorKind::Device, format!("results can not be read: {reason}"));
             if state.load(Ordering::Acquire) == FAILED {

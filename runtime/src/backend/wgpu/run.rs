@@ -1,5 +1,6 @@
 //! One step of a program: writes the step's numbers, encodes the planned dispatches, submits them in bounded pieces.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use awqua_shaders as shaders;
@@ -9,9 +10,9 @@ use super::device::{Gpu, Ticket};
 use super::memory::Memory;
 use super::plan::Plan;
 use super::profile;
-use super::readback::Readback;
+use super::readback::{Readback, Reading};
 use super::sampling::Sampler;
-use crate::backend::{KvType, OpTime, Program, Runner, RunnerConfig, Step};
+use crate::backend::{KvType, MAX_AHEAD, OpTime, Program, Runner, RunnerConfig, Step};
 use crate::error::{Error, ErrorKind, Result};
 use crate::session::sampler::{SampleRequest, pick};
 
@@ -37,6 +38,12 @@ pub(super) struct WgpuRunner {
     previous: Option<Ticket>,
     /// Copy of the logits row for the sampler on the CPU.
     row: Vec<f32>,
+    /// The ways back of tokens sampled ahead, taken in turn.
+    token_slots: [Readback; MAX_AHEAD],
+    /// Slot and reading of tokens sampled ahead, the oldest first.
+    ahead: VecDeque<(usize, Reading)>,
+    /// Slot of the next one.
+    next_slot: usize,
 }
 
 impl WgpuRunner {
@@ -61,7 +68,11 @@ impl WgpuRunner {
         let sampler = Sampler::new(&backend, program.vocab_size, config.context)?;
         let row_bytes = u64::from(logits.stride) * 4;
         let readback = Readback::new(gpu, (READ_BYTES / row_bytes * row_bytes).clamp(row_bytes, logits.buffer.size()))?;
+        let token_slots = [Readback::new(gpu, 16)?, Readback::new(gpu, 16)?];
         Ok(Self {
+            token_slots,
+            ahead: VecDeque::new(),
+            next_slot: 0,
             program: program.clone(),
             config,
             memory,
@@ -97,6 +108,9 @@ impl WgpuRunner {
 
     /// Checks the step and writes its numbers and tokens; what it returns becomes `self.step` once the step has run.
     fn begin(&mut self, step: &Step<'_>) -> Result<shaders::Step> {
+        while !self.ahead.is_empty() {
+            self.take()?;
+        }
         let gpu = &self.backend.gpu;
         gpu.check()?;
         step.check(&self.program, &self.config)?;
@@ -165,6 +179,41 @@ impl Runner for WgpuRunner {
         let token = read.map(|()| pick(&mut values, request));
         self.row = values;
         token
+    }
+
+    fn sample_ahead(&mut self, request: &SampleRequest<'_>, position: u32) -> Result<bool> {
+        let gpu = &self.backend.gpu;
+        gpu.check()?;
+        let row = self.last_row()?;
+        if !self.sampler.handles(request) || self.ahead.len() == MAX_AHEAD || position >= self.config.context {
+            return Ok(false);
+        }
+        let logits = &self.memory.activations[self.program.logits.0 as usize];
+        let offset = u64::from(row) * u64::from(logits.stride) * 4;
+        let mut encoder = self.sampler.encode(gpu, request, (&logits.buffer, offset));
+        // The token goes where the step looks for it, and on its way to the host.
+        encoder.copy_buffer_to_buffer(self.sampler.result(), 0, &self.memory.tokens, 0, 4);
+        let slot = self.next_slot;
+        self.token_slots[slot].encode(&mut encoder, (self.sampler.result(), 0), 4);
+        gpu.submit(Some(encoder.finish()));
+        self.ahead.push_back((slot, self.token_slots[slot].start(4)));
+        self.next_slot = (slot + 1) % MAX_AHEAD;
+
+        let uniform = shaders::Step { n_tokens: 1, position, logits_start: 0, logits_rows: 1 };
+        gpu.queue.write_buffer(&self.memory.step, 0, shaders::uniform_bytes(&uniform));
+        self.previous = self.latest.take();
+        self.latest = submit(gpu, &self.plan, &uniform);
+        gpu.check()?;
+        self.step = uniform;
+        Ok(true)
+    }
+
+    fn take(&mut self) -> Result<u32> {
+        let (slot, reading) =
+            self.ahead.pop_front().ok_or_else(|| Error::new(ErrorKind::InvalidInput, "no token was sampled ahead"))?;
+        let mut token = 0;
+        self.token_slots[slot].finish(&self.backend.gpu, reading, |bytes| token = self.sampler.token(bytes))?;
+        Ok(token)
     }
 
     fn profile(&mut self, step: &Step<'_>) -> Result<Vec<OpTime>> {

@@ -127,9 +127,34 @@ impl Sampler {
         &self,
         gpu: &Gpu,
         request: &SampleRequest<'_>,
-        (logits, offset): (&wgpu::Buffer, u64),
+        logits: (&wgpu::Buffer, u64),
         readback: &Readback,
     ) -> Result<u32> {
+        let encoder = self.encode(gpu, request, logits);
+        let mut token = 0;
+        readback.submit_and_read(gpu, encoder, (&self.result, 0), 4, |bytes| token = self.token(bytes))?;
+        Ok(token)
+    }
+
+    /// The token in the first bytes of a result.
+    pub(super) fn token(&self, bytes: &[u8]) -> u32 {
+        let token = bytes.first_chunk().map_or(0, |b| u32::from_le_bytes(*b));
+        // Scores that are all NaN have no winner; the sampler on the CPU says 0 then, too.
+        if token < self.vocab { token } else { 0 }
+    }
+
+    /// Where the commands of [`Self::encode`] leave the token, in the first four bytes.
+    pub(super) fn result(&self) -> &wgpu::Buffer {
+        &self.result
+    }
+
+    /// The commands that pick a token from the scores that begin at the byte of `logits`.
+    pub(super) fn encode(
+        &self,
+        gpu: &Gpu,
+        request: &SampleRequest<'_>,
+        (logits, offset): (&wgpu::Buffer, u64),
+    ) -> wgpu::CommandEncoder {
         let s = request.sampling;
         let penalized = s.repetition_penalty != 1.0 || s.presence_penalty != 0.0 || s.frequency_penalty != 0.0;
         let recent = if penalized { request.recent } else { &[] };
@@ -176,12 +201,7 @@ impl Sampler {
                 run(&self.sample[(passes.len() + 1) % 2], sample::grid());
             }
         }
-        let mut token = 0;
-        readback.submit_and_read(gpu, encoder, (&self.result, 0), 4, |bytes| {
-            token = bytes.first_chunk().map_or(0, |b| u32::from_le_bytes(*b));
-        })?;
-        // Scores that are all NaN have no winner; the sampler on the CPU says 0 then, too.
-        Ok(if token < self.vocab { token } else { 0 })
+        encoder
     }
 
     fn write(&self, gpu: &Gpu, slot: u64, bytes: &[u8]) {

@@ -4,7 +4,7 @@
 //! is the worst way to find out.
 
 use awqua_shaders::{
-    Elem, Kernel, Reduce, Rng, Size, Trial, Variant, attention, gemm_w4, gemv_w4, rms_norm, uniform_bytes,
+    Elem, Kernel, Reduce, Rng, Size, Trial, Variant, attention, gemm_w4, gemm_w4_coop, gemv_w4, rms_norm, uniform_bytes,
 };
 use wgpu::{BufferUsages, Features};
 
@@ -22,6 +22,8 @@ pub(super) struct Choice {
     pub(super) elem: Elem,
     pub(super) reduce: Reduce,
     pub(super) size: Size,
+    /// Whether large products run on matrix units.
+    pub(super) coop: bool,
     /// What was chosen and why, for people.
     pub(super) reason: String,
 }
@@ -55,7 +57,15 @@ pub(super) fn choose(gpu: &Gpu, pipelines: &Pipelines, options: &WgpuOptions) ->
         };
         let variant = Variant { elem, reduce, size, ..Variant::default() };
         match KERNELS.iter().try_for_each(|kernel| check(gpu, pipelines, kernel, variant)) {
-            Ok(()) => return Ok(Choice { elem, reduce, size, reason: format!("{name}{refused}") }),
+            Ok(()) => {
+                let mut coop = elem == Elem::F16 && gpu.features.contains(Features::EXPERIMENTAL_COOPERATIVE_MATRIX);
+                if coop && let Err(error) = check(gpu, pipelines, &gemm_w4_coop::KERNEL, variant) {
+                    coop = false;
+                    refused += &format!("; matrix units refused: {}", error.message());
+                }
+                let units = if coop { " and matrix units" } else { "" };
+                return Ok(Choice { elem, reduce, size, coop, reason: format!("{name}{units}{refused}") });
+            }
             Err(error) if error.kind() == ErrorKind::DeviceLost => return Err(error),
             Err(error) => refused += &format!("; {name} refused: {}", error.message()),
         }

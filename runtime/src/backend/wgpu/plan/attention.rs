@@ -1,6 +1,6 @@
 //! Attention: splits of the positions, then their combination.
 
-use awqua_shaders::{FLAG_STAGE, RowMode, Step, attention, attention_reduce};
+use awqua_shaders::{FLAG_STAGE, RowMode, Step, attention, attention_few, attention_reduce};
 
 use super::{DraftOp, Launch, Planner, unsupported};
 use crate::backend::{BufferId, Op};
@@ -56,7 +56,9 @@ impl Planner<'_> {
                     cost: attention::cost(&params, kv, seen, step.n_tokens),
                 }
             };
-            let first = self.draft(&attention::KERNEL, self.variant(), &params, storage, launch)?;
+            let eights = most <= few_tokens && attention_few::handles(shape.head_dim, params.qkv_stride);
+            let kernel = if eights { &attention_few::KERNEL } else { &attention::KERNEL };
+            let first = self.draft(kernel, self.variant(), &params, storage, launch)?;
             let target = target.as_ref().filter(|_| staged);
             let params = attention_reduce::Params {
                 heads: shape.heads,

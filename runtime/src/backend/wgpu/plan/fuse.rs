@@ -130,7 +130,7 @@ impl<'a> Planner<'a> {
             grid: gemv_w4_rope::grid(&params, step.n_tokens),
             cost: gemv_w4_rope::cost(&params, step.n_tokens),
         };
-        let variant = self.sized((matrix.n / 2).div_ceil(32));
+        let variant = self.sized(matrix, (matrix.n / 2).div_ceil(32));
         self.draft(&gemv_w4_rope::KERNEL, variant, &params, storage, launch).map(Some)
     }
 
@@ -176,7 +176,7 @@ impl<'a> Planner<'a> {
             grid: gemv_w4_swiglu::grid(&params, step.n_tokens),
             cost: gemv_w4_swiglu::cost(&params, step.n_tokens),
         };
-        let variant = self.sized((matrix.n / 2).div_ceil(32));
+        let variant = self.sized(matrix, (matrix.n / 2).div_ceil(32));
         let draft = self.draft(&gemv_w4_swiglu::KERNEL, variant, &params, storage, launch)?;
         Ok(Some(Fused { few: vec![draft], count: 3, ready: Some(target.of) }))
     }

@@ -1,8 +1,8 @@
 //! Matrices: packed and dense, for few and for many rows.
 
 use awqua_shaders::{
-    FLAG_ACCUMULATE, FLAG_BIAS, FLAG_NORM, FLAG_STAGE, FLAG_STAGE_NORM, RowMode, Size, Step, Variant, gemm_dense,
-    gemm_w4, gemv_dense, gemv_w4,
+    FLAG_ACCUMULATE, FLAG_BIAS, FLAG_NORM, FLAG_STAGE, FLAG_STAGE_NORM, Groups, RowMode, Size, Step, Variant,
+    gemm_dense, gemm_w4, gemm_w4_coop, gemv_dense, gemv_w4, halve,
 };
 
 use super::super::weights::{GpuDense, GpuW4, GpuWeight, W4Part};
@@ -84,7 +84,6 @@ impl<'a> Planner<'a> {
             RowMode::All if whole => self.stage_target(op.out.buffer, Some(op.x), rest)?,
             _ => None,
         };
-        let mut many = Vec::new();
         for part in &matrix.parts {
             few.push(self.gemv(&Gemv {
                 input: op.x,
@@ -97,8 +96,8 @@ impl<'a> Planner<'a> {
                 rows: if op.rows == RowMode::All { RowMode::All } else { RowMode::Compacted },
                 target: target.as_ref(),
             })?);
-            many.push(self.gemm(matrix, part, op)?);
         }
+        let many = self.gemm(matrix, op)?;
         self.ready = target.map(|target| target.of);
         Ok(DraftOp { rows: op.rows, levels: vec![(self.few_rows, few), (u32::MAX, many)] })
     }
@@ -146,46 +145,93 @@ impl<'a> Planner<'a> {
             grid: gemv_w4::grid(&params, rows.count(step)),
             cost: gemv_w4::cost(&params, rows.count(step)),
         };
-        let variant = self.sized(part.rows.div_ceil(32));
+        let variant = self.sized(matrix, part.rows.div_ceil(32));
         self.draft(&gemv_w4::KERNEL, variant, &params, storage, launch)
     }
 
-    /// The variant for a gemv_w4 kernel of so many workgroups.
-    pub(super) fn sized(&self, workgroups: u32) -> Variant {
+    /// The variant of a gemv_w4 kernel for a matrix that takes so many workgroups.
+    pub(super) fn sized(&self, matrix: &GpuW4, workgroups: u32) -> Variant {
         let busy = |size: &Size| workgroups.saturating_mul(size.invocations() / 32) >= BUSY_SUBGROUPS;
         let largest = self.backend.size;
         let size = [Size::Small, Size::Medium].into_iter().filter(|size| *size < largest).find(busy).unwrap_or(largest);
-        Variant { size, ..self.variant() }
+        Variant { size, groups: Groups::of(matrix.group_size, matrix.k), ..self.variant() }
     }
 
     /// Tiles of rows.
-    fn gemm(&mut self, matrix: &GpuW4, part: &W4Part, op: &Linear) -> Result<Draft> {
+    fn gemm(&mut self, matrix: &GpuW4, op: &Linear) -> Result<Vec<Draft>> {
         let rows = op.rows;
+        let coop = self.backend.coop && gemm_w4_coop::handles(matrix.group_size, matrix.k);
+        let mut drafts = Vec::new();
+        if coop {
+            drafts.push(self.halve(matrix, op)?);
+        }
         let bias = match op.bias {
             Some(bias) => self.vector(bias, matrix.n)?,
             None => self.memory.dummy.clone(),
         };
-        let params = gemm_w4::Params {
-            n: part.rows,
-            k: matrix.k,
-            chunks: matrix.chunks,
-            group_size: matrix.group_size,
-            groups: matrix.groups,
-            x_stride: self.stride(op.x),
-            out_stride: self.stride(op.out.buffer),
-            out_offset: op.out.offset + part.first_row,
-            bias_offset: part.first_row,
-            flags: op.flags() | matrix.flags,
-            row_mode: rows as u32,
-            ..Default::default()
-        };
-        let storage =
-            vec![self.buffer(op.x), part.qweight.clone(), part.group_params.clone(), bias, self.buffer(op.out.buffer)];
+        for part in &matrix.parts {
+            let params = gemm_w4::Params {
+                n: part.rows,
+                k: matrix.k,
+                chunks: matrix.chunks,
+                group_size: matrix.group_size,
+                groups: matrix.groups,
+                x_stride: self.stride(op.x),
+                out_stride: self.stride(op.out.buffer),
+                out_offset: op.out.offset + part.first_row,
+                bias_offset: part.first_row,
+                flags: op.flags() | matrix.flags,
+                row_mode: rows as u32,
+                ..Default::default()
+            };
+            let x = if coop { self.halves(matrix.chunks)?.0 } else { self.buffer(op.x) };
+            let mut storage =
+                vec![x, part.qweight.clone(), part.group_params.clone(), bias.clone(), self.buffer(op.out.buffer)];
+            if coop {
+                storage.push(self.halves(matrix.chunks)?.1);
+            }
+            let launch = move |step: &Step| Launch {
+                grid: match coop {
+                    true => gemm_w4_coop::grid(&params, rows.count(step)),
+                    false => gemm_w4::grid(&params, rows.count(step)),
+                },
+                cost: gemm_w4::cost(&params, rows.count(step)),
+            };
+            let kernel = if coop { &gemm_w4_coop::KERNEL } else { &gemm_w4::KERNEL };
+            drafts.push(self.draft(kernel, self.variant(), &params, storage, launch)?);
+        }
+        Ok(drafts)
+    }
+
+    /// The inputs of a layer in half precision.
+    fn halve(&mut self, matrix: &GpuW4, op: &Linear) -> Result<Draft> {
+        let rows = op.rows;
+        let params =
+            halve::Params { k: matrix.k, chunks: matrix.chunks, x_stride: self.stride(op.x), row_mode: rows as u32 };
+        let (halves, scales) = self.halves(matrix.chunks)?;
+        let storage = vec![self.buffer(op.x), halves, scales];
         let launch = move |step: &Step| Launch {
-            grid: gemm_w4::grid(&params, rows.count(step)),
-            cost: gemm_w4::cost(&params, rows.count(step)),
+            grid: halve::grid(&params, rows.count(step)),
+            cost: halve::cost(&params, rows.count(step)),
         };
-        self.draft(&gemm_w4::KERNEL, self.variant(), &params, storage, launch)
+        self.draft(&halve::KERNEL, self.variant(), &params, storage, launch)
+    }
+
+    /// Room for the half precision inputs of a step, rows of `chunks` chunks, and for the scales of its rows.
+    fn halves(&mut self, chunks: u32) -> Result<(wgpu::Buffer, wgpu::Buffer)> {
+        if let Some(made) = self.half_buffers.get(&chunks) {
+            return Ok(made.clone());
+        }
+        let rows = u64::from(self.max_tokens.next_multiple_of(gemm_w4_coop::TILE));
+        let gpu = &self.backend.gpu;
+        let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST;
+        let made = (
+            gpu.buffer("half precision inputs", rows * u64::from(chunks) * 64, usage)?,
+            gpu.buffer("scales of half precision inputs", rows * 4, usage)?,
+        );
+        self.staged_bytes += made.0.size() + made.1.size();
+        self.half_buffers.insert(chunks, made.clone());
+        Ok(made)
     }
 
     fn linear_dense(&mut self, matrix: &GpuDense, op: &Linear) -> Result<DraftOp> {
