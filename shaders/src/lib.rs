@@ -37,6 +37,7 @@ macro_rules! params {
 pub mod argmax;
 pub mod argmax_reduce;
 pub mod attention;
+pub mod attention_coop;
 pub mod attention_few;
 pub mod attention_reduce;
 pub mod catalogue;
@@ -419,7 +420,7 @@ impl Kernel {
 }
 
 /// Every kernel.
-pub static ALL: [&Kernel; 22] = [
+pub static ALL: [&Kernel; 23] = [
     &embed::KERNEL,
     &stage::KERNEL,
     &rms_norm::KERNEL,
@@ -435,6 +436,7 @@ pub static ALL: [&Kernel; 22] = [
     &rope_append::KERNEL,
     &attention::KERNEL,
     &attention_few::KERNEL,
+    &attention_coop::KERNEL,
     &attention_reduce::KERNEL,
     &silu_mul::KERNEL,
     &penalize::KERNEL,

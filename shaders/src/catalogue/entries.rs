@@ -373,6 +373,29 @@ pub const ENTRIES: &[Entry] = &[
         ],
     },
     Entry {
+        name: "attention_coop",
+        bindings: &[
+            Binding { index: 0, name: "params", kind: BindingKind::Uniform, min_size: 32 },
+            Binding { index: 1, name: "step", kind: BindingKind::Uniform, min_size: 16 },
+            Binding { index: 2, name: "qkv", kind: BindingKind::StorageRead, min_size: 4 },
+            Binding { index: 3, name: "k_cache", kind: BindingKind::StorageRead, min_size: 8 },
+            Binding { index: 4, name: "v_cache", kind: BindingKind::StorageRead, min_size: 8 },
+            Binding { index: 5, name: "out", kind: BindingKind::StorageReadWrite, min_size: 4 },
+        ],
+        workgroup_size: [128, 1, 1],
+        workgroup_memory: 31744,
+        params: &[
+            Field { name: "heads", offset: 0 },
+            Field { name: "kv_heads", offset: 4 },
+            Field { name: "head_dim", offset: 8 },
+            Field { name: "qkv_stride", offset: 12 },
+            Field { name: "out_stride", offset: 16 },
+            Field { name: "context", offset: 20 },
+            Field { name: "scale", offset: 24 },
+            Field { name: "window", offset: 28 },
+        ],
+    },
+    Entry {
         name: "attention_reduce",
         bindings: &[
             Binding { index: 0, name: "params", kind: BindingKind::Uniform, min_size: 32 },

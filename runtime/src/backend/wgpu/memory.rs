@@ -1,6 +1,6 @@
 //! What one session holds on the device: activations, KV cache, rotary tables.
 
-use awqua_shaders::attention;
+use awqua_shaders::{attention, attention_coop};
 use wgpu::BufferUsages;
 
 use super::device::Gpu;
@@ -52,7 +52,9 @@ impl Memory {
         let kv_type = config.kv_type.unwrap_or(KvType::F16);
         let shape = program.attention;
         let size = |factors: &[u32], bytes: u64| factors.iter().fold(bytes, |p, f| p.saturating_mul(u64::from(*f)));
-        let cache_bytes = size(&[shape.kv_heads, config.context, shape.head_dim], kv_type.size() as u64);
+        // Kernels on matrix units read whole spans of positions, beyond the last one too.
+        let cache_bytes = size(&[shape.kv_heads, config.context, shape.head_dim], kv_type.size() as u64)
+            .saturating_add(size(&[attention_coop::SPAN, shape.head_dim], kv_type.size() as u64));
         gpu.has_room("the KV cache", cache_bytes.saturating_mul(2).saturating_mul(u64::from(program.layers)))?;
 
         let mut total = 0;

@@ -4,7 +4,8 @@
 //! is the worst way to find out.
 
 use awqua_shaders::{
-    Elem, Kernel, Reduce, Rng, Size, Trial, Variant, attention, gemm_w4, gemm_w4_coop, gemv_w4, rms_norm, uniform_bytes,
+    Elem, Kernel, Reduce, Rng, Size, Trial, Variant, attention, attention_coop, gemm_w4, gemm_w4_coop, gemv_w4,
+    rms_norm, uniform_bytes,
 };
 use wgpu::{BufferUsages, Features};
 
@@ -59,7 +60,9 @@ pub(super) fn choose(gpu: &Gpu, pipelines: &Pipelines, options: &WgpuOptions) ->
         match KERNELS.iter().try_for_each(|kernel| check(gpu, pipelines, kernel, variant)) {
             Ok(()) => {
                 let mut coop = elem == Elem::F16 && gpu.features.contains(Features::EXPERIMENTAL_COOPERATIVE_MATRIX);
-                if coop && let Err(error) = check(gpu, pipelines, &gemm_w4_coop::KERNEL, variant) {
+                let kernels = [&gemm_w4_coop::KERNEL, &attention_coop::KERNEL];
+                if coop && let Err(error) = kernels.iter().try_for_each(|kernel| check(gpu, pipelines, kernel, variant))
+                {
                     coop = false;
                     refused += &format!("; matrix units refused: {}", error.message());
                 }

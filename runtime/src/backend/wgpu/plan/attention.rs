@@ -1,8 +1,8 @@
 //! Attention: splits of the positions, then their combination.
 
-use awqua_shaders::{FLAG_STAGE, RowMode, Step, attention, attention_few, attention_reduce};
+use awqua_shaders::{FLAG_STAGE, Kv, RowMode, Step, attention, attention_coop, attention_few, attention_reduce};
 
-use super::{DraftOp, Launch, Planner, unsupported};
+use super::{Draft, DraftOp, Launch, Planner, unsupported};
 use crate::backend::{BufferId, Op};
 use crate::error::Result;
 
@@ -29,7 +29,12 @@ impl Planner<'_> {
         let mut levels = Vec::new();
         // The number of splits is laid out in the partial buffers, so few and many tokens have parameters of their own.
         let few_tokens = attention::FEW_TOKENS.min(self.few_rows);
+        let coop = self.backend.coop && kv == Kv::F16 && attention_coop::handles(shape.head_dim);
         for (most, staged) in [(few_tokens, true), (self.few_rows, true), (u32::MAX, false)] {
+            if coop && !staged {
+                levels.push((most, vec![self.attention_coop(qkv, out, layer, scale, window)?]));
+                continue;
+            }
             let context = self.memory.context;
             let split_len = attention::split_len(most, context);
             let window = window.unwrap_or(0);
@@ -85,5 +90,38 @@ impl Planner<'_> {
         }
         self.ready = target.map(|target| target.of);
         Ok(DraftOp { rows: RowMode::All, levels })
+    }
+
+    /// Many tokens on matrix units.
+    fn attention_coop(
+        &mut self,
+        qkv: BufferId,
+        out: BufferId,
+        layer: u32,
+        scale: f32,
+        window: Option<u32>,
+    ) -> Result<Draft> {
+        let shape = self.program.attention;
+        let window = window.unwrap_or(0);
+        let params = attention_coop::Params {
+            heads: shape.heads,
+            kv_heads: shape.kv_heads,
+            head_dim: shape.head_dim,
+            qkv_stride: self.stride(qkv),
+            out_stride: self.stride(out),
+            context: self.memory.context,
+            scale,
+            window,
+        };
+        let (keys, values) = self.memory.cache(layer)?;
+        let storage = vec![self.buffer(qkv), keys.clone(), values.clone(), self.buffer(out)];
+        let launch = move |step: &Step| {
+            let seen = (step.position + step.n_tokens).min(if window == 0 { u32::MAX } else { window });
+            Launch {
+                grid: attention_coop::grid(&params, step.n_tokens),
+                cost: attention_coop::cost(&params, seen, step.n_tokens),
+            }
+        };
+        self.draft(&attention_coop::KERNEL, self.variant(), &params, storage, launch)
     }
 }
