@@ -56,8 +56,10 @@ pub fn caught<T>(name: &'static str, body: impl FnOnce() -> Outcome<T>) -> Outco
     quiet_panics();
     catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|payload| {
         let message = format!("{name} panicked: {}", describe(&*payload));
-        // A payload can panic in its own destructor; leaking it is the one way that can't fail.
-        std::mem::forget(payload);
+        // A payload can panic in its own destructor.
+        if let Err(second) = catch_unwind(AssertUnwindSafe(|| drop(payload))) {
+            std::mem::forget(second);
+        }
         log::error!("{message}");
         Err(Failure::new(AWQUA_ERR_PANIC, message))
     })
@@ -95,15 +97,18 @@ pub fn trip(name: &'static str) {
 /// Panics on demand, for the tests of the boundary.
 #[cfg(feature = "fault-injection")]
 mod fault {
-    use std::sync::Mutex;
+    use std::sync::{Mutex, PoisonError};
 
     use crate::text::awqua_str;
 
-    static ARMED: Mutex<Option<String>> = Mutex::new(None);
+    /// Length and bytes of a name; an array, because `awqua_set_allocator` works only while nothing is allocated.
+    static ARMED: Mutex<(usize, [u8; 64])> = Mutex::new((0, [0; 64]));
 
     pub fn trip(name: &str) {
-        let armed = ARMED.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take_if(|armed| armed == name);
-        if armed.is_some() {
+        let mut armed = ARMED.lock().unwrap_or_else(PoisonError::into_inner);
+        if armed.0 > 0 && armed.1[..armed.0] == *name.as_bytes() {
+            armed.0 = 0;
+            drop(armed);
             panic!("injected");
         }
     }
@@ -116,7 +121,9 @@ mod fault {
     #[unsafe(no_mangle)]
     pub unsafe extern "C" fn awqua_test_panic(name: awqua_str) {
         // SAFETY: the caller's promise.
-        let name = unsafe { name.get("name") }.ok().filter(|n| !n.is_empty());
-        *ARMED.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = name.map(str::to_owned);
+        let name = unsafe { name.get("name") }.unwrap_or_default();
+        let mut armed = ARMED.lock().unwrap_or_else(PoisonError::into_inner);
+        armed.0 = name.len();
+        armed.1[..name.len()].copy_from_slice(name.as_bytes());
     }
 }

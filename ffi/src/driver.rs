@@ -11,6 +11,7 @@ use crate::events::{End, Events};
 use crate::layout::Sized32;
 use crate::model::awqua_budget;
 use crate::session::{awqua_phase, awqua_stop_reason, awqua_tick_result};
+use crate::status::awqua_status::*;
 use crate::status::{Failure, Outcome};
 
 /// What other threads may reach while a tick runs.
@@ -84,6 +85,15 @@ impl Driver {
         request.sampling.validate()?;
         if prompt.is_empty() {
             return Err(Failure::invalid("the prompt has no tokens"));
+        }
+        let vocab = self.session.model().config().vocab_size;
+        if let Some(id) = prompt.iter().find(|&&id| id as usize >= vocab) {
+            return Err(Failure::invalid(format!("token id {id} is not below the vocabulary size {vocab}")));
+        }
+        if prompt.len() > self.session.context() as usize {
+            let message =
+                format!("{} tokens do not fit the context of {} tokens", prompt.len(), self.session.context());
+            return Err(Failure::new(AWQUA_ERR_CONTEXT_FULL, message));
         }
         let common = self.session.tokens().iter().zip(&prompt).take_while(|(a, b)| a == b).count();
         self.session.truncate(common);

@@ -1,0 +1,85 @@
+/* The host's memory functions: all memory comes from them and returns to them, and decoding takes none:
+ * allocator MODEL */
+#define _POSIX_C_SOURCE 200112L
+#include <pthread.h>
+
+#include "check.h"
+
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static uint64_t blocks, bytes, calls;
+
+static void *count_alloc(void *user, uint64_t size, uint64_t align) {
+    void *memory = NULL;
+    CHECK(user == &blocks && size > 0 && align > 0 && (align & (align - 1)) == 0);
+    if (posix_memalign(&memory, align < sizeof(void *) ? sizeof(void *) : (size_t)align, (size_t)size) != 0) {
+        return NULL;
+    }
+    pthread_mutex_lock(&lock);
+    blocks++;
+    calls++;
+    bytes += size;
+    pthread_mutex_unlock(&lock);
+    return memory;
+}
+
+static void count_free(void *user, void *memory, uint64_t size, uint64_t align) {
+    CHECK(user == &blocks && memory != NULL && align > 0);
+    pthread_mutex_lock(&lock);
+    blocks--;
+    bytes -= size;
+    pthread_mutex_unlock(&lock);
+    free(memory);
+}
+
+int main(int argc, char **argv) {
+    awqua_allocator allocator = AWQUA_ALLOCATOR_INIT;
+    awqua_memory_stats stats = AWQUA_MEMORY_STATS_INIT;
+    awqua_engine *engine;
+    awqua_model *model;
+    awqua_session *session;
+    awqua_request request = greedy(400);
+    awqua_budget budget = AWQUA_BUDGET_INIT;
+    awqua_tick_result result = AWQUA_TICK_RESULT_INIT;
+    uint64_t before, settled;
+    uint32_t tokens = 0;
+    int i;
+    CHECK(argc == 2);
+    EXPECT(AWQUA_ERR_INVALID_ARGUMENT, awqua_set_allocator(NULL));
+    EXPECT(AWQUA_ERR_INVALID_ARGUMENT, awqua_set_allocator(&allocator));
+    allocator.user = &blocks;
+    allocator.alloc = count_alloc;
+    allocator.free = count_free;
+    OK(awqua_set_allocator(&allocator));
+    EXPECT(AWQUA_ERR_STATE, awqua_set_allocator(&allocator));
+    engine = cpu_engine();
+    settled = blocks;
+    model = loaded_model(engine, argv[1]);
+    session = new_session(model, 512);
+    CHECK(calls > 10);
+    budget.cpu_us = 0;
+    OK(awqua_session_begin_text(session, AWQUA_CSTR("It was a fine morning, and Emma"), &request));
+    for (i = 0; i < 100; i++) {
+        EXPECT(AWQUA_PENDING, awqua_session_tick(session, &budget, &result));
+    }
+    CHECK(result.phase == AWQUA_PHASE_DECODE);
+    before = calls;
+    for (i = 0; i < 200; i++) {
+        char text[64];
+        awqua_event event = AWQUA_EVENT_INIT;
+        event.text = text;
+        event.text_capacity = sizeof text;
+        EXPECT(AWQUA_PENDING, awqua_session_tick(session, &budget, &result));
+        tokens += result.new_tokens;
+        while (awqua_session_poll(session, &event) == AWQUA_OK) {
+        }
+    }
+    fprintf(stderr, "%u tokens in 200 ticks, %u allocations\n", (unsigned)tokens, (unsigned)(calls - before));
+    CHECK(tokens == 200 && calls == before);
+    OK(awqua_memory(&stats));
+    CHECK(stats.bytes == bytes && stats.allocations == calls && stats.peak_bytes >= bytes);
+    OK(awqua_session_free(session));
+    OK(awqua_model_free(model));
+    CHECK(blocks <= settled + 64); /* lazily made tables of the process may stay */
+    OK(awqua_engine_free(engine));
+    return 0;
+}
