@@ -1,4 +1,6 @@
 /* GENERATED from the layouts in ffi/src by AWQUA_BLESS=1 cargo test -p awqua-tests --test header. */
+#include <stddef.h>
+
 #include "awqua.h"
 
 #if UINTPTR_MAX == UINT64_MAX
@@ -131,4 +133,44 @@ CHECK(awqua_session_info_phase, offsetof(awqua_session_info, phase) == 20);
 CHECK(awqua_session_info_bytes, offsetof(awqua_session_info, bytes) == 24);
 #endif
 
-int awqua_layout_is_checked;
+/* The table has the types of the functions. */
+void awqua_check_table(awqua_api *table);
+void awqua_check_table(awqua_api *table) {
+    table->abi_version = awqua_abi_version;
+    table->version = awqua_version;
+    table->status_name = awqua_status_name;
+    table->last_error = awqua_last_error;
+    table->get_api = awqua_get_api;
+    table->set_allocator = awqua_set_allocator;
+    table->memory = awqua_memory;
+    table->set_log = awqua_set_log;
+    table->engine_desc_init = awqua_engine_desc_init;
+    table->engine_free = awqua_engine_free;
+    table->engine_last_error = awqua_engine_last_error;
+    table->device_count = awqua_device_count;
+    table->device_get = awqua_device_get;
+    table->budget_init = awqua_budget_init;
+    table->model_desc_init = awqua_model_desc_init;
+    table->model_create = awqua_model_create;
+    table->model_tick = awqua_model_tick;
+    table->model_cancel = awqua_model_cancel;
+    table->model_free = awqua_model_free;
+    table->model_last_error = awqua_model_last_error;
+    table->model_get_info = awqua_model_get_info;
+    table->model_tokenize = awqua_model_tokenize;
+    table->model_detokenize = awqua_model_detokenize;
+    table->model_render_chat = awqua_model_render_chat;
+    table->session_desc_init = awqua_session_desc_init;
+    table->request_init = awqua_request_init;
+    table->session_create = awqua_session_create;
+    table->session_free = awqua_session_free;
+    table->session_last_error = awqua_session_last_error;
+    table->session_begin_tokens = awqua_session_begin_tokens;
+    table->session_begin_text = awqua_session_begin_text;
+    table->session_begin_chat = awqua_session_begin_chat;
+    table->session_tick = awqua_session_tick;
+    table->session_poll = awqua_session_poll;
+    table->session_cancel = awqua_session_cancel;
+    table->session_run = awqua_session_run;
+    table->session_truncate = awqua_session_truncate;
+}

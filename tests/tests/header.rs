@@ -129,7 +129,7 @@ fn check_header() {
 fn layouts_are_asserted_in_c_too() {
     let mut c = String::from(
         "/* GENERATED from the layouts in ffi/src by AWQUA_BLESS=1 cargo test -p awqua-tests --test header. */\n\
-         #include \"awqua.h\"\n\n#if UINTPTR_MAX == UINT64_MAX\n\
+         #include <stddef.h>\n\n#include \"awqua.h\"\n\n#if UINTPTR_MAX == UINT64_MAX\n\
          #define CHECK(name, condition) typedef char check_##name[(condition) ? 1 : -1]\n",
     );
     let mut structs = 0;
@@ -146,7 +146,14 @@ fn layouts_are_asserted_in_c_too() {
             structs += 1;
         }
     }
-    c.push_str("#endif\n\nint awqua_layout_is_checked;\n");
+    c.push_str(
+        "#endif\n\n/* The table has the types of the functions. */\nvoid awqua_check_table(awqua_api *table);\n",
+    );
+    c.push_str("void awqua_check_table(awqua_api *table) {\n");
+    for name in listed() {
+        writeln!(c, "    table->{} = {name};", name.strip_prefix("awqua_").unwrap()).unwrap();
+    }
+    c.push_str("}\n");
     let declared = ["text", "alloc", "log", "engine", "model", "session"]
         .iter()
         .map(|module| source(module).matches("#[repr(C)]").count())
