@@ -115,7 +115,7 @@ pub unsafe extern "C" fn awqua_engine_create(
     guard("awqua_engine_create", || {
         // SAFETY: the caller's promise.
         let (desc, out) = unsafe { (layout::read_or_init(desc)?, text::out(engine, "engine")?) };
-        *out = Handle::new(Engine { config: Arc::new(config(&desc)?) }, ());
+        *out = Handle::into_c(Engine { config: Arc::new(config(&desc)?) }, ());
         Ok(AWQUA_OK)
     })
 }

@@ -43,7 +43,7 @@ impl Drop for Use<'_> {
 
 impl<T: Object> Handle<T> {
     /// A new object, owned by whoever gets the pointer.
-    pub fn new<H>(value: T, anytime: T::Anytime) -> *mut H {
+    pub fn into_c<H>(value: T, anytime: T::Anytime) -> *mut H {
         Box::into_raw(Box::new(Self {
             magic: T::MAGIC,
             users: AtomicI32::new(0),
@@ -208,7 +208,7 @@ pub unsafe fn free<T: Object>(name: &'static str, pointer: *mut Handle<T>) -> aw
             return Err(Failure::new(AWQUA_ERR_BUSY, message));
         }
         // So that a second free of memory that is still mapped has a chance to be noticed.
-        // SAFETY: the object came from `Handle::new` and has no other user.
+        // SAFETY: the object came from `into_c` and has no other user.
         let mut object = unsafe { Box::from_raw(pointer) };
         object.magic = 0;
         trip(name);

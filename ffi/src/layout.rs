@@ -28,7 +28,7 @@ fn check_size<T: Sized32>(pointer: *const T) -> Outcome<usize> {
     }
     // SAFETY: not NULL, and the caller of the callers promises a readable structure, which begins with its size.
     let size = unsafe { *pointer.cast::<u32>() } as usize;
-    if size < T::FIRST || size > size_of::<T>() + ROOM || size % 4 != 0 {
+    if size < T::FIRST || size > size_of::<T>() + ROOM || !size.is_multiple_of(4) {
         let message = format!(
             "`struct_size` of `{}` is {size}, expected {} (use its initialiser from awqua.h)",
             T::NAME,

@@ -223,7 +223,7 @@ pub unsafe extern "C" fn awqua_model_create(
             let (desc, out) = (layout::read(desc)?, text::out(model, "model")?);
             let path = desc.path.get_optional("path")?.ok_or_else(|| Failure::invalid("`path` is empty"))?;
             let model = Model { config: Arc::clone(&engine.config), path: path.into(), loaded: None };
-            *out = Handle::new(model, CancelToken::default());
+            *out = Handle::into_c(model, CancelToken::default());
             Ok(AWQUA_OK)
         })
     }

@@ -411,7 +411,7 @@ pub unsafe extern "C" fn awqua_session_create(
                 chunk: optional(desc.chunk),
             };
             let driver = Driver::new(model.loaded()?, &options)?;
-            *out = Handle::new(Session { driver }, Shared::default());
+            *out = Handle::into_c(Session { driver }, Shared::default());
             Ok(AWQUA_OK)
         })
     }
