@@ -7,6 +7,7 @@
 
 pub mod import;
 pub mod rtn;
+pub mod synth;
 pub mod write;
 
 pub use rtn::{PackedModule, Progress, Report, Rest, RtnOptions, quantize_matrix, quantize_rtn};

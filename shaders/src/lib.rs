@@ -44,14 +44,19 @@ pub mod gemm_dense;
 pub mod gemm_w4;
 pub mod gemv_dense;
 pub mod gemv_w4;
+pub mod gemv_w4_rope;
+pub mod gemv_w4_swiglu;
 pub mod head_norm;
 pub mod penalize;
 pub mod rms_norm;
 pub mod rope_append;
 pub mod sample;
 pub mod silu_mul;
+pub mod stage;
+pub mod staged;
 pub mod top_k;
 pub mod trial;
+pub mod w4;
 
 pub use trial::{Rng, Trial};
 
@@ -67,6 +72,26 @@ pub const FLAG_ACCUMULATE: u32 = 1;
 pub const FLAG_BIAS: u32 = 2;
 /// Group offsets are biases (w = q * s + o) instead of zero points (w = (q - o) * s) (bit of a matmul's `flags`).
 pub const FLAG_OFFSET_IS_BIAS: u32 = 4;
+/// Some group's offset is no zero point between 0 and 15 without fraction, so that sums of inputs are needed besides
+/// products with codes (bit of a matmul's `flags`).
+pub const FLAG_SUMS: u32 = 8;
+/// The input goes through a root mean square norm first (bit of a matmul's `flags`).
+pub const FLAG_NORM: u32 = 16;
+/// The output is staged as the input of the next matrix, too (bit of `flags`).
+pub const FLAG_STAGE: u32 = 32;
+/// Staged outputs are weighted for a norm (bit of a matmul's `flags`).
+pub const FLAG_STAGE_NORM: u32 = 64;
+
+/// The flags by the names they have in shaders.
+const FLAGS: Constants = &[
+    ("FLAG_ACCUMULATE", FLAG_ACCUMULATE),
+    ("FLAG_BIAS", FLAG_BIAS),
+    ("FLAG_OFFSET_IS_BIAS", FLAG_OFFSET_IS_BIAS),
+    ("FLAG_SUMS", FLAG_SUMS),
+    ("FLAG_NORM", FLAG_NORM),
+    ("FLAG_STAGE", FLAG_STAGE),
+    ("FLAG_STAGE_NORM", FLAG_STAGE_NORM),
+];
 
 params! {
     /// Uniform at binding 1, written once a run.
@@ -183,6 +208,31 @@ impl Kv {
     }
 }
 
+/// Invocations of a workgroup, for kernels that can do with more or fewer slices of the same work.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Size {
+    /// At most 256, which every device has.
+    Small,
+    /// 512.
+    Medium,
+    /// 1024.
+    Large,
+}
+
+impl Size {
+    /// Most invocations of a workgroup of this size.
+    pub const fn invocations(self) -> u32 {
+        match self {
+            Self::Small => 256,
+            Self::Medium => 512,
+            Self::Large => 1024,
+        }
+    }
+}
+
+/// Numbers that a twin shares with its shader, by name.
+pub type Constants = &'static [(&'static str, u32)];
+
 /// A choice on every axis; a kernel ignores the axes it does not have ([`Kernel::canonical`]).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Variant {
@@ -194,12 +244,14 @@ pub struct Variant {
     pub dense: Dense,
     /// Element type of the KV cache.
     pub kv: Kv,
+    /// Size of the workgroup.
+    pub size: Size,
 }
 
 impl Default for Variant {
     /// What runs on every device, with half precision storage.
     fn default() -> Self {
-        Self { elem: Elem::F32, reduce: Reduce::Workgroup, dense: Dense::F16, kv: Kv::F16 }
+        Self { elem: Elem::F32, reduce: Reduce::Workgroup, dense: Dense::F16, kv: Kv::F16, size: Size::Small }
     }
 }
 
@@ -229,6 +281,12 @@ pub enum Prelude {
     W4,
     /// The tiled matrix product, given `weights8`.
     Gemm,
+    /// The product of a packed matrix with one row of staged inputs.
+    GemvW4,
+    /// The layout of staged inputs.
+    Stage,
+    /// Writing staged inputs to the binding `staged`.
+    StageOut,
     /// Total order of scores with their ids.
     Order,
 }
@@ -243,7 +301,9 @@ pub struct Kernel {
     /// Preludes in order.
     pub preludes: &'static [Prelude],
     /// Numbers that the twin owns, emitted as `const NAME: u32 = value;`. `WG` is the workgroup size.
-    pub constants: &'static [(&'static str, u32)],
+    pub constants: Constants,
+    /// The constants that differ in the larger sizes, from [`Size::Medium`] on; empty if the kernel has one size.
+    pub sizes: &'static [Constants],
     /// Fields of the uniform at binding 0.
     pub params: &'static [Field],
     /// Random runs of every case with the outcome the twin expects.
@@ -265,6 +325,7 @@ impl Kernel {
             reduce: if has(Prelude::Reduce) { variant.reduce } else { base.reduce },
             dense: if has(Prelude::Dense) { variant.dense } else { base.dense },
             kv: if has(Prelude::Kv) { variant.kv } else { base.kv },
+            size: if self.sizes.is_empty() { base.size } else { variant.size },
         }
     }
 
@@ -275,7 +336,9 @@ impl Kernel {
             for reduce in [Reduce::Workgroup, Reduce::Subgroup] {
                 for dense in [Dense::F16, Dense::BF16, Dense::F32] {
                     for kv in [Kv::F16, Kv::F32] {
-                        all.push(self.canonical(Variant { elem, reduce, dense, kv }));
+                        for size in [Size::Small, Size::Medium, Size::Large] {
+                            all.push(self.canonical(Variant { elem, reduce, dense, kv, size }));
+                        }
                     }
                 }
             }
@@ -302,16 +365,22 @@ impl Kernel {
                 _ => "",
             };
         }
+        if !self.sizes.is_empty() {
+            label += &format!("-{}", variant.size.invocations());
+        }
         label
     }
 }
 
 /// Every kernel.
-pub static ALL: [&Kernel; 16] = [
+pub static ALL: [&Kernel; 19] = [
     &embed::KERNEL,
+    &stage::KERNEL,
     &rms_norm::KERNEL,
     &head_norm::KERNEL,
     &gemv_w4::KERNEL,
+    &gemv_w4_rope::KERNEL,
+    &gemv_w4_swiglu::KERNEL,
     &gemm_w4::KERNEL,
     &gemv_dense::KERNEL,
     &gemm_dense::KERNEL,
@@ -333,8 +402,15 @@ pub fn compose(kernel: &Kernel, variant: Variant) -> String {
     if variant.elem == Elem::F16 {
         source += "enable f16;\n";
     }
-    for (name, value) in kernel.constants {
+    let sized = (variant.size as usize).checked_sub(1).and_then(|i| kernel.sizes.get(i)).copied().unwrap_or(&[]);
+    for &(name, value) in kernel.constants {
+        let value = sized.iter().find(|(other, _)| *other == name).map_or(value, |&(_, value)| value);
         source += &format!("const {name}: u32 = {value}u;\n");
+    }
+    if [Prelude::W4, Prelude::Dense, Prelude::Stage].iter().any(|with_flags| kernel.preludes.contains(with_flags)) {
+        for &(name, value) in FLAGS {
+            source += &format!("const {name}: u32 = {value}u;\n");
+        }
     }
     for prelude in kernel.preludes {
         source += match (prelude, variant) {
@@ -351,6 +427,9 @@ pub fn compose(kernel: &Kernel, variant: Variant) -> String {
             (Prelude::Kv, Variant { kv: Kv::F16, .. }) => include_str!("prelude/kv_f16.wgsl"),
             (Prelude::Kv, Variant { kv: Kv::F32, .. }) => include_str!("prelude/kv_f32.wgsl"),
             (Prelude::W4, _) => include_str!("prelude/w4.wgsl"),
+            (Prelude::GemvW4, _) => include_str!("prelude/gemv_w4.wgsl"),
+            (Prelude::Stage, _) => include_str!("prelude/stage.wgsl"),
+            (Prelude::StageOut, _) => include_str!("prelude/stage_out.wgsl"),
             (Prelude::Gemm, _) => include_str!("prelude/gemm.wgsl"),
             (Prelude::Order, _) => include_str!("prelude/order.wgsl"),
         };

@@ -14,6 +14,7 @@ pub static KERNEL: Kernel = Kernel {
     body: include_str!("penalize.wgsl"),
     preludes: &[],
     constants: &[("WG", WG)],
+    sizes: &[],
     params: Params::FIELDS,
     trials,
 };

@@ -77,6 +77,7 @@ impl Harness {
         let has = |feature| self.device.features().contains(feature);
         (variant.elem == Elem::F32 || has(wgpu::Features::SHADER_F16))
             && (variant.reduce == Reduce::Workgroup || has(wgpu::Features::SUBGROUP))
+            && variant.size.invocations() <= self.device.limits().max_compute_invocations_per_workgroup
     }
 
     /// The pipeline over a layout made only from the catalogue.
