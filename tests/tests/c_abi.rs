@@ -162,6 +162,12 @@ fn cancelling_works_at_every_tick() {
 }
 
 #[test]
+fn threads_are_served_or_refused() {
+    let Some(threads) = sanitized("threads") else { return };
+    run(Command::new(threads).arg(model()));
+}
+
+#[test]
 fn random_calls_break_nothing() {
     let Some(fuzz) = sanitized("fuzz") else { return };
     let seed = std::env::var("AWQUA_FUZZ_SEED").unwrap_or_else(|_| "20261123".to_owned());
