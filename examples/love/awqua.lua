@@ -1,0 +1,149 @@
+-- Awqua for LuaJIT: the part of awqua.h that a dialogue needs, with collected objects and Lua strings.
+-- Structures are declared as in the header; the library refuses them by their size should they ever differ.
+local ffi = require("ffi")
+
+ffi.cdef [[
+typedef struct awqua_engine awqua_engine;
+typedef struct awqua_model awqua_model;
+typedef struct awqua_session awqua_session;
+typedef struct { const char *data; uint64_t len; } awqua_str;
+typedef struct {
+    uint32_t struct_size, flags, backend, threads;
+    awqua_str device;
+} awqua_engine_desc;
+typedef struct { uint32_t struct_size, flags; awqua_str path; } awqua_model_desc;
+typedef struct { uint32_t struct_size, flags; uint64_t cpu_us; } awqua_budget;
+typedef struct { uint32_t struct_size, flags; uint64_t done, total; } awqua_load_progress;
+typedef struct {
+    uint32_t struct_size, flags, max_tokens, top_k;
+    float top_p, min_p, temperature, repetition_penalty, presence_penalty, frequency_penalty;
+    uint32_t penalty_window, n_stops;
+    uint64_t seed;
+    const awqua_str *stops;
+    const uint32_t *stop_ids;
+    uint32_t n_stop_ids, reserved;
+} awqua_request;
+typedef struct {
+    uint32_t struct_size, flags, kind, reason;
+    int32_t status;
+    uint32_t reserved;
+    char *text;
+    uint64_t text_capacity, text_len, text_waiting;
+} awqua_event;
+
+const char *awqua_status_name(int32_t status);
+int32_t awqua_last_error(char *buffer, uint64_t capacity, uint64_t *length);
+int32_t awqua_engine_desc_init(awqua_engine_desc *desc);
+int32_t awqua_engine_create(const awqua_engine_desc *desc, awqua_engine **engine);
+int32_t awqua_engine_free(awqua_engine *engine);
+int32_t awqua_model_desc_init(awqua_model_desc *desc);
+int32_t awqua_model_create(const awqua_engine *engine, const awqua_model_desc *desc, awqua_model **model);
+int32_t awqua_model_tick(awqua_model *model, const awqua_budget *budget, awqua_load_progress *progress);
+int32_t awqua_model_free(awqua_model *model);
+int32_t awqua_budget_init(awqua_budget *budget);
+int32_t awqua_request_init(awqua_request *request);
+int32_t awqua_session_create(const awqua_model *model, const void *desc, awqua_session **session);
+int32_t awqua_session_begin_text(awqua_session *session, awqua_str prompt, const awqua_request *request);
+int32_t awqua_session_tick(awqua_session *session, const awqua_budget *budget, void *result);
+int32_t awqua_session_poll(awqua_session *session, awqua_event *event);
+int32_t awqua_session_cancel(const awqua_session *session);
+int32_t awqua_session_free(awqua_session *session);
+]]
+
+local PENDING, EMPTY = 1, 2
+local TEXT, DONE = 1, 2
+
+local C = ffi.load(os.getenv("AWQUA_LIBRARY") or "awqua")
+local awqua = { BACKEND_AUTO = 0, BACKEND_CPU = 1, BACKEND_GPU = 2 }
+
+local function check(status)
+    if status < 0 then
+        local buffer = ffi.new("char[512]")
+        C.awqua_last_error(buffer, 512, nil)
+        error(ffi.string(C.awqua_status_name(status)) .. ": " .. ffi.string(buffer), 2)
+    end
+    return status
+end
+
+local function str(text)
+    return ffi.new("awqua_str", text, #text)
+end
+
+-- A finished out-parameter as an object that the collector frees.
+local function own(out, free)
+    return ffi.gc(out[0], free)
+end
+
+local budget = ffi.new("awqua_budget")
+check(C.awqua_budget_init(budget))
+
+function awqua.engine(backend)
+    local desc, out = ffi.new("awqua_engine_desc"), ffi.new("awqua_engine *[1]")
+    check(C.awqua_engine_desc_init(desc))
+    desc.backend = backend or awqua.BACKEND_AUTO
+    check(C.awqua_engine_create(desc, out))
+    return own(out, C.awqua_engine_free)
+end
+
+function awqua.model(engine, path)
+    local desc, out = ffi.new("awqua_model_desc"), ffi.new("awqua_model *[1]")
+    check(C.awqua_model_desc_init(desc))
+    desc.path = str(path)
+    check(C.awqua_model_create(engine, desc, out))
+    return own(out, C.awqua_model_free)
+end
+
+-- Loads for about `us` microseconds; true once the model is ready, else false and the share that is loaded.
+function awqua.load(model, us)
+    local progress = ffi.new("awqua_load_progress")
+    progress.struct_size = ffi.sizeof(progress)
+    budget.cpu_us = us
+    if check(C.awqua_model_tick(model, budget, progress)) == PENDING then
+        return false, progress.total > 0 and tonumber(progress.done) / tonumber(progress.total) or 0
+    end
+    return true, 1
+end
+
+function awqua.session(model)
+    local out = ffi.new("awqua_session *[1]")
+    check(C.awqua_session_create(model, nil, out))
+    return own(out, C.awqua_session_free)
+end
+
+-- Begins to continue `prompt`; `options` are members of awqua_request.
+function awqua.begin(session, prompt, options)
+    local request = ffi.new("awqua_request")
+    check(C.awqua_request_init(request))
+    for name, value in pairs(options or {}) do
+        request[name] = value
+    end
+    check(C.awqua_session_begin_text(session, str(prompt), request))
+end
+
+local buffer = ffi.new("char[256]")
+local event = ffi.new("awqua_event")
+
+-- Works for about `us` microseconds; returns the new text and whether the answer is complete.
+function awqua.tick(session, us)
+    budget.cpu_us = us
+    check(C.awqua_session_tick(session, budget, nil))
+    local pieces, done = {}, false
+    while true do
+        event.struct_size, event.flags = ffi.sizeof(event), 0
+        event.text, event.text_capacity = buffer, 256
+        if check(C.awqua_session_poll(session, event)) == EMPTY then
+            break
+        elseif event.kind == TEXT then
+            pieces[#pieces + 1] = ffi.string(buffer, event.text_len)
+        elseif event.kind == DONE then
+            done = true
+        end
+    end
+    return table.concat(pieces), done
+end
+
+function awqua.cancel(session)
+    check(C.awqua_session_cancel(session))
+end
+
+return awqua

@@ -1,0 +1,73 @@
+-- A dialogue with a character in LÖVE 11: love examples/love MODEL_FOLDER [frames]
+-- Space asks for another line. With a number of frames it ends by itself and prints how long its frames took.
+package.path = love.filesystem.getSource() .. "/?.lua;" .. package.path
+local awqua = require("awqua")
+
+local BUDGET_US = 4000
+local PROMPTS = { "The old miller looked at Emma and said,", "Emma laughed and said,", "The grey cat thought that" }
+local engine, model, session
+local said, share, ready, talking, lines = "", 0, false, false, 0
+local frames, frame, slowest = nil, 0, 0
+
+local function ask()
+    local prompt = PROMPTS[lines % #PROMPTS + 1]
+    awqua.begin(session, prompt, { max_tokens = 40, seed = lines })
+    said, talking = prompt, true
+end
+
+function love.load(arguments)
+    local path = assert(arguments[1], "usage: love examples/love MODEL_FOLDER [frames]")
+    frames = tonumber(arguments[2])
+    engine = awqua.engine(awqua.BACKEND_CPU)
+    model = awqua.model(engine, path)
+end
+
+function love.update(dt)
+    frame = frame + 1
+    -- The first frames hold LÖVE's own start.
+    if frame > 5 then
+        slowest = math.max(slowest, dt)
+    end
+    if not ready then
+        ready, share = awqua.load(model, BUDGET_US)
+        if ready then
+            session = awqua.session(model)
+            ask()
+        end
+    elseif talking then
+        local text, done = awqua.tick(session, BUDGET_US)
+        said = said .. text
+        if done then
+            talking, lines = false, lines + 1
+            if frames then
+                print(said)
+                ask()
+            end
+        end
+    end
+    if frames and frame >= frames then
+        print(string.format("%d frames, %d lines, slowest frame %.1f ms", frame, lines, slowest * 1000))
+        love.event.quit(lines > 0 and 0 or 1)
+    end
+end
+
+function love.keypressed(key)
+    if key == "space" and ready and not talking then
+        ask()
+    elseif key == "escape" and talking then
+        awqua.cancel(session)
+    end
+end
+
+function love.draw()
+    love.graphics.clear(0.09, 0.10, 0.15)
+    love.graphics.setColor(0.95, 0.80, 0.45)
+    love.graphics.circle("fill", 80, 180 + 8 * math.sin(frame * 0.05), 30)
+    love.graphics.setColor(1, 1, 1)
+    if ready then
+        love.graphics.printf(said, 140, 100, 460)
+        love.graphics.print(talking and "" or "space: another line", 140, 320)
+    else
+        love.graphics.rectangle("fill", 140, 100, 460 * share, 8)
+    end
+end

@@ -1,0 +1,30 @@
+//! The C ABI of Awqua: `include/awqua.h` is generated from this crate, which is the only one that sees C types.
+//!
+//! | module | subject |
+//! |---|---|
+//! | `status` | what calls return |
+//! | `boundary`, `handle` | panics, failures, who may use an object when |
+//! | `layout`, `text` | structures with a size, text and arrays of the caller |
+//! | `alloc`, `log` | the host's memory and log |
+//! | `engine`, `model`, `session` | the objects |
+//! | `api` | the same functions as a table |
+//!
+//! Exported functions keep one order of arguments: object, inputs, outputs; and write outputs only on success.
+#![allow(non_camel_case_types, reason = "C names")]
+#![allow(clippy::missing_safety_doc, reason = "the header states the contract of all pointers once")]
+
+mod alloc;
+mod api;
+mod boundary;
+mod driver;
+mod engine;
+mod events;
+mod handle;
+mod layout;
+mod log;
+mod model;
+mod session;
+mod status;
+mod table;
+mod text;
+mod version;

@@ -1,0 +1,1508 @@
+/*
+ * Awqua: packed 4-bit language models inside your program.
+ *
+ * GENERATED from ffi/src by AWQUA_BLESS=1 cargo test -p awqua-tests --test header.
+ *
+ * Objects. An engine says where models run, a model is weights on a device, a session is one conversation. Each
+ * pointer that a create function hands out is owned by the caller until it goes to its free function; frees may come
+ * in any order, children keep what they need of their parents, and freeing NULL does nothing.
+ *
+ * Threads. No call makes a thread unless the engine was asked for some. A function that takes `const T *` may run on
+ * any number of threads at once; one that takes `T *` needs the object for itself. A call that breaks this rule fails
+ * with AWQUA_ERR_BUSY and does nothing. awqua_model_cancel and awqua_session_cancel may be called at any time. Freeing
+ * an object that another thread is using is the one mistake that can't be caught.
+ *
+ * Calls. Every function returns an awqua_status; the text behind a failure is kept per object (awqua_..._last_error)
+ * and per thread (awqua_last_error). Outputs are written on success only, except needed sizes. Failures leave objects
+ * as they were, unless their documentation says otherwise. Arguments are checked: NULL, unknown flags and absurd sizes
+ * are AWQUA_ERR_INVALID_ARGUMENT. What is inside the library can fail, but it does not end the process: a panic
+ * becomes AWQUA_ERR_PANIC and the object it happened in accepts only its free function.
+ *
+ * Structures start with their size, so that programs and libraries of different age understand each other: start from
+ * AWQUA_..._INIT or awqua_..._init, never from uninitialised memory. Later versions append members, and take a member
+ * that a program does not have for its default. Texts are UTF-8, a pointer with a length.
+ *
+ * The library writes nothing to standard output or error, opens no network connection, and writes no file.
+ */
+
+
+#ifndef AWQUA_H
+#define AWQUA_H
+
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(_WIN32) && !defined(AWQUA_STATIC)
+#define AWQUA_API __declspec(dllimport)
+#else
+#define AWQUA_API
+#endif
+
+/** ABI of this header, to compare with awqua_abi_version() and to hand to awqua_get_api(). */
+#define AWQUA_ABI_VERSION ((uint32_t)(AWQUA_ABI_MAJOR << 16 | AWQUA_ABI_MINOR))
+
+/** Initialiser of an awqua_str from a string literal. */
+#define AWQUA_STR(literal) { literal, sizeof(literal) - 1 }
+/** An awqua_str from a NUL-terminated string. */
+#ifdef __cplusplus
+#define AWQUA_CSTR(string) (awqua_str{ (string), AWQUA_STRLEN })
+#else
+#define AWQUA_CSTR(string) ((awqua_str){ (string), AWQUA_STRLEN })
+#endif
+
+/* Initialisers: the same values as the functions awqua_..._init write. */
+#define AWQUA_ALLOCATOR_INIT { (uint32_t)sizeof(awqua_allocator), 0, NULL, NULL, NULL }
+#define AWQUA_MEMORY_STATS_INIT { (uint32_t)sizeof(awqua_memory_stats), 0, 0, 0, 0 }
+#define AWQUA_DEVICE_INFO_INIT { (uint32_t)sizeof(awqua_device_info), 0, 0, 0, 0, 0, { 0 }, { 0 }, { 0 } }
+#define AWQUA_ENGINE_DESC_INIT { (uint32_t)sizeof(awqua_engine_desc), 0, 0, 0, { NULL, 0 } }
+#define AWQUA_BUDGET_INIT { (uint32_t)sizeof(awqua_budget), 0, 2000 }
+#define AWQUA_MODEL_DESC_INIT { (uint32_t)sizeof(awqua_model_desc), 0, { NULL, 0 } }
+#define AWQUA_LOAD_PROGRESS_INIT { (uint32_t)sizeof(awqua_load_progress), 0, 0, 0 }
+#define AWQUA_MODEL_INFO_INIT { (uint32_t)sizeof(awqua_model_info), 0, 0, 0, 0, 0, 0, { 0 }, { 0 } }
+#define AWQUA_SESSION_DESC_INIT { (uint32_t)sizeof(awqua_session_desc), 0, 0, 0, 0, 0 }
+#define AWQUA_REQUEST_INIT { (uint32_t)sizeof(awqua_request), 0, 512, 40, 0.95f, 0.0f, 0.7f, 1.0f, 0.0f, 0.0f, 256, \
+                             0, 0, NULL, NULL, 0, 0 }
+#define AWQUA_TICK_RESULT_INIT { (uint32_t)sizeof(awqua_tick_result), 0, 0, 0, 0, 0, 0, 0, 0 }
+#define AWQUA_EVENT_INIT { (uint32_t)sizeof(awqua_event), 0, 0, 0, 0, 0, NULL, 0, 0, 0 }
+#define AWQUA_SESSION_INFO_INIT { (uint32_t)sizeof(awqua_session_info), 0, 0, 0, 0, 0, 0 }
+
+
+/**
+ * Raised when a function or structure changes incompatibly; part of the SONAME.
+ */
+#define AWQUA_ABI_MAJOR 1
+
+/**
+ * Raised when functions or fields are appended.
+ */
+#define AWQUA_ABI_MINOR 0
+
+/**
+ * Length of an `awqua_str` whose end is its NUL.
+ */
+#define AWQUA_STRLEN UINT64_MAX
+
+/**
+ * Never use half-precision arithmetic or subgroup operations on the GPU, whatever the adapter offers.
+ */
+#define AWQUA_ENGINE_PORTABLE_KERNELS 1
+
+/**
+ * The adapter can be used.
+ */
+#define AWQUA_DEVICE_USABLE 1
+
+/**
+ * Its shaders compute in half precision.
+ */
+#define AWQUA_DEVICE_F16 2
+
+/**
+ * Its shaders have subgroup operations.
+ */
+#define AWQUA_DEVICE_SUBGROUPS 4
+
+/**
+ * The model has a tokenizer.
+ */
+#define AWQUA_MODEL_TOKENIZER 1
+
+/**
+ * The model has a chat template.
+ */
+#define AWQUA_MODEL_CHAT_TEMPLATE 2
+
+/**
+ * Add what the tokenizer puts around a text, usually a begin-of-text id: right for plain text, wrong for a rendered
+ * conversation, which already contains it.
+ */
+#define AWQUA_TOKENIZE_SPECIAL 1
+
+/**
+ * Leave out special tokens, such as the one that ends a turn.
+ */
+#define AWQUA_DETOKENIZE_SKIP_SPECIAL 1
+
+/**
+ * End with the opening of the assistant's turn.
+ */
+#define AWQUA_CHAT_OPEN_ANSWER 1
+
+/**
+ * Go on after the model's end-of-turn ids.
+ */
+#define AWQUA_REQUEST_IGNORE_EOS 1
+
+/**
+ * Take sampling values from the model's authors where they recommend some, instead of from the request.
+ */
+#define AWQUA_REQUEST_MODEL_SAMPLING 2
+
+/**
+ * What every call returns: 0 is success, negative is a failure, positive is success with something to know.
+ *
+ * Values are never renumbered and never reused; later versions only add some, so treat an unknown negative value as a
+ * failure and an unknown positive one as success.
+ */
+enum awqua_status
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : int32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+  /**
+   * Done.
+   */
+  AWQUA_OK = 0,
+  /**
+   * Not finished: tick again.
+   */
+  AWQUA_PENDING = 1,
+  /**
+   * There is no event.
+   */
+  AWQUA_EMPTY = 2,
+  /**
+   * An argument is NULL, out of range or malformed.
+   */
+  AWQUA_ERR_INVALID_ARGUMENT = -1,
+  /**
+   * `struct_size` is too small, absurd, or the structure is newer than the library and uses what it does not know.
+   */
+  AWQUA_ERR_STRUCT_SIZE = -2,
+  /**
+   * The caller's buffer is too small; the needed size was written, nothing is lost.
+   */
+  AWQUA_ERR_BUFFER_TOO_SMALL = -3,
+  /**
+   * The object is not in a state that allows the call.
+   */
+  AWQUA_ERR_STATE = -4,
+  /**
+   * Another call on the object is running, in another thread or further up this one's stack.
+   */
+  AWQUA_ERR_BUSY = -5,
+  /**
+   * The library failed inside (a defect of it). The object accepts only its free and last_error functions.
+   */
+  AWQUA_ERR_PANIC = -6,
+  /**
+   * An earlier call on the object returned AWQUA_ERR_PANIC.
+   */
+  AWQUA_ERR_POISONED = -7,
+  /**
+   * The caller cancelled.
+   */
+  AWQUA_ERR_CANCELLED = -8,
+  /**
+   * A file could not be opened, mapped or read, or the host's callback failed.
+   */
+  AWQUA_ERR_IO = -9,
+  /**
+   * A file's bytes break the rules of its format.
+   */
+  AWQUA_ERR_INVALID_FILE = -10,
+  /**
+   * A configuration value is missing, out of range or contradicts another one.
+   */
+  AWQUA_ERR_INVALID_CONFIG = -11,
+  /**
+   * A tensor is missing, or has the wrong dtype, shape or values.
+   */
+  AWQUA_ERR_INVALID_TENSOR = -12,
+  /**
+   * Well formed, but this build does not do it.
+   */
+  AWQUA_ERR_UNSUPPORTED = -13,
+  /**
+   * The tokenizer could not be loaded, or failed on the text.
+   */
+  AWQUA_ERR_TOKENIZER = -14,
+  /**
+   * The chat template is missing, does not compile or refused the conversation.
+   */
+  AWQUA_ERR_TEMPLATE = -15,
+  /**
+   * The tokens do not fit the session's context.
+   */
+  AWQUA_ERR_CONTEXT_FULL = -16,
+  /**
+   * Memory is not enough, or a budget forbids it; the message names the needed bytes.
+   */
+  AWQUA_ERR_OUT_OF_MEMORY = -17,
+  /**
+   * There is no usable device or driver.
+   */
+  AWQUA_ERR_NO_DEVICE = -18,
+  /**
+   * The device failed an operation.
+   */
+  AWQUA_ERR_DEVICE = -19,
+  /**
+   * The device was lost (driver reset, removal).
+   */
+  AWQUA_ERR_DEVICE_LOST = -20,
+  /**
+   * The library's ABI is not the one asked for.
+   */
+  AWQUA_ERR_ABI = -21,
+  /**
+   * A failure that this ABI has no code for.
+   */
+  AWQUA_ERR_OTHER = -22,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum awqua_status awqua_status;
+#else
+typedef int32_t awqua_status;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+/**
+ * Where a model runs.
+ */
+enum awqua_backend
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : uint32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+  /**
+   * A GPU if there is a usable one, else the CPU. A software GPU is not chosen on its own.
+   */
+  AWQUA_BACKEND_AUTO = 0,
+  /**
+   * The CPU.
+   */
+  AWQUA_BACKEND_CPU = 1,
+  /**
+   * A GPU through Vulkan, Metal or Direct3D 12, software ones included; no fall-back.
+   */
+  AWQUA_BACKEND_GPU = 2,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum awqua_backend awqua_backend;
+#else
+typedef uint32_t awqua_backend;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+/**
+ * What kind of device an adapter is.
+ */
+enum awqua_device_kind
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : uint32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+  /**
+   * Unknown.
+   */
+  AWQUA_DEVICE_OTHER = 0,
+  /**
+   * A graphics card.
+   */
+  AWQUA_DEVICE_DISCRETE = 1,
+  /**
+   * Shares the memory of the processor.
+   */
+  AWQUA_DEVICE_INTEGRATED = 2,
+  /**
+   * A share of a card in a virtual machine.
+   */
+  AWQUA_DEVICE_VIRTUAL = 3,
+  /**
+   * Software on the processor.
+   */
+  AWQUA_DEVICE_CPU = 4,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum awqua_device_kind awqua_device_kind;
+#else
+typedef uint32_t awqua_device_kind;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+/**
+ * How much is logged; each level includes those before it.
+ */
+enum awqua_log_level
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : uint32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+  /**
+   * Nothing.
+   */
+  AWQUA_LOG_OFF = 0,
+  /**
+   * Failures inside the library or a driver.
+   */
+  AWQUA_LOG_ERROR = 1,
+  /**
+   * Things that work, but not as they should.
+   */
+  AWQUA_LOG_WARN = 2,
+  /**
+   * What was opened, loaded and lost.
+   */
+  AWQUA_LOG_INFO = 3,
+  /**
+   * Everything the device layer says.
+   */
+  AWQUA_LOG_DEBUG = 4,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum awqua_log_level awqua_log_level;
+#else
+typedef uint32_t awqua_log_level;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+/**
+ * Element type of the KV cache.
+ */
+enum awqua_kv_type
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : uint32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+  /**
+   * What suits the device.
+   */
+  AWQUA_KV_DEFAULT = 0,
+  /**
+   * 2 bytes.
+   */
+  AWQUA_KV_F16 = 1,
+  /**
+   * 4 bytes; adds no rounding.
+   */
+  AWQUA_KV_F32 = 2,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum awqua_kv_type awqua_kv_type;
+#else
+typedef uint32_t awqua_kv_type;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+/**
+ * What a session is doing.
+ */
+enum awqua_phase
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : uint32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+  /**
+   * Nothing; it waits for a prompt.
+   */
+  AWQUA_PHASE_IDLE = 0,
+  /**
+   * It computes the prompt.
+   */
+  AWQUA_PHASE_PREFILL = 1,
+  /**
+   * It makes tokens.
+   */
+  AWQUA_PHASE_DECODE = 2,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum awqua_phase awqua_phase;
+#else
+typedef uint32_t awqua_phase;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+/**
+ * What an event says.
+ */
+enum awqua_event_kind
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : uint32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+  /**
+   * No event.
+   */
+  AWQUA_EVENT_NONE = 0,
+  /**
+   * More text of the answer, in `text`.
+   */
+  AWQUA_EVENT_TEXT = 1,
+  /**
+   * The answer is complete, for `reason`.
+   */
+  AWQUA_EVENT_DONE = 2,
+  /**
+   * The answer failed with `status`; awqua_session_last_error has the text. The session can be prompted again.
+   */
+  AWQUA_EVENT_ERROR = 3,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum awqua_event_kind awqua_event_kind;
+#else
+typedef uint32_t awqua_event_kind;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+/**
+ * Why an answer is complete.
+ */
+enum awqua_stop_reason
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : uint32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+  /**
+   * It is not.
+   */
+  AWQUA_STOP_NONE = 0,
+  /**
+   * The model ended its turn, or made one of the request's stop ids.
+   */
+  AWQUA_STOP_EOS = 1,
+  /**
+   * One of the request's stop texts appeared.
+   */
+  AWQUA_STOP_TEXT = 2,
+  /**
+   * The request's number of tokens was made.
+   */
+  AWQUA_STOP_MAX_TOKENS = 3,
+  /**
+   * The context is full.
+   */
+  AWQUA_STOP_CONTEXT_FULL = 4,
+  /**
+   * The caller cancelled.
+   */
+  AWQUA_STOP_CANCELLED = 5,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum awqua_stop_reason awqua_stop_reason;
+#else
+typedef uint32_t awqua_stop_reason;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+/**
+ * A place where models run. Owns nothing but choices: models keep what they need of it, so it may be freed first.
+ */
+typedef struct awqua_engine awqua_engine;
+
+/**
+ * Weights on a device with a tokenizer. Sessions keep what they need of it, so it may be freed first.
+ */
+typedef struct awqua_model awqua_model;
+
+/**
+ * One conversation with a model: its KV cache and the answer in the making.
+ *
+ * A session makes no thread unless the engine was asked for some; everything happens inside awqua_session_tick, on
+ * the thread that calls it.
+ */
+typedef struct awqua_session awqua_session;
+
+/**
+ * Memory functions of the host. They are called from every thread that calls the library (and from its own ones, if
+ * the engine was asked for some), must not call the library, and must not throw. Device drivers allocate their own
+ * memory and are not covered.
+ */
+typedef struct awqua_allocator {
+  /**
+   * sizeof(awqua_allocator).
+   */
+  uint32_t struct_size;
+  /**
+   * 0.
+   */
+  uint32_t flags;
+  /**
+   * Handed to the functions.
+   */
+  void *user;
+  /**
+   * `size` bytes (never 0) at a multiple of `align` (a power of two), or NULL.
+   */
+  void *(*alloc)(void *user, uint64_t size, uint64_t align);
+  /**
+   * Takes back what `alloc` gave, with the same `size` and `align`.
+   */
+  void (*free)(void *user, void *memory, uint64_t size, uint64_t align);
+} awqua_allocator;
+
+/**
+ * Host memory of the library, over all engines.
+ */
+typedef struct awqua_memory_stats {
+  /**
+   * sizeof(awqua_memory_stats).
+   */
+  uint32_t struct_size;
+  /**
+   * 0.
+   */
+  uint32_t flags;
+  /**
+   * Bytes allocated now. Mapped files are not among them.
+   */
+  uint64_t bytes;
+  /**
+   * Most bytes ever allocated at once.
+   */
+  uint64_t peak_bytes;
+  /**
+   * Allocations made since the library was loaded. Stands still while a session decodes on the CPU.
+   */
+  uint64_t allocations;
+} awqua_memory_stats;
+
+/**
+ * UTF-8 text: `len` bytes at `data`, or up to the NUL if `len` is AWQUA_STRLEN. NULL is the empty text. It is read
+ * during the call only.
+ */
+typedef struct awqua_str {
+  /**
+   * First byte.
+   */
+  const char *data;
+  /**
+   * Bytes, or AWQUA_STRLEN.
+   */
+  uint64_t len;
+} awqua_str;
+
+/**
+ * Receives one message; `text` lives for the call. It may come from any thread that is inside the library, must not
+ * call the library, and must not throw.
+ */
+typedef void (*awqua_log_fn)(void *user, uint32_t level, struct awqua_str text);
+
+/**
+ * What an engine is made from; all zero behind `struct_size` is the default.
+ */
+typedef struct awqua_engine_desc {
+  /**
+   * sizeof(awqua_engine_desc).
+   */
+  uint32_t struct_size;
+  /**
+   * AWQUA_ENGINE_* flags.
+   */
+  uint32_t flags;
+  /**
+   * An awqua_backend.
+   */
+  uint32_t backend;
+  /**
+   * CPU threads a session computes with, the caller's included: 0 and 1 make no thread, n makes n - 1 that belong
+   * to the session, sleep between its ticks and end with it. Ignored on a GPU.
+   */
+  uint32_t threads;
+  /**
+   * Part of the adapter's name in any letter case, or its index in awqua_device_get; empty takes the best one.
+   */
+  struct awqua_str device;
+} awqua_engine_desc;
+
+/**
+ * An adapter of the machine.
+ */
+typedef struct awqua_device_info {
+  /**
+   * sizeof(awqua_device_info).
+   */
+  uint32_t struct_size;
+  /**
+   * AWQUA_DEVICE_* flags.
+   */
+  uint32_t flags;
+  /**
+   * An awqua_device_kind.
+   */
+  uint32_t kind;
+  /**
+   * 0.
+   */
+  uint32_t reserved;
+  /**
+   * Largest buffer, in bytes.
+   */
+  uint64_t max_buffer_bytes;
+  /**
+   * Largest part of a buffer that a kernel sees, in bytes; larger weights are split.
+   */
+  uint64_t max_binding_bytes;
+  /**
+   * Name the driver gives it, NUL-terminated, cut if it is longer.
+   */
+  char name[128];
+  /**
+   * Graphics interface in use: "vulkan", "metal" or "dx12".
+   */
+  char api[16];
+  /**
+   * Driver and its version.
+   */
+  char driver[112];
+} awqua_device_info;
+
+/**
+ * How much one tick may do.
+ */
+typedef struct awqua_budget {
+  /**
+   * sizeof(awqua_budget).
+   */
+  uint32_t struct_size;
+  /**
+   * 0.
+   */
+  uint32_t flags;
+  /**
+   * Microseconds of the calling thread. 0 does the smallest step there is.
+   */
+  uint64_t cpu_us;
+} awqua_budget;
+
+/**
+ * Which model to load.
+ */
+typedef struct awqua_model_desc {
+  /**
+   * sizeof(awqua_model_desc).
+   */
+  uint32_t struct_size;
+  /**
+   * 0.
+   */
+  uint32_t flags;
+  /**
+   * Folder of the checkpoint.
+   */
+  struct awqua_str path;
+} awqua_model_desc;
+
+/**
+ * How far loading is; done / total is the share.
+ */
+typedef struct awqua_load_progress {
+  /**
+   * sizeof(awqua_load_progress).
+   */
+  uint32_t struct_size;
+  /**
+   * 0.
+   */
+  uint32_t flags;
+  /**
+   * Parts loaded.
+   */
+  uint64_t done;
+  /**
+   * Parts of the model; 0 before they are known.
+   */
+  uint64_t total;
+} awqua_load_progress;
+
+/**
+ * What a loaded model is.
+ */
+typedef struct awqua_model_info {
+  /**
+   * sizeof(awqua_model_info).
+   */
+  uint32_t struct_size;
+  /**
+   * AWQUA_MODEL_* flags.
+   */
+  uint32_t flags;
+  /**
+   * Entries of the embedding table; token ids are below it.
+   */
+  uint32_t vocab_size;
+  /**
+   * Decoder layers.
+   */
+  uint32_t n_layers;
+  /**
+   * Width of the hidden state.
+   */
+  uint32_t hidden_size;
+  /**
+   * Tokens the model was trained to see at once.
+   */
+  uint32_t max_context;
+  /**
+   * Bytes of weights on the device.
+   */
+  uint64_t weight_bytes;
+  /**
+   * "cpu" or "wgpu", NUL-terminated.
+   */
+  char backend[16];
+  /**
+   * Adapter or processor, cut if it is longer.
+   */
+  char device[128];
+} awqua_model_info;
+
+/**
+ * One turn of a conversation.
+ */
+typedef struct awqua_message {
+  /**
+   * "system", "user", "assistant" or what else the model's template knows.
+   */
+  struct awqua_str role;
+  /**
+   * The text.
+   */
+  struct awqua_str content;
+} awqua_message;
+
+/**
+ * Capacities of a session, fixed when it is made; all zero behind `struct_size` is the default.
+ */
+typedef struct awqua_session_desc {
+  /**
+   * sizeof(awqua_session_desc).
+   */
+  uint32_t struct_size;
+  /**
+   * 0.
+   */
+  uint32_t flags;
+  /**
+   * Tokens the KV cache holds; 0 takes the model's length, at most 4096.
+   */
+  uint32_t context;
+  /**
+   * An awqua_kv_type.
+   */
+  uint32_t kv_type;
+  /**
+   * Most prompt tokens computed at a time; 0 takes 256. A tick takes fewer when its budget is short.
+   */
+  uint32_t chunk;
+  /**
+   * 0.
+   */
+  uint32_t reserved;
+} awqua_session_desc;
+
+/**
+ * How to answer. Start from AWQUA_REQUEST_INIT or awqua_request_init; not all defaults are zero.
+ */
+typedef struct awqua_request {
+  /**
+   * sizeof(awqua_request).
+   */
+  uint32_t struct_size;
+  /**
+   * AWQUA_REQUEST_* flags.
+   */
+  uint32_t flags;
+  /**
+   * Most new tokens. 512.
+   */
+  uint32_t max_tokens;
+  /**
+   * Keep the k most likely tokens; 0 keeps all. 40.
+   */
+  uint32_t top_k;
+  /**
+   * Keep the smallest set of most likely tokens whose probability reaches this; 1 keeps all. 0.95.
+   */
+  float top_p;
+  /**
+   * Drop tokens less likely than this times the most likely one; 0 keeps all. 0.
+   */
+  float min_p;
+  /**
+   * 0 takes the most likely token; otherwise logits are divided by it. 0.7.
+   */
+  float temperature;
+  /**
+   * Positive logits of recent tokens are divided by it, negative ones multiplied; 1 changes nothing. 1.
+   */
+  float repetition_penalty;
+  /**
+   * Subtracted from the logit of every recent token. 0.
+   */
+  float presence_penalty;
+  /**
+   * Subtracted from a recent token's logit once per occurrence. 0.
+   */
+  float frequency_penalty;
+  /**
+   * How many of the last tokens count as recent. 256.
+   */
+  uint32_t penalty_window;
+  /**
+   * Number of `stops`.
+   */
+  uint32_t n_stops;
+  /**
+   * Seed of PCG-32 (XSH RR 64/32), from which one number is drawn a token. 0.
+   */
+  uint64_t seed;
+  /**
+   * Texts that end the answer; neither they nor anything behind them is part of it. Copied.
+   */
+  const struct awqua_str *stops;
+  /**
+   * Further ids that end the answer. Copied.
+   */
+  const uint32_t *stop_ids;
+  /**
+   * Number of `stop_ids`.
+   */
+  uint32_t n_stop_ids;
+  /**
+   * 0.
+   */
+  uint32_t reserved;
+} awqua_request;
+
+/**
+ * What a session holds.
+ */
+typedef struct awqua_session_info {
+  /**
+   * sizeof(awqua_session_info).
+   */
+  uint32_t struct_size;
+  /**
+   * 0.
+   */
+  uint32_t flags;
+  /**
+   * Tokens in the KV cache.
+   */
+  uint32_t n_tokens;
+  /**
+   * Most tokens it holds.
+   */
+  uint32_t context;
+  /**
+   * An awqua_kv_type.
+   */
+  uint32_t kv_type;
+  /**
+   * An awqua_phase.
+   */
+  uint32_t phase;
+  /**
+   * Bytes held for the session on the device.
+   */
+  uint64_t bytes;
+} awqua_session_info;
+
+/**
+ * What a tick did.
+ */
+typedef struct awqua_tick_result {
+  /**
+   * sizeof(awqua_tick_result).
+   */
+  uint32_t struct_size;
+  /**
+   * 0.
+   */
+  uint32_t flags;
+  /**
+   * The awqua_phase behind the tick.
+   */
+  uint32_t phase;
+  /**
+   * New tokens this tick made.
+   */
+  uint32_t new_tokens;
+  /**
+   * Prompt tokens computed so far, those found in the cache included.
+   */
+  uint32_t prompt_done;
+  /**
+   * Tokens of the prompt.
+   */
+  uint32_t prompt_total;
+  /**
+   * New tokens since the prompt.
+   */
+  uint32_t answer_tokens;
+  /**
+   * 0.
+   */
+  uint32_t reserved;
+  /**
+   * Microseconds the call took.
+   */
+  uint64_t cpu_us;
+} awqua_tick_result;
+
+/**
+ * An event, and the caller's memory for its text.
+ */
+typedef struct awqua_event {
+  /**
+   * sizeof(awqua_event).
+   */
+  uint32_t struct_size;
+  /**
+   * 0.
+   */
+  uint32_t flags;
+  /**
+   * Out: an awqua_event_kind.
+   */
+  uint32_t kind;
+  /**
+   * Out: an awqua_stop_reason.
+   */
+  uint32_t reason;
+  /**
+   * Out: an awqua_status.
+   */
+  int32_t status;
+  /**
+   * 0.
+   */
+  uint32_t reserved;
+  /**
+   * In: where text goes; may be NULL with a capacity of 0.
+   */
+  char *text;
+  /**
+   * In: bytes at `text`. No NUL is written.
+   */
+  uint64_t text_capacity;
+  /**
+   * Out: bytes written, always whole characters. Text that does not fit comes with the next event.
+   */
+  uint64_t text_len;
+  /**
+   * Out: bytes of text that wait for the next event.
+   */
+  uint64_t text_waiting;
+} awqua_event;
+
+/**
+ * Every function of this header, for programs that load the library at run time; see awqua_get_api. Members are
+ * only ever appended.
+ */
+typedef struct awqua_api {
+  /**
+   * sizeof(awqua_api) of the library.
+   */
+  uint32_t struct_size;
+  /**
+   * awqua_abi_version of the library.
+   */
+  uint32_t abi;
+  /**
+   * awqua_abi_version
+   */
+  uint32_t (*abi_version)(void);
+  /**
+   * awqua_version
+   */
+  const char *(*version)(void);
+  /**
+   * awqua_status_name
+   */
+  const char *(*status_name)(int32_t status);
+  /**
+   * awqua_last_error
+   */
+  awqua_status (*last_error)(char *buffer, uint64_t capacity, uint64_t *length);
+  /**
+   * awqua_get_api
+   */
+  awqua_status (*get_api)(uint32_t abi_version, uint32_t table_size, const struct awqua_api **api);
+  /**
+   * awqua_set_allocator
+   */
+  awqua_status (*set_allocator)(const struct awqua_allocator *allocator);
+  /**
+   * awqua_memory
+   */
+  awqua_status (*memory)(struct awqua_memory_stats *stats);
+  /**
+   * awqua_set_log
+   */
+  awqua_status (*set_log)(awqua_log_fn callback, void *user, uint32_t level);
+  /**
+   * awqua_engine_desc_init
+   */
+  awqua_status (*engine_desc_init)(struct awqua_engine_desc *desc);
+  /**
+   * awqua_engine_free
+   */
+  awqua_status (*engine_free)(struct awqua_engine *engine);
+  /**
+   * awqua_engine_last_error
+   */
+  awqua_status (*engine_last_error)(const struct awqua_engine *engine,
+                                    char *buffer,
+                                    uint64_t capacity,
+                                    uint64_t *length);
+  /**
+   * awqua_device_count
+   */
+  awqua_status (*device_count)(uint32_t *count);
+  /**
+   * awqua_device_get
+   */
+  awqua_status (*device_get)(uint32_t index, struct awqua_device_info *info);
+  /**
+   * awqua_budget_init
+   */
+  awqua_status (*budget_init)(struct awqua_budget *budget);
+  /**
+   * awqua_model_desc_init
+   */
+  awqua_status (*model_desc_init)(struct awqua_model_desc *desc);
+  /**
+   * awqua_model_create
+   */
+  awqua_status (*model_create)(const struct awqua_engine *engine,
+                               const struct awqua_model_desc *desc,
+                               struct awqua_model **model);
+  /**
+   * awqua_model_tick
+   */
+  awqua_status (*model_tick)(struct awqua_model *model,
+                             const struct awqua_budget *budget,
+                             struct awqua_load_progress *progress);
+  /**
+   * awqua_model_cancel
+   */
+  awqua_status (*model_cancel)(const struct awqua_model *model);
+  /**
+   * awqua_model_free
+   */
+  awqua_status (*model_free)(struct awqua_model *model);
+  /**
+   * awqua_model_last_error
+   */
+  awqua_status (*model_last_error)(const struct awqua_model *model,
+                                   char *buffer,
+                                   uint64_t capacity,
+                                   uint64_t *length);
+  /**
+   * awqua_model_get_info
+   */
+  awqua_status (*model_get_info)(const struct awqua_model *model, struct awqua_model_info *info);
+  /**
+   * awqua_model_tokenize
+   */
+  awqua_status (*model_tokenize)(const struct awqua_model *model,
+                                 struct awqua_str text,
+                                 uint32_t flags,
+                                 uint32_t *ids,
+                                 uint64_t capacity,
+                                 uint64_t *count);
+  /**
+   * awqua_model_detokenize
+   */
+  awqua_status (*model_detokenize)(const struct awqua_model *model,
+                                   const uint32_t *ids,
+                                   uint64_t count,
+                                   uint32_t flags,
+                                   char *buffer,
+                                   uint64_t capacity,
+                                   uint64_t *length);
+  /**
+   * awqua_model_render_chat
+   */
+  awqua_status (*model_render_chat)(const struct awqua_model *model,
+                                    const struct awqua_message *messages,
+                                    uint64_t count,
+                                    uint32_t flags,
+                                    char *buffer,
+                                    uint64_t capacity,
+                                    uint64_t *length);
+  /**
+   * awqua_session_desc_init
+   */
+  awqua_status (*session_desc_init)(struct awqua_session_desc *desc);
+  /**
+   * awqua_request_init
+   */
+  awqua_status (*request_init)(struct awqua_request *request);
+  /**
+   * awqua_session_create
+   */
+  awqua_status (*session_create)(const struct awqua_model *model,
+                                 const struct awqua_session_desc *desc,
+                                 struct awqua_session **session);
+  /**
+   * awqua_session_free
+   */
+  awqua_status (*session_free)(struct awqua_session *session);
+  /**
+   * awqua_session_last_error
+   */
+  awqua_status (*session_last_error)(const struct awqua_session *session,
+                                     char *buffer,
+                                     uint64_t capacity,
+                                     uint64_t *length);
+  /**
+   * awqua_session_begin_tokens
+   */
+  awqua_status (*session_begin_tokens)(struct awqua_session *session,
+                                       const uint32_t *ids,
+                                       uint64_t count,
+                                       const struct awqua_request *request);
+  /**
+   * awqua_session_begin_text
+   */
+  awqua_status (*session_begin_text)(struct awqua_session *session,
+                                     struct awqua_str prompt,
+                                     const struct awqua_request *request);
+  /**
+   * awqua_session_begin_chat
+   */
+  awqua_status (*session_begin_chat)(struct awqua_session *session,
+                                     const struct awqua_message *messages,
+                                     uint64_t count,
+                                     const struct awqua_request *request);
+  /**
+   * awqua_session_tick
+   */
+  awqua_status (*session_tick)(struct awqua_session *session,
+                               const struct awqua_budget *budget,
+                               struct awqua_tick_result *result);
+  /**
+   * awqua_session_poll
+   */
+  awqua_status (*session_poll)(struct awqua_session *session, struct awqua_event *event);
+  /**
+   * awqua_session_cancel
+   */
+  awqua_status (*session_cancel)(const struct awqua_session *session);
+  /**
+   * awqua_session_run
+   */
+  awqua_status (*session_run)(struct awqua_session *session);
+  /**
+   * awqua_session_truncate
+   */
+  awqua_status (*session_truncate)(struct awqua_session *session, uint32_t n_tokens);
+  /**
+   * awqua_engine_create
+   */
+  awqua_status (*engine_create)(const struct awqua_engine_desc *desc, struct awqua_engine **engine);
+  /**
+   * awqua_session_get_info
+   */
+  awqua_status (*session_get_info)(const struct awqua_session *session, struct awqua_session_info *info);
+} awqua_api;
+
+#ifdef __cplusplus
+extern "C" {
+#endif // __cplusplus
+
+/**
+ * Makes the library take its memory from the host. The first call into the library or never: fails with
+ * AWQUA_ERR_STATE once anything was allocated. The functions must stay valid until the process ends.
+ */
+AWQUA_API awqua_status awqua_set_allocator(const struct awqua_allocator *allocator);
+
+/**
+ * Host memory the library holds, whoever provides it.
+ */
+AWQUA_API awqua_status awqua_memory(struct awqua_memory_stats *stats);
+
+/**
+ * Sends messages up to `level` (an awqua_log_level) to `callback`; NULL turns them off. Any thread, any time; a
+ * message already on its way may still arrive at the old callback while this returns.
+ */
+AWQUA_API
+awqua_status awqua_set_log(awqua_log_fn callback,
+                           void *user,
+                           uint32_t level);
+
+/**
+ * Fills a description with its defaults.
+ */
+AWQUA_API awqua_status awqua_engine_desc_init(struct awqua_engine_desc *desc);
+
+/**
+ * Makes an engine. No device is opened before the first model is loaded. `desc` may be NULL for the defaults.
+ */
+AWQUA_API
+awqua_status awqua_engine_create(const struct awqua_engine_desc *desc,
+                                 struct awqua_engine **engine);
+
+/**
+ * Frees an engine; NULL is fine. Its models live on.
+ */
+AWQUA_API awqua_status awqua_engine_free(struct awqua_engine *engine);
+
+/**
+ * Copies the text of the last failed call on `engine`, as awqua_last_error does.
+ */
+AWQUA_API
+awqua_status awqua_engine_last_error(const struct awqua_engine *engine,
+                                     char *buffer,
+                                     uint64_t capacity,
+                                     uint64_t *length);
+
+/**
+ * Number of adapters, the preferred one first. 0 without a driver, which is no failure. Slow: asks every driver.
+ */
+AWQUA_API
+awqua_status awqua_device_count(uint32_t *count);
+
+/**
+ * Describes adapter number `index`. Slow: asks every driver.
+ */
+AWQUA_API awqua_status awqua_device_get(uint32_t index, struct awqua_device_info *info);
+
+/**
+ * Fills a budget with its defaults.
+ */
+AWQUA_API awqua_status awqua_budget_init(struct awqua_budget *budget);
+
+/**
+ * Fills a description with its defaults.
+ */
+AWQUA_API awqua_status awqua_model_desc_init(struct awqua_model_desc *desc);
+
+/**
+ * Begins to load a model; nothing is opened before the first tick.
+ */
+AWQUA_API
+awqua_status awqua_model_create(const struct awqua_engine *engine,
+                                const struct awqua_model_desc *desc,
+                                struct awqua_model **model);
+
+/**
+ * Goes on loading: AWQUA_PENDING until it returns AWQUA_OK, then the model is ready. Once awqua_model_cancel was
+ * called it returns AWQUA_ERR_CANCELLED one time and gives back what was loaded; the next tick starts anew, as it
+ * does after any failure. `budget` may be NULL for its defaults, `progress` may be NULL.
+ */
+AWQUA_API
+awqua_status awqua_model_tick(struct awqua_model *model,
+                              const struct awqua_budget *budget,
+                              struct awqua_load_progress *progress);
+
+/**
+ * Stops loading at the next tick. Any thread, any time.
+ */
+AWQUA_API awqua_status awqua_model_cancel(const struct awqua_model *model);
+
+/**
+ * Frees a model; NULL is fine. Its sessions live on, and its weights with them.
+ */
+AWQUA_API awqua_status awqua_model_free(struct awqua_model *model);
+
+/**
+ * Copies the text of the last failed call on `model`, as awqua_last_error does.
+ */
+AWQUA_API
+awqua_status awqua_model_last_error(const struct awqua_model *model,
+                                    char *buffer,
+                                    uint64_t capacity,
+                                    uint64_t *length);
+
+/**
+ * What the loaded model is.
+ */
+AWQUA_API awqua_status awqua_model_get_info(const struct awqua_model *model, struct awqua_model_info *info);
+
+/**
+ * Token ids of `text`. `count` gets their number, also when `capacity` is too small.
+ */
+AWQUA_API
+awqua_status awqua_model_tokenize(const struct awqua_model *model,
+                                  struct awqua_str text,
+                                  uint32_t flags,
+                                  uint32_t *ids,
+                                  uint64_t capacity,
+                                  uint64_t *count);
+
+/**
+ * Text of `ids`, NUL-terminated. `length` gets its length, also when `capacity` (which includes the NUL) is too small.
+ */
+AWQUA_API
+awqua_status awqua_model_detokenize(const struct awqua_model *model,
+                                    const uint32_t *ids,
+                                    uint64_t count,
+                                    uint32_t flags,
+                                    char *buffer,
+                                    uint64_t capacity,
+                                    uint64_t *length);
+
+/**
+ * The conversation as the model's own template writes it, NUL-terminated. `length` gets its length, also when
+ * `capacity` (which includes the NUL) is too small.
+ */
+AWQUA_API
+awqua_status awqua_model_render_chat(const struct awqua_model *model,
+                                     const struct awqua_message *messages,
+                                     uint64_t count,
+                                     uint32_t flags,
+                                     char *buffer,
+                                     uint64_t capacity,
+                                     uint64_t *length);
+
+/**
+ * Fills a description with its defaults.
+ */
+AWQUA_API awqua_status awqua_session_desc_init(struct awqua_session_desc *desc);
+
+/**
+ * Fills a request with its defaults.
+ */
+AWQUA_API awqua_status awqua_request_init(struct awqua_request *request);
+
+/**
+ * Makes a session on a loaded model, with an empty cache. `desc` may be NULL for the defaults.
+ */
+AWQUA_API
+awqua_status awqua_session_create(const struct awqua_model *model,
+                                  const struct awqua_session_desc *desc,
+                                  struct awqua_session **session);
+
+/**
+ * Frees a session; NULL is fine.
+ */
+AWQUA_API awqua_status awqua_session_free(struct awqua_session *session);
+
+/**
+ * Copies the text of the last failed call on `session`, as awqua_last_error does.
+ */
+AWQUA_API
+awqua_status awqua_session_last_error(const struct awqua_session *session,
+                                      char *buffer,
+                                      uint64_t capacity,
+                                      uint64_t *length);
+
+/**
+ * What the session holds.
+ */
+AWQUA_API
+awqua_status awqua_session_get_info(const struct awqua_session *session,
+                                    struct awqua_session_info *info);
+
+/**
+ * Begins to answer the token ids `ids`, which replace what the session holds; the start they share with it is not
+ * computed again. Drops events of an earlier answer. `request` may be NULL for its defaults. Fails with
+ * AWQUA_ERR_STATE while an answer is being made: tick it to its end or cancel it first.
+ */
+AWQUA_API
+awqua_status awqua_session_begin_tokens(struct awqua_session *session,
+                                        const uint32_t *ids,
+                                        uint64_t count,
+                                        const struct awqua_request *request);
+
+/**
+ * As awqua_session_begin_tokens, for plain text to continue.
+ */
+AWQUA_API
+awqua_status awqua_session_begin_text(struct awqua_session *session,
+                                      struct awqua_str prompt,
+                                      const struct awqua_request *request);
+
+/**
+ * As awqua_session_begin_tokens, for a conversation, which the model's own template renders.
+ */
+AWQUA_API
+awqua_status awqua_session_begin_chat(struct awqua_session *session,
+                                      const struct awqua_message *messages,
+                                      uint64_t count,
+                                      const struct awqua_request *request);
+
+/**
+ * Works on the answer for about as long as `budget` allows: AWQUA_PENDING while there is more to do, AWQUA_OK once
+ * the answer is complete, failed or was never begun. Its text and its end are polled as events; a failure of the
+ * answer is an event as well, and the status of this call. `budget` may be NULL for its defaults, `result` may be
+ * NULL.
+ */
+AWQUA_API
+awqua_status awqua_session_tick(struct awqua_session *session,
+                                const struct awqua_budget *budget,
+                                struct awqua_tick_result *result);
+
+/**
+ * Takes the next event: AWQUA_OK, or AWQUA_EMPTY if there is none. Text goes to the memory that `event` names; if
+ * that does not hold even one character, fails with AWQUA_ERR_BUFFER_TOO_SMALL, `text_waiting` says how much there
+ * is, and nothing is lost.
+ */
+AWQUA_API
+awqua_status awqua_session_poll(struct awqua_session *session,
+                                struct awqua_event *event);
+
+/**
+ * Ends the answer at the next tick, which makes its AWQUA_EVENT_DONE with AWQUA_STOP_CANCELLED. What the session
+ * computed stays in its cache. Does nothing if no answer is being made. Any thread, any time.
+ */
+AWQUA_API
+awqua_status awqua_session_cancel(const struct awqua_session *session);
+
+/**
+ * Ticks until the answer is complete, for tools that have nothing else to do. Its text waits as events.
+ */
+AWQUA_API awqua_status awqua_session_run(struct awqua_session *session);
+
+/**
+ * Forgets all but the first `n_tokens` tokens of the cache. Fails with AWQUA_ERR_STATE while an answer is being made.
+ */
+AWQUA_API
+awqua_status awqua_session_truncate(struct awqua_session *session,
+                                    uint32_t n_tokens);
+
+/**
+ * ABI of the library that is loaded, as AWQUA_ABI_VERSION: major << 16 | minor. A program works with a library of the
+ * same major and the same or a higher minor version.
+ */
+AWQUA_API
+uint32_t awqua_abi_version(void);
+
+/**
+ * Version of the library, as "1.2.3".
+ */
+AWQUA_API const char *awqua_version(void);
+
+/**
+ * Name of a status, as "AWQUA_ERR_IO"; "AWQUA_UNKNOWN" for one this library does not know. Never NULL.
+ */
+AWQUA_API const char *awqua_status_name(int32_t status);
+
+/**
+ * Copies the text of the last failed call of this thread, on whatever object, cut to `capacity` and always ended by a
+ * NUL. `length` may be NULL and gets the length of the whole text.
+ */
+AWQUA_API
+awqua_status awqua_last_error(char *buffer,
+                              uint64_t capacity,
+                              uint64_t *length);
+
+/**
+ * Hands out the table of functions, for programs that load the library at run time and look up this symbol only.
+ *
+ * Pass AWQUA_ABI_VERSION and sizeof(awqua_api) of the header the program was compiled with: fails with AWQUA_ERR_ABI
+ * if the library is older than that or of another major version. The table lives as long as the library is loaded.
+ */
+AWQUA_API
+awqua_status awqua_get_api(uint32_t abi_version,
+                           uint32_t table_size,
+                           const struct awqua_api **api);
+
+#ifdef __cplusplus
+}  // extern "C"
+#endif  // __cplusplus
+
+#endif  /* AWQUA_H */

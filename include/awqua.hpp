@@ -1,0 +1,221 @@
+/*
+ * Awqua for C++17: the objects of awqua.h with owners, exceptions and standard strings. Header only; the rules of
+ * awqua.h hold (threads above all), and get() gives the C object for what is not wrapped here.
+ */
+#ifndef AWQUA_HPP
+#define AWQUA_HPP
+
+#include <cstdint>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "awqua.h"
+
+namespace awqua {
+
+/* A failed call: its status, and the text behind it as what(). */
+class error : public std::runtime_error {
+  public:
+    error(awqua_status status, const std::string &text) : std::runtime_error(text), status_(status) {}
+    awqua_status status() const noexcept { return status_; }
+
+  private:
+    awqua_status status_;
+};
+
+/* Passes success through (0 or positive) and throws the rest. */
+inline awqua_status check(awqua_status status) {
+    if (static_cast<int>(status) < 0) {
+        char text[1024] = "";
+        awqua_last_error(text, sizeof text, nullptr);
+        throw error(status, std::string(awqua_status_name(status)) + ": " + text);
+    }
+    return status;
+}
+
+inline awqua_str str(std::string_view text) noexcept { return awqua_str{text.data(), text.size()}; }
+
+namespace detail {
+template <class T, awqua_status (*Free)(T *)> struct deleter {
+    void operator()(T *object) const noexcept { Free(object); }
+};
+template <class T, awqua_status (*Free)(T *)> using owner = std::unique_ptr<T, deleter<T, Free>>;
+} // namespace detail
+
+inline awqua_budget budget(std::uint64_t cpu_us) noexcept {
+    awqua_budget budget = AWQUA_BUDGET_INIT;
+    budget.cpu_us = cpu_us;
+    return budget;
+}
+
+/* Where models run. */
+class engine {
+  public:
+    explicit engine(awqua_backend backend = AWQUA_BACKEND_AUTO) {
+        awqua_engine_desc desc = AWQUA_ENGINE_DESC_INIT;
+        desc.backend = backend;
+        create(desc);
+    }
+    explicit engine(const awqua_engine_desc &desc) { create(desc); }
+    awqua_engine *get() const noexcept { return object_.get(); }
+
+  private:
+    void create(const awqua_engine_desc &desc) {
+        awqua_engine *object = nullptr;
+        check(awqua_engine_create(&desc, &object));
+        object_.reset(object);
+    }
+    detail::owner<awqua_engine, awqua_engine_free> object_;
+};
+
+/* Weights on a device with a tokenizer. */
+class model {
+  public:
+    /* Begins to load the checkpoint in the folder `path`; tick() or load() goes on. */
+    model(const engine &on, std::string_view path) {
+        awqua_model_desc desc = AWQUA_MODEL_DESC_INIT;
+        desc.path = str(path);
+        create(on, desc);
+    }
+    model(const engine &on, const awqua_model_desc &desc) { create(on, desc); }
+
+    /* Loads for about `cpu_us` microseconds; true once the model is ready. */
+    bool tick(std::uint64_t cpu_us, awqua_load_progress *progress = nullptr) {
+        const awqua_budget b = budget(cpu_us);
+        return check(awqua_model_tick(object_.get(), &b, progress)) == AWQUA_OK;
+    }
+    /* Loads to the end. */
+    void load() {
+        while (!tick(1000000)) {
+        }
+    }
+    void cancel() const { check(awqua_model_cancel(object_.get())); }
+
+    awqua_model_info info() const {
+        awqua_model_info info = AWQUA_MODEL_INFO_INIT;
+        check(awqua_model_get_info(object_.get(), &info));
+        return info;
+    }
+    std::vector<std::uint32_t> tokenize(std::string_view text, bool add_special = true) const {
+        const std::uint32_t flags = add_special ? AWQUA_TOKENIZE_SPECIAL : 0;
+        std::vector<std::uint32_t> ids(text.size() + 8);
+        std::uint64_t count = 0;
+        awqua_status status = awqua_model_tokenize(object_.get(), str(text), flags, ids.data(), ids.size(), &count);
+        if (status == AWQUA_ERR_BUFFER_TOO_SMALL) {
+            ids.resize(count);
+            status = awqua_model_tokenize(object_.get(), str(text), flags, ids.data(), ids.size(), &count);
+        }
+        check(status);
+        ids.resize(count);
+        return ids;
+    }
+    std::string detokenize(const std::vector<std::uint32_t> &ids, bool skip_special = true) const {
+        const std::uint32_t flags = skip_special ? AWQUA_DETOKENIZE_SKIP_SPECIAL : 0;
+        std::string text(ids.size() * 8 + 16, '\0');
+        std::uint64_t length = 0;
+        awqua_status status = awqua_model_detokenize(object_.get(), ids.data(), ids.size(), flags, &text[0],
+                                                     text.size() + 1, &length);
+        if (status == AWQUA_ERR_BUFFER_TOO_SMALL) {
+            text.resize(length);
+            status = awqua_model_detokenize(object_.get(), ids.data(), ids.size(), flags, &text[0], text.size() + 1,
+                                            &length);
+        }
+        check(status);
+        text.resize(length);
+        return text;
+    }
+    awqua_model *get() const noexcept { return object_.get(); }
+
+  private:
+    void create(const engine &on, const awqua_model_desc &desc) {
+        awqua_model *object = nullptr;
+        check(awqua_model_create(on.get(), &desc, &object));
+        object_.reset(object);
+    }
+    detail::owner<awqua_model, awqua_model_free> object_;
+};
+
+/* One turn of a conversation. */
+struct message {
+    std::string role;
+    std::string content;
+};
+
+inline awqua_request request() noexcept { return awqua_request AWQUA_REQUEST_INIT; }
+
+/* One conversation with a model. */
+class session {
+  public:
+    explicit session(const model &with, const awqua_session_desc *desc = nullptr) {
+        awqua_session *object = nullptr;
+        check(awqua_session_create(with.get(), desc, &object));
+        object_.reset(object);
+    }
+
+    void begin(std::string_view prompt, const awqua_request &how = request()) {
+        check(awqua_session_begin_text(object_.get(), str(prompt), &how));
+    }
+    void begin(const std::vector<std::uint32_t> &ids, const awqua_request &how = request()) {
+        check(awqua_session_begin_tokens(object_.get(), ids.data(), ids.size(), &how));
+    }
+    void begin(const std::vector<message> &conversation, const awqua_request &how = request()) {
+        std::vector<awqua_message> messages;
+        messages.reserve(conversation.size());
+        for (const message &m : conversation) {
+            messages.push_back(awqua_message{str(m.role), str(m.content)});
+        }
+        check(awqua_session_begin_chat(object_.get(), messages.data(), messages.size(), &how));
+    }
+
+    /* Works for about `cpu_us` microseconds; true while there is more to do. */
+    bool tick(std::uint64_t cpu_us, awqua_tick_result *result = nullptr) {
+        const awqua_budget b = budget(cpu_us);
+        return check(awqua_session_tick(object_.get(), &b, result)) == AWQUA_PENDING;
+    }
+
+    /* Polls all events: `on_text(std::string_view)` for each piece; the reason if the answer ended, else
+     * AWQUA_STOP_NONE. Throws if it failed. */
+    template <class OnText> awqua_stop_reason poll(OnText &&on_text) {
+        char buffer[512];
+        for (;;) {
+            awqua_event event = AWQUA_EVENT_INIT;
+            event.text = buffer;
+            event.text_capacity = sizeof buffer;
+            if (check(awqua_session_poll(object_.get(), &event)) == AWQUA_EMPTY) {
+                return AWQUA_STOP_NONE;
+            }
+            switch (event.kind) {
+            case AWQUA_EVENT_TEXT:
+                on_text(std::string_view(buffer, static_cast<std::size_t>(event.text_len)));
+                break;
+            case AWQUA_EVENT_DONE:
+                return static_cast<awqua_stop_reason>(event.reason);
+            case AWQUA_EVENT_ERROR:
+                check(static_cast<awqua_status>(event.status));
+                break;
+            default:
+                break;
+            }
+        }
+    }
+
+    void cancel() const { check(awqua_session_cancel(object_.get())); }
+    void truncate(std::uint32_t n_tokens) { check(awqua_session_truncate(object_.get(), n_tokens)); }
+    awqua_session_info info() const {
+        awqua_session_info info = AWQUA_SESSION_INFO_INIT;
+        check(awqua_session_get_info(object_.get(), &info));
+        return info;
+    }
+    awqua_session *get() const noexcept { return object_.get(); }
+
+  private:
+    detail::owner<awqua_session, awqua_session_free> object_;
+};
+
+} // namespace awqua
+
+#endif

@@ -1,0 +1,93 @@
+/* The host's memory functions: all memory comes from them and returns to them, and an answer keeps none of what it
+ * takes: allocator MODEL */
+#define _POSIX_C_SOURCE 200112L
+#include <pthread.h>
+
+#include "check.h"
+
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static uint64_t blocks, bytes, calls;
+
+static void *count_alloc(void *user, uint64_t size, uint64_t align) {
+    void *memory = NULL;
+    CHECK(user == &blocks && size > 0 && align > 0 && (align & (align - 1)) == 0);
+    if (posix_memalign(&memory, align < sizeof(void *) ? sizeof(void *) : (size_t)align, (size_t)size) != 0) {
+        return NULL;
+    }
+    pthread_mutex_lock(&lock);
+    blocks++;
+    calls++;
+    bytes += size;
+    pthread_mutex_unlock(&lock);
+    return memory;
+}
+
+static void count_free(void *user, void *memory, uint64_t size, uint64_t align) {
+    CHECK(user == &blocks && memory != NULL && align > 0);
+    pthread_mutex_lock(&lock);
+    blocks--;
+    bytes -= size;
+    pthread_mutex_unlock(&lock);
+    free(memory);
+}
+
+/* An answer of 300 ticks, and everything given back. */
+static void play(const char *path) {
+    awqua_engine *engine = cpu_engine();
+    awqua_model *model = loaded_model(engine, path);
+    awqua_session *session = new_session(model, 512);
+    awqua_request request = greedy(400);
+    awqua_budget budget = AWQUA_BUDGET_INIT;
+    awqua_tick_result result = AWQUA_TICK_RESULT_INIT;
+    uint64_t before;
+    uint32_t tokens = 0;
+    int i;
+    budget.cpu_us = 0;
+    OK(awqua_session_begin_text(session, AWQUA_CSTR("It was a fine morning, and Emma"), &request));
+    for (i = 0; i < 100; i++) {
+        EXPECT(AWQUA_PENDING, awqua_session_tick(session, &budget, &result));
+    }
+    CHECK(result.phase == AWQUA_PHASE_DECODE);
+    before = blocks;
+    for (i = 0; i < 200; i++) {
+        char text[64];
+        awqua_event event = AWQUA_EVENT_INIT;
+        event.text = text;
+        event.text_capacity = sizeof text;
+        EXPECT(AWQUA_PENDING, awqua_session_tick(session, &budget, &result));
+        tokens += result.new_tokens;
+        while (awqua_session_poll(session, &event) == AWQUA_OK) {
+        }
+    }
+    CHECK(tokens == 200 && blocks <= before + 2);
+    OK(awqua_session_free(session));
+    OK(awqua_model_free(model));
+    OK(awqua_engine_free(engine));
+}
+
+int main(int argc, char **argv) {
+    awqua_allocator allocator = AWQUA_ALLOCATOR_INIT;
+    awqua_memory_stats stats = AWQUA_MEMORY_STATS_INIT;
+    uint64_t earlier, settled;
+    CHECK(argc == 2);
+    EXPECT(AWQUA_ERR_INVALID_ARGUMENT, awqua_set_allocator(NULL));
+    EXPECT(AWQUA_ERR_INVALID_ARGUMENT, awqua_set_allocator(&allocator));
+    /* What the failed calls above allocated, and gave back. */
+    OK(awqua_memory(&stats));
+    CHECK(stats.bytes == 0);
+    earlier = stats.allocations;
+    allocator.user = &blocks;
+    allocator.alloc = count_alloc;
+    allocator.free = count_free;
+    OK(awqua_set_allocator(&allocator));
+    EXPECT(AWQUA_ERR_STATE, awqua_set_allocator(&allocator));
+    play(argv[1]);
+    /* Tables that are made once per process stay; nothing else does. */
+    settled = blocks;
+    play(argv[1]);
+    CHECK(blocks == settled);
+    OK(awqua_memory(&stats));
+    CHECK(stats.bytes == bytes && stats.allocations == calls + earlier && stats.peak_bytes >= bytes);
+    CHECK(calls > 10);
+    return 0;
+}
