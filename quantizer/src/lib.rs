@@ -5,7 +5,12 @@
 //! ends in. What the packed bits mean is [`awqua::quant`]'s business: a format is written with the functions beside
 //! those that read it.
 
+pub mod decoder;
+pub mod grid;
 pub mod import;
+pub mod math;
+pub mod method;
+pub mod random;
 pub mod rtn;
 pub mod write;
 

@@ -7,11 +7,13 @@ use crate::checkpoint::{Checkpoint, TensorView};
 use crate::error::{Error, ErrorKind, Result};
 use crate::tensor::{W4Matrix, Weight};
 
+mod affine;
 pub mod awq;
 mod canonical;
 pub mod compressed;
 mod config;
 
+pub use affine::AffineMatrix;
 pub use config::{Dialect, Quantization, Scheme};
 
 /// Loads the weight of the linear module `prefix` (its name without `.weight`) of `n` outputs and `k` inputs.
