@@ -12,6 +12,7 @@ pub mod math;
 pub mod method;
 pub mod random;
 pub mod rtn;
+pub mod synth;
 pub mod write;
 
 pub use rtn::{PackedModule, Progress, Report, Rest, RtnOptions, quantize_matrix, quantize_rtn};

@@ -26,6 +26,7 @@ pub static KERNEL: Kernel = Kernel {
     body: include_str!("argmax.wgsl"),
     preludes: &[Prelude::Order],
     constants: &[("WG", WG), ("BLOCK", BLOCK)],
+    large: &[],
     params: Params::FIELDS,
     trials,
 };

@@ -22,6 +22,7 @@ pub static KERNEL: Kernel = Kernel {
     body: include_str!("argmax_reduce.wgsl"),
     preludes: &[Prelude::Order],
     constants: &[("WG", WG)],
+    large: &[],
     params: Params::FIELDS,
     trials,
 };

@@ -44,6 +44,7 @@ pub static KERNEL: Kernel = Kernel {
     body: include_str!("attention.wgsl"),
     preludes: &[Prelude::Step, Prelude::Kv],
     constants: &[("WG", WG), ("HEADS", HEADS), ("TILE", TILE), ("HEAD_DIM_MAX", HEAD_DIM_MAX)],
+    large: &[],
     params: Params::FIELDS,
     trials,
 };

@@ -32,6 +32,7 @@ pub static KERNEL: Kernel = Kernel {
     body: include_str!("attention_reduce.wgsl"),
     preludes: &[Prelude::Step],
     constants: &[("WG", WG)],
+    large: &[],
     params: Params::FIELDS,
     trials,
 };

@@ -30,6 +30,7 @@ pub static KERNEL: Kernel = Kernel {
     body: include_str!("embed.wgsl"),
     preludes: &[Prelude::Step, Prelude::Dense],
     constants: &[("WG", WG)],
+    large: &[],
     params: Params::FIELDS,
     trials,
 };

@@ -16,13 +16,8 @@ pub static KERNEL: Kernel = Kernel {
     name: "gemm_dense",
     body: include_str!("gemm_dense.wgsl"),
     preludes: &[Prelude::Step, Prelude::Dense, Prelude::Gemm],
-    constants: &[
-        ("WG", WG),
-        ("TILE", TILE),
-        ("K_STEP", K_STEP),
-        ("FLAG_ACCUMULATE", FLAG_ACCUMULATE),
-        ("FLAG_BIAS", FLAG_BIAS),
-    ],
+    constants: &[("WG", WG), ("TILE", TILE), ("K_STEP", K_STEP)],
+    large: &[],
     params: Params::FIELDS,
     trials,
 };

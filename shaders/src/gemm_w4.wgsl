@@ -1,4 +1,4 @@
-// out[t, n] = sum_k x[t, k] * w[n, k] (+ bias[n]) (+ out[t, n]), w in the canonical 4-bit layout, for many rows t.
+// out[t, n] = sum_k x[t, k] * w[n, k] (+ bias[n]) (+ out[t, n]), w in the 4-bit layout of the device, for many rows t.
 //
 // Mapping: see prelude/gemm.wgsl; grid x, y number tiles of TILE outputs, z tiles of TILE rows.
 // Traffic: the weights once per TILE rows, x once per TILE outputs. Weights are dequantised into workgroup memory as
@@ -7,7 +7,7 @@
 struct Params {
     n: u32,
     k: u32,
-    row_words: u32,
+    chunks: u32,
     group_size: u32,
     groups: u32,
     x_stride: u32,
@@ -16,23 +16,24 @@ struct Params {
     bias_offset: u32,
     flags: u32,
     row_mode: u32,
+    eps: f32,
 }
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(2) var<storage, read> x: array<vec4<f32>>;          // (rows, x_stride / 4)
-@group(0) @binding(3) var<storage, read> qweight: array<u32>;          // (n, row_words)
-@group(0) @binding(4) var<storage, read> group_params: array<u32>;     // (n, groups)
+@group(0) @binding(3) var<storage, read> qweight: array<u32>;          // (tiles, chunks, 32, 4)
+@group(0) @binding(4) var<storage, read> group_params: array<u32>;     // (tiles, groups, 32)
 @group(0) @binding(5) var<storage, read> bias: array<f32>;             // (bias_offset + n)
 @group(0) @binding(6) var<storage, read_write> out: array<f32>;        // (rows, out_stride)
 
 // Weights of output `n` for inputs k..k+8.
 fn weights8(n: u32, k: u32) -> Weights8 {
-    let word = qweight[n * params.row_words + k / 8u];
-    let scale = group_scale(group_params[n * params.groups + k / params.group_size], params.flags);
-    let even = vec4<f32>(unpack4xU8(word & 0x0f0f0f0fu)) - 8.0;
-    let odd = vec4<f32>(unpack4xU8((word >> 4u) & 0x0f0f0f0fu)) - 8.0;
+    let word = qweight[chunk_index(n, k / 32u, params.chunks) * 4u + k / 8u % 4u];
+    let group = unpack_group(group_params[group_index(n, k / params.group_size, params.groups)], params.flags);
+    let even = vec4<f32>(unpack4xU8(word & 0x0f0f0f0fu)) - group.zero;
+    let odd = vec4<f32>(unpack4xU8((word >> 4u) & 0x0f0f0f0fu)) - group.zero;
     let lo = vec4<f32>(even.x, odd.x, even.y, odd.y);
     let hi = vec4<f32>(even.z, odd.z, even.w, odd.w);
-    return Weights8(lo * scale.x + scale.y, hi * scale.x + scale.y);
+    return Weights8(lo * group.s + group.c, hi * group.s + group.c);
 }
 
 @compute @workgroup_size(WG)

@@ -39,7 +39,8 @@ pub static KERNEL: Kernel = Kernel {
     name: "gemv_dense",
     body: include_str!("gemv_dense.wgsl"),
     preludes: &[Prelude::Step, Prelude::Dense, Prelude::Reduce],
-    constants: &[("WG", WG), ("ROWS", ROWS), ("FLAG_ACCUMULATE", FLAG_ACCUMULATE), ("FLAG_BIAS", FLAG_BIAS)],
+    constants: &[("WG", WG), ("ROWS", ROWS)],
+    large: &[],
     params: Params::FIELDS,
     trials,
 };

@@ -1,12 +1,15 @@
 //! Twin of `gemv_w4.wgsl`; the formula and the mapping are in its header.
 
 use crate::trial::Expected;
+use crate::w4::{self, Matrix, Shape};
 use crate::*;
 
 /// Invocations of a workgroup.
-pub const WG: u32 = 128;
-/// Outputs of a workgroup.
-pub const ROWS: u32 = 4;
+pub const WG: u32 = 256;
+/// Bytes of inputs in workgroup memory.
+pub const X_BYTES: u32 = 8192;
+/// The same on large devices.
+pub const LARGE: &[(&str, u32)] = &[("WG", 512), ("X_BYTES", 22528)];
 
 params! {
     /// Uniform at binding 0.
@@ -15,8 +18,8 @@ params! {
         n: u32,
         /// Inputs; a multiple of 8.
         k: u32,
-        /// Words of a row of `qweight`, a multiple of 4 that is at least k / 8; the content of the padding is ignored.
-        row_words: u32,
+        /// Chunks of 32 inputs, the last one padded.
+        chunks: u32,
         /// Inputs of a group; a multiple of 8 that divides k.
         group_size: u32,
         /// Groups of a row.
@@ -29,12 +32,13 @@ params! {
         out_offset: u32,
         /// First element of the bias of these outputs.
         bias_offset: u32,
-        /// Bits [`crate::FLAG_ACCUMULATE`], [`crate::FLAG_BIAS`], [`crate::FLAG_OFFSET_IS_BIAS`].
+        /// Bits [`crate::FLAG_ACCUMULATE`], [`crate::FLAG_BIAS`], [`crate::FLAG_OFFSET_IS_BIAS`], [`crate::FLAG_SUMS`],
+        /// [`crate::FLAG_NORM`].
         flags: u32,
         /// [`crate::RowMode`].
         row_mode: u32,
-        /// Unused.
-        pad: u32,
+        /// Added to the mean of squares under [`crate::FLAG_NORM`].
+        eps: f32,
     }
 }
 
@@ -42,69 +46,33 @@ params! {
 pub static KERNEL: Kernel = Kernel {
     name: "gemv_w4",
     body: include_str!("gemv_w4.wgsl"),
-    preludes: &[Prelude::Step, Prelude::W4, Prelude::Elem, Prelude::Reduce],
-    constants: &[
-        ("WG", WG),
-        ("ROWS", ROWS),
-        ("FLAG_ACCUMULATE", FLAG_ACCUMULATE),
-        ("FLAG_BIAS", FLAG_BIAS),
-        ("FLAG_OFFSET_IS_BIAS", FLAG_OFFSET_IS_BIAS),
-    ],
+    preludes: &[Prelude::Step, Prelude::W4, Prelude::Elem, Prelude::Reduce, Prelude::GemvW4],
+    constants: &[("WG", WG), ("X_BYTES", X_BYTES)],
+    large: LARGE,
     params: Params::FIELDS,
     trials,
 };
 
 /// Dispatch for `rows` input rows.
 pub fn grid(params: &Params, rows: u32) -> [u32; 3] {
-    crate::grid(params.n.div_ceil(ROWS), rows)
+    crate::grid(params.n.div_ceil(w4::TILE_N as u32), rows)
 }
 
-/// Largest relative error of a weight: it is rounded to half precision in the reference, not on the device.
-pub(crate) const WEIGHT_ROUNDING: f32 = 6e-4;
-/// Half precision products of inputs scaled to 1 with codes of at most 8 in magnitude, summed four deep, relative to
-/// the sum of 8 * |s * x|.
-const F16_PRODUCTS: f32 = 2.5e-3;
-/// Cancellation between s * dot(q - 8, x) and c * sum(x) in single precision, relative to the same sum.
-pub(crate) const F32_PRODUCTS: f32 = 1e-5;
-/// What half precision may cost in the mean, so that a whole model stays within a hundredth of its largest logit.
-const F16_RMS: f32 = 1e-3;
-
-/// Scale and offset of the group of input `k` of output `n`.
-fn scale_offset(params: &Params, group_params: &[u32], n: usize, k: usize) -> (f32, f32) {
-    let word = group_params[n * params.groups as usize + k / params.group_size as usize];
-    let half = |bits: u32| half::f16::from_bits(bits as u16).to_f32();
-    (half(word), half(word >> 16))
-}
-
-/// Weight of output `n` and input `k`, rounded to half precision as the formats define it.
-pub fn weight(params: &Params, qweight: &[u32], group_params: &[u32], n: usize, k: usize) -> f32 {
-    let q = ((qweight[n * params.row_words as usize + k / 8] >> (4 * (k % 8))) & 15) as f32;
-    let (s, o) = scale_offset(params, group_params, n, k);
-    let exact = if params.flags & FLAG_OFFSET_IS_BIAS != 0 { q * s + o } else { (q - o) * s };
-    half::f16::from_f32(exact).to_f32()
-}
-
-/// out = x W^T (+ bias) (+ out) in f64, with the bindings of the kernel in order.
+/// out = norm(x) W^T (+ bias) (+ out) in f64, with the bindings of the kernel in order.
 pub fn reference(
     params: &Params,
     step: &Step,
     x: &[f32],
-    qweight: &[u32],
-    group_params: &[u32],
+    matrix: &Matrix,
     bias: &[f32],
+    norm: &[f32],
     out: &mut [f32],
 ) {
     let mode = RowMode::from_u32(params.row_mode);
     for row in 0..mode.count(step) {
-        let x_start = (mode.input_row(step, row) * params.x_stride) as usize;
+        let x = input(params, step, x, norm, row);
         for n in 0..params.n as usize {
-            let mut sum = 0.0;
-            for k in 0..params.k as usize {
-                sum += f64::from(x[x_start + k]) * f64::from(weight(params, qweight, group_params, n, k));
-            }
-            if params.flags & FLAG_BIAS != 0 {
-                sum += f64::from(bias[params.bias_offset as usize + n]);
-            }
+            let mut sum = matrix.product(n, &x) + w4::bias_of(params.flags, &bias[params.bias_offset as usize..], n);
             let index = (row * params.out_stride + params.out_offset) as usize + n;
             if params.flags & FLAG_ACCUMULATE != 0 {
                 sum += f64::from(out[index]);
@@ -112,6 +80,13 @@ pub fn reference(
             out[index] = sum as f32;
         }
     }
+}
+
+/// Input row of output row `row` as the matrix sees it.
+pub(crate) fn input(params: &Params, step: &Step, x: &[f32], norm: &[f32], row: u32) -> Vec<f32> {
+    let start = (RowMode::from_u32(params.row_mode).input_row(step, row) * params.x_stride) as usize;
+    let x = &x[start..start + params.k as usize];
+    if params.flags & FLAG_NORM != 0 { w4::normed(x, norm, params.eps) } else { x.to_vec() }
 }
 
 /// Weights and activations once, two operations a weight and row.
@@ -137,88 +112,103 @@ pub struct Case {
     pub flags: u32,
 }
 
-/// Ragged outputs, one group a row, groups that cut a chunk, all flags and row modes, more inputs than one round.
+/// Ragged outputs, one group a row, groups that cut a chunk, all flags and row modes, more inputs than workgroup memory
+/// holds at once in either size.
 pub fn cases() -> Vec<Case> {
     let all = RowMode::All;
     let case = |n, k, group_size, tokens, row_mode, flags| Case { n, k, group_size, tokens, row_mode, flags };
     vec![
         case(1, 8, 8, 1, all, 0),
-        case(5, 64, 32, 1, all, FLAG_BIAS),
-        case(7, 72, 24, 2, all, FLAG_ACCUMULATE),
+        case(5, 64, 32, 1, all, FLAG_BIAS | FLAG_NORM),
+        case(7, 72, 24, 2, all, FLAG_ACCUMULATE | FLAG_SUMS),
         case(6, 40, 40, 1, all, FLAG_OFFSET_IS_BIAS),
         case(37, 4352, 128, 1, all, FLAG_ACCUMULATE | FLAG_BIAS),
+        case(33, 12288, 64, 1, all, FLAG_NORM | FLAG_SUMS),
         case(16, 256, 64, 3, RowMode::Compacted, FLAG_OFFSET_IS_BIAS | FLAG_BIAS),
         case(9, 384, 384, 5, RowMode::Logits, 0),
     ]
 }
 
+/// Random data for a case.
+pub(crate) struct Data {
+    pub(crate) params: Params,
+    pub(crate) step: Step,
+    pub(crate) rows: u32,
+    pub(crate) x: Vec<f32>,
+    pub(crate) matrix: Matrix,
+    pub(crate) bias: Vec<f32>,
+    pub(crate) norm: Vec<f32>,
+}
+
+impl Data {
+    /// `width` is the number of output columns.
+    pub(crate) fn random(case: Case, width: u32, rng: &mut Rng) -> Self {
+        let Case { n, k, group_size, tokens, row_mode, flags } = case;
+        let shape = Shape { n: n as usize, k: k as usize, group_size: group_size as usize };
+        let matrix = Matrix::random(shape, flags, rng);
+        let params = Params {
+            n,
+            k,
+            chunks: shape.chunks() as u32,
+            group_size,
+            groups: shape.groups() as u32,
+            x_stride: k + 4,
+            out_stride: width + 3,
+            out_offset: 2,
+            bias_offset: 3,
+            flags: flags & !(FLAG_OFFSET_IS_BIAS | FLAG_SUMS) | matrix.flags,
+            row_mode: row_mode as u32,
+            eps: 1e-5,
+        };
+        let step = Step { n_tokens: tokens, position: 0, logits_start: tokens / 2, logits_rows: tokens - tokens / 2 };
+        // The columns between rows must never be used.
+        let mut x = trial::poisoned((tokens * params.x_stride) as usize);
+        for row in x.chunks_mut(params.x_stride as usize) {
+            row[..k as usize].copy_from_slice(&rng.activations(k as usize));
+        }
+        let bias = rng.values((params.bias_offset + n) as usize, 10.0);
+        let norm = rng.values(k as usize, 2.0);
+        Self { params, step, rows: row_mode.count(&step), x, matrix, bias, norm }
+    }
+
+    /// The storage buffers up to the norm.
+    pub(crate) fn storage(&self) -> Vec<Vec<u32>> {
+        let (words, params) = (self.matrix.words.clone(), self.matrix.params.clone());
+        vec![trial::words(&self.x), words, params, trial::words(&self.bias), trial::words(&self.norm)]
+    }
+}
+
 /// Random data for a case; shared with the tiled kernel.
 pub(crate) fn trial(case: Case, f16_products: bool, grid: fn(&Params, u32) -> [u32; 3], rng: &mut Rng) -> Trial {
-    let Case { n, k, group_size, tokens, row_mode, flags } = case;
-    let params = Params {
-        n,
-        k,
-        row_words: (k / 8).next_multiple_of(4),
-        group_size,
-        groups: k / group_size,
-        x_stride: k + 4,
-        out_stride: n + 3,
-        out_offset: 2,
-        bias_offset: 3,
-        flags,
-        row_mode: row_mode as u32,
-        pad: 0,
-    };
-    let step = Step { n_tokens: tokens, position: 0, logits_start: tokens / 2, logits_rows: tokens - tokens / 2 };
-    let rows = row_mode.count(&step);
-    // The columns between rows must never be used.
-    let mut x = trial::poisoned((tokens * params.x_stride) as usize);
-    for row in x.chunks_mut(params.x_stride as usize) {
-        row[..k as usize].copy_from_slice(&rng.activations(k as usize));
-    }
-    let qweight: Vec<u32> = (0..n * params.row_words).map(|_| rng.next_u32()).collect();
-    let group_params: Vec<u32> = (0..n * params.groups)
-        .map(|_| {
-            let s = rng.range(-0.02, 0.02);
-            let o = if flags & FLAG_OFFSET_IS_BIAS != 0 { rng.range(-0.2, 0.2) } else { rng.below(16) as f32 };
-            trial::pack_halves(&[s, o])[0]
-        })
-        .collect();
-    let bias = rng.values((params.bias_offset + n) as usize, 10.0);
+    let data = Data::random(case, case.n, rng);
+    let Data { params, step, rows, x, matrix, bias, norm } = &data;
+    let n = case.n as usize;
     let mut out = trial::poisoned((rows * params.out_stride) as usize);
-    if flags & FLAG_ACCUMULATE != 0 {
+    if case.flags & FLAG_ACCUMULATE != 0 {
         for row in out.chunks_mut(params.out_stride as usize) {
-            row[2..2 + n as usize].copy_from_slice(&rng.values(n as usize, 10.0));
+            row[2..2 + n].copy_from_slice(&rng.values(n, 10.0));
         }
     }
-    let storage =
-        vec![trial::words(&x), qweight.clone(), group_params.clone(), trial::words(&bias), trial::words(&out)];
+    let mut storage = data.storage();
+    storage.push(trial::words(&out));
 
-    reference(&params, &step, &x, &qweight, &group_params, &bias, &mut out);
+    reference(params, step, x, matrix, bias, norm, &mut out);
     let mut tolerance = vec![0.0; out.len()];
-    for row in 0..rows {
-        let x_start = (row_mode.input_row(&step, row) * params.x_stride) as usize;
-        for n in 0..n as usize {
-            let (mut weights, mut codes) = (0.0, 0.0);
-            for k in 0..k as usize {
-                let x = x[x_start + k].abs();
-                weights += x * weight(&params, &qweight, &group_params, n, k).abs();
-                let (s, o) = scale_offset(&params, &group_params, n, k);
-                codes += x * (8.0 * s.abs() + if flags & FLAG_OFFSET_IS_BIAS != 0 { o.abs() } else { 0.0 });
-            }
-            let products = if f16_products { F16_PRODUCTS } else { F32_PRODUCTS };
+    for row in 0..*rows {
+        let x = input(params, step, x, norm, row);
+        for n in 0..n {
             let at = (row * params.out_stride + params.out_offset) as usize + n;
-            tolerance[at] = WEIGHT_ROUNDING * weights + products * codes + 1e-6 * (out[at].abs() + 20.0);
+            tolerance[at] = matrix.tolerance(n, &x, f16_products) + 1e-6 * (out[at].abs() + 20.0);
         }
     }
-    let rms = if f16_products && k >= 256 { F16_RMS } else { 0.0 };
+    let rms = if f16_products && case.k >= 256 { w4::F16_RMS } else { 0.0 };
     Trial {
         label: format!("{case:?}"),
-        params: bytemuck::bytes_of(&params).to_vec(),
-        step,
+        params: bytemuck::bytes_of(params).to_vec(),
+        step: *step,
         storage,
-        grid: grid(&params, rows),
-        expected: vec![Expected { rms, ..Expected::close(6, out, tolerance) }],
+        grid: grid(params, *rows),
+        expected: vec![Expected { rms, ..Expected::close(7, out, tolerance) }],
     }
 }
 

@@ -44,6 +44,8 @@ pub mod gemm_dense;
 pub mod gemm_w4;
 pub mod gemv_dense;
 pub mod gemv_w4;
+pub mod gemv_w4_rope;
+pub mod gemv_w4_swiglu;
 pub mod head_norm;
 pub mod penalize;
 pub mod rms_norm;
@@ -52,6 +54,7 @@ pub mod sample;
 pub mod silu_mul;
 pub mod top_k;
 pub mod trial;
+pub mod w4;
 
 pub use trial::{Rng, Trial};
 
@@ -67,6 +70,20 @@ pub const FLAG_ACCUMULATE: u32 = 1;
 pub const FLAG_BIAS: u32 = 2;
 /// Group offsets are biases (w = q * s + o) instead of zero points (w = (q - o) * s) (bit of a matmul's `flags`).
 pub const FLAG_OFFSET_IS_BIAS: u32 = 4;
+/// Some group's offset is no zero point between 0 and 15 without fraction, so that sums of inputs are needed besides
+/// products with codes (bit of a matmul's `flags`).
+pub const FLAG_SUMS: u32 = 8;
+/// The input goes through a root mean square norm first (bit of a matmul's `flags`).
+pub const FLAG_NORM: u32 = 16;
+
+/// The flags by the names they have in shaders.
+const FLAGS: [(&str, u32); 5] = [
+    ("FLAG_ACCUMULATE", FLAG_ACCUMULATE),
+    ("FLAG_BIAS", FLAG_BIAS),
+    ("FLAG_OFFSET_IS_BIAS", FLAG_OFFSET_IS_BIAS),
+    ("FLAG_SUMS", FLAG_SUMS),
+    ("FLAG_NORM", FLAG_NORM),
+];
 
 params! {
     /// Uniform at binding 1, written once a run.
@@ -183,6 +200,20 @@ impl Kv {
     }
 }
 
+/// How much of a workgroup's limits a kernel uses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Size {
+    /// 256 invocations and 16 KiB of workgroup memory, which every device has.
+    Small,
+    /// 512 invocations and [`LARGE_MEMORY`] bytes: more inputs at once and more loads on their way.
+    Large,
+}
+
+/// Invocations of a workgroup that [`Size::Large`] needs.
+pub const LARGE_INVOCATIONS: u32 = 512;
+/// Bytes of workgroup memory that [`Size::Large`] needs.
+pub const LARGE_MEMORY: u32 = 32 << 10;
+
 /// A choice on every axis; a kernel ignores the axes it does not have ([`Kernel::canonical`]).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Variant {
@@ -194,12 +225,14 @@ pub struct Variant {
     pub dense: Dense,
     /// Element type of the KV cache.
     pub kv: Kv,
+    /// Size of the workgroup.
+    pub size: Size,
 }
 
 impl Default for Variant {
     /// What runs on every device, with half precision storage.
     fn default() -> Self {
-        Self { elem: Elem::F32, reduce: Reduce::Workgroup, dense: Dense::F16, kv: Kv::F16 }
+        Self { elem: Elem::F32, reduce: Reduce::Workgroup, dense: Dense::F16, kv: Kv::F16, size: Size::Small }
     }
 }
 
@@ -229,6 +262,8 @@ pub enum Prelude {
     W4,
     /// The tiled matrix product, given `weights8`.
     Gemm,
+    /// The product of a packed matrix with one row.
+    GemvW4,
     /// Total order of scores with their ids.
     Order,
 }
@@ -244,6 +279,8 @@ pub struct Kernel {
     pub preludes: &'static [Prelude],
     /// Numbers that the twin owns, emitted as `const NAME: u32 = value;`. `WG` is the workgroup size.
     pub constants: &'static [(&'static str, u32)],
+    /// The constants that differ in [`Size::Large`]; empty if the kernel does not have that axis.
+    pub large: &'static [(&'static str, u32)],
     /// Fields of the uniform at binding 0.
     pub params: &'static [Field],
     /// Random runs of every case with the outcome the twin expects.
@@ -265,6 +302,7 @@ impl Kernel {
             reduce: if has(Prelude::Reduce) { variant.reduce } else { base.reduce },
             dense: if has(Prelude::Dense) { variant.dense } else { base.dense },
             kv: if has(Prelude::Kv) { variant.kv } else { base.kv },
+            size: if self.large.is_empty() { base.size } else { variant.size },
         }
     }
 
@@ -275,7 +313,9 @@ impl Kernel {
             for reduce in [Reduce::Workgroup, Reduce::Subgroup] {
                 for dense in [Dense::F16, Dense::BF16, Dense::F32] {
                     for kv in [Kv::F16, Kv::F32] {
-                        all.push(self.canonical(Variant { elem, reduce, dense, kv }));
+                        for size in [Size::Small, Size::Large] {
+                            all.push(self.canonical(Variant { elem, reduce, dense, kv, size }));
+                        }
                     }
                 }
             }
@@ -302,16 +342,21 @@ impl Kernel {
                 _ => "",
             };
         }
+        if variant.size == Size::Large {
+            label += "-large";
+        }
         label
     }
 }
 
 /// Every kernel.
-pub static ALL: [&Kernel; 16] = [
+pub static ALL: [&Kernel; 18] = [
     &embed::KERNEL,
     &rms_norm::KERNEL,
     &head_norm::KERNEL,
     &gemv_w4::KERNEL,
+    &gemv_w4_rope::KERNEL,
+    &gemv_w4_swiglu::KERNEL,
     &gemm_w4::KERNEL,
     &gemv_dense::KERNEL,
     &gemm_dense::KERNEL,
@@ -333,8 +378,15 @@ pub fn compose(kernel: &Kernel, variant: Variant) -> String {
     if variant.elem == Elem::F16 {
         source += "enable f16;\n";
     }
-    for (name, value) in kernel.constants {
+    let large = if variant.size == Size::Large { kernel.large } else { &[] };
+    for &(name, value) in kernel.constants {
+        let value = large.iter().find(|(other, _)| *other == name).map_or(value, |&(_, value)| value);
         source += &format!("const {name}: u32 = {value}u;\n");
+    }
+    if kernel.preludes.contains(&Prelude::W4) || kernel.preludes.contains(&Prelude::Dense) {
+        for (name, value) in FLAGS {
+            source += &format!("const {name}: u32 = {value}u;\n");
+        }
     }
     for prelude in kernel.preludes {
         source += match (prelude, variant) {
@@ -351,6 +403,7 @@ pub fn compose(kernel: &Kernel, variant: Variant) -> String {
             (Prelude::Kv, Variant { kv: Kv::F16, .. }) => include_str!("prelude/kv_f16.wgsl"),
             (Prelude::Kv, Variant { kv: Kv::F32, .. }) => include_str!("prelude/kv_f32.wgsl"),
             (Prelude::W4, _) => include_str!("prelude/w4.wgsl"),
+            (Prelude::GemvW4, _) => include_str!("prelude/gemv_w4.wgsl"),
             (Prelude::Gemm, _) => include_str!("prelude/gemm.wgsl"),
             (Prelude::Order, _) => include_str!("prelude/order.wgsl"),
         };

@@ -14,6 +14,7 @@ pub static KERNEL: Kernel = Kernel {
     body: include_str!("penalize.wgsl"),
     preludes: &[],
     constants: &[("WG", WG)],
+    large: &[],
     params: Params::FIELDS,
     trials,
 };

@@ -34,6 +34,7 @@ pub static KERNEL: Kernel = Kernel {
     body: include_str!("rms_norm.wgsl"),
     preludes: &[Prelude::Step, Prelude::Reduce],
     constants: &[("WG", WG)],
+    large: &[],
     params: Params::FIELDS,
     trials,
 };

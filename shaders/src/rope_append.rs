@@ -32,6 +32,7 @@ pub static KERNEL: Kernel = Kernel {
     body: include_str!("rope_append.wgsl"),
     preludes: &[Prelude::Step, Prelude::Kv],
     constants: &[("WG", WG)],
+    large: &[],
     params: Params::FIELDS,
     trials,
 };

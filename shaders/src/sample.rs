@@ -42,6 +42,7 @@ pub static KERNEL: Kernel = Kernel {
     body: include_str!("sample.wgsl"),
     preludes: &[Prelude::Order],
     constants: &[("WG", WG)],
+    large: &[],
     params: Params::FIELDS,
     trials,
 };

@@ -26,6 +26,7 @@ pub static KERNEL: Kernel = Kernel {
     body: include_str!("silu_mul.wgsl"),
     preludes: &[Prelude::Step],
     constants: &[("WG", WG)],
+    large: &[],
     params: Params::FIELDS,
     trials,
 };

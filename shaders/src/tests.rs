@@ -71,7 +71,7 @@ fn generated() -> String {
          /// One entry a kernel, in the order of [`crate::ALL`].\n#[rustfmt::skip]\npub const ENTRIES: &[Entry] = &[\n",
     );
     for kernel in ALL {
-        let mut variants = kernel.variants().into_iter();
+        let mut variants = kernel.variants().into_iter().filter(|variant| variant.size == crate::Size::Small);
         let mut reflected = reflect(kernel, variants.next().expect("a kernel has a variant"));
         for variant in variants {
             let other = reflect(kernel, variant);
@@ -135,6 +135,25 @@ fn kernels_keep_to_the_limits_every_device_has() {
         let has_step = entry.bindings.iter().any(|b| b.index == 1);
         assert_eq!(has_step, entry.bindings.iter().any(|b| b.name == "step"), "{}", entry.name);
     }
+}
+
+#[test]
+fn large_workgroups_keep_to_their_limits() {
+    let mut checked = 0;
+    for kernel in ALL {
+        for variant in kernel.variants().into_iter().filter(|variant| variant.size == crate::Size::Large) {
+            let reflected = reflect(kernel, variant);
+            let label = kernel.label(variant);
+            assert!(reflected.workgroup_size.iter().product::<u32>() <= crate::LARGE_INVOCATIONS, "{label}");
+            assert!(
+                reflected.workgroup_memory <= crate::LARGE_MEMORY,
+                "{label}: {} bytes of workgroup memory",
+                reflected.workgroup_memory
+            );
+            checked += 1;
+        }
+    }
+    assert!(checked > 0);
 }
 
 #[test]

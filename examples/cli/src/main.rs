@@ -58,6 +58,8 @@ enum Command {
     Import(commands::import::Args),
     /// Pack a floating-point checkpoint to 4 bits
     Quantize(commands::quantize::Args),
+    /// Write a checkpoint of a real shape with random weights, for measurements
+    Synth(commands::synth::Args),
 }
 
 fn main() -> ExitCode {
@@ -78,6 +80,7 @@ fn main() -> ExitCode {
         Command::Verify(args) => (args.json, commands::verify::run(&args)),
         Command::Import(args) => (args.json, commands::import::run(&args)),
         Command::Quantize(args) => (args.json, commands::quantize::run(&args)),
+        Command::Synth(args) => (false, commands::synth::run(&args)),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -263,6 +263,19 @@ impl Step<'_> {
     }
 }
 
+/// Device time of one operation of a step, the gap to the next one included.
+#[derive(Debug, Clone, PartialEq)]
+pub struct OpTime {
+    /// What ran: the kernel and its variant, and the shape if it has one.
+    pub name: String,
+    /// Seconds on the device.
+    pub seconds: f64,
+    /// Bytes of device memory it moves at least.
+    pub bytes: u64,
+    /// Multiplications and additions it computes at least.
+    pub flops: u64,
+}
+
 /// What a backend is and how it was configured.
 #[derive(Debug, Clone)]
 pub struct BackendInfo {
@@ -310,6 +323,15 @@ pub trait Runner: Send {
 
     /// Picks a token from the last logits row of the last run.
     fn sample(&mut self, request: &SampleRequest<'_>) -> Result<u32>;
+
+    /// Runs the step like [`Runner::run`] and measures the device time of every operation, in order.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] where the backend or the device can not tell, else as [`Runner::run`].
+    fn profile(&mut self, step: &Step<'_>) -> Result<Vec<OpTime>> {
+        let _ = step;
+        Err(Error::new(ErrorKind::Unsupported, "this backend does not time its operations"))
+    }
 
     /// Element type of the KV cache.
     fn kv_type(&self) -> KvType;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::backend::{KvType, LogitsRows, Runner, RunnerConfig, Step};
+use crate::backend::{KvType, LogitsRows, OpTime, Runner, RunnerConfig, Step};
 use crate::error::{Error, ErrorKind, Result};
 use crate::model::Model;
 
@@ -225,6 +225,18 @@ impl Session {
             }
         }
         Ok(())
+    }
+
+    /// Device time of every operation of a step over `ids` at the end of the cache, which stays as it is.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] where the device can not tell, [`ErrorKind::InvalidInput`] for no ids, too many for
+    /// one step or ids outside the vocabulary, [`ErrorKind::ContextFull`], or a device error.
+    pub fn profile(&mut self, ids: &[u32]) -> Result<Vec<OpTime>> {
+        self.check_ids(ids, self.tokens.len())?;
+        self.has_logits = false;
+        self.write_rope(ids.len(), self.tokens.len() + ids.len())?;
+        self.runner.profile(&Step { tokens: ids, position: self.tokens.len() as u32, logits: LogitsRows::Last })
     }
 
     /// Runs one step at the end of the cache; `length` is the length of the sequence it belongs to.

@@ -20,6 +20,12 @@ pub struct Args {
     /// Tokens of the decode measurement
     #[arg(short = 'n', long, value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u32).range(2..))]
     tokens: u32,
+    /// Tokens in the cache before those of the decode measurement
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    depth: u32,
+    /// Time every operation of a decode step at that depth and of a prefill step instead (GPU only)
+    #[arg(long)]
+    per_op: bool,
     /// Repetitions; one more is done first and not counted
     #[arg(short, long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     repeat: u32,
@@ -68,6 +74,9 @@ struct Report {
 }
 
 pub fn run(args: &Args) -> Outcome {
+    if args.per_op {
+        return per_op(args);
+    }
     let bar = output::progress("measuring", Unit::Parts);
     bar.set_length(u64::from(args.repeat + 1) * 2);
     let options = |max_tokens: u32| GenerateOptions {
@@ -85,7 +94,7 @@ pub fn run(args: &Args) -> Outcome {
         let start = Instant::now();
         let model = awqua::Model::open(&args.dir, &args.device.load_options())?;
         let loaded = start.elapsed().as_secs_f64();
-        let mut session = args.device.session(&model, (args.prompt + args.tokens) as usize)?;
+        let mut session = args.device.session(&model, args.context())?;
         let vocab = model.config().vocab_size as u32;
         let prompt: Vec<u32> = (0..5).map(|i| (i * 7 + 3) % vocab).collect();
         session.generate(&prompt, &options(1), quiet)?;
@@ -111,7 +120,8 @@ pub fn run(args: &Args) -> Outcome {
         session.logits()?;
         let seconds = start.elapsed().as_secs_f64();
         session.reset();
-        let generation = session.generate(&prompt[..prompt.len().min(5)], &options(args.tokens), quiet)?;
+        let start: Vec<u32> = (0..args.depth).map(|i| (i * 31 + round * 17 + 1) % vocab).collect();
+        let generation = session.generate(&start, &options(args.tokens), quiet)?;
         if round > 0 {
             prefill.push(f64::from(args.prompt) / seconds);
             decode.extend(generation.decode_tokens_per_second());
@@ -158,6 +168,103 @@ pub fn run(args: &Args) -> Outcome {
         output::bytes(report.weight_bytes),
         output::bytes(report.session_bytes)
     ))
+}
+
+impl Args {
+    /// Positions that the measurements need.
+    fn context(&self) -> usize {
+        (self.prompt as usize).max(self.depth as usize + self.tokens as usize)
+    }
+}
+
+/// An operation of a step, all its launches together.
+#[derive(Serialize)]
+struct OpRow {
+    name: String,
+    launches: usize,
+    /// Device time of all launches, gaps included.
+    seconds: f64,
+    bytes: u64,
+    flops: u64,
+    /// Share of the step's time.
+    share: f64,
+}
+
+#[derive(Serialize)]
+struct OpReport {
+    device: String,
+    variant: String,
+    decode: Vec<OpRow>,
+    prefill: Vec<OpRow>,
+}
+
+fn per_op(args: &Args) -> Outcome {
+    let model = args.device.open(&args.dir)?;
+    let mut session = args.device.session(&model, args.context())?;
+    let vocab = model.config().vocab_size as u32;
+    let ids = |n: u32| (0..n).map(|i| (i * 31 + 1) % vocab).collect::<Vec<_>>();
+    let mut measure = |before: u32, step: u32| -> Outcome<Vec<OpRow>> {
+        session.reset();
+        if before > 0 {
+            session.set_prompt(&ids(before), &CancelToken::default())?;
+        }
+        let rounds = (0..=args.repeat).map(|_| session.profile(&ids(step))).collect::<Result<Vec<_>, _>>()?;
+        Ok(rows(&rounds[1..]))
+    };
+    let decode = measure(args.depth, 1)?;
+    let prefill = measure(0, args.prompt.min(512))?;
+    let info = model.backend_info();
+    let report = OpReport { device: info.device, variant: info.variant, decode, prefill };
+    if args.json {
+        return output::json(&report);
+    }
+    output::line(&format!("{} [{}]", report.device, report.variant))?;
+    for (title, rows) in [("decode", &report.decode), ("prefill", &report.prefill)] {
+        let total: f64 = rows.iter().map(|row| row.seconds).sum();
+        output::line(&format!("\n{title}: {:.1} us", total * 1e6))?;
+        let head = ["us", "share", "launches", "us each", "GB/s", "TFLOP/s"];
+        let [us, share, launches, each, gbs, tflops] = head;
+        output::line(&format!(
+            "{:<44} {us:>9} {share:>6} {launches:>8} {each:>8} {gbs:>7} {tflops:>8}",
+            "operation and workgroups"
+        ))?;
+        for row in rows {
+            output::line(&format!(
+                "{:<44} {:>9.1} {:>5.1}% {:>8} {:>8.2} {:>7.0} {:>8.2}",
+                row.name,
+                row.seconds * 1e6,
+                row.share * 100.0,
+                row.launches,
+                row.seconds * 1e6 / row.launches as f64,
+                row.bytes as f64 / row.seconds / 1e9,
+                row.flops as f64 / row.seconds / 1e12,
+            ))?;
+        }
+    }
+    Ok(())
+}
+
+/// Operations of the same name added up, medians over the rounds, the longest first.
+fn rows(rounds: &[Vec<awqua::backend::OpTime>]) -> Vec<OpRow> {
+    let mut rows: Vec<OpRow> = Vec::new();
+    let Some(first) = rounds.first() else { return rows };
+    for (i, op) in first.iter().enumerate() {
+        let seconds = Spread::of(rounds.iter().map(|round| round[i].seconds).collect()).map_or(0.0, |s| s.median);
+        let at = rows.iter().position(|row| row.name == op.name).unwrap_or_else(|| {
+            let name = op.name.clone();
+            rows.push(OpRow { name, launches: 0, seconds: 0.0, bytes: 0, flops: 0, share: 0.0 });
+            rows.len() - 1
+        });
+        let row = &mut rows[at];
+        row.launches += 1;
+        row.seconds += seconds;
+        row.bytes += op.bytes;
+        row.flops += op.flops;
+    }
+    let total: f64 = rows.iter().map(|row| row.seconds).sum();
+    rows.iter_mut().for_each(|row| row.share = row.seconds / total.max(f64::MIN_POSITIVE));
+    rows.sort_by(|a, b| b.seconds.total_cmp(&a.seconds));
+    rows
 }
 
 /// Largest resident memory of this process, where the system says it.

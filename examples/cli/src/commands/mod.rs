@@ -10,4 +10,5 @@ pub mod logits;
 pub mod perplexity;
 pub mod quantize;
 pub mod run;
+pub mod synth;
 pub mod verify;

@@ -100,17 +100,27 @@ fn unusable(adapter: &wgpu::Adapter) -> Option<String> {
         .map(|(what, has, needed)| format!("it offers {has} {what}, {needed} are needed"))
 }
 
-fn enumerate() -> Vec<wgpu::Adapter> {
+/// The instance of the process, made on first use; `None` where no graphics interface is compiled in. It is shared and
+/// never dropped: a driver may give out only some dozens of them in the life of a process (NVIDIA 580 on Linux finds no
+/// adapter after about forty), and unloading one at exit is where drivers crash.
+fn instance() -> Option<&'static wgpu::Instance> {
+    static INSTANCE: OnceLock<wgpu::Instance> = OnceLock::new();
     // Creating an instance without any compiled-in graphics interface panics.
     if wgpu::Instance::enabled_backend_features().is_empty() {
-        return Vec::new();
+        return None;
     }
-    let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle();
-    descriptor.backends = Backends::PRIMARY;
-    // The debug layers cost time and print; our own errors come through scopes and the handler.
-    descriptor.flags = wgpu::InstanceFlags::VALIDATION_INDIRECT_CALL;
-    descriptor.memory_budget_thresholds.for_resource_creation = Some(BUDGET_PERCENT);
-    let instance = wgpu::Instance::new(descriptor);
+    Some(INSTANCE.get_or_init(|| {
+        let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle();
+        descriptor.backends = Backends::PRIMARY;
+        // The debug layers cost time and print; our own errors come through scopes and the handler.
+        descriptor.flags = wgpu::InstanceFlags::VALIDATION_INDIRECT_CALL;
+        descriptor.memory_budget_thresholds.for_resource_creation = Some(BUDGET_PERCENT);
+        wgpu::Instance::new(descriptor)
+    }))
+}
+
+fn enumerate() -> Vec<wgpu::Adapter> {
+    let Some(instance) = instance() else { return Vec::new() };
     let mut adapters = pollster::block_on(instance.enumerate_adapters(Backends::PRIMARY));
     adapters.sort_by_key(|adapter| {
         let info = adapter.get_info();
@@ -168,7 +178,11 @@ impl Gpu {
         if let Some(bytes) = options.limit_binding {
             limits.max_storage_buffer_binding_size = limits.max_storage_buffer_binding_size.min(bytes.max(256));
         }
-        let features = adapter.features() & (Features::SHADER_F16 | Features::SUBGROUP | Features::TIMESTAMP_QUERY);
+        let wanted = Features::SHADER_F16
+            | Features::SUBGROUP
+            | Features::TIMESTAMP_QUERY
+            | Features::TIMESTAMP_QUERY_INSIDE_PASSES;
+        let features = adapter.features() & wanted;
         let request = adapter.request_device(&wgpu::DeviceDescriptor {
             label: Some("awqua"),
             required_features: features,
@@ -332,8 +346,8 @@ impl Gpu {
     /// Destroys the device; everything from here on fails with [`ErrorKind::DeviceLost`].
     pub(super) fn destroy(&self) {
         self.device.destroy();
-        // The loss is reported once the work in flight has ended.
-        let _ = self.settle();
+        // The loss is reported once the work in flight has ended; the check in between then ends the wait.
+        let _ = self.wait_until(None, || false);
     }
 
     /// Waits for the work in flight and fails with what it reported.

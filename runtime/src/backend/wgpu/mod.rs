@@ -7,7 +7,7 @@
 
 use std::sync::Arc;
 
-use awqua_shaders::{Elem, Reduce};
+use awqua_shaders::{Elem, Reduce, Size};
 
 use super::{Backend, BackendInfo, KvType, Program, Runner, RunnerConfig, WeightId};
 use crate::error::{Error, ErrorKind, Result};
@@ -17,6 +17,7 @@ mod device;
 mod memory;
 mod pipelines;
 mod plan;
+mod profile;
 mod readback;
 mod run;
 mod sampling;
@@ -59,6 +60,7 @@ pub struct WgpuBackend {
     pipelines: Pipelines,
     elem: Elem,
     reduce: Reduce,
+    size: Size,
     variant: String,
     weights: Vec<GpuWeight>,
     weight_bytes: u64,
@@ -78,6 +80,7 @@ impl WgpuBackend {
             pipelines,
             elem: choice.elem,
             reduce: choice.reduce,
+            size: choice.size,
             variant: choice.reason,
             weights: Vec::new(),
             weight_bytes: 0,

@@ -41,6 +41,11 @@ impl Pipelines {
 }
 
 impl Pipeline {
+    /// Kernel and variant.
+    pub(super) fn label(&self) -> &str {
+        &self.label
+    }
+
     /// Binds the uniforms and, in the order of the bindings, the whole of the `storage` buffers.
     pub(super) fn bind(
         &self,

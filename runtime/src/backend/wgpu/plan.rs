@@ -3,12 +3,14 @@
 use std::sync::Arc;
 
 use awqua_shaders::{
-    Dense, Kernel, Kv, RowMode, Step, Variant, attention, attention_reduce, embed, gemm_dense, gemm_w4, gemv_dense,
-    gemv_w4, head_norm, rms_norm, rope_append, silu_mul, uniform_bytes,
+    Cost, Dense, Kernel, Kv, RowMode, Step, Variant, attention, attention_reduce, embed, gemm_dense, gemm_w4,
+    gemv_dense, gemv_w4, head_norm, rms_norm, rope_append, silu_mul, uniform_bytes,
 };
-use awqua_shaders::{FLAG_ACCUMULATE, FLAG_BIAS, FLAG_OFFSET_IS_BIAS};
+use awqua_shaders::{FLAG_ACCUMULATE, FLAG_BIAS};
 use bytemuck::Pod;
 use wgpu::BufferUsages;
+
+mod fuse;
 
 use super::WgpuBackend;
 use super::memory::Memory;
@@ -16,7 +18,7 @@ use super::pipelines::Pipeline;
 use super::weights::{GpuDense, GpuW4, GpuWeight};
 use crate::backend::{BufferId, KvType, Op, Program, Rows, Span, WeightId};
 use crate::error::{Error, ErrorKind, Result};
-use crate::tensor::{DenseType, Offset};
+use crate::tensor::DenseType;
 
 /// Most rows of a matmul that read the weights once a row instead of once a tile of rows. A tile is computed whole
 /// however few its rows: 64 of them take an H100 as long as 40 single rows (8B shapes, group size 128), and fewer where
@@ -31,13 +33,13 @@ fn gemv_rows(device_kind: &str) -> u32 {
 
 /// The dispatches of a program.
 pub(super) struct Plan {
-    /// One entry an operation, in order.
+    /// One entry an operation or a run of them that is computed together, in order.
     pub(super) ops: Vec<PlannedOp>,
     /// Bytes of the uniform blocks.
     pub(super) bytes: u64,
 }
 
-/// The dispatches of one operation.
+/// The dispatches of one operation or of several.
 pub(super) struct PlannedOp {
     rows: RowMode,
     /// Most rows that `few` is for.
@@ -70,8 +72,8 @@ type LaunchFn = Box<dyn Fn(&Step) -> Launch + Send + Sync>;
 pub(super) struct Launch {
     /// Workgroups in x, y, z.
     pub(super) grid: [u32; 3],
-    /// Estimated multiplications and additions.
-    pub(super) flops: u64,
+    /// What it moves and computes at least.
+    pub(super) cost: Cost,
 }
 
 impl Dispatch {
@@ -89,7 +91,16 @@ impl Plan {
     /// error.
     pub(super) fn new(backend: &WgpuBackend, program: &Program, memory: &Memory) -> Result<Self> {
         let mut planner = Planner { backend, program, memory, uniforms: Vec::new() };
-        let drafts = program.ops.iter().map(|op| planner.op(op)).collect::<Result<Vec<_>>>()?;
+        let mut drafts = Vec::new();
+        let mut ops = program.ops.as_slice();
+        while let Some(op) = ops.first() {
+            let (draft, count) = match planner.fused(ops)? {
+                Some(fused) => fused,
+                None => (planner.op(op)?, 1),
+            };
+            drafts.push(draft);
+            ops = &ops[count..];
+        }
 
         let gpu = &backend.gpu;
         let bytes = planner.uniforms.len() as u64;
@@ -183,7 +194,7 @@ impl<'a> Planner<'a> {
                 let storage = vec![self.buffer(x), self.buffer(out)];
                 let launch = move |step: &Step| Launch {
                     grid: silu_mul::grid(&params, step.n_tokens),
-                    flops: 8 * u64::from(width) * u64::from(step.n_tokens),
+                    cost: silu_mul::cost(&params, step.n_tokens),
                 };
                 let draft = self.draft(&silu_mul::KERNEL, self.variant(), &params, storage, launch)?;
                 Ok(DraftOp::always(RowMode::All, vec![draft]))
@@ -208,7 +219,7 @@ impl<'a> Planner<'a> {
             let storage = vec![self.memory.tokens.clone(), part.words.clone(), self.buffer(out)];
             let launch = move |step: &Step| Launch {
                 grid: embed::grid(&params, step.n_tokens),
-                flops: u64::from(width) * u64::from(step.n_tokens),
+                cost: embed::cost(&params, step.n_tokens),
             };
             let variant = Variant { dense: dense(table.dtype), ..self.variant() };
             dispatches.push(self.draft(&embed::KERNEL, variant, &params, storage, launch)?);
@@ -233,7 +244,7 @@ impl<'a> Planner<'a> {
         let storage = vec![self.buffer(x.buffer), weight, self.buffer(out.buffer)];
         let launch = move |step: &Step| Launch {
             grid: rms_norm::grid(&params, rows.count(step)),
-            flops: 4 * u64::from(dim) * u64::from(rows.count(step)),
+            cost: rms_norm::cost(&params, rows.count(step)),
         };
         self.draft(&rms_norm::KERNEL, self.variant(), &params, storage, launch)
     }
@@ -256,7 +267,7 @@ impl<'a> Planner<'a> {
         let params = head_norm::Params { dim, segments, stride, offset: x.offset, eps, ..Default::default() };
         let launch = move |step: &Step| Launch {
             grid: head_norm::grid(&params, step.n_tokens),
-            flops: 4 * u64::from(dim * segments) * u64::from(step.n_tokens),
+            cost: head_norm::cost(&params, step.n_tokens),
         };
         let storage = vec![self.buffer(x.buffer), weight];
         let draft = self.draft(&head_norm::KERNEL, self.variant(), &params, storage, launch)?;
@@ -308,34 +319,29 @@ impl<'a> Planner<'a> {
             let params = gemv_w4::Params {
                 n: part.rows,
                 k: matrix.k,
-                row_words: matrix.row_words,
+                chunks: matrix.chunks,
                 group_size: matrix.group_size,
                 groups: matrix.groups,
                 x_stride: self.stride(site.x),
                 out_stride: self.stride(site.out.buffer),
                 out_offset: site.out.offset + part.first_row,
                 bias_offset: part.first_row,
-                flags: site.flags | if matrix.offset == Offset::Bias { FLAG_OFFSET_IS_BIAS } else { 0 },
+                flags: site.flags | matrix.flags,
                 row_mode: rows as u32,
                 ..Default::default()
             };
-            let storage = vec![
-                self.buffer(site.x),
-                part.qweight.clone(),
-                part.group_params.clone(),
-                site.bias.clone(),
-                self.buffer(site.out.buffer),
-            ];
-            let flops = 2 * u64::from(part.rows) * u64::from(matrix.k);
+            let weights = [self.buffer(site.x), part.qweight.clone(), part.group_params.clone(), site.bias.clone()];
+            let with_norm = [&weights[..], &[self.memory.dummy.clone(), self.buffer(site.out.buffer)]].concat();
+            let storage = [&weights[..], &[self.buffer(site.out.buffer)]].concat();
             let few = move |step: &Step| Launch {
                 grid: gemv_w4::grid(&params, rows.count(step)),
-                flops: flops * u64::from(rows.count(step)),
+                cost: gemv_w4::cost(&params, rows.count(step)),
             };
             let many = move |step: &Step| Launch {
                 grid: gemm_w4::grid(&params, rows.count(step)),
-                flops: flops * u64::from(rows.count(step)),
+                cost: gemv_w4::cost(&params, rows.count(step)),
             };
-            op.few.push(self.draft(&gemv_w4::KERNEL, self.variant(), &params, storage.clone(), few)?);
+            op.few.push(self.draft(&gemv_w4::KERNEL, self.variant(), &params, with_norm, few)?);
             op.many.push(self.draft(&gemm_w4::KERNEL, self.variant(), &params, storage, many)?);
         }
         Ok(())
@@ -359,14 +365,13 @@ impl<'a> Planner<'a> {
             };
             let storage =
                 vec![self.buffer(site.x), part.words.clone(), site.bias.clone(), self.buffer(site.out.buffer)];
-            let flops = 2 * u64::from(part.rows) * u64::from(matrix.k);
             let few = move |step: &Step| Launch {
                 grid: gemv_dense::grid(&params, rows.count(step)),
-                flops: flops * u64::from(rows.count(step)),
+                cost: gemv_dense::cost(&params, rows.count(step)),
             };
             let many = move |step: &Step| Launch {
                 grid: gemm_dense::grid(&params, rows.count(step)),
-                flops: flops * u64::from(rows.count(step)),
+                cost: gemv_dense::cost(&params, rows.count(step)),
             };
             op.few.push(self.draft(&gemv_dense::KERNEL, variant, &params, storage.clone(), few)?);
             op.many.push(self.draft(&gemm_dense::KERNEL, variant, &params, storage, many)?);
@@ -392,10 +397,10 @@ impl<'a> Planner<'a> {
         };
         let (keys, values) = self.memory.cache(layer)?;
         let storage = vec![self.buffer(qkv), table, keys.clone(), values.clone()];
-        let elements = u64::from((shape.heads + 2 * shape.kv_heads) * shape.head_dim);
+        let kv = self.variant().kv;
         let launch = move |step: &Step| Launch {
             grid: rope_append::grid(&params, step.n_tokens),
-            flops: 4 * elements * u64::from(step.n_tokens),
+            cost: rope_append::cost(&params, kv, step.n_tokens),
         };
         let draft = self.draft(&rope_append::KERNEL, self.variant(), &params, storage, launch)?;
         Ok(DraftOp::always(RowMode::All, vec![draft]))
@@ -416,6 +421,7 @@ impl<'a> Planner<'a> {
         let heads = shape.heads * shape.head_dim;
         self.fits(qkv.into(), heads + 2 * shape.kv_heads * shape.head_dim)?;
         self.fits(out.into(), heads)?;
+        let kv = self.variant().kv;
         let mut stages = Vec::new();
         // The number of splits is laid out in the partial buffers, so few and many tokens have parameters of their own.
         for n_tokens in [1, u32::MAX] {
@@ -442,7 +448,7 @@ impl<'a> Planner<'a> {
                 let seen = (step.position + step.n_tokens).min(if window == 0 { u32::MAX } else { window });
                 Launch {
                     grid: attention::grid(&params, step.position, step.n_tokens),
-                    flops: 4 * u64::from(heads) * u64::from(seen) * u64::from(step.n_tokens),
+                    cost: attention::cost(&params, kv, seen, step.n_tokens),
                 }
             };
             let first = self.draft(&attention::KERNEL, self.variant(), &params, storage, launch)?;
@@ -458,7 +464,11 @@ impl<'a> Planner<'a> {
             let storage = vec![partial_out.clone(), partial_ml.clone(), self.buffer(out)];
             let launch = move |step: &Step| Launch {
                 grid: attention_reduce::grid(&params, step.n_tokens),
-                flops: 4 * u64::from(heads) * u64::from(step.n_tokens),
+                cost: attention_reduce::cost(
+                    &params,
+                    attention::splits(window, split_len, step.position, step.n_tokens),
+                    step.n_tokens,
+                ),
             };
             stages.push(vec![first, self.draft(&attention_reduce::KERNEL, self.variant(), &params, storage, launch)?]);
         }
@@ -489,7 +499,8 @@ impl<'a> Planner<'a> {
             KvType::F16 => Kv::F16,
             KvType::F32 => Kv::F32,
         };
-        Variant { elem: self.backend.elem, reduce: self.backend.reduce, kv, ..Variant::default() }
+        let WgpuBackend { elem, reduce, size, .. } = *self.backend;
+        Variant { elem, reduce, kv, size, ..Variant::default() }
     }
 
     fn buffer(&self, id: BufferId) -> wgpu::Buffer {

@@ -8,9 +8,10 @@ use super::WgpuBackend;
 use super::device::{Gpu, Ticket};
 use super::memory::Memory;
 use super::plan::Plan;
+use super::profile;
 use super::readback::Readback;
 use super::sampling::Sampler;
-use crate::backend::{KvType, Program, Runner, RunnerConfig, Step};
+use crate::backend::{KvType, OpTime, Program, Runner, RunnerConfig, Step};
 use crate::error::{Error, ErrorKind, Result};
 use crate::session::sampler::{SampleRequest, pick};
 
@@ -94,6 +95,29 @@ impl WgpuRunner {
         Ok(())
     }
 
+    /// Checks the step and writes its numbers and tokens; what it returns becomes `self.step` once the step has run.
+    fn begin(&mut self, step: &Step<'_>) -> Result<shaders::Step> {
+        let gpu = &self.backend.gpu;
+        gpu.check()?;
+        step.check(&self.program, &self.config)?;
+        // At most two steps are queued, so that a prompt that is abandoned ends soon.
+        if let Some(ticket) = self.previous.take() {
+            gpu.wait(&ticket)?;
+        }
+        let logits = step.logits.range(step.tokens.len());
+        let uniform = shaders::Step {
+            n_tokens: step.tokens.len() as u32,
+            position: step.position,
+            logits_start: logits.start as u32,
+            logits_rows: logits.len() as u32,
+        };
+        // Nothing of an unfinished run may be taken for logits.
+        self.step = shaders::Step { logits_rows: 0, ..uniform };
+        gpu.queue.write_buffer(&self.memory.step, 0, shaders::uniform_bytes(&uniform));
+        gpu.queue.write_buffer(&self.memory.tokens, 0, bytemuck::cast_slice(step.tokens));
+        Ok(uniform)
+    }
+
     fn last_row(&self) -> Result<u32> {
         let none = || Error::new(ErrorKind::InvalidInput, "the last step computed no logits");
         self.step.logits_rows.checked_sub(1).ok_or_else(none)
@@ -114,24 +138,8 @@ impl Runner for WgpuRunner {
     }
 
     fn run(&mut self, step: &Step<'_>) -> Result<()> {
+        let uniform = self.begin(step)?;
         let gpu = &self.backend.gpu;
-        gpu.check()?;
-        step.check(&self.program, &self.config)?;
-        // At most two steps are queued, so that a prompt that is abandoned ends soon.
-        if let Some(ticket) = self.previous.take() {
-            gpu.wait(&ticket)?;
-        }
-        let logits = step.logits.range(step.tokens.len());
-        let uniform = shaders::Step {
-            n_tokens: step.tokens.len() as u32,
-            position: step.position,
-            logits_start: logits.start as u32,
-            logits_rows: logits.len() as u32,
-        };
-        // Nothing of an unfinished run may be taken for logits.
-        self.step = shaders::Step { logits_rows: 0, ..uniform };
-        gpu.queue.write_buffer(&self.memory.step, 0, shaders::uniform_bytes(&uniform));
-        gpu.queue.write_buffer(&self.memory.tokens, 0, bytemuck::cast_slice(step.tokens));
         self.previous = self.latest.take();
         self.latest = submit(gpu, &self.plan, &uniform);
         gpu.check()?;
@@ -157,6 +165,13 @@ impl Runner for WgpuRunner {
         let token = read.map(|()| pick(&mut values, request));
         self.row = values;
         token
+    }
+
+    fn profile(&mut self, step: &Step<'_>) -> Result<Vec<OpTime>> {
+        let uniform = self.begin(step)?;
+        let times = profile::run(&self.backend.gpu, &self.plan, &uniform)?;
+        self.step = uniform;
+        Ok(times)
     }
 
     fn kv_type(&self) -> KvType {
@@ -185,7 +200,7 @@ fn submit(gpu: &Gpu, plan: &Plan, step: &shaders::Step) -> Option<Ticket> {
                 pass.set_pipeline(&dispatch.pipeline.compute);
                 pass.set_bind_group(0, &dispatch.bind_group, &[]);
                 pass.dispatch_workgroups(x, y, z);
-                flops += launch.flops;
+                flops += launch.cost.flops;
                 if flops >= budget {
                     break;
                 }

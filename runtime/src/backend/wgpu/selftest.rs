@@ -3,7 +3,10 @@
 //! Drivers do offer half precision or subgroup operations that go wrong in some shader; a model that talks nonsense
 //! is the worst way to find out.
 
-use awqua_shaders::{Elem, Kernel, Reduce, Rng, Trial, Variant, attention, gemm_w4, gemv_w4, rms_norm, uniform_bytes};
+use awqua_shaders::{
+    Elem, Kernel, LARGE_INVOCATIONS, LARGE_MEMORY, Reduce, Rng, Size, Trial, Variant, attention, gemm_w4, gemv_w4,
+    rms_norm, uniform_bytes,
+};
 use wgpu::{BufferUsages, Features};
 
 use super::WgpuOptions;
@@ -19,6 +22,7 @@ static KERNELS: [&Kernel; 4] = [&rms_norm::KERNEL, &gemv_w4::KERNEL, &gemm_w4::K
 pub(super) struct Choice {
     pub(super) elem: Elem,
     pub(super) reduce: Reduce,
+    pub(super) size: Size,
     /// What was chosen and why, for people.
     pub(super) reason: String,
 }
@@ -36,6 +40,16 @@ pub(super) fn choose(gpu: &Gpu, pipelines: &Pipelines, options: &WgpuOptions) ->
         (f16, Elem::F16, Reduce::Workgroup),
         (true, Elem::F32, Reduce::Workgroup),
     ];
+    // Elsewhere nobody has measured yet that large workgroups pay.
+    let size = match gpu.summary.kind {
+        "discrete"
+            if gpu.limits.max_compute_invocations_per_workgroup >= LARGE_INVOCATIONS
+                && gpu.limits.max_compute_workgroup_storage_size >= LARGE_MEMORY =>
+        {
+            Size::Large
+        }
+        _ => Size::Small,
+    };
     let mut refused = String::new();
     for (_, elem, reduce) in candidates.into_iter().filter(|(offered, ..)| *offered) {
         let name = match (elem, reduce) {
@@ -44,9 +58,9 @@ pub(super) fn choose(gpu: &Gpu, pipelines: &Pipelines, options: &WgpuOptions) ->
             (Elem::F16, Reduce::Workgroup) => "f16",
             (Elem::F32, Reduce::Workgroup) => "f32",
         };
-        let variant = Variant { elem, reduce, ..Variant::default() };
+        let variant = Variant { elem, reduce, size, ..Variant::default() };
         match KERNELS.iter().try_for_each(|kernel| check(gpu, pipelines, kernel, variant)) {
-            Ok(()) => return Ok(Choice { elem, reduce, reason: format!("{name}{refused}") }),
+            Ok(()) => return Ok(Choice { elem, reduce, size, reason: format!("{name}{refused}") }),
             Err(error) if error.kind() == ErrorKind::DeviceLost => return Err(error),
             Err(error) => refused += &format!("; {name} refused: {}", error.message()),
         }
@@ -57,7 +71,11 @@ pub(super) fn choose(gpu: &Gpu, pipelines: &Pipelines, options: &WgpuOptions) ->
 
 /// Runs the trials of `kernel` and compares.
 fn check(gpu: &Gpu, pipelines: &Pipelines, kernel: &'static Kernel, variant: Variant) -> Result<()> {
-    for trial in (kernel.trials)(variant, &mut Rng::new(1)) {
+    let fits = |trial: &Trial| {
+        let bytes = trial.storage.iter().map(|words| words.len() as u64 * 4).max().unwrap_or(0);
+        bytes <= gpu.limits.max_storage_buffer_binding_size
+    };
+    for trial in (kernel.trials)(variant, &mut Rng::new(1)).into_iter().filter(fits) {
         if let Some(mismatch) = run(gpu, pipelines, kernel, variant, &trial)? {
             let message = format!("{}, {}: {mismatch}", kernel.label(variant), trial.label);
             return Err(Error::new(ErrorKind::Device, message));

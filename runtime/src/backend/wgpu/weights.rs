@@ -1,14 +1,16 @@
-//! Weights on the device: rows padded to what the kernels load at once, split into parts that one binding can hold.
+//! Weights on the device: packed matrices in tiles, dense rows padded to what the kernels load at once, both split into
+//! parts that one binding can hold.
 
 use std::ops::Range;
 
+use awqua_shaders::{FLAG_OFFSET_IS_BIAS, FLAG_SUMS, w4};
 use wgpu::BufferUsages;
 
 use super::device::{Gpu, SLICE};
 use crate::error::{Error, ErrorKind, Result};
 use crate::tensor::{DenseMatrix, DenseType, Offset, W4Matrix, Weight};
 
-/// A kernel loads four words of a row at once; rows are padded with zeros to multiples of this many bytes.
+/// A kernel loads four words of a dense row at once; rows are padded with zeros to multiples of this many bytes.
 const ROW_BYTES: usize = 16;
 
 /// A weight the way kernels read it.
@@ -18,14 +20,15 @@ pub(super) enum GpuWeight {
     Vector { len: u32, buffer: wgpu::Buffer },
 }
 
-/// A packed matrix: (n, k) codes, rows of `row_words` words.
+/// A packed matrix in the layout of [`w4`].
 pub(super) struct GpuW4 {
     pub(super) n: u32,
     pub(super) k: u32,
     pub(super) group_size: u32,
     pub(super) groups: u32,
-    pub(super) row_words: u32,
-    pub(super) offset: Offset,
+    pub(super) chunks: u32,
+    /// What the offsets of its groups are, as flags of the kernels.
+    pub(super) flags: u32,
     pub(super) parts: Vec<W4Part>,
 }
 
@@ -71,31 +74,50 @@ pub(super) fn upload(gpu: &Gpu, name: &str, weight: &Weight) -> Result<(GpuWeigh
 }
 
 fn upload_w4(gpu: &Gpu, name: &str, matrix: &W4Matrix) -> Result<(GpuWeight, u64)> {
-    let words = matrix.k / 8;
-    let row_words = (4 * words).next_multiple_of(ROW_BYTES) / 4;
-    let groups = matrix.groups();
+    let shape = w4::Shape { n: matrix.n, k: matrix.k, group_size: matrix.group_size };
+    let (columns, groups) = (matrix.k / 8, matrix.groups());
+    let tile_bytes = 4 * shape.words(1).max(shape.params(1));
     let mut parts = Vec::new();
     let mut total = 0;
-    for rows in split(gpu, name, matrix.n, 4 * row_words.max(groups))? {
-        let qweight = weight_buffer(gpu, name, rows.len() * row_words * 4)?;
-        let codes = bytemuck::cast_slice(&matrix.qweight[rows.start * words..rows.end * words]);
-        write(gpu, &qweight, codes, words * 4, row_words * 4)?;
-        let group_params = weight_buffer(gpu, name, rows.len() * groups * 4)?;
-        let scales = bytemuck::cast_slice(&matrix.group_params[rows.start * groups..rows.end * groups]);
-        write(gpu, &group_params, scales, scales.len(), scales.len())?;
+    for tiles in split(gpu, name, matrix.n.div_ceil(w4::TILE_N), tile_bytes)? {
+        let rows = tiles.start * w4::TILE_N..matrix.n.min(tiles.end * w4::TILE_N);
+        let qweight = weight_buffer(gpu, name, shape.words(rows.len()) * 4)?;
+        let group_params = weight_buffer(gpu, name, shape.params(rows.len()) * 4)?;
+        // A bounded number of tiles at a time.
+        let (mut codes_at, mut params_at) = (0, 0);
+        for first in rows.clone().step_by((SLICE / tile_bytes).max(1) * w4::TILE_N) {
+            let last = rows.end.min(first + (SLICE / tile_bytes).max(1) * w4::TILE_N);
+            let codes = &matrix.qweight[first * columns..last * columns];
+            let (words, params) = shape.tile(codes, &matrix.group_params[first * groups..last * groups]);
+            gpu.write(&qweight, codes_at, bytemuck::cast_slice(&words))?;
+            gpu.write(&group_params, params_at, bytemuck::cast_slice(&params))?;
+            codes_at += words.len() as u64 * 4;
+            params_at += params.len() as u64 * 4;
+        }
         total += qweight.size() + group_params.size();
         parts.push(W4Part { first_row: dimension(rows.start)?, rows: dimension(rows.len())?, qweight, group_params });
     }
+    let flags = match matrix.offset {
+        Offset::Bias => FLAG_OFFSET_IS_BIAS | FLAG_SUMS,
+        Offset::Zero if matrix.group_params.iter().all(|params| is_code(*params)) => 0,
+        Offset::Zero => FLAG_SUMS,
+    };
     let weight = GpuW4 {
         n: dimension(matrix.n)?,
         k: dimension(matrix.k)?,
         group_size: dimension(matrix.group_size)?,
         groups: dimension(groups)?,
-        row_words: dimension(row_words)?,
-        offset: matrix.offset,
+        chunks: dimension(shape.chunks())?,
+        flags,
         parts,
     };
     Ok((GpuWeight::W4(weight), total))
+}
+
+/// Whether the zero point of a group is one of the codes.
+fn is_code(params: u32) -> bool {
+    let zero = half::f16::from_bits((params >> 16) as u16).to_f32();
+    (0.0..=15.0).contains(&zero) && zero.fract() == 0.0
 }
 
 fn upload_dense(gpu: &Gpu, name: &str, matrix: &DenseMatrix) -> Result<(GpuWeight, u64)> {
@@ -141,7 +163,8 @@ fn split(gpu: &Gpu, name: &str, n: usize, row_bytes: usize) -> Result<Vec<Range<
 }
 
 fn weight_buffer(gpu: &Gpu, name: &str, bytes: usize) -> Result<wgpu::Buffer> {
-    gpu.buffer(name, bytes as u64, BufferUsages::STORAGE | BufferUsages::COPY_DST).map_err(|e| e.in_tensor(name))
+    gpu.buffer(name, bytes as u64, BufferUsages::STORAGE | BufferUsages::COPY_DST | BufferUsages::COPY_SRC)
+        .map_err(|e| e.in_tensor(name))
 }
 
 /// Writes rows of `row_bytes` each at multiples of `padded` bytes, a bounded slice at a time.

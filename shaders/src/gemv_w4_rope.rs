@@ -1,0 +1,215 @@
+//! Twin of `gemv_w4_rope.wgsl`; the formula and the mapping are in its header.
+
+use crate::gemv_w4::{Case, Data};
+use crate::trial::{Expected, Values};
+use crate::w4::{self, Matrix};
+use crate::*;
+
+/// Invocations of a workgroup.
+pub const WG: u32 = 256;
+/// Bytes of inputs in workgroup memory.
+pub const X_BYTES: u32 = 8192;
+
+params! {
+    /// Uniform at binding 0; up to `eps` as in [`gemv_w4::Params`].
+    Params {
+        /// Outputs: (heads + 2 * kv_heads) * head_dim.
+        n: u32,
+        /// Inputs; a multiple of 8.
+        k: u32,
+        /// Chunks of 32 inputs, the last one padded.
+        chunks: u32,
+        /// Inputs of a group.
+        group_size: u32,
+        /// Groups of a row.
+        groups: u32,
+        /// Elements of a row of x; a multiple of 4.
+        x_stride: u32,
+        /// Elements of a row of out.
+        out_stride: u32,
+        /// First output column.
+        out_offset: u32,
+        /// Not read: biases follow the k norm weights.
+        bias_offset: u32,
+        /// As in [`gemv_w4::Params`], without [`crate::FLAG_ACCUMULATE`].
+        flags: u32,
+        /// Not read: all rows.
+        row_mode: u32,
+        /// Added to the mean of squares under [`crate::FLAG_NORM`].
+        eps: f32,
+        /// Query heads.
+        heads: u32,
+        /// Key/value heads.
+        kv_heads: u32,
+        /// Elements of a head; a multiple of 4.
+        head_dim: u32,
+        /// Leading elements that are rotated; a multiple of 4, 0 for none.
+        rotary_dim: u32,
+        /// Positions of the cache.
+        context: u32,
+        /// Unused.
+        pad: [u32; 3],
+    }
+}
+
+/// The kernel.
+pub static KERNEL: Kernel = Kernel {
+    name: "gemv_w4_rope",
+    body: include_str!("gemv_w4_rope.wgsl"),
+    preludes: &[Prelude::Step, Prelude::W4, Prelude::Elem, Prelude::Reduce, Prelude::Kv, Prelude::GemvW4],
+    constants: &[("WG", WG), ("X_BYTES", X_BYTES)],
+    large: &[("WG", 512), ("X_BYTES", 16384)],
+    params: Params::FIELDS,
+    trials,
+};
+
+/// Whether the kernel can rotate heads of this shape: neighbours of a cache word have to stay neighbours.
+pub fn handles(head_dim: u32, rotary_dim: u32) -> bool {
+    head_dim.is_multiple_of(4) && rotary_dim.is_multiple_of(4)
+}
+
+/// Dispatch for `rows` tokens.
+pub fn grid(params: &Params, rows: u32) -> [u32; 3] {
+    crate::grid((params.n / 2).div_ceil(w4::TILE_N as u32), rows)
+}
+
+/// The product, then [`rope_append::reference`]: writes q to `out` and k and v to the caches, elements in f32.
+#[allow(clippy::too_many_arguments, reason = "the bindings of the kernel in order")]
+pub fn reference(
+    params: &Params,
+    step: &Step,
+    x: &[f32],
+    matrix: &Matrix,
+    norm_bias: &[f32],
+    rope: &[[f32; 2]],
+    out: &mut [f32],
+    k_cache: &mut [f32],
+    v_cache: &mut [f32],
+) {
+    let (norm, bias) = norm_bias.split_at(params.k as usize);
+    let rotation = rope_append::Params {
+        heads: params.heads,
+        kv_heads: params.kv_heads,
+        head_dim: params.head_dim,
+        rotary_dim: params.rotary_dim,
+        qkv_stride: params.n,
+        context: params.context,
+        pad: [0; 2],
+    };
+    let mut qkv = Vec::new();
+    for row in 0..step.n_tokens {
+        let x = input(params, x, norm, row);
+        qkv.extend((0..params.n as usize).map(|n| (matrix.product(n, &x) + w4::bias_of(params.flags, bias, n)) as f32));
+    }
+    rope_append::reference(&rotation, step, &mut qkv, rope, k_cache, v_cache);
+    let q = (params.heads * params.head_dim) as usize;
+    for (row, qkv) in qkv.chunks(params.n as usize).enumerate() {
+        let at = row * params.out_stride as usize + params.out_offset as usize;
+        out[at..at + q].copy_from_slice(&qkv[..q]);
+    }
+}
+
+fn input(params: &Params, x: &[f32], norm: &[f32], row: u32) -> Vec<f32> {
+    let start = (row * params.x_stride) as usize;
+    let x = &x[start..start + params.k as usize];
+    if params.flags & FLAG_NORM != 0 { w4::normed(x, norm, params.eps) } else { x.to_vec() }
+}
+
+/// As [`gemv_w4::cost`].
+pub fn cost(params: &Params, rows: u32) -> Cost {
+    let (n, k, rows) = (u64::from(params.n), u64::from(params.k), u64::from(rows));
+    Cost { bytes: n * (k / 2 + 4 * u64::from(params.groups)) + 4 * rows * (k + n), flops: 2 * n * k * rows }
+}
+
+/// (heads, kv_heads, head_dim, rotary_dim, k, group_size, position, tokens, flags): full, partial and no rotation, heads
+/// that end within a tile.
+pub fn cases() -> Vec<[u32; 9]> {
+    vec![
+        [1, 1, 4, 4, 8, 8, 0, 1, 0],
+        [4, 2, 64, 64, 256, 64, 5, 3, FLAG_NORM],
+        [3, 3, 80, 20, 72, 24, 1, 2, FLAG_BIAS | FLAG_OFFSET_IS_BIAS],
+        [2, 1, 128, 128, 4352, 128, 3, 1, FLAG_NORM | FLAG_BIAS],
+        [2, 2, 32, 0, 64, 32, 7, 1, FLAG_NORM],
+    ]
+}
+
+fn trials(variant: Variant, rng: &mut Rng) -> Vec<Trial> {
+    let mut trials = Vec::new();
+    for [heads, kv_heads, head_dim, rotary_dim, k, group_size, position, n_tokens, flags] in cases() {
+        let n = (heads + 2 * kv_heads) * head_dim;
+        let case = Case { n, k, group_size, tokens: n_tokens, row_mode: RowMode::All, flags };
+        let data = Data::random(case, n, rng);
+        let context = position + n_tokens + 2;
+        let shared = data.params;
+        let params = Params {
+            n,
+            k,
+            chunks: shared.chunks,
+            group_size,
+            groups: shared.groups,
+            x_stride: shared.x_stride,
+            out_stride: shared.out_stride,
+            out_offset: shared.out_offset,
+            flags: shared.flags,
+            eps: shared.eps,
+            heads,
+            kv_heads,
+            head_dim,
+            rotary_dim,
+            context,
+            ..Params::default()
+        };
+        let step = Step { n_tokens, position, ..Step::default() };
+        let rope: Vec<[f32; 2]> = (0..(context * rotary_dim / 2).max(1))
+            .map(|_| {
+                let (sin, cos) = rng.range(-3.0, 3.0).sin_cos();
+                [cos, sin]
+            })
+            .collect();
+        let norm_bias = [data.norm.clone(), rng.values(n as usize, 10.0)].concat();
+        let elements = (kv_heads * context * head_dim) as usize;
+        let poison = if variant.kv == Kv::F16 { trial::POISON_F16 } else { trial::POISON };
+        let cache = vec![poison; elements / variant.kv.per_word() as usize];
+        let mut out = trial::poisoned((n_tokens * params.out_stride) as usize);
+        let storage = vec![
+            trial::words(&data.x),
+            data.matrix.words.clone(),
+            data.matrix.params.clone(),
+            trial::words(&norm_bias),
+            trial::words(rope.as_flattened()),
+            trial::words(&out),
+            cache.clone(),
+            cache,
+        ];
+        let (mut keys, mut values) = (trial::poisoned(elements), trial::poisoned(elements));
+        reference(&params, &step, &data.x, &data.matrix, &norm_bias, &rope, &mut out, &mut keys, &mut values);
+        // A rotation mixes two products; the largest deviation of any bounds them all.
+        let mut product = 0.0_f32;
+        for row in 0..n_tokens {
+            let x = input(&params, &data.x, &data.norm, row);
+            for n in 0..n as usize {
+                product = product.max(data.matrix.tolerance(n, &x, variant.elem == Elem::F16));
+            }
+        }
+        let bound = |values: &[f32], rounding: f32| -> Vec<f32> {
+            values.iter().map(|v| 1.5 * product + (rounding + 3e-6) * v.abs() + 1e-4).collect()
+        };
+        let cached = |binding, values: Vec<f32>| {
+            let tolerance = bound(&values, if variant.kv == Kv::F16 { 6e-4 } else { 0.0 });
+            let values = if variant.kv == Kv::F16 { Values::F16(values) } else { Values::F32(values) };
+            Expected { binding, values, tolerance, rms: 0.0 }
+        };
+        let tolerance = bound(&out, 0.0);
+        trials.push(Trial {
+            label: format!(
+                "{heads}/{kv_heads} heads of {head_dim}, {rotary_dim} rotated, {n_tokens} at {position}, {case:?}"
+            ),
+            params: bytemuck::bytes_of(&params).to_vec(),
+            step,
+            storage,
+            grid: grid(&params, n_tokens),
+            expected: vec![Expected::close(7, out, tolerance), cached(8, keys), cached(9, values)],
+        });
+    }
+    trials
+}
