@@ -1,5 +1,8 @@
 //! Learned rounding: placeholder options.
+use awqua::quant::AffineMatrix;
 use serde::{Deserialize, Serialize};
+
+use crate::decoder::{Block, Decoder};
 
 /// How rounding is learned.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -13,4 +16,21 @@ impl Options {
     pub fn for_bits(_bits: u32) -> Self {
         Self { steps: 100 }
     }
+}
+
+/// One block.
+pub(crate) struct Problem<'a> {
+    pub decoder: &'a Decoder,
+    pub scaled: &'a Block,
+    pub inputs: &'a [Vec<f32>],
+    pub targets: &'a [Vec<f32>],
+}
+
+pub(crate) fn learn(
+    _problem: &Problem<'_>,
+    _options: &Options,
+    _seed: u64,
+    _block: &mut Block,
+    _packed: &mut [Option<AffineMatrix>],
+) {
 }
