@@ -163,7 +163,11 @@ impl Streams {
     }
 }
 
-fn open(dir: &Path, windows: &[Vec<u32>], threads: Threads) -> Result<(Checkpoint, Option<Quantization>, Decoder, Head)> {
+fn open(
+    dir: &Path,
+    windows: &[Vec<u32>],
+    threads: Threads,
+) -> Result<(Checkpoint, Option<Quantization>, Decoder, Head)> {
     if windows.is_empty() || windows.iter().any(|ids| ids.len() < 2) {
         return Err(Error::new(ErrorKind::InvalidInput, "every window needs at least two tokens"));
     }
@@ -271,9 +275,8 @@ fn point(a: &[f32], b: &[f32], target: usize) -> Point {
 }
 
 fn summarize(points: &[Vec<Point>], windows: &[Vec<u32>], worst: usize) -> Comparison {
-    let mean = |points: &[Point], of: &dyn Fn(&Point) -> f64| {
-        points.iter().map(of).sum::<f64>() / points.len().max(1) as f64
-    };
+    let mean =
+        |points: &[Point], of: &dyn Fn(&Point) -> f64| points.iter().map(of).sum::<f64>() / points.len().max(1) as f64;
     let agrees = |p: &Point| f64::from(p.reference_top == p.candidate_top);
     let per_window = points.iter().map(|points| WindowComparison {
         reference_nll: mean(points, &|p| p.reference),

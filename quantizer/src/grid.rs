@@ -166,8 +166,7 @@ mod tests {
                     let grid = Grid { bits, group_size, symmetric };
                     grid.check(128).unwrap();
                     let steps = grid.spans(&w, 128);
-                    let matrix =
-                        grid.matrix(8, 128, grid.round_to_nearest(Threads::new(2), &w, 128, &steps), &steps);
+                    let matrix = grid.matrix(8, 128, grid.round_to_nearest(Threads::new(2), &w, 128, &steps), &steps);
                     matrix.check().unwrap();
                     assert_eq!(matrix.is_symmetric(), symmetric);
                     let back = dequantize(Threads::new(2), &matrix);

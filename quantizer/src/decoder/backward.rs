@@ -176,3 +176,54 @@ fn norm_back(x: &[f32], weight: &[f32], eps: f32, d: &[f32], d_weight: &mut [f32
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::tiny;
+    use super::*;
+    use crate::random::Random;
+
+    #[test]
+    fn gradients_are_the_slopes_of_the_output() {
+        for head_norms in [false, true] {
+            let (decoder, block) = tiny(3, head_norms);
+            let mut random = Random::new(9);
+            let x = random.normals(10 * 64);
+            // The loss is a fixed random combination of the outputs.
+            let d_out = random.normals(10 * 64);
+            let loss = |block: &Block| {
+                let mut out = x.clone();
+                decoder.forward(block, &mut out, &mut |_, _| {});
+                out.iter().zip(&d_out).map(|(o, d)| f64::from(o * d)).sum::<f64>()
+            };
+            let trace = decoder.trace(&block, &x);
+            let mut expected_out = x.clone();
+            decoder.forward(&block, &mut expected_out, &mut |_, _| {});
+            assert!(trace.out.iter().zip(&expected_out).all(|(a, b)| (a - b).abs() < 1e-4));
+            let mut gradients = Gradients::zeros(&block);
+            decoder.backward(&block, &trace, &d_out, &mut gradients);
+
+            // Along a random direction in the weights of each module, the slope is the inner product.
+            let check = |name: &str, gradient: &[f32], change: &dyn Fn(&mut Block, &[f32], f32)| {
+                let direction = Random::new(21).normals(gradient.len());
+                let slope: f64 = gradient.iter().zip(&direction).map(|(g, d)| f64::from(g * d)).sum();
+                let at = |step: f32| {
+                    let mut moved = block.clone();
+                    change(&mut moved, &direction, step);
+                    loss(&moved)
+                };
+                let measured = (at(1e-3) - at(-1e-3)) / 2e-3;
+                let size = slope.abs().max(measured.abs()).max(1.0);
+                assert!((slope - measured).abs() < 0.02 * size, "{name}: {slope} against {measured}");
+            };
+            let add = |w: &mut [f32], d: &[f32], step: f32| w.iter_mut().zip(d).for_each(|(w, d)| *w += step * d);
+            for slot in Slot::ALL {
+                check(slot.module(), &gradients.weights[slot as usize], &|block, direction, step| {
+                    add(&mut block.linear_mut(slot).weight, direction, step);
+                });
+            }
+            check("input_norm", &gradients.input_norm, &|block, d, step| add(&mut block.input_norm, d, step));
+            check("post_norm", &gradients.post_norm, &|block, d, step| add(&mut block.post_norm, d, step));
+        }
+    }
+}

@@ -261,3 +261,30 @@ impl Block {
         &mut self.linears[slot as usize]
     }
 }
+
+/// A block of random weights, for tests: 64 features, 4 heads of 16 on 2 key/value heads, biases on q, k and v, and
+/// norms of the heads if `head_norms`.
+#[cfg(test)]
+pub(crate) fn tiny(seed: u64, head_norms: bool) -> (Decoder, Block) {
+    use crate::random::Random;
+    let config = serde_json::json!({
+        "architectures": ["Qwen2ForCausalLM"], "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 32, "rms_norm_eps": 1e-6,
+    });
+    let config = ModelConfig::from_json(&config).expect("a valid configuration");
+    let rope = config.rope.rows(0, 64, 64);
+    let decoder = Decoder { config, threads: Threads::new(2), rope };
+    let mut random = Random::new(seed);
+    let mut around_one = |n: usize| random.normals(n).iter().map(|v| 1.0 + 0.2 * v).collect::<Vec<f32>>();
+    let (input_norm, post_norm, q_norm, k_norm) = (around_one(64), around_one(64), around_one(16), around_one(16));
+    let linears = Slot::ALL.iter().map(|&slot| {
+        let (n, k) = decoder.shape(slot);
+        let weight = random.normals(n * k).iter().map(|v| v / (k as f32).sqrt()).collect();
+        let bias = decoder.has_bias(slot).then(|| random.normals(n));
+        Linear { n, k, weight, bias }
+    });
+    let linears = linears.collect();
+    let norm = |norm: Vec<f32>| Some(norm).filter(|_| head_norms);
+    let block = Block { layer: 0, input_norm, post_norm, q_norm: norm(q_norm), k_norm: norm(k_norm), linears };
+    (decoder, block)
+}

@@ -70,7 +70,13 @@ const BLOCK: usize = 128;
 ///
 /// # Panics
 /// If shapes do not fit, or `steps` is `None` and the factor is in another order.
-pub fn round(threads: Threads, w: &[f32], grid: Grid, steps: Option<Vec<Step>>, factor: &Factor) -> (Vec<u8>, Vec<Step>) {
+pub fn round(
+    threads: Threads,
+    w: &[f32],
+    grid: Grid,
+    steps: Option<Vec<Step>>,
+    factor: &Factor,
+) -> (Vec<u8>, Vec<Step>) {
     let k = factor.k;
     let group = grid.group(k);
     let (n, groups) = (w.len() / k, k / group);
@@ -116,7 +122,8 @@ pub fn round(threads: Threads, w: &[f32], grid: Grid, steps: Option<Vec<Step>>, 
                         // Groups may be longer than a block; then the corrections of its later columns are unknown.
                         let known = group.min(width - c);
                         let corrected = (0..group).map(|j| {
-                            let moved = if j < known { acc[c + j] / factor.r[(place + j) * k + place + j] } else { 0.0 };
+                            let moved =
+                                if j < known { acc[c + j] / factor.r[(place + j) * k + place + j] } else { 0.0 };
                             w[column + j] + moved
                         });
                         let corrected: Vec<f32> = corrected.collect();

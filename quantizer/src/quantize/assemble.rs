@@ -50,8 +50,11 @@ pub(super) fn assemble(
         }
     }
     let mut config = source.config().clone();
-    config["quantization_config"] =
-        plan.options.format.section(&modules, &dense, &plan.record(calibration)).map_err(|e| e.in_file(source.dir()))?;
+    config["quantization_config"] = plan
+        .options
+        .format
+        .section(&modules, &dense, &plan.record(calibration))
+        .map_err(|e| e.in_file(source.dir()))?;
     let key = if config.get("dtype").is_some() { "dtype" } else { "torch_dtype" };
     config[key] = json!("float16");
     writer.write_json("config.json", &config)?;

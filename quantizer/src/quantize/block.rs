@@ -201,7 +201,9 @@ impl Rounding<'_> {
         // Only compensation needs products across groups.
         let block = match self.task.recipe.compensate {
             Some(_) => k,
-            None => site.slots().iter().filter_map(|&slot| (self.task.grid)(slot)).map(|g| g.group(k)).max().unwrap_or(8),
+            None => {
+                site.slots().iter().filter_map(|&slot| (self.task.grid)(slot)).map(|g| g.group(k)).max().unwrap_or(8)
+            }
         };
         Moments::new(k, if k.is_multiple_of(block) { block } else { k })
     }

@@ -148,7 +148,8 @@ pub fn plan(source: &Path, calibration: &Calibration, options: &QuantizeOptions,
             Error::new(ErrorKind::Unsupported, message).in_file(source)
         })?),
     };
-    let plan = Plan { identity: identity(&checkpoint)?, checkpoint, decoder, group_size, recipe, options: options.clone() };
+    let plan =
+        Plan { identity: identity(&checkpoint)?, checkpoint, decoder, group_size, recipe, options: options.clone() };
     for layer in 0..plan.decoder.config.num_hidden_layers {
         for &(slot, shape) in &shapes {
             let Some(grid) = plan.grid(layer, slot) else { continue };
@@ -261,9 +262,9 @@ pub fn quantize(
             [streams] => task.run(block, streams, None),
             [streams, exact, ..] => task.run(block, streams, Some(exact)),
         };
-        if let Some((_, slot)) = finished.packed.iter().zip(Slot::ALL).find(|(m, _)| {
-            m.as_ref().is_some_and(|m| m.check().is_err())
-        }) {
+        if let Some((_, slot)) =
+            finished.packed.iter().zip(Slot::ALL).find(|(m, _)| m.as_ref().is_some_and(|m| m.check().is_err()))
+        {
             let message = "quantizing it gave scales that are not finite; its weights or inputs are out of range";
             let name = decoder.name(layer, slot.module());
             return Err(Error::new(ErrorKind::InvalidTensor, message).in_file(source).in_tensor(name));

@@ -22,7 +22,6 @@ pub enum Format {
     GptqV2,
 }
 
-
 impl Format {
     /// Checks that this dialect can hold a matrix of (n, k) on this grid.
     ///

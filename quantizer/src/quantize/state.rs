@@ -141,14 +141,13 @@ impl State {
                 tensors.tensor(&name).map(|t| t.data().to_vec()).map_err(|e| damaged(&path, &e))
             };
             let scales = data("scales")?.as_chunks().0.iter().map(|&b| f16::from_le_bytes(b)).collect();
-            let matrix =
-                AffineMatrix { n, k, bits, group_size, codes: data("codes")?, scales, zeros: data("zeros")? };
+            let matrix = AffineMatrix { n, k, bits, group_size, codes: data("codes")?, scales, zeros: data("zeros")? };
             matrix.check().map_err(|e| e.in_file(&path))?;
             packed.push(Some(matrix));
         }
-        let vectors = tensors.iter().filter_map(|(name, tensor)| {
-            Some((name.strip_prefix("vector.")?.to_owned(), floats(tensor.data())))
-        });
+        let vectors = tensors
+            .iter()
+            .filter_map(|(name, tensor)| Some((name.strip_prefix("vector.")?.to_owned(), floats(tensor.data()))));
         let vectors = vectors.collect();
         Ok(Stored { packed, vectors, report })
     }

@@ -251,7 +251,9 @@ fn warning(tensor: &TensorView, message: impl Into<String>) -> Finding {
 
 /// Canonical form: four bits a weight, one word a group.
 fn packed_device_bytes(quantization: Option<&Quantization>, codes: &TensorView) -> u64 {
-    let Some((n, k)) = quantization.and_then(|q| q.dialect().stored_shape(&codes.shape, q.scheme().bits)) else { return 0 };
+    let Some((n, k)) = quantization.and_then(|q| q.dialect().stored_shape(&codes.shape, q.scheme().bits)) else {
+        return 0;
+    };
     let group_size = quantization.and_then(|q| q.scheme().group_size).unwrap_or(k).max(1);
     let (n, k) = (n as u64, k as u64);
     (n.saturating_mul(k) / 2).saturating_add(n.saturating_mul(k / group_size as u64).saturating_mul(4))

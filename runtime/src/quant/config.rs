@@ -358,7 +358,9 @@ fn field<'a>(object: &'a Value, keys: &[&str]) -> Option<&'a Value> {
 /// A number of bits that is one of `known`.
 fn read_bits(bits: Option<&Value>, known: &[u64]) -> Result<u32> {
     match bits {
-        Some(value) if value.as_u64().is_some_and(|bits| known.contains(&bits)) => Ok(value.as_u64().unwrap_or(4) as u32),
+        Some(value) if value.as_u64().is_some_and(|bits| known.contains(&bits)) => {
+            Ok(value.as_u64().unwrap_or(4) as u32)
+        }
         Some(value) if value.is_u64() => Err(unsupported(format!("{value}-bit weights"))),
         Some(value) => Err(invalid(format!("expected a number of bits, found {}", brief(value)))),
         None => Err(invalid("the number of bits is missing")),

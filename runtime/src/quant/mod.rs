@@ -74,13 +74,7 @@ pub fn load_packed(checkpoint: &Checkpoint, scheme: Scheme, prefix: &str, n: usi
 ///
 /// # Errors
 /// As [`load_linear`]; [`ErrorKind::Unsupported`] for the AWQ dialects, which [`load_packed`] reads.
-pub fn load_affine(
-    checkpoint: &Checkpoint,
-    scheme: Scheme,
-    prefix: &str,
-    n: usize,
-    k: usize,
-) -> Result<AffineMatrix> {
+pub fn load_affine(checkpoint: &Checkpoint, scheme: Scheme, prefix: &str, n: usize, k: usize) -> Result<AffineMatrix> {
     let group_size = scheme.group_size.unwrap_or(k);
     match scheme.dialect {
         Dialect::PackQuantized => {

@@ -9,9 +9,9 @@ use awqua::{Error, ErrorKind, ModelConfig};
 use awqua_quantizer::calibration::Calibration;
 use awqua_quantizer::math::Threads;
 use awqua_quantizer::method::Method;
+use awqua_quantizer::quantize::{self, Format, GroupSize, QuantizeOptions, QuantizeReport};
 use awqua_quantizer::rtn::Report;
 use awqua_quantizer::{RtnOptions, quantize_rtn};
-use awqua_quantizer::quantize::{self, Format, GroupSize, QuantizeOptions, QuantizeReport};
 
 use crate::output::{self, Failure, Outcome, Unit};
 
