@@ -5,7 +5,7 @@
 
 use super::Moments;
 use crate::grid::{Grid, Step, extremes};
-use crate::math::{Threads, View, dot, gemm};
+use crate::math::{Threads, View, dot, gemm, vectorized};
 
 /// Groups wider than this are judged by the mean squares alone; the Gram matrix would cost its square.
 const MAX_GRAM: usize = 256;
@@ -72,7 +72,7 @@ fn search_rows(rows: &[f32], grid: Grid, judge: &mut Judge) -> Vec<Step> {
         let share = 1.0 - most * i as f32 / count as f32;
         consider(&|_, _| (share, share), &mut best);
     }
-    if grid.bits <= 4 && !grid.symmetric {
+    if grid.bits <= 3 && !grid.symmetric {
         // Each end on its own, from the common best.
         let near = most / count as f32;
         for offset in [-2.0, -1.0, 1.0, 2.0] {
@@ -112,15 +112,18 @@ impl Judge {
     /// Error of every row with the given steps.
     fn errors(&mut self, rows: &[f32], grid: Grid, steps: &[Step]) -> Vec<f64> {
         let group = self.group;
-        self.delta.clear();
-        for (row, &step) in rows.chunks_exact(group).zip(steps) {
-            let inverse = 1.0 / step.scale;
+        self.delta.resize(rows.len(), 0.0);
+        let delta = &mut self.delta;
+        vectorized(|| {
             let max = grid.max_code();
-            self.delta.extend(row.iter().map(|&w| {
-                let code = (crate::grid::round(w * inverse) + step.zero).clamp(0.0, max);
-                w - (code - step.zero) * step.scale
-            }));
-        }
+            for ((row, delta), &step) in rows.chunks_exact(group).zip(delta.chunks_exact_mut(group)).zip(steps) {
+                let inverse = 1.0 / step.scale;
+                for (&w, delta) in row.iter().zip(delta) {
+                    let code = (crate::grid::round(w * inverse) + step.zero).clamp(0.0, max);
+                    *delta = w - (code - step.zero) * step.scale;
+                }
+            }
+        });
         if group > MAX_GRAM {
             let weigh = |d: &[f32]| d.iter().zip(&self.gram).map(|(&d, &g)| f64::from(d * d * g)).sum();
             return self.delta.chunks_exact(group).map(weigh).collect();
@@ -129,7 +132,7 @@ impl Judge {
         let (d, g) = (View::new(&self.delta, group), View::new(&self.gram, group));
         gemm(Threads::new(1), 1.0, d, g, 0.0, &mut self.product, group);
         let pairs = self.delta.chunks_exact(group).zip(self.product.chunks_exact(group));
-        pairs.map(|(d, p)| f64::from(dot(d, p))).collect()
+        vectorized(|| pairs.map(|(d, p)| f64::from(dot(d, p))).collect())
     }
 }
 

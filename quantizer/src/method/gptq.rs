@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Moments;
 use crate::grid::{Grid, Step, extremes};
-use crate::math::{Threads, View, damped_factor, gemm};
+use crate::math::{Threads, View, damped_factor, gemm, vectorized};
 
 /// How errors are compensated.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -109,37 +109,39 @@ pub fn round(
         }
         let sums = &*sums;
         threads.rows(&mut rows, 1, |at, rows| {
-            let mut acc = vec![0.0f32; width];
-            for (i, row) in rows.iter_mut().enumerate() {
-                let w = &w[(at + i) * k..][..k];
-                acc.copy_from_slice(&sums[(at + i) * width..][..width]);
-                row.delta.clear();
-                for c in 0..width {
-                    let place = first + c;
-                    let column = factor.order[place];
-                    let r = &factor.r[place * k + first..][..width];
-                    if late && column.is_multiple_of(group) {
-                        // Groups may be longer than a block; then the corrections of its later columns are unknown.
-                        let known = group.min(width - c);
-                        let corrected = (0..group).map(|j| {
-                            let moved =
-                                if j < known { acc[c + j] / factor.r[(place + j) * k + place + j] } else { 0.0 };
-                            w[column + j] + moved
-                        });
-                        let corrected: Vec<f32> = corrected.collect();
-                        let (low, high) = extremes(&corrected);
-                        row.steps[column / group] = grid.span(low, high);
-                    }
-                    let step = row.steps[column / group];
-                    let code = grid.code(step, w[column] + acc[c] / r[c]);
-                    let error = w[column] - (code - step.zero) * step.scale;
-                    row.codes[column] = code as u8;
-                    row.delta.push(error);
-                    for (acc, r) in acc[c + 1..].iter_mut().zip(&r[c + 1..]) {
-                        *acc += error * r;
+            vectorized(|| {
+                let mut acc = vec![0.0f32; width];
+                for (i, row) in rows.iter_mut().enumerate() {
+                    let w = &w[(at + i) * k..][..k];
+                    acc.copy_from_slice(&sums[(at + i) * width..][..width]);
+                    row.delta.clear();
+                    for c in 0..width {
+                        let place = first + c;
+                        let column = factor.order[place];
+                        let r = &factor.r[place * k + first..][..width];
+                        if late && column.is_multiple_of(group) {
+                            // Groups may be longer than a block; then the corrections of its later columns are unknown.
+                            let known = group.min(width - c);
+                            let corrected = (0..group).map(|j| {
+                                let moved =
+                                    if j < known { acc[c + j] / factor.r[(place + j) * k + place + j] } else { 0.0 };
+                                w[column + j] + moved
+                            });
+                            let corrected: Vec<f32> = corrected.collect();
+                            let (low, high) = extremes(&corrected);
+                            row.steps[column / group] = grid.span(low, high);
+                        }
+                        let step = row.steps[column / group];
+                        let code = grid.code(step, w[column] + acc[c] / r[c]);
+                        let error = w[column] - (code - step.zero) * step.scale;
+                        row.codes[column] = code as u8;
+                        row.delta.push(error);
+                        for (acc, r) in acc[c + 1..].iter_mut().zip(&r[c + 1..]) {
+                            *acc += error * r;
+                        }
                     }
                 }
-            }
+            })
         });
         threads.rows(&mut delta, k, |at, chunk| {
             for (i, chunk) in chunk.chunks_exact_mut(k).enumerate() {

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::decoder::{Block, Decoder, Gradients, Slot};
 use crate::grid::{dequantize, half_scale};
-use crate::math::Threads;
+use crate::math::{Threads, vectorized};
 use crate::random::Random;
 
 /// How rounding is learned.
@@ -193,15 +193,19 @@ impl Learner {
         }
         let means = &mut self.code_means;
         threads.rows(means, group, |first, means| {
-            for (mean, d) in means.iter_mut().zip(&gradient[first * group..]) {
-                *mean = keep * *mean + (1.0 - keep) * d;
-            }
+            vectorized(|| {
+                for (mean, d) in means.iter_mut().zip(&gradient[first * group..]) {
+                    *mean = keep * *mean + (1.0 - keep) * d;
+                }
+            });
         });
         let means = &self.code_means;
         threads.rows(&mut self.codes, group, |first, codes| {
-            for (code, &mean) in codes.iter_mut().zip(&means[first * group..]) {
-                *code = (*code - code_rate * sign(mean)).clamp(-0.49, max + 0.49);
-            }
+            vectorized(|| {
+                for (code, &mean) in codes.iter_mut().zip(&means[first * group..]) {
+                    *code = (*code - code_rate * sign(mean)).clamp(-0.49, max + 0.49);
+                }
+            });
         });
     }
 
@@ -213,9 +217,11 @@ impl Learner {
             for (i, out) in out.chunks_exact_mut(group).enumerate() {
                 let g = first + i;
                 let (scale, zero) = (half_scale(self.scales[g]), f32::from(self.matrix.zeros[g]));
-                for (w, &code) in out.iter_mut().zip(&self.codes[g * group..]) {
-                    *w = (crate::grid::round(code.clamp(0.0, max)) - zero) * scale;
-                }
+                vectorized(|| {
+                    for (w, &code) in out.iter_mut().zip(&self.codes[g * group..]) {
+                        *w = (crate::grid::round(code.clamp(0.0, max)) - zero) * scale;
+                    }
+                });
             }
         });
     }
@@ -256,6 +262,7 @@ impl NormLearner {
 }
 
 /// -1, 0 or 1; `f32::signum` has no 0.
+#[inline]
 fn sign(x: f32) -> f32 {
     f32::from(x > 0.0) - f32::from(x < 0.0)
 }

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::decoder::{Block, Decoder, Linear, Site, Slot};
 use crate::grid::Grid;
-use crate::math::Threads;
+use crate::math::{Threads, vectorized};
 
 /// Tokens of each sequence that attention is judged on, and most sequences.
 const ATTENTION_TOKENS: usize = 192;
@@ -318,18 +318,20 @@ fn rounded(threads: Threads, linear: &Linear, grid: Grid, scales: Option<&[f32]>
     let inverses: Vec<f32> = scales.iter().map(|s| 1.0 / s).collect();
     let mut weight = vec![0.0; n * k];
     threads.rows(&mut weight, k, |first, rows| {
-        for (row, w) in rows.chunks_exact_mut(k).zip(linear.weight[first * k..].chunks_exact(k)) {
-            row.iter_mut().zip(w).zip(scales).for_each(|((out, w), s)| *out = w * s);
-            for (row, inverses) in row.chunks_exact_mut(group).zip(inverses.chunks_exact(group)) {
-                let (low, high) = row.iter().fold((0f32, 0f32), |(l, h), &w| (l.min(w), h.max(w)));
-                let step = grid.span(low, high);
-                let (inverse, max) = (1.0 / step.scale, grid.max_code());
-                for (w, s) in row.iter_mut().zip(inverses) {
-                    let code = (crate::grid::round(*w * inverse) + step.zero).clamp(0.0, max);
-                    *w = (code - step.zero) * step.scale * s;
+        vectorized(|| {
+            for (row, w) in rows.chunks_exact_mut(k).zip(linear.weight[first * k..].chunks_exact(k)) {
+                row.iter_mut().zip(w).zip(scales).for_each(|((out, w), s)| *out = w * s);
+                for (row, inverses) in row.chunks_exact_mut(group).zip(inverses.chunks_exact(group)) {
+                    let (low, high) = row.iter().fold((0f32, 0f32), |(l, h), &w| (l.min(w), h.max(w)));
+                    let step = grid.span(low, high);
+                    let (inverse, max) = (1.0 / step.scale, grid.max_code());
+                    for (w, s) in row.iter_mut().zip(inverses) {
+                        let code = (crate::grid::round(*w * inverse) + step.zero).clamp(0.0, max);
+                        *w = (code - step.zero) * step.scale * s;
+                    }
                 }
             }
-        }
+        })
     });
     Linear { n, k, weight, bias: linear.bias.clone() }
 }
