@@ -71,7 +71,7 @@ impl Sample {
     pub fn add(&mut self, site: Site, x: &[f32]) {
         let sample = &mut self.sites[site as usize];
         for row in x.chunks_exact(sample.width) {
-            if sample.tokens % sample.stride == 0 {
+            if sample.tokens.is_multiple_of(sample.stride) {
                 sample.rows.extend_from_slice(row);
             }
             sample.tokens += 1;

@@ -12,6 +12,9 @@ use crate::method::{Moments, Recipe, clip, learn};
 /// Most tokens that AWQ's scales are searched on; more tell it nothing new.
 const SCALE_TOKENS: usize = 4096;
 
+/// Most tokens that the reported error of a block is measured on.
+const PROBE_TOKENS: usize = 128;
+
 /// Residual streams of the calibration sequences, (length, hidden) each.
 pub(super) type Streams = Vec<Vec<f32>>;
 
@@ -30,9 +33,9 @@ pub(super) struct Finished {
 pub struct BlockReport {
     /// Index of the layer.
     pub layer: usize,
-    /// Squared error of the block's output over that of the calibration tokens, relative to its squared size; 0 if the
-    /// method looks at no tokens.
-    pub output_error: f64,
+    /// Mean over calibration tokens of the squared error of the block's output relative to its squared size, against
+    /// what the exact block makes of the same input; `None` without calibration.
+    pub output_error: Option<f64>,
     /// Scales that were folded.
     pub scales: Vec<SiteScale>,
     /// Packed linears.
@@ -69,6 +72,8 @@ impl Task<'_> {
     /// unquantized model.
     pub fn run(&self, mut block: Block, streams: &mut Streams, exact: Option<&mut Streams>) -> Finished {
         let original = block.clone();
+        let hidden = self.decoder.config.hidden_size;
+        let probe = streams.first().map(|x| vec![x[..x.len().min(PROBE_TOKENS * hidden)].to_vec()]);
         let scales = match self.recipe.scale {
             true => scale::search(self.decoder, &mut block, &self.sample(&original, streams), self.grid),
             false => Vec::new(),
@@ -116,7 +121,12 @@ impl Task<'_> {
             })
         });
         let linears = linears.collect();
-        Finished { report: BlockReport { layer: block.layer, output_error: 0.0, scales, linears }, block, packed }
+        let output_error = probe.map(|inputs| {
+            let mut exact = inputs.clone();
+            exact.iter_mut().for_each(|x| self.decoder.forward(&original, x, &mut |_, _| {}));
+            learn::output_error(self.decoder, &block, &inputs, &exact)
+        });
+        Finished { report: BlockReport { layer: block.layer, output_error, scales, linears }, block, packed }
     }
 
     fn advance(&self, block: &Block, streams: &mut Streams) {
