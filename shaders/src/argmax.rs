@@ -26,7 +26,7 @@ pub static KERNEL: Kernel = Kernel {
     body: include_str!("argmax.wgsl"),
     preludes: &[Prelude::Order],
     constants: &[("WG", WG), ("BLOCK", BLOCK)],
-    large: &[],
+    sizes: &[],
     params: Params::FIELDS,
     trials,
 };

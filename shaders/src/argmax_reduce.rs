@@ -22,7 +22,7 @@ pub static KERNEL: Kernel = Kernel {
     body: include_str!("argmax_reduce.wgsl"),
     preludes: &[Prelude::Order],
     constants: &[("WG", WG)],
-    large: &[],
+    sizes: &[],
     params: Params::FIELDS,
     trials,
 };

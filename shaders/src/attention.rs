@@ -44,7 +44,7 @@ pub static KERNEL: Kernel = Kernel {
     body: include_str!("attention.wgsl"),
     preludes: &[Prelude::Step, Prelude::Kv],
     constants: &[("WG", WG), ("HEADS", HEADS), ("TILE", TILE), ("HEAD_DIM_MAX", HEAD_DIM_MAX)],
-    large: &[],
+    sizes: &[],
     params: Params::FIELDS,
     trials,
 };
@@ -285,7 +285,8 @@ mod tests {
                 window,
                 splits_max,
                 split_len,
-                pad: [0; 2],
+                flags: 0,
+                stage_quads: 0,
             };
             attention_reduce::reference(&reduce, &step, &partial, &ml, &mut out);
 

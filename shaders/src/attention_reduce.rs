@@ -1,10 +1,11 @@
 //! Twin of `attention_reduce.wgsl`; the formula and the mapping are in its header.
 
+use crate::staged::Layout;
 use crate::trial::Expected;
 use crate::*;
 
 /// Invocations of a workgroup.
-pub const WG: u32 = 64;
+pub const WG: u32 = 256;
 
 params! {
     /// Uniform at binding 0.
@@ -21,8 +22,10 @@ params! {
         splits_max: u32,
         /// As in [`crate::attention::Params`].
         split_len: u32,
-        /// Unused.
-        pad: [u32; 2],
+        /// Bit [`crate::FLAG_STAGE`].
+        flags: u32,
+        /// Quads of a staged row.
+        stage_quads: u32,
     }
 }
 
@@ -30,16 +33,16 @@ params! {
 pub static KERNEL: Kernel = Kernel {
     name: "attention_reduce",
     body: include_str!("attention_reduce.wgsl"),
-    preludes: &[Prelude::Step],
+    preludes: &[Prelude::Step, Prelude::Elem, Prelude::Stage, Prelude::StageOut],
     constants: &[("WG", WG)],
-    large: &[],
+    sizes: &[],
     params: Params::FIELDS,
     trials,
 };
 
 /// Dispatch for `rows` tokens.
 pub fn grid(params: &Params, rows: u32) -> [u32; 3] {
-    [params.heads, 1, rows]
+    [(params.heads * params.head_dim).div_ceil(32), 1, rows]
 }
 
 /// Exponentials and sums of a few partial results in single precision, relative to the largest output.
@@ -77,26 +80,40 @@ pub fn cases() -> Vec<[u32; 6]> {
     vec![[1, 2, 0, 1, 0, 64], [3, 128, 200, 2, 0, 32], [2, 80, 90, 3, 0, 512], [2, 64, 300, 1, 70, 32]]
 }
 
-fn trials(_variant: Variant, rng: &mut Rng) -> Vec<Trial> {
+fn trials(variant: Variant, rng: &mut Rng) -> Vec<Trial> {
     let mut trials = Vec::new();
-    for [heads, head_dim, position, n_tokens, window, split_len] in cases() {
+    for (i, [heads, head_dim, position, n_tokens, window, split_len]) in cases().into_iter().enumerate() {
         let splits_max = crate::attention::splits_max(window, split_len, position + n_tokens);
-        let out_stride = heads * head_dim + 1;
-        let params = Params { heads, head_dim, out_stride, window, splits_max, split_len, pad: [0; 2] };
+        let columns = (heads * head_dim) as usize;
+        let out_stride = columns as u32 + 1;
+        let layout = Layout { k: columns, elem: variant.elem };
+        let flags = if i % 2 == 0 { FLAG_STAGE } else { 0 };
+        let stage_quads = layout.quads() as u32;
+        let params = Params { heads, head_dim, out_stride, window, splits_max, split_len, flags, stage_quads };
         let step = Step { n_tokens, position, ..Step::default() };
         let rows = (n_tokens * heads * splits_max) as usize;
         let partial = rng.values(rows * head_dim as usize, 20.0);
         let ml: Vec<[f32; 2]> = (0..rows).map(|_| [rng.range(-10.0, 10.0), rng.range(1.0, 30.0)]).collect();
         let mut out = trial::poisoned((n_tokens * out_stride) as usize);
-        let storage = vec![trial::words(&partial), trial::words(ml.as_flattened()), trial::words(&out)];
+        let staged = layout.empty(n_tokens as usize);
+        let storage = vec![trial::words(&partial), trial::words(ml.as_flattened()), trial::words(&out), staged.clone()];
         reference(&params, &step, &partial, &ml, &mut out);
+        let mut expected = Vec::new();
+        if flags & FLAG_STAGE == 0 {
+            expected.push(Expected::exact(5, staged));
+        } else {
+            for (token, row) in out.chunks(out_stride as usize).enumerate() {
+                expected.extend(layout.expected(5, token, &row[..columns], None, TOLERANCE * 20.0));
+            }
+        }
+        expected.push(Expected::near(4, out, TOLERANCE));
         trials.push(Trial {
             label: format!("{heads} heads of {head_dim}, {n_tokens} at {position}, window {window}, split {split_len}"),
             params: bytemuck::bytes_of(&params).to_vec(),
             step,
             storage,
             grid: grid(&params, n_tokens),
-            expected: vec![Expected::near(4, out, TOLERANCE)],
+            expected,
         });
     }
     trials

@@ -30,7 +30,7 @@ pub static KERNEL: Kernel = Kernel {
     body: include_str!("embed.wgsl"),
     preludes: &[Prelude::Step, Prelude::Dense],
     constants: &[("WG", WG)],
-    large: &[],
+    sizes: &[],
     params: Params::FIELDS,
     trials,
 };

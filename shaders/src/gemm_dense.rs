@@ -17,7 +17,7 @@ pub static KERNEL: Kernel = Kernel {
     body: include_str!("gemm_dense.wgsl"),
     preludes: &[Prelude::Step, Prelude::Dense, Prelude::Gemm],
     constants: &[("WG", WG), ("TILE", TILE), ("K_STEP", K_STEP)],
-    large: &[],
+    sizes: &[],
     params: Params::FIELDS,
     trials,
 };

@@ -16,7 +16,6 @@ struct Params {
     bias_offset: u32,
     flags: u32,
     row_mode: u32,
-    eps: f32,
 }
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(2) var<storage, read> x: array<vec4<f32>>;          // (rows, x_stride / 4)

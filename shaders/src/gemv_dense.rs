@@ -40,7 +40,7 @@ pub static KERNEL: Kernel = Kernel {
     body: include_str!("gemv_dense.wgsl"),
     preludes: &[Prelude::Step, Prelude::Dense, Prelude::Reduce],
     constants: &[("WG", WG), ("ROWS", ROWS)],
-    large: &[],
+    sizes: &[],
     params: Params::FIELDS,
     trials,
 };

@@ -2,13 +2,11 @@
 
 use crate::gemv_w4::{Case, Data};
 use crate::trial::{Expected, Values};
-use crate::w4::{self, Matrix};
+use crate::w4;
 use crate::*;
 
 /// Invocations of a workgroup.
 pub const WG: u32 = 256;
-/// Bytes of inputs in workgroup memory.
-pub const X_BYTES: u32 = 8192;
 
 params! {
     /// Uniform at binding 0; up to `eps` as in [`gemv_w4::Params`].
@@ -21,17 +19,17 @@ params! {
         chunks: u32,
         /// Inputs of a group.
         group_size: u32,
+        /// [`gemv_w4::group_shift`] of the group size.
+        group_shift: u32,
         /// Groups of a row.
         groups: u32,
-        /// Elements of a row of x; a multiple of 4.
-        x_stride: u32,
         /// Elements of a row of out.
         out_stride: u32,
         /// First output column.
         out_offset: u32,
-        /// Not read: biases follow the k norm weights.
+        /// Not read.
         bias_offset: u32,
-        /// As in [`gemv_w4::Params`], without [`crate::FLAG_ACCUMULATE`].
+        /// As in [`gemv_w4::Params`], without accumulation and staging.
         flags: u32,
         /// Not read: all rows.
         row_mode: u32,
@@ -56,9 +54,9 @@ params! {
 pub static KERNEL: Kernel = Kernel {
     name: "gemv_w4_rope",
     body: include_str!("gemv_w4_rope.wgsl"),
-    preludes: &[Prelude::Step, Prelude::W4, Prelude::Elem, Prelude::Reduce, Prelude::Kv, Prelude::GemvW4],
-    constants: &[("WG", WG), ("X_BYTES", X_BYTES)],
-    large: &[("WG", 512), ("X_BYTES", 16384)],
+    preludes: &[Prelude::Step, Prelude::W4, Prelude::Elem, Prelude::Stage, Prelude::Kv, Prelude::GemvW4],
+    constants: &[("WG", WG)],
+    sizes: gemv_w4::SIZES,
     params: Params::FIELDS,
     trials,
 };
@@ -73,20 +71,8 @@ pub fn grid(params: &Params, rows: u32) -> [u32; 3] {
     crate::grid((params.n / 2).div_ceil(w4::TILE_N as u32), rows)
 }
 
-/// The product, then [`rope_append::reference`]: writes q to `out` and k and v to the caches, elements in f32.
-#[allow(clippy::too_many_arguments, reason = "the bindings of the kernel in order")]
-pub fn reference(
-    params: &Params,
-    step: &Step,
-    x: &[f32],
-    matrix: &Matrix,
-    norm_bias: &[f32],
-    rope: &[[f32; 2]],
-    out: &mut [f32],
-    k_cache: &mut [f32],
-    v_cache: &mut [f32],
-) {
-    let (norm, bias) = norm_bias.split_at(params.k as usize);
+/// The product, then [`rope_append::reference`]: (q by row, k cache, v cache), elements in f32.
+fn reference(params: &Params, data: &Data, rope: &[[f32; 2]]) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
     let rotation = rope_append::Params {
         heads: params.heads,
         kv_heads: params.kv_heads,
@@ -97,28 +83,26 @@ pub fn reference(
         pad: [0; 2],
     };
     let mut qkv = Vec::new();
-    for row in 0..step.n_tokens {
-        let x = input(params, x, norm, row);
-        qkv.extend((0..params.n as usize).map(|n| (matrix.product(n, &x) + w4::bias_of(params.flags, bias, n)) as f32));
+    for row in 0..data.rows {
+        let x = data.input(row);
+        let bias = |n| w4::bias_of(params.flags, &data.bias, n);
+        qkv.extend((0..params.n as usize).map(|n| (data.matrix.product(n, &x) + bias(n)) as f32));
     }
-    rope_append::reference(&rotation, step, &mut qkv, rope, k_cache, v_cache);
+    let elements = (params.kv_heads * params.context * params.head_dim) as usize;
+    let (mut keys, mut values) = (trial::poisoned(elements), trial::poisoned(elements));
+    rope_append::reference(&rotation, &data.step, &mut qkv, rope, &mut keys, &mut values);
+    let mut out = trial::poisoned((data.rows * params.out_stride) as usize);
     let q = (params.heads * params.head_dim) as usize;
     for (row, qkv) in qkv.chunks(params.n as usize).enumerate() {
         let at = row * params.out_stride as usize + params.out_offset as usize;
         out[at..at + q].copy_from_slice(&qkv[..q]);
     }
-}
-
-fn input(params: &Params, x: &[f32], norm: &[f32], row: u32) -> Vec<f32> {
-    let start = (row * params.x_stride) as usize;
-    let x = &x[start..start + params.k as usize];
-    if params.flags & FLAG_NORM != 0 { w4::normed(x, norm, params.eps) } else { x.to_vec() }
+    (out, keys, values)
 }
 
 /// As [`gemv_w4::cost`].
 pub fn cost(params: &Params, rows: u32) -> Cost {
-    let (n, k, rows) = (u64::from(params.n), u64::from(params.k), u64::from(rows));
-    Cost { bytes: n * (k / 2 + 4 * u64::from(params.groups)) + 4 * rows * (k + n), flops: 2 * n * k * rows }
+    w4::cost(params.n, params.k, params.groups, rows)
 }
 
 /// (heads, kv_heads, head_dim, rotary_dim, k, group_size, position, tokens, flags): full, partial and no rotation, heads
@@ -138,7 +122,8 @@ fn trials(variant: Variant, rng: &mut Rng) -> Vec<Trial> {
     for [heads, kv_heads, head_dim, rotary_dim, k, group_size, position, n_tokens, flags] in cases() {
         let n = (heads + 2 * kv_heads) * head_dim;
         let case = Case { n, k, group_size, tokens: n_tokens, row_mode: RowMode::All, flags };
-        let data = Data::random(case, n, rng);
+        let mut data = Data::random(case, n, 1.0, variant.elem, rng);
+        data.step.position = position;
         let context = position + n_tokens + 2;
         let shared = data.params;
         let params = Params {
@@ -146,8 +131,8 @@ fn trials(variant: Variant, rng: &mut Rng) -> Vec<Trial> {
             k,
             chunks: shared.chunks,
             group_size,
+            group_shift: shared.group_shift,
             groups: shared.groups,
-            x_stride: shared.x_stride,
             out_stride: shared.out_stride,
             out_offset: shared.out_offset,
             flags: shared.flags,
@@ -159,34 +144,28 @@ fn trials(variant: Variant, rng: &mut Rng) -> Vec<Trial> {
             context,
             ..Params::default()
         };
-        let step = Step { n_tokens, position, ..Step::default() };
         let rope: Vec<[f32; 2]> = (0..(context * rotary_dim / 2).max(1))
             .map(|_| {
                 let (sin, cos) = rng.range(-3.0, 3.0).sin_cos();
                 [cos, sin]
             })
             .collect();
-        let norm_bias = [data.norm.clone(), rng.values(n as usize, 10.0)].concat();
         let elements = (kv_heads * context * head_dim) as usize;
         let poison = if variant.kv == Kv::F16 { trial::POISON_F16 } else { trial::POISON };
         let cache = vec![poison; elements / variant.kv.per_word() as usize];
-        let mut out = trial::poisoned((n_tokens * params.out_stride) as usize);
-        let storage = vec![
-            trial::words(&data.x),
-            data.matrix.words.clone(),
-            data.matrix.params.clone(),
-            trial::words(&norm_bias),
+        let mut storage = data.storage();
+        storage.extend([
+            trial::words(&data.bias),
             trial::words(rope.as_flattened()),
-            trial::words(&out),
+            trial::words(&trial::poisoned((n_tokens * params.out_stride) as usize)),
             cache.clone(),
             cache,
-        ];
-        let (mut keys, mut values) = (trial::poisoned(elements), trial::poisoned(elements));
-        reference(&params, &step, &data.x, &data.matrix, &norm_bias, &rope, &mut out, &mut keys, &mut values);
+        ]);
+        let (out, keys, values) = reference(&params, &data, &rope);
         // A rotation mixes two products; the largest deviation of any bounds them all.
         let mut product = 0.0_f32;
         for row in 0..n_tokens {
-            let x = input(&params, &data.x, &data.norm, row);
+            let x = data.input(row);
             for n in 0..n as usize {
                 product = product.max(data.matrix.tolerance(n, &x, variant.elem == Elem::F16));
             }
@@ -197,7 +176,7 @@ fn trials(variant: Variant, rng: &mut Rng) -> Vec<Trial> {
         let cached = |binding, values: Vec<f32>| {
             let tolerance = bound(&values, if variant.kv == Kv::F16 { 6e-4 } else { 0.0 });
             let values = if variant.kv == Kv::F16 { Values::F16(values) } else { Values::F32(values) };
-            Expected { binding, values, tolerance, rms: 0.0 }
+            Expected { binding, start: None, values, tolerance, rms: 0.0 }
         };
         let tolerance = bound(&out, 0.0);
         trials.push(Trial {
@@ -205,7 +184,7 @@ fn trials(variant: Variant, rng: &mut Rng) -> Vec<Trial> {
                 "{heads}/{kv_heads} heads of {head_dim}, {rotary_dim} rotated, {n_tokens} at {position}, {case:?}"
             ),
             params: bytemuck::bytes_of(&params).to_vec(),
-            step,
+            step: data.step,
             storage,
             grid: grid(&params, n_tokens),
             expected: vec![Expected::close(7, out, tolerance), cached(8, keys), cached(9, values)],

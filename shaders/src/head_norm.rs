@@ -30,7 +30,7 @@ pub static KERNEL: Kernel = Kernel {
     body: include_str!("head_norm.wgsl"),
     preludes: &[Prelude::Step, Prelude::Reduce],
     constants: &[("WG", WG)],
-    large: &[],
+    sizes: &[],
     params: Params::FIELDS,
     trials,
 };

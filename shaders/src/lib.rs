@@ -52,6 +52,8 @@ pub mod rms_norm;
 pub mod rope_append;
 pub mod sample;
 pub mod silu_mul;
+pub mod stage;
+pub mod staged;
 pub mod top_k;
 pub mod trial;
 pub mod w4;
@@ -75,14 +77,20 @@ pub const FLAG_OFFSET_IS_BIAS: u32 = 4;
 pub const FLAG_SUMS: u32 = 8;
 /// The input goes through a root mean square norm first (bit of a matmul's `flags`).
 pub const FLAG_NORM: u32 = 16;
+/// The output is staged as the input of the next matrix, too (bit of `flags`).
+pub const FLAG_STAGE: u32 = 32;
+/// Staged outputs are weighted for a norm (bit of a matmul's `flags`).
+pub const FLAG_STAGE_NORM: u32 = 64;
 
 /// The flags by the names they have in shaders.
-const FLAGS: [(&str, u32); 5] = [
+const FLAGS: Constants = &[
     ("FLAG_ACCUMULATE", FLAG_ACCUMULATE),
     ("FLAG_BIAS", FLAG_BIAS),
     ("FLAG_OFFSET_IS_BIAS", FLAG_OFFSET_IS_BIAS),
     ("FLAG_SUMS", FLAG_SUMS),
     ("FLAG_NORM", FLAG_NORM),
+    ("FLAG_STAGE", FLAG_STAGE),
+    ("FLAG_STAGE_NORM", FLAG_STAGE_NORM),
 ];
 
 params! {
@@ -200,19 +208,30 @@ impl Kv {
     }
 }
 
-/// How much of a workgroup's limits a kernel uses.
+/// Invocations of a workgroup, for kernels that can do with more or fewer slices of the same work.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Size {
-    /// 256 invocations and 16 KiB of workgroup memory, which every device has.
+    /// At most 256, which every device has.
     Small,
-    /// 512 invocations and [`LARGE_MEMORY`] bytes: more inputs at once and more loads on their way.
+    /// 512.
+    Medium,
+    /// 1024.
     Large,
 }
 
-/// Invocations of a workgroup that [`Size::Large`] needs.
-pub const LARGE_INVOCATIONS: u32 = 512;
-/// Bytes of workgroup memory that [`Size::Large`] needs.
-pub const LARGE_MEMORY: u32 = 32 << 10;
+impl Size {
+    /// Most invocations of a workgroup of this size.
+    pub const fn invocations(self) -> u32 {
+        match self {
+            Self::Small => 256,
+            Self::Medium => 512,
+            Self::Large => 1024,
+        }
+    }
+}
+
+/// Numbers that a twin shares with its shader, by name.
+pub type Constants = &'static [(&'static str, u32)];
 
 /// A choice on every axis; a kernel ignores the axes it does not have ([`Kernel::canonical`]).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -262,8 +281,12 @@ pub enum Prelude {
     W4,
     /// The tiled matrix product, given `weights8`.
     Gemm,
-    /// The product of a packed matrix with one row.
+    /// The product of a packed matrix with one row of staged inputs.
     GemvW4,
+    /// The layout of staged inputs.
+    Stage,
+    /// Writing staged inputs to the binding `staged`.
+    StageOut,
     /// Total order of scores with their ids.
     Order,
 }
@@ -278,9 +301,9 @@ pub struct Kernel {
     /// Preludes in order.
     pub preludes: &'static [Prelude],
     /// Numbers that the twin owns, emitted as `const NAME: u32 = value;`. `WG` is the workgroup size.
-    pub constants: &'static [(&'static str, u32)],
-    /// The constants that differ in [`Size::Large`]; empty if the kernel does not have that axis.
-    pub large: &'static [(&'static str, u32)],
+    pub constants: Constants,
+    /// The constants that differ in the larger sizes, from [`Size::Medium`] on; empty if the kernel has one size.
+    pub sizes: &'static [Constants],
     /// Fields of the uniform at binding 0.
     pub params: &'static [Field],
     /// Random runs of every case with the outcome the twin expects.
@@ -302,7 +325,7 @@ impl Kernel {
             reduce: if has(Prelude::Reduce) { variant.reduce } else { base.reduce },
             dense: if has(Prelude::Dense) { variant.dense } else { base.dense },
             kv: if has(Prelude::Kv) { variant.kv } else { base.kv },
-            size: if self.large.is_empty() { base.size } else { variant.size },
+            size: if self.sizes.is_empty() { base.size } else { variant.size },
         }
     }
 
@@ -313,7 +336,7 @@ impl Kernel {
             for reduce in [Reduce::Workgroup, Reduce::Subgroup] {
                 for dense in [Dense::F16, Dense::BF16, Dense::F32] {
                     for kv in [Kv::F16, Kv::F32] {
-                        for size in [Size::Small, Size::Large] {
+                        for size in [Size::Small, Size::Medium, Size::Large] {
                             all.push(self.canonical(Variant { elem, reduce, dense, kv, size }));
                         }
                     }
@@ -342,16 +365,17 @@ impl Kernel {
                 _ => "",
             };
         }
-        if variant.size == Size::Large {
-            label += "-large";
+        if !self.sizes.is_empty() {
+            label += &format!("-{}", variant.size.invocations());
         }
         label
     }
 }
 
 /// Every kernel.
-pub static ALL: [&Kernel; 18] = [
+pub static ALL: [&Kernel; 19] = [
     &embed::KERNEL,
+    &stage::KERNEL,
     &rms_norm::KERNEL,
     &head_norm::KERNEL,
     &gemv_w4::KERNEL,
@@ -378,13 +402,13 @@ pub fn compose(kernel: &Kernel, variant: Variant) -> String {
     if variant.elem == Elem::F16 {
         source += "enable f16;\n";
     }
-    let large = if variant.size == Size::Large { kernel.large } else { &[] };
+    let sized = (variant.size as usize).checked_sub(1).and_then(|i| kernel.sizes.get(i)).copied().unwrap_or(&[]);
     for &(name, value) in kernel.constants {
-        let value = large.iter().find(|(other, _)| *other == name).map_or(value, |&(_, value)| value);
+        let value = sized.iter().find(|(other, _)| *other == name).map_or(value, |&(_, value)| value);
         source += &format!("const {name}: u32 = {value}u;\n");
     }
-    if kernel.preludes.contains(&Prelude::W4) || kernel.preludes.contains(&Prelude::Dense) {
-        for (name, value) in FLAGS {
+    if [Prelude::W4, Prelude::Dense, Prelude::Stage].iter().any(|with_flags| kernel.preludes.contains(with_flags)) {
+        for &(name, value) in FLAGS {
             source += &format!("const {name}: u32 = {value}u;\n");
         }
     }
@@ -404,6 +428,8 @@ pub fn compose(kernel: &Kernel, variant: Variant) -> String {
             (Prelude::Kv, Variant { kv: Kv::F32, .. }) => include_str!("prelude/kv_f32.wgsl"),
             (Prelude::W4, _) => include_str!("prelude/w4.wgsl"),
             (Prelude::GemvW4, _) => include_str!("prelude/gemv_w4.wgsl"),
+            (Prelude::Stage, _) => include_str!("prelude/stage.wgsl"),
+            (Prelude::StageOut, _) => include_str!("prelude/stage_out.wgsl"),
             (Prelude::Gemm, _) => include_str!("prelude/gemm.wgsl"),
             (Prelude::Order, _) => include_str!("prelude/order.wgsl"),
         };

@@ -14,7 +14,7 @@ pub static KERNEL: Kernel = Kernel {
     body: include_str!("penalize.wgsl"),
     preludes: &[],
     constants: &[("WG", WG)],
-    large: &[],
+    sizes: &[],
     params: Params::FIELDS,
     trials,
 };

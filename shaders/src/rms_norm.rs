@@ -34,7 +34,7 @@ pub static KERNEL: Kernel = Kernel {
     body: include_str!("rms_norm.wgsl"),
     preludes: &[Prelude::Step, Prelude::Reduce],
     constants: &[("WG", WG)],
-    large: &[],
+    sizes: &[],
     params: Params::FIELDS,
     trials,
 };

@@ -32,7 +32,7 @@ pub static KERNEL: Kernel = Kernel {
     body: include_str!("rope_append.wgsl"),
     preludes: &[Prelude::Step, Prelude::Kv],
     constants: &[("WG", WG)],
-    large: &[],
+    sizes: &[],
     params: Params::FIELDS,
     trials,
 };
@@ -121,7 +121,7 @@ fn trials(variant: Variant, rng: &mut Rng) -> Vec<Trial> {
             let rounding = if variant.kv == Kv::F16 { F16_ROUNDING } else { 0.0 };
             let tolerance = values.iter().map(|v| ROTATION * 60.0 + rounding * v.abs()).collect();
             let values = if variant.kv == Kv::F16 { Values::F16(values) } else { Values::F32(values) };
-            Expected { binding, values, tolerance, rms: 0.0 }
+            Expected { binding, start: None, values, tolerance, rms: 0.0 }
         };
         trials.push(Trial {
             label: format!("{heads}/{kv_heads} heads of {head_dim}, {rotary_dim} rotated, {n_tokens} at {position}"),

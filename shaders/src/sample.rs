@@ -42,7 +42,7 @@ pub static KERNEL: Kernel = Kernel {
     body: include_str!("sample.wgsl"),
     preludes: &[Prelude::Order],
     constants: &[("WG", WG)],
-    large: &[],
+    sizes: &[],
     params: Params::FIELDS,
     trials,
 };

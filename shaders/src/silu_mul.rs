@@ -26,7 +26,7 @@ pub static KERNEL: Kernel = Kernel {
     body: include_str!("silu_mul.wgsl"),
     preludes: &[Prelude::Step],
     constants: &[("WG", WG)],
-    large: &[],
+    sizes: &[],
     params: Params::FIELDS,
     trials,
 };

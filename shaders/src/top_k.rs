@@ -28,7 +28,7 @@ pub static KERNEL: Kernel = Kernel {
     body: include_str!("top_k.wgsl"),
     preludes: &[Prelude::Order],
     constants: &[("WG", WG), ("BLOCK", BLOCK)],
-    large: &[],
+    sizes: &[],
     params: Params::FIELDS,
     trials,
 };

@@ -29,6 +29,8 @@ pub struct Trial {
 pub struct Expected {
     /// Binding index.
     pub binding: u32,
+    /// Word from which on `values` lie in the buffer; `None` if they are all of it.
+    pub start: Option<usize>,
     /// The words, decoded; places the kernel must not touch hold the poison.
     pub values: Values,
     /// Largest absolute difference of each value; empty for bit equality of all.
@@ -94,7 +96,7 @@ impl Rng {
 impl Expected {
     /// f32 words within `tolerance` of `values`; NaN stands for NaN.
     pub fn close(binding: u32, values: Vec<f32>, tolerance: Vec<f32>) -> Self {
-        Self { binding, values: Values::F32(values), tolerance, rms: 0.0 }
+        Self { binding, start: None, values: Values::F32(values), tolerance, rms: 0.0 }
     }
 
     /// f32 words within `relative` times the largest finite magnitude of `values`.
@@ -106,11 +108,23 @@ impl Expected {
 
     /// Words that have exactly these bits.
     pub fn exact(binding: u32, words: Vec<u32>) -> Self {
-        Self { binding, values: Values::U32(words), tolerance: Vec::new(), rms: 0.0 }
+        Self { binding, start: None, values: Values::U32(words), tolerance: Vec::new(), rms: 0.0 }
     }
 
     /// Differences between the words of the buffer after a run and what is expected; `None` if all is well.
     pub fn mismatch(&self, words: &[u32]) -> Option<String> {
+        let len = match &self.values {
+            Values::F16(values) => values.len() / 2,
+            Values::F32(values) => values.len(),
+            Values::U32(values) => values.len(),
+        };
+        let words = match self.start {
+            None => words,
+            Some(start) => match words.get(start..start + len) {
+                Some(words) => words,
+                None => return Some(format!("binding {} ends before word {}", self.binding, start + len)),
+            },
+        };
         let found: Vec<f32> = match &self.values {
             Values::U32(expected) => {
                 let at = expected.iter().zip(words).position(|(e, w)| e != w)?;

@@ -1,7 +1,7 @@
 //! The 4-bit layout of the device, twin of `prelude/w4.wgsl`: tiles of 32 outputs, in a tile chunks of 32 inputs, and
 //! of a chunk four words an output, so that neighbouring invocations that take an output each read neighbouring bytes.
 
-use crate::{FLAG_BIAS, FLAG_OFFSET_IS_BIAS, FLAG_SUMS, Rng, trial};
+use crate::{Cost, FLAG_BIAS, FLAG_OFFSET_IS_BIAS, FLAG_SUMS, Rng, trial};
 
 /// Outputs of a tile.
 pub const TILE_N: usize = 32;
@@ -162,4 +162,10 @@ pub fn normed(x: &[f32], norm: &[f32], eps: f32) -> Vec<f32> {
 /// The bias of output `n` under these flags.
 pub(crate) fn bias_of(flags: u32, bias: &[f32], n: usize) -> f64 {
     if flags & FLAG_BIAS != 0 { f64::from(bias[n]) } else { 0.0 }
+}
+
+/// Weights and f32 activations once, two operations a weight and row.
+pub(crate) fn cost(n: u32, k: u32, groups: u32, rows: u32) -> Cost {
+    let (n, k, rows) = (u64::from(n), u64::from(k), u64::from(rows));
+    Cost { bytes: n * (k / 2 + 4 * u64::from(groups)) + 4 * rows * (k + n), flops: 2 * n * k * rows }
 }

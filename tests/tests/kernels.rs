@@ -7,10 +7,7 @@
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use awqua_shaders::catalogue::BindingKind;
-use awqua_shaders::{
-    ALL, ENTRY_POINT, Elem, Kernel, LARGE_INVOCATIONS, LARGE_MEMORY, Reduce, Rng, Size, Trial, Variant, compose,
-    uniform_bytes,
-};
+use awqua_shaders::{ALL, ENTRY_POINT, Elem, Kernel, Reduce, Rng, Trial, Variant, compose, uniform_bytes};
 use wgpu::util::{BufferInitDescriptor, DeviceExt};
 
 #[test]
@@ -80,13 +77,7 @@ impl Harness {
         let has = |feature| self.device.features().contains(feature);
         (variant.elem == Elem::F32 || has(wgpu::Features::SHADER_F16))
             && (variant.reduce == Reduce::Workgroup || has(wgpu::Features::SUBGROUP))
-            && (variant.size == Size::Small || self.is_large())
-    }
-
-    fn is_large(&self) -> bool {
-        let limits = self.device.limits();
-        limits.max_compute_invocations_per_workgroup >= LARGE_INVOCATIONS
-            && limits.max_compute_workgroup_storage_size >= LARGE_MEMORY
+            && variant.size.invocations() <= self.device.limits().max_compute_invocations_per_workgroup
     }
 
     /// The pipeline over a layout made only from the catalogue.

@@ -31,6 +31,8 @@ pub(super) struct Memory {
     pub(super) partial_ml: wgpu::Buffer,
     /// Bound where a kernel reads nothing.
     pub(super) dummy: wgpu::Buffer,
+    /// Bound where a kernel writes nothing.
+    pub(super) unread: wgpu::Buffer,
     /// Keys and values by layer: (kv_heads, context, head_dim) each.
     caches: Vec<(wgpu::Buffer, wgpu::Buffer)>,
     /// By rotary table: (context, rotary_dim / 2, 2) f32.
@@ -96,6 +98,7 @@ impl Memory {
             partial_out: storage("attention of the splits", partial_out)?,
             partial_ml: storage("sums of the splits", partials.saturating_mul(8))?,
             dummy: storage("a placeholder", 16)?,
+            unread: storage("a placeholder", 16)?,
             step: gpu.buffer("the step", 16, BufferUsages::UNIFORM | BufferUsages::COPY_DST)?,
             caches,
             ropes,

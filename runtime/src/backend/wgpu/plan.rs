@@ -1,51 +1,41 @@
 //! A program as dispatches: bind groups and uniform blocks made once, dispatch sizes computed from each step.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use awqua_shaders::{
-    Cost, Dense, Kernel, Kv, RowMode, Step, Variant, attention, attention_reduce, embed, gemm_dense, gemm_w4,
-    gemv_dense, gemv_w4, head_norm, rms_norm, rope_append, silu_mul, uniform_bytes,
+    Cost, Dense, Kernel, Kv, RowMode, Step, Variant, embed, head_norm, rms_norm, rope_append, silu_mul, uniform_bytes,
 };
-use awqua_shaders::{FLAG_ACCUMULATE, FLAG_BIAS};
 use bytemuck::Pod;
 use wgpu::BufferUsages;
 
+mod attention;
 mod fuse;
+mod linear;
+mod stage;
 
 use super::WgpuBackend;
 use super::memory::Memory;
 use super::pipelines::Pipeline;
-use super::weights::{GpuDense, GpuW4, GpuWeight};
+use super::weights::{GpuDense, GpuWeight};
 use crate::backend::{BufferId, KvType, Op, Program, Rows, Span, WeightId};
 use crate::error::{Error, ErrorKind, Result};
 use crate::tensor::DenseType;
-
-/// Most rows of a matmul that read the weights once a row instead of once a tile of rows. A tile is computed whole
-/// however few its rows: 64 of them take an H100 as long as 40 single rows (8B shapes, group size 128), and fewer where
-/// arithmetic is dearer than memory.
-fn gemv_rows(device_kind: &str) -> u32 {
-    match device_kind {
-        "discrete" => 32,
-        "cpu" => 8,
-        _ => 16,
-    }
-}
+use linear::{Linear, gemv_rows};
 
 /// The dispatches of a program.
 pub(super) struct Plan {
     /// One entry an operation or a run of them that is computed together, in order.
     pub(super) ops: Vec<PlannedOp>,
-    /// Bytes of the uniform blocks.
+    /// Bytes of the uniform blocks and of staged inputs.
     pub(super) bytes: u64,
 }
 
 /// The dispatches of one operation or of several.
 pub(super) struct PlannedOp {
     rows: RowMode,
-    /// Most rows that `few` is for.
-    few_rows: u32,
-    few: Vec<Dispatch>,
-    many: Vec<Dispatch>,
+    /// Most rows that the dispatches are for, ascending; the last ones are for any number.
+    levels: Vec<(u32, Vec<Dispatch>)>,
 }
 
 impl PlannedOp {
@@ -53,8 +43,7 @@ impl PlannedOp {
     pub(super) fn dispatches(&self, step: &Step) -> &[Dispatch] {
         match self.rows.count(step) {
             0 => &[],
-            rows if rows <= self.few_rows => &self.few,
-            _ => &self.many,
+            rows => self.levels.iter().find(|(most, _)| rows <= *most).map_or(&[], |(_, dispatches)| dispatches),
         }
     }
 }
@@ -89,23 +78,33 @@ impl Plan {
     /// # Errors
     /// [`ErrorKind::Unsupported`] or [`ErrorKind::InvalidTensor`] where weights do not fit the program, or a device
     /// error.
-    pub(super) fn new(backend: &WgpuBackend, program: &Program, memory: &Memory) -> Result<Self> {
-        let mut planner = Planner { backend, program, memory, uniforms: Vec::new() };
+    pub(super) fn new(backend: &WgpuBackend, program: &Program, memory: &Memory, max_tokens: u32) -> Result<Self> {
+        let mut planner = Planner {
+            backend,
+            program,
+            memory,
+            uniforms: Vec::new(),
+            few_rows: gemv_rows(backend.gpu.summary.kind).min(max_tokens),
+            staged: HashMap::new(),
+            staged_bytes: 0,
+            ready: None,
+        };
         let mut drafts = Vec::new();
         let mut ops = program.ops.as_slice();
         while let Some(op) = ops.first() {
             let (draft, count) = match planner.fused(ops)? {
                 Some(fused) => fused,
-                None => (planner.op(op)?, 1),
+                None => (planner.op(op, &ops[1..])?, 1),
             };
             drafts.push(draft);
             ops = &ops[count..];
         }
 
         let gpu = &backend.gpu;
-        let bytes = planner.uniforms.len() as u64;
+        let uniform_bytes = planner.uniforms.len() as u64;
+        let bytes = uniform_bytes + planner.staged_bytes;
         let usage = BufferUsages::UNIFORM | BufferUsages::COPY_DST;
-        let uniforms = gpu.buffer("uniform blocks", bytes, usage)?;
+        let uniforms = gpu.buffer("uniform blocks", uniform_bytes, usage)?;
         gpu.queue.write_buffer(&uniforms, 0, &planner.uniforms);
         let finish =
             |drafts: Vec<Draft>| drafts.into_iter().map(|d| d.finish(backend, &uniforms, &memory.step)).collect();
@@ -114,9 +113,7 @@ impl Plan {
                 .into_iter()
                 .map(|draft| PlannedOp {
                     rows: draft.rows,
-                    few_rows: draft.few_rows,
-                    few: finish(draft.few),
-                    many: finish(draft.many),
+                    levels: draft.levels.into_iter().map(|(most, drafts)| (most, finish(drafts))).collect(),
                 })
                 .collect()
         })?;
@@ -127,15 +124,18 @@ impl Plan {
 /// A [`PlannedOp`] before the uniform buffer exists.
 struct DraftOp {
     rows: RowMode,
-    few_rows: u32,
-    few: Vec<Draft>,
-    many: Vec<Draft>,
+    levels: Vec<(u32, Vec<Draft>)>,
 }
 
 impl DraftOp {
     /// An operation whose dispatches do not depend on the number of rows.
     fn always(rows: RowMode, dispatches: Vec<Draft>) -> Self {
-        Self { rows, few_rows: u32::MAX, few: dispatches, many: Vec::new() }
+        Self { rows, levels: vec![(u32::MAX, dispatches)] }
+    }
+
+    /// The dispatches for any number of rows.
+    fn many(self) -> Vec<Draft> {
+        self.levels.into_iter().last().map_or(Vec::new(), |(_, dispatches)| dispatches)
     }
 }
 
@@ -163,10 +163,19 @@ struct Planner<'a> {
     program: &'a Program,
     memory: &'a Memory,
     uniforms: Vec<u8>,
+    /// Most rows of a step whose packed matrices take staged inputs.
+    few_rows: u32,
+    /// Staged inputs by the buffer they stand for.
+    staged: HashMap<BufferId, wgpu::Buffer>,
+    staged_bytes: u64,
+    /// The buffer whose staged form the last operation left up to date, for few rows.
+    ready: Option<BufferId>,
 }
 
 impl<'a> Planner<'a> {
-    fn op(&mut self, op: &Op) -> Result<DraftOp> {
+    /// Plans one operation; `rest` are those that follow.
+    fn op(&mut self, op: &Op, rest: &[Op]) -> Result<DraftOp> {
+        let ready = self.ready.take();
         match *op {
             Op::Embed { table, out } => self.embed(table, out),
             Op::RmsNorm { x, weight, out, dim, segments, eps, rows } => {
@@ -182,10 +191,10 @@ impl<'a> Planner<'a> {
                 Ok(DraftOp::always(rows, dispatches))
             }
             Op::Linear { x, weight, bias, out, accumulate, rows } => {
-                self.linear(x, weight, bias, out, accumulate, row_mode(rows))
+                self.linear(&Linear { x, weight, bias, out, accumulate, rows: row_mode(rows) }, ready, rest)
             }
             Op::RopeAppend { qkv, layer, rope } => self.rope_append(qkv, layer, rope),
-            Op::Attention { qkv, out, layer, scale, window } => self.attention(qkv, out, layer, scale, window),
+            Op::Attention { qkv, out, layer, scale, window } => self.attention(qkv, out, layer, scale, window, rest),
             Op::SiluMul { x, out } => {
                 let width = self.width(out)?;
                 self.fits(x.into(), width.saturating_mul(2))?;
@@ -274,111 +283,6 @@ impl<'a> Planner<'a> {
         Ok(DraftOp::always(rows, vec![draft]))
     }
 
-    fn linear(
-        &mut self,
-        x: BufferId,
-        weight: WeightId,
-        bias: Option<WeightId>,
-        out: Span,
-        accumulate: bool,
-        rows: RowMode,
-    ) -> Result<DraftOp> {
-        if x == out.buffer {
-            return Err(unsupported("a linear layer can not write to its input"));
-        }
-        let mut op =
-            DraftOp { rows, few_rows: gemv_rows(self.backend.gpu.summary.kind), few: Vec::new(), many: Vec::new() };
-        let flags = if accumulate { FLAG_ACCUMULATE } else { 0 } | if bias.is_some() { FLAG_BIAS } else { 0 };
-        let backend = self.backend;
-        let (n, k) = match backend.weight(weight)? {
-            GpuWeight::W4(w) => (w.n, w.k),
-            GpuWeight::Dense(w) => (w.n, w.k),
-            GpuWeight::Vector { .. } => return Err(unsupported("a linear layer needs a matrix")),
-        };
-        self.fits(out, n)?;
-        if self.width(x)? != k {
-            let message = format!("expected {} input features, found {k}", self.width(x)?);
-            return Err(Error::new(ErrorKind::InvalidTensor, message));
-        }
-        let bias = match bias {
-            Some(bias) => self.vector(bias, n)?,
-            None => self.memory.dummy.clone(),
-        };
-        let site = Site { x, bias, out, flags, rows };
-        match backend.weight(weight)? {
-            GpuWeight::W4(matrix) => self.linear_w4(matrix, &site, &mut op)?,
-            GpuWeight::Dense(matrix) => self.linear_dense(matrix, &site, &mut op)?,
-            GpuWeight::Vector { .. } => return Err(unsupported("a linear layer needs a matrix")),
-        }
-        Ok(op)
-    }
-
-    fn linear_w4(&mut self, matrix: &GpuW4, site: &Site, op: &mut DraftOp) -> Result<()> {
-        let rows = site.rows;
-        for part in &matrix.parts {
-            let params = gemv_w4::Params {
-                n: part.rows,
-                k: matrix.k,
-                chunks: matrix.chunks,
-                group_size: matrix.group_size,
-                groups: matrix.groups,
-                x_stride: self.stride(site.x),
-                out_stride: self.stride(site.out.buffer),
-                out_offset: site.out.offset + part.first_row,
-                bias_offset: part.first_row,
-                flags: site.flags | matrix.flags,
-                row_mode: rows as u32,
-                ..Default::default()
-            };
-            let weights = [self.buffer(site.x), part.qweight.clone(), part.group_params.clone(), site.bias.clone()];
-            let with_norm = [&weights[..], &[self.memory.dummy.clone(), self.buffer(site.out.buffer)]].concat();
-            let storage = [&weights[..], &[self.buffer(site.out.buffer)]].concat();
-            let few = move |step: &Step| Launch {
-                grid: gemv_w4::grid(&params, rows.count(step)),
-                cost: gemv_w4::cost(&params, rows.count(step)),
-            };
-            let many = move |step: &Step| Launch {
-                grid: gemm_w4::grid(&params, rows.count(step)),
-                cost: gemv_w4::cost(&params, rows.count(step)),
-            };
-            op.few.push(self.draft(&gemv_w4::KERNEL, self.variant(), &params, with_norm, few)?);
-            op.many.push(self.draft(&gemm_w4::KERNEL, self.variant(), &params, storage, many)?);
-        }
-        Ok(())
-    }
-
-    fn linear_dense(&mut self, matrix: &GpuDense, site: &Site, op: &mut DraftOp) -> Result<()> {
-        let rows = site.rows;
-        let variant = Variant { dense: dense(matrix.dtype), ..self.variant() };
-        for part in &matrix.parts {
-            let params = gemv_dense::Params {
-                n: part.rows,
-                k: matrix.k,
-                row_words: matrix.row_words,
-                x_stride: self.stride(site.x),
-                out_stride: self.stride(site.out.buffer),
-                out_offset: site.out.offset + part.first_row,
-                bias_offset: part.first_row,
-                flags: site.flags,
-                row_mode: rows as u32,
-                ..Default::default()
-            };
-            let storage =
-                vec![self.buffer(site.x), part.words.clone(), site.bias.clone(), self.buffer(site.out.buffer)];
-            let few = move |step: &Step| Launch {
-                grid: gemv_dense::grid(&params, rows.count(step)),
-                cost: gemv_dense::cost(&params, rows.count(step)),
-            };
-            let many = move |step: &Step| Launch {
-                grid: gemm_dense::grid(&params, rows.count(step)),
-                cost: gemv_dense::cost(&params, rows.count(step)),
-            };
-            op.few.push(self.draft(&gemv_dense::KERNEL, variant, &params, storage.clone(), few)?);
-            op.many.push(self.draft(&gemm_dense::KERNEL, variant, &params, storage, many)?);
-        }
-        Ok(())
-    }
-
     fn rope_append(&mut self, qkv: BufferId, layer: u32, rope: Option<u32>) -> Result<DraftOp> {
         let shape = self.program.attention;
         self.fits(qkv.into(), (shape.heads + 2 * shape.kv_heads).saturating_mul(shape.head_dim))?;
@@ -404,77 +308,6 @@ impl<'a> Planner<'a> {
         };
         let draft = self.draft(&rope_append::KERNEL, self.variant(), &params, storage, launch)?;
         Ok(DraftOp::always(RowMode::All, vec![draft]))
-    }
-
-    fn attention(
-        &mut self,
-        qkv: BufferId,
-        out: BufferId,
-        layer: u32,
-        scale: f32,
-        window: Option<u32>,
-    ) -> Result<DraftOp> {
-        let shape = self.program.attention;
-        if shape.head_dim > attention::HEAD_DIM_MAX {
-            return Err(unsupported(&format!("heads of {} elements, more than 256", shape.head_dim)));
-        }
-        let heads = shape.heads * shape.head_dim;
-        self.fits(qkv.into(), heads + 2 * shape.kv_heads * shape.head_dim)?;
-        self.fits(out.into(), heads)?;
-        let kv = self.variant().kv;
-        let mut stages = Vec::new();
-        // The number of splits is laid out in the partial buffers, so few and many tokens have parameters of their own.
-        for n_tokens in [1, u32::MAX] {
-            let context = self.memory.context;
-            let split_len = attention::split_len(n_tokens, context);
-            let window = window.unwrap_or(0);
-            let splits_max = attention::splits_max(window, split_len, context);
-            let params = attention::Params {
-                heads: shape.heads,
-                kv_heads: shape.kv_heads,
-                head_dim: shape.head_dim,
-                qkv_stride: self.stride(qkv),
-                context,
-                scale,
-                window,
-                splits_max,
-                split_len,
-                ..Default::default()
-            };
-            let (keys, values) = self.memory.cache(layer)?;
-            let (partial_out, partial_ml) = (&self.memory.partial_out, &self.memory.partial_ml);
-            let storage = vec![self.buffer(qkv), keys.clone(), values.clone(), partial_out.clone(), partial_ml.clone()];
-            let launch = move |step: &Step| {
-                let seen = (step.position + step.n_tokens).min(if window == 0 { u32::MAX } else { window });
-                Launch {
-                    grid: attention::grid(&params, step.position, step.n_tokens),
-                    cost: attention::cost(&params, kv, seen, step.n_tokens),
-                }
-            };
-            let first = self.draft(&attention::KERNEL, self.variant(), &params, storage, launch)?;
-            let params = attention_reduce::Params {
-                heads: shape.heads,
-                head_dim: shape.head_dim,
-                out_stride: self.stride(out),
-                window,
-                splits_max,
-                split_len,
-                ..Default::default()
-            };
-            let storage = vec![partial_out.clone(), partial_ml.clone(), self.buffer(out)];
-            let launch = move |step: &Step| Launch {
-                grid: attention_reduce::grid(&params, step.n_tokens),
-                cost: attention_reduce::cost(
-                    &params,
-                    attention::splits(window, split_len, step.position, step.n_tokens),
-                    step.n_tokens,
-                ),
-            };
-            stages.push(vec![first, self.draft(&attention_reduce::KERNEL, self.variant(), &params, storage, launch)?]);
-        }
-        let many = stages.pop().unwrap_or_default();
-        let few = stages.pop().unwrap_or_default();
-        Ok(DraftOp { rows: RowMode::All, few_rows: attention::FEW_TOKENS, few, many })
     }
 
     fn draft<P: Pod + bytemuck::Zeroable>(
@@ -545,15 +378,6 @@ impl<'a> Planner<'a> {
             _ => Err(unsupported("an embedding table has to be dense")),
         }
     }
-}
-
-/// Where a linear layer stands.
-struct Site {
-    x: BufferId,
-    bias: wgpu::Buffer,
-    out: Span,
-    flags: u32,
-    rows: RowMode,
 }
 
 fn row_mode(rows: Rows) -> RowMode {

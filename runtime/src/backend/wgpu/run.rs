@@ -56,7 +56,7 @@ impl WgpuRunner {
             return Err(Error::new(ErrorKind::InvalidInput, "the logits buffer is not as wide as the vocabulary"));
         }
         let memory = Memory::new(gpu, program, &config)?;
-        let plan = Plan::new(&backend, program, &memory)?;
+        let plan = Plan::new(&backend, program, &memory, config.max_tokens)?;
         let logits = &memory.activations[program.logits.0 as usize];
         let sampler = Sampler::new(&backend, program.vocab_size, config.context)?;
         let row_bytes = u64::from(logits.stride) * 4;

@@ -4,8 +4,7 @@
 //! is the worst way to find out.
 
 use awqua_shaders::{
-    Elem, Kernel, LARGE_INVOCATIONS, LARGE_MEMORY, Reduce, Rng, Size, Trial, Variant, attention, gemm_w4, gemv_w4,
-    rms_norm, uniform_bytes,
+    Elem, Kernel, Reduce, Rng, Size, Trial, Variant, attention, gemm_w4, gemv_w4, rms_norm, uniform_bytes,
 };
 use wgpu::{BufferUsages, Features};
 
@@ -41,13 +40,9 @@ pub(super) fn choose(gpu: &Gpu, pipelines: &Pipelines, options: &WgpuOptions) ->
         (true, Elem::F32, Reduce::Workgroup),
     ];
     // Elsewhere nobody has measured yet that large workgroups pay.
+    let fits = |size: &Size| size.invocations() <= gpu.limits.max_compute_invocations_per_workgroup;
     let size = match gpu.summary.kind {
-        "discrete"
-            if gpu.limits.max_compute_invocations_per_workgroup >= LARGE_INVOCATIONS
-                && gpu.limits.max_compute_workgroup_storage_size >= LARGE_MEMORY =>
-        {
-            Size::Large
-        }
+        "discrete" => [Size::Large, Size::Medium].into_iter().find(fits).unwrap_or(Size::Small),
         _ => Size::Small,
     };
     let mut refused = String::new();

@@ -1,24 +1,25 @@
 //! Runs of operations that one kernel computes for few rows: a launch costs as much time as reading megabytes of weights.
 
-use awqua_shaders::{FLAG_BIAS, FLAG_NORM, RowMode, Step, gemv_w4, gemv_w4_rope, gemv_w4_swiglu};
+use awqua_shaders::{FLAG_BIAS, FLAG_NORM, RowMode, Step, gemv_w4_rope, gemv_w4_swiglu};
 
 use super::super::weights::{GpuW4, GpuWeight};
-use super::{Draft, DraftOp, Launch, Planner, gemv_rows, row_mode};
+use super::linear::{Gemv, matrix_params};
+use super::{Draft, DraftOp, Launch, Planner};
 use crate::backend::{BufferId, Op, Rows, WeightId};
 use crate::error::Result;
 
 /// A norm over whole rows and where its result goes.
 #[derive(Clone, Copy)]
-struct Norm {
-    x: BufferId,
-    weight: WeightId,
-    out: BufferId,
+pub(super) struct Norm {
+    pub(super) x: BufferId,
+    pub(super) weight: WeightId,
+    pub(super) out: BufferId,
     dim: u32,
     eps: f32,
 }
 
 impl Norm {
-    fn of(op: &Op) -> Option<Self> {
+    pub(super) fn of(op: &Op) -> Option<Self> {
         match *op {
             Op::RmsNorm { x, weight, out, dim, segments: 1, eps, rows: Rows::All }
                 if x.offset == 0 && out.offset == 0 && x.buffer != out.buffer =>
@@ -30,6 +31,15 @@ impl Norm {
     }
 }
 
+/// What [`Planner::fused`] found.
+struct Fused {
+    few: Vec<Draft>,
+    /// Operations that it computes.
+    count: usize,
+    /// The buffer whose staged form it leaves.
+    ready: Option<BufferId>,
+}
+
 impl<'a> Planner<'a> {
     /// The operations at the start of `ops` as one, and how many they are; `None` where there is nothing to gain.
     pub(super) fn fused(&mut self, ops: &[Op]) -> Result<Option<(DraftOp, usize)>> {
@@ -37,33 +47,35 @@ impl<'a> Planner<'a> {
         if self.width(norm.x)? != norm.dim || self.width(norm.out)? != norm.dim {
             return Ok(None);
         }
-        let few = match ops {
+        let fused = match ops {
             [_, linear, Op::RopeAppend { qkv, layer, rope }, ..] => {
-                self.norm_linear_rope(norm, linear, *qkv, *layer, *rope)?.map(|draft| (vec![draft], 3))
+                let draft = self.linear_rope(norm, linear, *qkv, *layer, *rope)?;
+                draft.map(|draft| Fused { few: vec![draft], count: 3, ready: None })
             }
-            [_, linear, Op::SiluMul { x, out }, ..] => {
-                self.norm_linear_swiglu(norm, linear, *x, *out)?.map(|draft| (vec![draft], 3))
-            }
+            [_, linear, Op::SiluMul { x, out }, rest @ ..] => self.linear_swiglu(norm, linear, *x, *out, rest)?,
             _ => None,
         };
-        let few = match few {
-            Some(few) => Some(few),
-            None => self.norm_linears(norm, &ops[1..])?,
+        let fused = match fused {
+            Some(fused) => Some(fused),
+            None => self.linears(norm, &ops[1..])?,
         };
-        let Some((few, count)) = few else { return Ok(None) };
+        let Some(Fused { mut few, count, ready }) = fused else { return Ok(None) };
         if reads_before_write(&ops[count..], norm.out) {
             return Ok(None);
         }
+        if self.ready != Some(norm.out) {
+            few.insert(0, self.stage(norm.x, Some(norm.weight), norm.out, RowMode::All)?);
+        }
         let mut many = Vec::new();
         for op in &ops[..count] {
-            let op = self.op(op)?;
-            many.extend(if op.many.is_empty() { op.few } else { op.many });
+            many.extend(self.op(op, &[])?.many());
         }
-        Ok(Some((DraftOp { rows: RowMode::All, few_rows: gemv_rows(self.backend.gpu.summary.kind), few, many }, count)))
+        self.ready = ready;
+        Ok(Some((DraftOp { rows: RowMode::All, levels: vec![(self.few_rows, few), (u32::MAX, many)] }, count)))
     }
 
-    /// Norm, q, k and v projections, rotation and the way to the cache.
-    fn norm_linear_rope(
+    /// q, k and v projections, rotation and the way to the cache.
+    fn linear_rope(
         &mut self,
         norm: Norm,
         linear: &Op,
@@ -80,25 +92,17 @@ impl<'a> Planner<'a> {
         {
             return Ok(None);
         }
-        let norm_weight = self.vector(norm.weight, norm.dim)?;
-        let norm_bias = match bias {
-            None => norm_weight,
-            Some(bias) => {
-                let bias = self.vector(bias, matrix.n)?;
-                self.joined(&norm_weight, u64::from(norm.dim) * 4, &bias, u64::from(matrix.n) * 4)?
-            }
-        };
-        let base = self.normed_params(norm, matrix, qkv, bias.is_some());
+        let base = matrix_params(matrix);
         let params = gemv_w4_rope::Params {
             n: base.n,
             k: base.k,
             chunks: base.chunks,
             group_size: base.group_size,
+            group_shift: base.group_shift,
             groups: base.groups,
-            x_stride: base.x_stride,
-            out_stride: base.out_stride,
-            flags: base.flags,
-            eps: base.eps,
+            out_stride: self.stride(qkv),
+            flags: base.flags | FLAG_NORM | if bias.is_some() { FLAG_BIAS } else { 0 },
+            eps: norm.eps,
             heads: shape.heads,
             kv_heads: shape.kv_heads,
             head_dim: shape.head_dim,
@@ -113,10 +117,10 @@ impl<'a> Planner<'a> {
         let (keys, values) = self.memory.cache(layer)?;
         let part = &matrix.parts[0];
         let storage = vec![
-            self.buffer(norm.x),
+            self.staged(norm.out)?,
             part.qweight.clone(),
             part.group_params.clone(),
-            norm_bias,
+            self.bias(bias, matrix.n)?,
             table,
             self.buffer(qkv),
             keys.clone(),
@@ -126,39 +130,59 @@ impl<'a> Planner<'a> {
             grid: gemv_w4_rope::grid(&params, step.n_tokens),
             cost: gemv_w4_rope::cost(&params, step.n_tokens),
         };
-        self.draft(&gemv_w4_rope::KERNEL, self.variant(), &params, storage, launch).map(Some)
+        let variant = self.sized((matrix.n / 2).div_ceil(32));
+        self.draft(&gemv_w4_rope::KERNEL, variant, &params, storage, launch).map(Some)
     }
 
-    /// Norm, gate and up projections, and their product.
-    fn norm_linear_swiglu(&mut self, norm: Norm, linear: &Op, x: BufferId, out: BufferId) -> Result<Option<Draft>> {
+    /// Gate and up projections and their product, for the packed matrix that follows.
+    fn linear_swiglu(
+        &mut self,
+        norm: Norm,
+        linear: &Op,
+        x: BufferId,
+        out: BufferId,
+        rest: &[Op],
+    ) -> Result<Option<Fused>> {
         let Some((matrix, bias)) = self.whole_matrix(linear, norm.out, x)? else { return Ok(None) };
-        if self.width(x)? != matrix.n || self.width(out)? != matrix.n / 2 || matrix.n % 2 != 0 {
+        if self.width(x)? != matrix.n || self.width(out)?.checked_mul(2) != Some(matrix.n) {
             return Ok(None);
         }
-        let params = self.normed_params(norm, matrix, out, bias.is_some());
-        let bias = match bias {
-            Some(bias) => self.vector(bias, matrix.n)?,
-            None => self.memory.dummy.clone(),
+        let Some(target) = self.stage_target(out, Some(norm.out), rest)?.filter(|target| target.norm.is_none()) else {
+            return Ok(None);
+        };
+        let base = matrix_params(matrix);
+        let params = gemv_w4_swiglu::Params {
+            n: base.n,
+            k: base.k,
+            chunks: base.chunks,
+            group_size: base.group_size,
+            group_shift: base.group_shift,
+            groups: base.groups,
+            flags: base.flags | FLAG_NORM | if bias.is_some() { FLAG_BIAS } else { 0 },
+            row_mode: RowMode::All as u32,
+            eps: norm.eps,
+            stage_quads: target.quads,
+            ..Default::default()
         };
         let part = &matrix.parts[0];
-        let norm_weight = self.vector(norm.weight, norm.dim)?;
         let storage = vec![
-            self.buffer(norm.x),
+            self.staged(norm.out)?,
             part.qweight.clone(),
             part.group_params.clone(),
-            bias,
-            norm_weight,
-            self.buffer(out),
+            self.bias(bias, matrix.n)?,
+            target.buffer,
         ];
         let launch = move |step: &Step| Launch {
             grid: gemv_w4_swiglu::grid(&params, step.n_tokens),
             cost: gemv_w4_swiglu::cost(&params, step.n_tokens),
         };
-        self.draft(&gemv_w4_swiglu::KERNEL, self.variant(), &params, storage, launch).map(Some)
+        let variant = self.sized((matrix.n / 2).div_ceil(32));
+        let draft = self.draft(&gemv_w4_swiglu::KERNEL, variant, &params, storage, launch)?;
+        Ok(Some(Fused { few: vec![draft], count: 3, ready: Some(target.of) }))
     }
 
-    /// Norm and the packed projections that follow it.
-    fn norm_linears(&mut self, norm: Norm, ops: &[Op]) -> Result<Option<(Vec<Draft>, usize)>> {
+    /// The packed projections that follow a norm.
+    fn linears(&mut self, norm: Norm, ops: &[Op]) -> Result<Option<Fused>> {
         let mut few = Vec::new();
         let mut count = 1;
         for op in ops {
@@ -171,38 +195,25 @@ impl<'a> Planner<'a> {
                 return Ok(None);
             }
             self.fits(out, matrix.n)?;
-            let bias_buffer = match bias {
-                Some(bias) => self.vector(bias, matrix.n)?,
-                None => self.memory.dummy.clone(),
-            };
-            let norm_weight = self.vector(norm.weight, norm.dim)?;
             for part in &matrix.parts {
-                let params = gemv_w4::Params {
-                    n: part.rows,
-                    out_offset: out.offset + part.first_row,
-                    bias_offset: part.first_row,
-                    ..self.normed_params(norm, matrix, out.buffer, bias.is_some())
-                };
-                let storage = vec![
-                    self.buffer(norm.x),
-                    part.qweight.clone(),
-                    part.group_params.clone(),
-                    bias_buffer.clone(),
-                    norm_weight.clone(),
-                    self.buffer(out.buffer),
-                ];
-                let launch = move |step: &Step| Launch {
-                    grid: gemv_w4::grid(&params, step.n_tokens),
-                    cost: gemv_w4::cost(&params, step.n_tokens),
-                };
-                few.push(self.draft(&gemv_w4::KERNEL, self.variant(), &params, storage, launch)?);
+                few.push(self.gemv(&Gemv {
+                    input: norm.out,
+                    norm_eps: Some(norm.eps),
+                    matrix,
+                    part,
+                    bias,
+                    out,
+                    accumulate: false,
+                    rows: RowMode::All,
+                    target: None,
+                })?);
             }
             count += 1;
         }
-        Ok((count > 1).then_some((few, count)))
+        Ok((count > 1).then_some(Fused { few, count, ready: None }))
     }
 
-    /// The matrix in one part and the bias of a linear layer from `x` to the whole of `out`.
+    /// The matrix in one part and the bias of a linear layer from `from` to the whole of `to`.
     fn whole_matrix(&self, linear: &Op, from: BufferId, to: BufferId) -> Result<Option<(&'a GpuW4, Option<WeightId>)>> {
         match *linear {
             Op::Linear { x, weight, bias, out, accumulate: false, rows: Rows::All }
@@ -219,33 +230,12 @@ impl<'a> Planner<'a> {
         }
     }
 
-    fn normed_params(&self, norm: Norm, matrix: &GpuW4, out: BufferId, bias: bool) -> gemv_w4::Params {
-        gemv_w4::Params {
-            n: matrix.n,
-            k: matrix.k,
-            chunks: matrix.chunks,
-            group_size: matrix.group_size,
-            groups: matrix.groups,
-            x_stride: self.stride(norm.x),
-            out_stride: self.stride(out),
-            out_offset: 0,
-            bias_offset: 0,
-            flags: matrix.flags | FLAG_NORM | if bias { FLAG_BIAS } else { 0 },
-            row_mode: row_mode(Rows::All) as u32,
-            eps: norm.eps,
+    /// The bias of a matrix with `n` outputs, or something to bind in its place.
+    fn bias(&self, bias: Option<WeightId>, n: u32) -> Result<wgpu::Buffer> {
+        match bias {
+            Some(bias) => self.vector(bias, n),
+            None => Ok(self.memory.dummy.clone()),
         }
-    }
-
-    /// A buffer with the first bytes of two others, one behind the other.
-    fn joined(&self, a: &wgpu::Buffer, a_bytes: u64, b: &wgpu::Buffer, b_bytes: u64) -> Result<wgpu::Buffer> {
-        let gpu = &self.backend.gpu;
-        let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST;
-        let buffer = gpu.buffer("a norm with a bias", a_bytes + b_bytes, usage)?;
-        let mut encoder = gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor { label: Some("join") });
-        encoder.copy_buffer_to_buffer(a, 0, &buffer, 0, a_bytes);
-        encoder.copy_buffer_to_buffer(b, 0, &buffer, a_bytes, b_bytes);
-        gpu.submit(Some(encoder.finish()));
-        Ok(buffer)
     }
 }
 

@@ -1,0 +1,87 @@
+//! Attention: splits of the positions, then their combination.
+
+use awqua_shaders::{FLAG_STAGE, RowMode, Step, attention, attention_reduce};
+
+use super::{DraftOp, Launch, Planner, unsupported};
+use crate::backend::{BufferId, Op};
+use crate::error::Result;
+
+impl Planner<'_> {
+    pub(super) fn attention(
+        &mut self,
+        qkv: BufferId,
+        out: BufferId,
+        layer: u32,
+        scale: f32,
+        window: Option<u32>,
+        rest: &[Op],
+    ) -> Result<DraftOp> {
+        let shape = self.program.attention;
+        if shape.head_dim > attention::HEAD_DIM_MAX {
+            return Err(unsupported(&format!("heads of {} elements, more than 256", shape.head_dim)));
+        }
+        let heads = shape.heads * shape.head_dim;
+        self.fits(qkv.into(), heads + 2 * shape.kv_heads * shape.head_dim)?;
+        self.fits(out.into(), heads)?;
+        let kv = self.variant().kv;
+        let whole = self.width(out)? == heads;
+        let target = if whole { self.stage_target(out, None, rest)? } else { None };
+        let mut levels = Vec::new();
+        // The number of splits is laid out in the partial buffers, so few and many tokens have parameters of their own.
+        let few_tokens = attention::FEW_TOKENS.min(self.few_rows);
+        for (most, staged) in [(few_tokens, true), (self.few_rows, true), (u32::MAX, false)] {
+            let context = self.memory.context;
+            let split_len = attention::split_len(most, context);
+            let window = window.unwrap_or(0);
+            let splits_max = attention::splits_max(window, split_len, context);
+            let params = attention::Params {
+                heads: shape.heads,
+                kv_heads: shape.kv_heads,
+                head_dim: shape.head_dim,
+                qkv_stride: self.stride(qkv),
+                context,
+                scale,
+                window,
+                splits_max,
+                split_len,
+                ..Default::default()
+            };
+            let (keys, values) = self.memory.cache(layer)?;
+            let (partial_out, partial_ml) = (&self.memory.partial_out, &self.memory.partial_ml);
+            let storage = vec![self.buffer(qkv), keys.clone(), values.clone(), partial_out.clone(), partial_ml.clone()];
+            let launch = move |step: &Step| {
+                let seen = (step.position + step.n_tokens).min(if window == 0 { u32::MAX } else { window });
+                Launch {
+                    grid: attention::grid(&params, step.position, step.n_tokens),
+                    cost: attention::cost(&params, kv, seen, step.n_tokens),
+                }
+            };
+            let first = self.draft(&attention::KERNEL, self.variant(), &params, storage, launch)?;
+            let target = target.as_ref().filter(|_| staged);
+            let params = attention_reduce::Params {
+                heads: shape.heads,
+                head_dim: shape.head_dim,
+                out_stride: self.stride(out),
+                window,
+                splits_max,
+                split_len,
+                flags: if target.is_some() { FLAG_STAGE } else { 0 },
+                stage_quads: target.map_or(0, |target| target.quads),
+            };
+            let staged_out = target.map_or(&self.memory.unread, |target| &target.buffer).clone();
+            let storage = vec![partial_out.clone(), partial_ml.clone(), self.buffer(out), staged_out];
+            let launch = move |step: &Step| Launch {
+                grid: attention_reduce::grid(&params, step.n_tokens),
+                cost: attention_reduce::cost(
+                    &params,
+                    attention::splits(window, split_len, step.position, step.n_tokens),
+                    step.n_tokens,
+                ),
+            };
+            let reduce = self.draft(&attention_reduce::KERNEL, self.variant(), &params, storage, launch)?;
+            levels.push((most, vec![first, reduce]));
+        }
+        self.ready = target.map(|target| target.of);
+        Ok(DraftOp { rows: RowMode::All, levels })
+    }
+}

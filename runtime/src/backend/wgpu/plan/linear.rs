@@ -1,0 +1,259 @@
+//! Matrices: packed and dense, for few and for many rows.
+
+use awqua_shaders::{
+    FLAG_ACCUMULATE, FLAG_BIAS, FLAG_NORM, FLAG_STAGE, FLAG_STAGE_NORM, RowMode, Size, Step, Variant, gemm_dense,
+    gemm_w4, gemv_dense, gemv_w4,
+};
+
+use super::super::weights::{GpuDense, GpuW4, GpuWeight, W4Part};
+use super::stage::Target;
+use super::{Draft, DraftOp, Launch, Planner, dense, unsupported};
+use crate::backend::{BufferId, Op, Span, WeightId};
+use crate::error::{Error, ErrorKind, Result};
+
+/// Most rows of a matmul that read the weights once a row instead of once a tile of rows. A tile is computed whole
+/// however few its rows: 64 of them take an H100 as long as 40 single rows (8B shapes, group size 128), and fewer where
+/// arithmetic is dearer than memory.
+pub(super) fn gemv_rows(device_kind: &str) -> u32 {
+    match device_kind {
+        "discrete" => 32,
+        "cpu" => 8,
+        _ => 16,
+    }
+}
+
+/// Subgroups of 32 that keep an H100 busy; matrices of fewer outputs get more slices of K.
+const BUSY_SUBGROUPS: u32 = 4000;
+
+/// A linear layer of the program.
+pub(super) struct Linear {
+    pub(super) x: BufferId,
+    pub(super) weight: WeightId,
+    pub(super) bias: Option<WeightId>,
+    pub(super) out: Span,
+    pub(super) accumulate: bool,
+    pub(super) rows: RowMode,
+}
+
+/// A packed matrix with staged inputs.
+pub(super) struct Gemv<'a> {
+    /// The buffer whose staged form is the input.
+    pub(super) input: BufferId,
+    /// Added to the mean of squares of the norm in front, if there is one.
+    pub(super) norm_eps: Option<f32>,
+    pub(super) matrix: &'a GpuW4,
+    pub(super) part: &'a W4Part,
+    pub(super) bias: Option<WeightId>,
+    pub(super) out: Span,
+    pub(super) accumulate: bool,
+    /// [`RowMode::All`] or [`RowMode::Compacted`]: staged rows are compacted.
+    pub(super) rows: RowMode,
+    pub(super) target: Option<&'a Target>,
+}
+
+impl<'a> Planner<'a> {
+    pub(super) fn linear(&mut self, op: &Linear, ready: Option<BufferId>, rest: &[Op]) -> Result<DraftOp> {
+        if op.x == op.out.buffer {
+            return Err(unsupported("a linear layer can not write to its input"));
+        }
+        let backend = self.backend;
+        let (n, k) = match backend.weight(op.weight)? {
+            GpuWeight::W4(w) => (w.n, w.k),
+            GpuWeight::Dense(w) => (w.n, w.k),
+            GpuWeight::Vector { .. } => return Err(unsupported("a linear layer needs a matrix")),
+        };
+        self.fits(op.out, n)?;
+        if self.width(op.x)? != k {
+            let message = format!("expected {} input features, found {k}", self.width(op.x)?);
+            return Err(Error::new(ErrorKind::InvalidTensor, message));
+        }
+        match backend.weight(op.weight)? {
+            GpuWeight::W4(matrix) => self.linear_w4(matrix, op, ready, rest),
+            GpuWeight::Dense(matrix) => self.linear_dense(matrix, op),
+            GpuWeight::Vector { .. } => Err(unsupported("a linear layer needs a matrix")),
+        }
+    }
+
+    fn linear_w4(&mut self, matrix: &'a GpuW4, op: &Linear, ready: Option<BufferId>, rest: &[Op]) -> Result<DraftOp> {
+        let mut few = Vec::new();
+        if ready != Some(op.x) || op.rows != RowMode::All {
+            few.push(self.stage(op.x, None, op.x, op.rows)?);
+        }
+        let whole = op.out.offset == 0 && matrix.parts.len() == 1 && self.width(op.out.buffer)? == matrix.n;
+        let target = match op.rows {
+            RowMode::All if whole => self.stage_target(op.out.buffer, Some(op.x), rest)?,
+            _ => None,
+        };
+        let mut many = Vec::new();
+        for part in &matrix.parts {
+            few.push(self.gemv(&Gemv {
+                input: op.x,
+                norm_eps: None,
+                matrix,
+                part,
+                bias: op.bias,
+                out: op.out,
+                accumulate: op.accumulate,
+                rows: if op.rows == RowMode::All { RowMode::All } else { RowMode::Compacted },
+                target: target.as_ref(),
+            })?);
+            many.push(self.gemm(matrix, part, op)?);
+        }
+        self.ready = target.map(|target| target.of);
+        Ok(DraftOp { rows: op.rows, levels: vec![(self.few_rows, few), (u32::MAX, many)] })
+    }
+
+    /// One row at a time from staged inputs.
+    pub(super) fn gemv(&mut self, site: &Gemv<'_>) -> Result<Draft> {
+        let Gemv { matrix, part, rows, .. } = *site;
+        let norm = site.target.and_then(|target| target.norm);
+        let bias_len = if site.bias.is_some() { matrix.n } else { 0 };
+        let bias = site.bias.map(|bias| self.vector(bias, matrix.n)).transpose()?;
+        let norm_weights = norm.map(|norm| self.vector(norm, matrix.n)).transpose()?;
+        let vectors = match (bias, norm_weights) {
+            (Some(bias), Some(norm)) => self.joined(&bias, &norm, u64::from(matrix.n) * 4)?,
+            (Some(vectors), None) | (None, Some(vectors)) => vectors,
+            (None, None) => self.memory.dummy.clone(),
+        };
+        let flag = |condition: bool, flag: u32| if condition { flag } else { 0 };
+        let params = gemv_w4::Params {
+            n: part.rows,
+            out_stride: self.stride(site.out.buffer),
+            out_offset: site.out.offset + part.first_row,
+            bias_offset: part.first_row,
+            flags: matrix.flags
+                | flag(site.accumulate, FLAG_ACCUMULATE)
+                | flag(site.bias.is_some(), FLAG_BIAS)
+                | flag(site.norm_eps.is_some(), FLAG_NORM)
+                | flag(site.target.is_some(), FLAG_STAGE)
+                | flag(norm.is_some(), FLAG_STAGE_NORM),
+            row_mode: rows as u32,
+            eps: site.norm_eps.unwrap_or(0.0),
+            norm_offset: bias_len,
+            stage_quads: site.target.map_or(0, |target| target.quads),
+            ..matrix_params(matrix)
+        };
+        let staged_out = site.target.map_or(&self.memory.unread, |target| &target.buffer).clone();
+        let storage = vec![
+            self.staged(site.input)?,
+            part.qweight.clone(),
+            part.group_params.clone(),
+            vectors,
+            self.buffer(site.out.buffer),
+            staged_out,
+        ];
+        let launch = move |step: &Step| Launch {
+            grid: gemv_w4::grid(&params, rows.count(step)),
+            cost: gemv_w4::cost(&params, rows.count(step)),
+        };
+        let variant = self.sized(part.rows.div_ceil(32));
+        self.draft(&gemv_w4::KERNEL, variant, &params, storage, launch)
+    }
+
+    /// The variant for a gemv_w4 kernel of so many workgroups.
+    pub(super) fn sized(&self, workgroups: u32) -> Variant {
+        let busy = |size: &Size| workgroups.saturating_mul(size.invocations() / 32) >= BUSY_SUBGROUPS;
+        let largest = self.backend.size;
+        let size = [Size::Small, Size::Medium].into_iter().filter(|size| *size < largest).find(busy).unwrap_or(largest);
+        Variant { size, ..self.variant() }
+    }
+
+    /// Tiles of rows.
+    fn gemm(&mut self, matrix: &GpuW4, part: &W4Part, op: &Linear) -> Result<Draft> {
+        let rows = op.rows;
+        let bias = match op.bias {
+            Some(bias) => self.vector(bias, matrix.n)?,
+            None => self.memory.dummy.clone(),
+        };
+        let params = gemm_w4::Params {
+            n: part.rows,
+            k: matrix.k,
+            chunks: matrix.chunks,
+            group_size: matrix.group_size,
+            groups: matrix.groups,
+            x_stride: self.stride(op.x),
+            out_stride: self.stride(op.out.buffer),
+            out_offset: op.out.offset + part.first_row,
+            bias_offset: part.first_row,
+            flags: op.flags() | matrix.flags,
+            row_mode: rows as u32,
+            ..Default::default()
+        };
+        let storage =
+            vec![self.buffer(op.x), part.qweight.clone(), part.group_params.clone(), bias, self.buffer(op.out.buffer)];
+        let launch = move |step: &Step| Launch {
+            grid: gemm_w4::grid(&params, rows.count(step)),
+            cost: gemm_w4::cost(&params, rows.count(step)),
+        };
+        self.draft(&gemm_w4::KERNEL, self.variant(), &params, storage, launch)
+    }
+
+    fn linear_dense(&mut self, matrix: &GpuDense, op: &Linear) -> Result<DraftOp> {
+        let rows = op.rows;
+        let bias = match op.bias {
+            Some(bias) => self.vector(bias, matrix.n)?,
+            None => self.memory.dummy.clone(),
+        };
+        let variant = Variant { dense: dense(matrix.dtype), ..self.variant() };
+        let (mut one_by_one, mut many) = (Vec::new(), Vec::new());
+        for part in &matrix.parts {
+            let params = gemv_dense::Params {
+                n: part.rows,
+                k: matrix.k,
+                row_words: matrix.row_words,
+                x_stride: self.stride(op.x),
+                out_stride: self.stride(op.out.buffer),
+                out_offset: op.out.offset + part.first_row,
+                bias_offset: part.first_row,
+                flags: op.flags(),
+                row_mode: rows as u32,
+                ..Default::default()
+            };
+            let storage = vec![self.buffer(op.x), part.words.clone(), bias.clone(), self.buffer(op.out.buffer)];
+            let gemv = move |step: &Step| Launch {
+                grid: gemv_dense::grid(&params, rows.count(step)),
+                cost: gemv_dense::cost(&params, rows.count(step)),
+            };
+            let gemm = move |step: &Step| Launch {
+                grid: gemm_dense::grid(&params, rows.count(step)),
+                cost: gemv_dense::cost(&params, rows.count(step)),
+            };
+            one_by_one.push(self.draft(&gemv_dense::KERNEL, variant, &params, storage.clone(), gemv)?);
+            many.push(self.draft(&gemm_dense::KERNEL, variant, &params, storage, gemm)?);
+        }
+        Ok(DraftOp { rows, levels: vec![(gemv_rows(self.backend.gpu.summary.kind), one_by_one), (u32::MAX, many)] })
+    }
+
+    /// A buffer with the first `bytes` of two others, one behind the other.
+    fn joined(&self, a: &wgpu::Buffer, b: &wgpu::Buffer, bytes: u64) -> Result<wgpu::Buffer> {
+        let gpu = &self.backend.gpu;
+        let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST;
+        let buffer = gpu.buffer("a bias with a norm", 2 * bytes, usage)?;
+        let mut encoder = gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor { label: Some("join") });
+        encoder.copy_buffer_to_buffer(a, 0, &buffer, 0, bytes);
+        encoder.copy_buffer_to_buffer(b, 0, &buffer, bytes, bytes);
+        gpu.submit(Some(encoder.finish()));
+        Ok(buffer)
+    }
+}
+
+impl Linear {
+    fn flags(&self) -> u32 {
+        let accumulate = if self.accumulate { FLAG_ACCUMULATE } else { 0 };
+        accumulate | if self.bias.is_some() { FLAG_BIAS } else { 0 }
+    }
+}
+
+/// What every gemv_w4 kernel has to know of a matrix; the rest is zero.
+pub(super) fn matrix_params(matrix: &GpuW4) -> gemv_w4::Params {
+    gemv_w4::Params {
+        n: matrix.n,
+        k: matrix.k,
+        chunks: matrix.chunks,
+        group_size: matrix.group_size,
+        group_shift: gemv_w4::group_shift(matrix.group_size, matrix.k),
+        groups: matrix.groups,
+        flags: matrix.flags,
+        ..Default::default()
+    }
+}
