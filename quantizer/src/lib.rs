@@ -5,7 +5,15 @@
 //! ends in. What the packed bits mean is [`awqua::quant`]'s business: a format is written with the functions beside
 //! those that read it.
 
+pub mod calibration;
+pub mod decoder;
+pub mod evaluate;
+pub mod grid;
 pub mod import;
+pub mod math;
+pub mod method;
+pub mod quantize;
+pub mod random;
 pub mod rtn;
 pub mod synth;
 pub mod write;

@@ -16,7 +16,7 @@ use sha2::{Digest, Sha256};
 use crate::write::{DEFAULT_SHARD_BYTES, FolderWriter, TensorSpec};
 
 /// Files that are copied beside the weights when the source has them.
-const COMPANIONS: [&str; 10] = [
+pub(crate) const COMPANIONS: [&str; 10] = [
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
@@ -191,7 +191,7 @@ pub fn quantize_rtn(
     let group_size = choose_group_size(&linears, options.group_size).map_err(|error| error.in_file(source))?;
     let mut job = Job {
         checkpoint: &checkpoint,
-        scheme: Scheme { dialect: Dialect::AwqGemm, group_size: Some(group_size), symmetric: false },
+        scheme: Scheme { dialect: Dialect::AwqGemm, bits: 4, group_size: Some(group_size), symmetric: false },
         rest: options.rest,
         digests: HashMap::new(),
         packed: Vec::new(),

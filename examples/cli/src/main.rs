@@ -50,6 +50,8 @@ enum Command {
     Logits(commands::logits::Args),
     /// Measure how well a model predicts a text
     Perplexity(commands::perplexity::Args),
+    /// Measure what a quantized checkpoint lost against its source
+    Eval(commands::eval::Args),
     /// Measure speed, load time and memory
     Bench(commands::bench::Args),
     /// Check every tensor of a checkpoint
@@ -75,6 +77,7 @@ fn main() -> ExitCode {
         Command::Inspect(args) => (args.json, commands::inspect::run(&args)),
         Command::Devices(args) => (args.json, commands::devices::run(&args)),
         Command::Logits(args) => (args.json, commands::logits::run(&args)),
+        Command::Eval(args) => (args.json, commands::eval::run(&args)),
         Command::Perplexity(args) => (args.json, commands::perplexity::run(&args)),
         Command::Bench(args) => (args.json, commands::bench::run(&args)),
         Command::Verify(args) => (args.json, commands::verify::run(&args)),

@@ -115,6 +115,7 @@ pub fn progress(message: &str, unit: Unit) -> ProgressBar {
     let bar = ProgressBar::with_draw_target(Some(0), target);
     let template = match unit {
         Unit::Parts => "{msg} [{bar:40}] {percent}%",
+        Unit::Blocks => "{msg} [{bar:40}] {pos}/{len} blocks {eta}",
         Unit::Bytes => "{msg} [{bar:40}] {bytes}/{total_bytes} {eta}",
     };
     if let Ok(style) = ProgressStyle::with_template(template) {
@@ -127,6 +128,7 @@ pub fn progress(message: &str, unit: Unit) -> ProgressBar {
 /// What a progress bar counts.
 pub enum Unit {
     Parts,
+    Blocks,
     Bytes,
 }
 

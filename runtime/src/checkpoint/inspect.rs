@@ -144,7 +144,7 @@ pub fn inspect(checkpoint: &Checkpoint) -> Result<Inspection> {
         architecture: text(architectures),
         model_type: text(config.get("model_type")),
         dialect: quantization.as_ref().map(|q| q.dialect().name()),
-        bits: quantization.as_ref().map(|_| 4),
+        bits: quantization.as_ref().map(|q| q.scheme().bits),
         group_size: quantization.as_ref().and_then(|q| q.scheme().group_size),
         tensors,
         unquantized_linears,
@@ -211,7 +211,7 @@ fn verify_packed(
     module: &str,
     codes: &TensorView,
 ) -> Result<Option<W4Matrix>> {
-    let Some((n, k)) = quantization.and_then(|q| q.dialect().stored_shape(&codes.shape)) else {
+    let Some((n, k)) = quantization.and_then(|q| q.dialect().stored_shape(&codes.shape, q.scheme().bits)) else {
         return Err(codes.error("packed codes that the configuration does not account for"));
     };
     match quant::load_linear(checkpoint, quantization, module, n, k)? {
@@ -251,7 +251,9 @@ fn warning(tensor: &TensorView, message: impl Into<String>) -> Finding {
 
 /// Canonical form: four bits a weight, one word a group.
 fn packed_device_bytes(quantization: Option<&Quantization>, codes: &TensorView) -> u64 {
-    let Some((n, k)) = quantization.and_then(|q| q.dialect().stored_shape(&codes.shape)) else { return 0 };
+    let Some((n, k)) = quantization.and_then(|q| q.dialect().stored_shape(&codes.shape, q.scheme().bits)) else {
+        return 0;
+    };
     let group_size = quantization.and_then(|q| q.scheme().group_size).unwrap_or(k).max(1);
     let (n, k) = (n as u64, k as u64);
     (n.saturating_mul(k) / 2).saturating_add(n.saturating_mul(k / group_size as u64).saturating_mul(4))

@@ -23,6 +23,8 @@ pub enum Dialect {
     AwqGemvFast,
     /// compressed-tensors `pack-quantized`.
     PackQuantized,
+    /// GPTQModel's second GPTQ format.
+    GptqV2,
 }
 
 impl Dialect {
@@ -33,6 +35,7 @@ impl Dialect {
             Self::AwqGemv => "awq gemv",
             Self::AwqGemvFast => "awq gemv_fast",
             Self::PackQuantized => "compressed-tensors pack-quantized",
+            Self::GptqV2 => "gptq_v2",
         }
     }
 
@@ -45,11 +48,14 @@ impl Dialect {
     }
 
     /// Output and input features of packed codes stored with this shape, or `None` if it is none of this layout's.
-    pub fn stored_shape(self, codes: &[usize]) -> Option<(usize, usize)> {
+    pub fn stored_shape(self, codes: &[usize], bits: u32) -> Option<(usize, usize)> {
         let &[rows, columns] = codes else { return None };
+        let features = |words: usize| Some(words.checked_mul(32)? / (bits.max(1) as usize));
         match self {
+            Self::PackQuantized => Some((rows, features(columns)?)),
+            Self::GptqV2 => Some((columns, features(rows)?)),
             Self::AwqGemm => Some((columns.checked_mul(8)?, rows)),
-            Self::AwqGemv | Self::PackQuantized => Some((rows, columns.checked_mul(8)?)),
+            Self::AwqGemv => Some((rows, columns.checked_mul(8)?)),
             Self::AwqGemvFast => Some((rows.checked_mul(4)?, columns)),
         }
     }
@@ -60,13 +66,15 @@ impl Dialect {
 pub struct Scheme {
     /// Layout on disk.
     pub dialect: Dialect,
+    /// Bits of a code: 2, 3, 4 or 8; always 4 in the AWQ dialects.
+    pub bits: u32,
     /// Input features that share a scale; `None`: one group a row.
     pub group_size: Option<usize>,
     /// Whether every zero point is 8 and none is stored.
     pub symmetric: bool,
 }
 
-/// The quantization section of a checkpoint. All weights have 4 bits: anything else is refused when it is read.
+/// The quantization section of a checkpoint.
 #[derive(Debug, Clone)]
 pub struct Quantization {
     dialect: Dialect,
@@ -135,6 +143,7 @@ impl Quantization {
         match method.as_str() {
             "awq" => awq(section).map(Some),
             "compressed-tensors" => compressed_tensors(section).map(Some),
+            "gptq" => gptq(section).map(Some),
             _ => Err(unsupported(format!("quant_method {}", brief(&Value::String(method))))),
         }
     }
@@ -163,6 +172,7 @@ impl Quantization {
             for target in &group.targets {
                 let rank = match target {
                     Pattern::Exact(name) if name == "Linear" => 1,
+                    Pattern::Contains(part) if part.is_empty() => 1,
                     Pattern::Exact(_) => 3,
                     Pattern::Regex(_) | Pattern::Contains(_) => 2,
                 };
@@ -202,7 +212,7 @@ impl Pattern {
 }
 
 fn awq(section: &Value) -> Result<Quantization> {
-    expect_four_bits(field(section, &["bits", "w_bit"]))?;
+    read_bits(field(section, &["bits", "w_bit"]), &[4])?;
     let version = match field(section, &["version"]) {
         None => "gemm".to_owned(),
         Some(Value::String(version)) => version.to_ascii_lowercase(),
@@ -220,7 +230,7 @@ fn awq(section: &Value) -> Result<Quantization> {
     };
     let ignore = strings(section, "modules_to_not_convert")?.into_iter().map(Pattern::Contains).collect();
     // `zero_point` is not asked: writers that say false store constant zero points, and what is stored decides.
-    let scheme = Scheme { dialect, group_size, symmetric: false };
+    let scheme = Scheme { dialect, bits: 4, group_size, symmetric: false };
     Ok(Quantization {
         dialect,
         groups: vec![Group { targets: vec![Pattern::Contains(String::new())], scheme }],
@@ -264,7 +274,7 @@ fn config_group(group: &Value, file_format: Option<&str>) -> Result<Group> {
         }
     }
     let Some(weights) = field(group, &["weights"]) else { return Err(invalid("`weights` is missing")) };
-    expect_four_bits(field(weights, &["num_bits"]))?;
+    let bits = read_bits(field(weights, &["num_bits"]), &[2, 3, 4, 8])?;
     let text = |key: &str| field(weights, &[key]).and_then(Value::as_str);
     match text("type") {
         None | Some("int") => {}
@@ -292,7 +302,52 @@ fn config_group(group: &Value, file_format: Option<&str>) -> Result<Group> {
     if targets.is_empty() {
         return Err(invalid("`targets` is missing or empty"));
     }
-    Ok(Group { targets, scheme: Scheme { dialect: Dialect::PackQuantized, group_size, symmetric } })
+    Ok(Group { targets, scheme: Scheme { dialect: Dialect::PackQuantized, bits, group_size, symmetric } })
+}
+
+fn gptq(section: &Value) -> Result<Quantization> {
+    let format = field(section, &["checkpoint_format"]).and_then(Value::as_str).unwrap_or("gptq");
+    if format != "gptq_v2" {
+        return Err(unsupported(format!("GPTQ checkpoint format {format:?} (gptq_v2 is read)")));
+    }
+    if let Some(pack) = field(section, &["pack_dtype"]).filter(|pack| pack.as_str() != Some("int32")) {
+        return Err(unsupported(format!("`pack_dtype` {}", brief(pack))));
+    }
+    if field(section, &["desc_act"]).and_then(Value::as_bool).unwrap_or(false) {
+        return Err(unsupported("`desc_act`: groups in the order of activations"));
+    }
+    let scheme = |section: &Value, base: Option<Scheme>| -> Result<Scheme> {
+        let bits = match (field(section, &["bits"]), base) {
+            (None, Some(base)) => base.bits,
+            (bits, _) => read_bits(bits, &[2, 3, 4, 8])?,
+        };
+        let group_size = match (field(section, &["group_size"]), base) {
+            (None, Some(base)) => base.group_size,
+            (None, None) => return Err(invalid("`group_size` is missing")),
+            (Some(value), _) => group_size(value)?,
+        };
+        Ok(Scheme { dialect: Dialect::GptqV2, bits, group_size, symmetric: false })
+    };
+    let base = scheme(section, None)?;
+    let mut groups = vec![Group { targets: vec![Pattern::Contains(String::new())], scheme: base }];
+    let mut ignore = Vec::new();
+    match field(section, &["dynamic"]) {
+        None => {}
+        Some(Value::Object(rules)) if rules.len() <= MAX_ENTRIES => {
+            for (rule, change) in rules {
+                let pattern = |text: &str| Pattern::parse(&format!("re:{text}"));
+                match rule.strip_prefix("-:") {
+                    Some(text) => ignore.push(pattern(text)?),
+                    None => {
+                        let targets = vec![pattern(rule.strip_prefix("+:").unwrap_or(rule))?];
+                        groups.push(Group { targets, scheme: scheme(change, Some(base))? });
+                    }
+                }
+            }
+        }
+        Some(other) => return Err(invalid(format!("expected an object as `dynamic`, found {}", brief(other)))),
+    }
+    Ok(Quantization { dialect: Dialect::GptqV2, groups, ignore })
 }
 
 /// The first of `keys` that is there and not null.
@@ -300,9 +355,12 @@ fn field<'a>(object: &'a Value, keys: &[&str]) -> Option<&'a Value> {
     keys.iter().find_map(|key| object.get(key).filter(|value| !value.is_null()))
 }
 
-fn expect_four_bits(bits: Option<&Value>) -> Result<()> {
+/// A number of bits that is one of `known`.
+fn read_bits(bits: Option<&Value>, known: &[u64]) -> Result<u32> {
     match bits {
-        Some(value) if value.as_u64() == Some(4) => Ok(()),
+        Some(value) if value.as_u64().is_some_and(|bits| known.contains(&bits)) => {
+            Ok(value.as_u64().unwrap_or(4) as u32)
+        }
         Some(value) if value.is_u64() => Err(unsupported(format!("{value}-bit weights"))),
         Some(value) => Err(invalid(format!("expected a number of bits, found {}", brief(value)))),
         None => Err(invalid("the number of bits is missing")),

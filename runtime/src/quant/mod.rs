@@ -7,11 +7,15 @@ use crate::checkpoint::{Checkpoint, TensorView};
 use crate::error::{Error, ErrorKind, Result};
 use crate::tensor::{W4Matrix, Weight};
 
+mod affine;
 pub mod awq;
+mod bits;
 mod canonical;
 pub mod compressed;
 mod config;
+pub mod gptq;
 
+pub use affine::AffineMatrix;
 pub use config::{Dialect, Quantization, Scheme};
 
 /// Loads the weight of the linear module `prefix` (its name without `.weight`) of `n` outputs and `k` inputs.
@@ -31,7 +35,12 @@ pub fn load_linear(
     k: usize,
 ) -> Result<Weight> {
     match scheme_of_stored(checkpoint, quantization, prefix)? {
-        Some(scheme) => load_packed(checkpoint, scheme, prefix, n, k).map(Weight::W4),
+        Some(scheme) if scheme.bits == 4 && scheme.dialect != Dialect::GptqV2 => {
+            load_packed(checkpoint, scheme, prefix, n, k).map(Weight::W4)
+        }
+        Some(scheme) => load_affine(checkpoint, scheme, prefix, n, k)?
+            .to_weight()
+            .map_err(|error| error.in_file(checkpoint.dir()).in_tensor(prefix)),
         None => checkpoint.dense_matrix(&format!("{prefix}.weight"), n, k).map(Weight::Dense),
     }
 }
@@ -50,7 +59,32 @@ pub fn load_packed(checkpoint: &Checkpoint, scheme: Scheme, prefix: &str, n: usi
         Dialect::AwqGemm => awq::decode_gemm(checkpoint, prefix, shape),
         Dialect::AwqGemv => awq::decode_gemv(checkpoint, prefix, shape),
         Dialect::AwqGemvFast => awq::decode_gemv_fast(checkpoint, prefix, shape),
-        Dialect::PackQuantized => compressed::decode(checkpoint, prefix, shape, scheme.symmetric),
+        Dialect::PackQuantized if scheme.bits == 4 => compressed::decode(checkpoint, prefix, shape, scheme.symmetric),
+        Dialect::PackQuantized | Dialect::GptqV2 => match load_affine(checkpoint, scheme, prefix, n, k)?.to_weight()? {
+            Weight::W4(matrix) => Ok(matrix),
+            _ => {
+                let message = format!("codes of {} bits do not fit the 4-bit form", scheme.bits);
+                Err(Error::new(ErrorKind::Unsupported, message).in_file(checkpoint.dir()).in_tensor(prefix))
+            }
+        },
+    }
+}
+
+/// Decodes the packed module `prefix` of shape (n, k) to its codes, of any width that the dialect has.
+///
+/// # Errors
+/// As [`load_linear`]; [`ErrorKind::Unsupported`] for the AWQ dialects, which [`load_packed`] reads.
+pub fn load_affine(checkpoint: &Checkpoint, scheme: Scheme, prefix: &str, n: usize, k: usize) -> Result<AffineMatrix> {
+    let group_size = scheme.group_size.unwrap_or(k);
+    match scheme.dialect {
+        Dialect::PackQuantized => {
+            compressed::decode_affine(checkpoint, prefix, (n, k), scheme.bits, group_size, scheme.symmetric)
+        }
+        Dialect::GptqV2 => gptq::decode(checkpoint, prefix, (n, k), scheme.bits, group_size),
+        Dialect::AwqGemm | Dialect::AwqGemv | Dialect::AwqGemvFast => {
+            let message = format!("{} has 4 bits, found {}", scheme.dialect.name(), scheme.bits);
+            Err(Error::new(ErrorKind::Unsupported, message).in_file(checkpoint.dir()).in_tensor(prefix))
+        }
     }
 }
 

@@ -44,7 +44,7 @@ impl Tokenizer {
     }
 
     /// Tokenizer of a folder, or `None` if it has no `tokenizer.json`.
-    pub(crate) fn from_checkpoint(checkpoint: &Checkpoint, vocab_size: usize) -> Result<Option<Self>> {
+    pub fn from_checkpoint(checkpoint: &Checkpoint, vocab_size: usize) -> Result<Option<Self>> {
         let Some(json) = checkpoint.read("tokenizer.json", MAX_BYTES)? else { return Ok(None) };
         let in_file = |e: Error| e.in_file(checkpoint.dir().join("tokenizer.json"));
         let tokenizer = Self::from_json(&json).map_err(in_file)?;

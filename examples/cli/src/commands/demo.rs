@@ -104,7 +104,7 @@ fn fetch(args: &Args, cache: &Path, packed: &Path) -> Outcome {
         super::import::with_progress(&ImportSource::new([source]), &dense, &options)?;
         let options = RtnOptions { group_size: Some(32), ..Default::default() };
         let fresh = work.join("packed");
-        super::quantize::with_progress(&dense, &fresh, &options)?;
+        super::quantize::rtn_with_progress(&dense, &fresh, &options)?;
         // The cached model goes only once its successor is complete.
         remove(packed)?;
         match std::fs::rename(&fresh, packed) {

@@ -4,6 +4,7 @@ pub mod bench;
 pub mod chat;
 pub mod demo;
 pub mod devices;
+pub mod eval;
 pub mod import;
 pub mod inspect;
 pub mod logits;

@@ -120,13 +120,13 @@ fn surprise(logits: &[f32], id: u32) -> f64 {
 /// What `--ids-file` may hold.
 #[derive(serde::Deserialize)]
 #[serde(untagged)]
-enum Ids {
+pub(super) enum Ids {
     Flat(Vec<u32>),
     Windows(Vec<Vec<u32>>),
     Named { ids: Vec<u32> },
 }
 
-fn read_ids(file: &Path) -> Outcome<Ids> {
+pub(super) fn read_ids(file: &Path) -> Outcome<Ids> {
     let bytes = std::fs::read(file).map_err(|e| Error::io(file, &e))?;
     serde_json::from_slice(&bytes).map_err(|_| {
         Error::new(ErrorKind::InvalidFile, "expected a list of token ids, of such lists, or {\"ids\": [...]}")

@@ -1,0 +1,290 @@
+//! One decoder block at a time in f32: loading from a checkpoint, forward and backward passes.
+//!
+//! The runtime computes whole models on many devices; the quantizer needs the opposite, a single block of which every
+//! intermediate value and gradient can be had. Activations are row-major, one row a token; a sequence is a run of rows
+//! that attend to each other only.
+
+use awqua::checkpoint::Checkpoint;
+use awqua::quant::{self, Quantization};
+use awqua::tensor::Weight;
+use awqua::{Error, ErrorKind, ModelConfig, Result};
+
+use crate::math::Threads;
+
+mod attention;
+mod backward;
+mod forward;
+mod head;
+
+pub use backward::Gradients;
+pub use head::Head;
+
+/// The linear modules of a block, in the order of [`Block::linears`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[allow(missing_docs, reason = "the names are the field's own")]
+pub enum Slot {
+    Q,
+    K,
+    V,
+    O,
+    Gate,
+    Up,
+    Down,
+}
+
+impl Slot {
+    /// Every slot.
+    pub const ALL: [Self; 7] = [Self::Q, Self::K, Self::V, Self::O, Self::Gate, Self::Up, Self::Down];
+
+    /// Module name inside the layer.
+    pub fn module(self) -> &'static str {
+        match self {
+            Self::Q => "self_attn.q_proj",
+            Self::K => "self_attn.k_proj",
+            Self::V => "self_attn.v_proj",
+            Self::O => "self_attn.o_proj",
+            Self::Gate => "mlp.gate_proj",
+            Self::Up => "mlp.up_proj",
+            Self::Down => "mlp.down_proj",
+        }
+    }
+}
+
+/// Places whose activations enter linear modules, in the order they are computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Site {
+    /// Input of q, k and v.
+    Attention,
+    /// Input of o.
+    Attended,
+    /// Input of gate and up.
+    Mlp,
+    /// Input of down.
+    Activated,
+}
+
+impl Site {
+    /// Every site.
+    pub const ALL: [Self; 4] = [Self::Attention, Self::Attended, Self::Mlp, Self::Activated];
+
+    /// The linear modules that read it.
+    pub fn slots(self) -> &'static [Slot] {
+        match self {
+            Self::Attention => &[Slot::Q, Slot::K, Slot::V],
+            Self::Attended => &[Slot::O],
+            Self::Mlp => &[Slot::Gate, Slot::Up],
+            Self::Activated => &[Slot::Down],
+        }
+    }
+}
+
+/// What all blocks of a model have in common.
+#[derive(Debug, Clone)]
+pub struct Decoder {
+    /// Hyper-parameters.
+    pub config: ModelConfig,
+    /// Threads of every pass.
+    pub threads: Threads,
+    /// (cos, sin) of every position so far, (positions, rotary_dim / 2, 2).
+    rope: Vec<f32>,
+}
+
+/// A linear module: y = W x + bias.
+#[derive(Debug, Clone)]
+pub struct Linear {
+    /// Output features.
+    pub n: usize,
+    /// Input features.
+    pub k: usize,
+    /// (n, k), row-major.
+    pub weight: Vec<f32>,
+    /// (n).
+    pub bias: Option<Vec<f32>>,
+}
+
+/// The weights of one block in f32.
+#[derive(Debug, Clone)]
+pub struct Block {
+    /// Index of the layer.
+    pub layer: usize,
+    /// (hidden).
+    pub input_norm: Vec<f32>,
+    /// (hidden).
+    pub post_norm: Vec<f32>,
+    /// (head_dim), where the architecture has it.
+    pub q_norm: Option<Vec<f32>>,
+    /// (head_dim).
+    pub k_norm: Option<Vec<f32>>,
+    /// In the order of [`Slot::ALL`].
+    pub linears: Vec<Linear>,
+}
+
+impl Decoder {
+    /// The decoder of a checkpoint, for sequences of at most `length` tokens.
+    ///
+    /// # Errors
+    /// Those of [`ModelConfig::from_json`].
+    pub fn new(checkpoint: &Checkpoint, length: usize, threads: Threads) -> Result<Self> {
+        let config = ModelConfig::from_json(checkpoint.config())
+            .map_err(|error| error.in_file(checkpoint.dir().join("config.json")))?;
+        let rope = config.rope.rows(0, length, length);
+        Ok(Self { config, threads, rope })
+    }
+
+    /// Features of a query row: heads * head_dim.
+    pub fn q_width(&self) -> usize {
+        self.config.num_attention_heads * self.config.head_dim
+    }
+
+    /// Features of a key row: kv_heads * head_dim.
+    pub fn kv_width(&self) -> usize {
+        self.config.num_key_value_heads * self.config.head_dim
+    }
+
+    /// Output and input features of a linear module.
+    pub fn shape(&self, slot: Slot) -> (usize, usize) {
+        let (hidden, inter) = (self.config.hidden_size, self.config.intermediate_size);
+        match slot {
+            Slot::Q => (self.q_width(), hidden),
+            Slot::K | Slot::V => (self.kv_width(), hidden),
+            Slot::O => (hidden, self.q_width()),
+            Slot::Gate | Slot::Up => (inter, hidden),
+            Slot::Down => (hidden, inter),
+        }
+    }
+
+    /// Features at a site.
+    pub fn width(&self, site: Site) -> usize {
+        self.shape(site.slots()[0]).1
+    }
+
+    /// Whether a linear module has a bias.
+    fn has_bias(&self, slot: Slot) -> bool {
+        match slot {
+            Slot::Q | Slot::K | Slot::V => self.config.qkv_bias,
+            Slot::O => self.config.o_bias,
+            Slot::Gate | Slot::Up | Slot::Down => self.config.mlp_bias,
+        }
+    }
+
+    /// Name of a tensor or module of a layer.
+    pub fn name(&self, layer: usize, rest: &str) -> String {
+        format!("model.layers.{layer}.{rest}")
+    }
+
+    /// Reads layer `layer`, packed or not, and gives its file pages back.
+    ///
+    /// # Errors
+    /// As [`quant::load_linear`], and [`ErrorKind::InvalidTensor`] naming a weight that is not finite.
+    pub fn load(&self, checkpoint: &Checkpoint, quantization: Option<&Quantization>, layer: usize) -> Result<Block> {
+        let hidden = self.config.hidden_size;
+        let vector = |rest: &str, len: usize| checkpoint.vector(&self.name(layer, rest), len);
+        let head_norm = |rest: &str| {
+            let name = self.name(layer, rest);
+            checkpoint.tensor(&name).map(|_| checkpoint.vector(&name, self.config.head_dim)).transpose()
+        };
+        let linears = Slot::ALL.iter().map(|&slot| {
+            let (n, k) = self.shape(slot);
+            let module = self.name(layer, slot.module());
+            let weight = quant::load_linear(checkpoint, quantization, &module, n, k)?;
+            let weight = self.widen(weight).map_err(|error| error.in_file(checkpoint.dir()).in_tensor(&module))?;
+            let bias = self.has_bias(slot).then(|| checkpoint.vector(&format!("{module}.bias"), n)).transpose()?;
+            Ok(Linear { n, k, weight, bias })
+        });
+        Ok(Block {
+            layer,
+            input_norm: vector("input_layernorm.weight", hidden)?,
+            post_norm: vector("post_attention_layernorm.weight", hidden)?,
+            q_norm: head_norm("self_attn.q_norm.weight")?,
+            k_norm: head_norm("self_attn.k_norm.weight")?,
+            linears: linears.collect::<Result<_>>()?,
+        })
+    }
+
+    fn widen(&self, weight: Weight) -> Result<Vec<f32>> {
+        let mut out = Vec::new();
+        match weight {
+            Weight::Dense(dense) => {
+                out.resize(dense.n * dense.k, 0.0);
+                self.threads.rows(&mut out, dense.k, |first, rows| {
+                    dense.dtype.widen(&dense.bytes[first * dense.row_bytes()..], rows);
+                });
+                dense.bytes.release();
+            }
+            Weight::W4(packed) => {
+                out.resize(packed.n * packed.k, 0.0);
+                self.threads.rows(&mut out, packed.k, |first, rows| {
+                    for (i, row) in rows.chunks_exact_mut(packed.k).enumerate() {
+                        packed.dequantize_row(first + i, row);
+                    }
+                });
+            }
+            Weight::Vector(_) => return Err(Error::new(ErrorKind::InvalidTensor, "expected a matrix")),
+        }
+        match out.iter().position(|w| !w.is_finite()) {
+            Some(i) => {
+                let message = format!("weight {i} is {}, expected finite weights", out[i]);
+                Err(Error::new(ErrorKind::InvalidTensor, message))
+            }
+            None => Ok(out),
+        }
+    }
+
+    /// The embedded tokens, (ids, hidden).
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidTensor`], or [`ErrorKind::InvalidInput`] for an id outside the vocabulary.
+    pub fn embed(&self, checkpoint: &Checkpoint, ids: &[u32]) -> Result<Vec<f32>> {
+        let (vocab, hidden) = (self.config.vocab_size, self.config.hidden_size);
+        let table = checkpoint.dense_matrix("model.embed_tokens.weight", vocab, hidden)?;
+        let mut out = vec![0.0; ids.len() * hidden];
+        for (&id, row) in ids.iter().zip(out.chunks_exact_mut(hidden)) {
+            if id as usize >= vocab {
+                let message = format!("token id {id} is not below the vocabulary size {vocab}");
+                return Err(Error::new(ErrorKind::InvalidInput, message));
+            }
+            table.dtype.widen(&table.bytes[id as usize * table.row_bytes()..][..table.row_bytes()], row);
+        }
+        table.bytes.release();
+        Ok(out)
+    }
+}
+
+impl Block {
+    /// The linear module in a slot.
+    pub fn linear(&self, slot: Slot) -> &Linear {
+        &self.linears[slot as usize]
+    }
+
+    /// The linear module in a slot.
+    pub fn linear_mut(&mut self, slot: Slot) -> &mut Linear {
+        &mut self.linears[slot as usize]
+    }
+}
+
+/// A block of random weights, for tests: 64 features, 4 heads of 16 on 2 key/value heads, biases on q, k and v, and
+/// norms of the heads if `head_norms`.
+#[cfg(test)]
+pub(crate) fn tiny(seed: u64, head_norms: bool) -> (Decoder, Block) {
+    use crate::random::Random;
+    let config = serde_json::json!({
+        "architectures": ["Qwen2ForCausalLM"], "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 32, "rms_norm_eps": 1e-6,
+    });
+    let config = ModelConfig::from_json(&config).expect("a valid configuration");
+    let rope = config.rope.rows(0, 64, 64);
+    let decoder = Decoder { config, threads: Threads::new(2), rope };
+    let mut random = Random::new(seed);
+    let mut around_one = |n: usize| random.normals(n).iter().map(|v| 1.0 + 0.2 * v).collect::<Vec<f32>>();
+    let (input_norm, post_norm, q_norm, k_norm) = (around_one(64), around_one(64), around_one(16), around_one(16));
+    let linears = Slot::ALL.iter().map(|&slot| {
+        let (n, k) = decoder.shape(slot);
+        let weight = random.normals(n * k).iter().map(|v| v / (k as f32).sqrt()).collect();
+        let bias = decoder.has_bias(slot).then(|| random.normals(n));
+        Linear { n, k, weight, bias }
+    });
+    let linears = linears.collect();
+    let norm = |norm: Vec<f32>| Some(norm).filter(|_| head_norms);
+    let block = Block { layer: 0, input_norm, post_norm, q_norm: norm(q_norm), k_norm: norm(k_norm), linears };
+    (decoder, block)
+}

@@ -1,0 +1,72 @@
+//! How codes are chosen: from the weights of a block and what flows into them, steps and codes of every matrix.
+//!
+//! A method is a combination of three: [`scale`] moves range between channels before anything is rounded (AWQ),
+//! [`clip`] and [`gptq`] choose steps and codes of one matrix against the second moments of its input, and [`learn`]
+//! moves the codes of a whole block towards the block's own output.
+
+use serde::{Deserialize, Serialize};
+
+pub mod clip;
+pub mod gptq;
+pub mod learn;
+mod moments;
+pub mod scale;
+
+pub use moments::Moments;
+
+/// Which parts of the machinery choose the codes.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Recipe {
+    /// Search activation-aware scales and fold them into the operation before (AWQ).
+    pub scale: bool,
+    /// Search a narrower range of every group.
+    pub clip: bool,
+    /// Compensate the error of every column in the columns after it (GPTQ).
+    pub compensate: Option<gptq::Options>,
+    /// Learn rounding and ranges of a block against its output.
+    pub learn: Option<learn::Options>,
+}
+
+/// A recipe by the name users know it by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Method {
+    /// Round to nearest, without calibration data.
+    Rtn,
+    /// Activation-aware scales and clipping (Lin et al. 2023).
+    Awq,
+    /// Error compensation with second moments (Frantar et al. 2022).
+    Gptq,
+    /// AWQ's scales and clipping, then GPTQ's compensation.
+    AwqGptq,
+    /// `AwqGptq`, then learned rounding of the family of AutoRound (Cheng et al. 2023).
+    Learned,
+}
+
+impl Method {
+    /// The parts this method is made of, for codes of `bits` bits.
+    pub fn recipe(self, bits: u32) -> Recipe {
+        let compensate = Some(gptq::Options::default());
+        let none = Recipe { scale: false, clip: false, compensate: None, learn: None };
+        match self {
+            Self::Rtn => none,
+            Self::Awq => Recipe { scale: true, clip: true, ..none },
+            Self::Gptq => Recipe { compensate, ..none },
+            Self::AwqGptq => Recipe { scale: true, clip: true, compensate, ..none },
+            Self::Learned => {
+                Recipe { scale: true, clip: true, compensate, learn: Some(learn::Options::for_bits(bits)) }
+            }
+        }
+    }
+
+    /// Name as on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Rtn => "rtn",
+            Self::Awq => "awq",
+            Self::Gptq => "gptq",
+            Self::AwqGptq => "awq-gptq",
+            Self::Learned => "learned",
+        }
+    }
+}

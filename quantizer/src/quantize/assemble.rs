@@ -1,0 +1,207 @@
+//! Writing the checkpoint from finished blocks, and reading it back before it gets its name.
+
+use std::collections::BTreeMap;
+
+use awqua::checkpoint::{Checkpoint, Dtype, TensorView};
+use awqua::quant::{self, AffineMatrix, Quantization};
+use awqua::tensor::Weight;
+use awqua::{Error, ErrorKind, Result};
+use half::f16;
+use serde_json::json;
+
+use super::state::{State, Stored};
+use super::{BlockReport, Plan};
+use crate::calibration::Calibration;
+use crate::decoder::Slot;
+use crate::rtn::COMPANIONS;
+use crate::write::{FolderWriter, TensorSpec};
+
+pub(super) fn assemble(
+    plan: &Plan,
+    calibration: &Calibration,
+    state: &State,
+    writer: FolderWriter,
+) -> Result<(Vec<BlockReport>, u64)> {
+    let source = &plan.checkpoint;
+    let mut modules = Vec::new();
+    for layer in 0..plan.decoder.config.num_hidden_layers {
+        for slot in Slot::ALL {
+            if let Some(grid) = plan.grid(layer, slot) {
+                modules.push((plan.decoder.name(layer, slot.module()), grid));
+            }
+        }
+    }
+    let mut dense = Vec::new();
+    let mut specs = Vec::new();
+    for tensor in source.tensors() {
+        let module = tensor.name.strip_suffix(".weight").and_then(|name| Some((name, plan.slot_of(name)?)));
+        match module.and_then(|(name, (layer, slot))| Some((name, plan.grid(layer, slot)?))) {
+            Some((name, grid)) => {
+                specs.extend(plan.options.format.specs(name, (tensor.shape[0], tensor.shape[1]), grid));
+            }
+            None => {
+                dense.extend(module.map(|(name, _)| name.to_owned()));
+                specs.push(TensorSpec {
+                    name: tensor.name.clone(),
+                    dtype: written_dtype(tensor.dtype),
+                    shape: tensor.shape.clone(),
+                });
+            }
+        }
+    }
+    let mut config = source.config().clone();
+    config["quantization_config"] = plan
+        .options
+        .format
+        .section(&modules, &dense, &plan.record(calibration))
+        .map_err(|e| e.in_file(source.dir()))?;
+    let key = if config.get("dtype").is_some() { "dtype" } else { "torch_dtype" };
+    config[key] = json!("float16");
+    writer.write_json("config.json", &config)?;
+    for file in COMPANIONS {
+        writer.copy_file(source.dir(), file)?;
+    }
+
+    let mut blocks = Blocks { state, held: None };
+    writer.write_tensors(&specs, plan.options.shard_bytes, &mut |spec, out| {
+        let bytes = match blocks.packed(plan, &spec.name)? {
+            Some((matrix, suffix)) => plan.options.format.encode(matrix, plan.options.symmetric, suffix)?,
+            None => match blocks.vector(&spec.name)? {
+                Some(values) => halves(&values, &spec.name)?,
+                None => dense_bytes(source.get(&spec.name)?)?,
+            },
+        };
+        out.write_all(&bytes).map_err(|error| Error::io(writer.dir(), &error))
+    })?;
+
+    let written = Checkpoint::open(writer.dir())?;
+    verify(plan, &written, &mut blocks)?;
+    let packed_bytes = written.bytes_on_disk();
+    drop(written);
+    let mut reports = Vec::new();
+    for layer in 0..plan.decoder.config.num_hidden_layers {
+        reports.push(state.load(layer)?.report);
+    }
+    writer.write_json("awqua_report.json", &json!(reports))?;
+    writer.finish()?;
+    Ok((reports, packed_bytes))
+}
+
+/// Finished blocks, one in memory at a time.
+struct Blocks<'a> {
+    state: &'a State,
+    held: Option<(usize, Stored)>,
+}
+
+impl Blocks<'_> {
+    fn layer(&mut self, layer: usize) -> Result<&Stored> {
+        if self.held.as_ref().is_none_or(|(held, _)| *held != layer) {
+            self.held = Some((layer, self.state.load(layer)?));
+        }
+        match &self.held {
+            Some((_, stored)) => Ok(stored),
+            None => Err(Error::new(ErrorKind::Io, "the finished block is gone")),
+        }
+    }
+
+    /// The packed module that tensor `name` is a part of, and the suffix of the part.
+    fn packed<'n>(&mut self, plan: &Plan, name: &'n str) -> Result<Option<(&AffineMatrix, &'n str)>> {
+        let Some((module, suffix)) = name.rsplit_once('.') else { return Ok(None) };
+        let Some((layer, slot)) = plan.slot_of(module) else { return Ok(None) };
+        // A bias has the name of a part, and is none.
+        if matches!(suffix, "weight" | "bias") {
+            return Ok(None);
+        }
+        Ok(self.layer(layer)?.packed[slot as usize].as_ref().map(|matrix| (matrix, suffix)))
+    }
+
+    /// The changed norm or bias of this name.
+    fn vector(&mut self, name: &str) -> Result<Option<Vec<f32>>> {
+        let layer = name.strip_prefix("model.layers.").and_then(|rest| rest.split_once('.'));
+        let Some((Ok(layer), rest)) = layer.map(|(layer, rest)| (layer.parse(), rest)) else { return Ok(None) };
+        let stored = self.layer(layer)?;
+        Ok(stored.vectors.iter().find(|(known, _)| known == rest).map(|(_, values)| values.clone()))
+    }
+}
+
+fn written_dtype(dtype: Dtype) -> Dtype {
+    if matches!(dtype, Dtype::BF16 | Dtype::F32) { Dtype::F16 } else { dtype }
+}
+
+/// The values in half precision, which has to hold them.
+fn halves(values: &[f32], name: &str) -> Result<Vec<u8>> {
+    let mut bytes = Vec::with_capacity(2 * values.len());
+    for &value in values {
+        let half = f16::from_f32(value);
+        if !half.is_finite() {
+            let message = format!("{value} does not fit half precision");
+            return Err(Error::new(ErrorKind::InvalidTensor, message).in_tensor(name));
+        }
+        bytes.extend(half.to_le_bytes());
+    }
+    Ok(bytes)
+}
+
+fn dense_bytes(tensor: &TensorView) -> Result<Vec<u8>> {
+    let bytes = match tensor.dtype {
+        Dtype::BF16 | Dtype::F32 => halves(&tensor.to_f32()?, &tensor.name).map_err(|e| e.in_file(&tensor.file))?,
+        _ => tensor.bytes.to_vec(),
+    };
+    tensor.bytes.release();
+    Ok(bytes)
+}
+
+/// Compares the written checkpoint with what was meant, through the functions that load it.
+fn verify(plan: &Plan, written: &Checkpoint, blocks: &mut Blocks<'_>) -> Result<()> {
+    let quantization = Quantization::of(written)?;
+    let mut changed = BTreeMap::new();
+    for layer in 0..plan.decoder.config.num_hidden_layers {
+        let stored = blocks.layer(layer)?;
+        for (slot, matrix) in Slot::ALL.iter().zip(&stored.packed) {
+            let Some(matrix) = matrix else { continue };
+            let module = plan.decoder.name(layer, slot.module());
+            let same = match quant::load_linear(written, quantization.as_ref(), &module, matrix.n, matrix.k)? {
+                Weight::W4(found) => match matrix.to_weight()? {
+                    Weight::W4(meant) => {
+                        found.qweight == meant.qweight
+                            && found.group_params == meant.group_params
+                            && found.group_size == meant.group_size
+                    }
+                    _ => false,
+                },
+                Weight::Dense(found) => match matrix.to_weight()? {
+                    Weight::Dense(meant) => *found.bytes == *meant.bytes,
+                    _ => false,
+                },
+                Weight::Vector(_) => false,
+            };
+            if !same {
+                return Err(differs(written, &module));
+            }
+        }
+        for (rest, values) in &stored.vectors {
+            changed.insert(plan.decoder.name(layer, rest), values.clone());
+        }
+    }
+    for tensor in plan.checkpoint.tensors() {
+        let packed = tensor.name.strip_suffix(".weight").and_then(|name| plan.slot_of(name));
+        if packed.is_some_and(|(layer, slot)| plan.grid(layer, slot).is_some()) {
+            continue;
+        }
+        let found = written.require(&tensor.name, &tensor.shape)?;
+        let meant = match changed.get(&tensor.name) {
+            Some(values) => halves(values, &tensor.name)?,
+            None => dense_bytes(tensor)?,
+        };
+        if *found.bytes != *meant {
+            return Err(differs(written, &tensor.name));
+        }
+        found.bytes.release();
+    }
+    Ok(())
+}
+
+fn differs(written: &Checkpoint, name: &str) -> Error {
+    let message = "the written checkpoint does not read back as it was meant";
+    Error::new(ErrorKind::InvalidTensor, message).in_file(written.dir()).in_tensor(name)
+}

@@ -1,0 +1,204 @@
+//! Finished blocks and the calibration tokens between blocks, on disk: what a run resumes from.
+//!
+//! The folder lies beside the output under a temporary name. A block counts as finished when its file has its name,
+//! which happens after the streams that the next block starts from have theirs; both are written under another name
+//! first. A folder of another run (other source, options or calibration) is emptied.
+
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use awqua::quant::AffineMatrix;
+use awqua::{Error, ErrorKind, Result};
+use half::f16;
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use serde_json::{Value, json};
+
+use super::block::{BlockReport, Finished, Streams};
+use crate::decoder::Slot;
+
+pub(super) struct State {
+    dir: PathBuf,
+}
+
+/// A block as it was stored.
+pub(super) struct Stored {
+    pub packed: Vec<Option<AffineMatrix>>,
+    /// Norm and bias tensors by the rest of their name.
+    pub vectors: Vec<(String, Vec<f32>)>,
+    pub report: BlockReport,
+}
+
+impl State {
+    /// Opens or starts the folder of the run with this fingerprint.
+    pub fn open(out: &Path, fingerprint: &str) -> Result<Self> {
+        let refuse = |message: &str| Error::new(ErrorKind::InvalidInput, message).in_file(out);
+        let name = out.file_name().ok_or_else(|| refuse("expected the name of a new folder"))?;
+        let mut folder = std::ffi::OsString::from(".");
+        folder.push(name);
+        folder.push(".resume");
+        let state = Self { dir: out.with_file_name(folder) };
+        let run = state.dir.join("run");
+        if fs::read(&run).ok().as_deref() != Some(fingerprint.as_bytes()) {
+            state.remove()?;
+            fs::create_dir_all(&state.dir).map_err(|e| Error::io(&state.dir, &e))?;
+            state.write("run", fingerprint.as_bytes())?;
+        }
+        Ok(state)
+    }
+
+    /// Removes the folder.
+    pub fn remove(&self) -> Result<()> {
+        match fs::remove_dir_all(&self.dir) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(&self.dir, &e)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Blocks that are finished.
+    pub fn finished(&self) -> usize {
+        (0..).take_while(|&layer| self.dir.join(block_file(layer)).exists()).count()
+    }
+
+    /// The streams that block `layer` starts from, in the sets they were stored in.
+    pub fn streams(&self, layer: usize) -> Result<Vec<Streams>> {
+        let path = self.dir.join(streams_file(layer));
+        let bytes = fs::read(&path).map_err(|e| Error::io(&path, &e))?;
+        let tensors = SafeTensors::deserialize(&bytes).map_err(|e| damaged(&path, &e))?;
+        let mut sets: Vec<Streams> = Vec::new();
+        for set in 0.. {
+            let mut streams = Streams::new();
+            while let Ok(tensor) = tensors.tensor(&format!("{set}.{}", streams.len())) {
+                streams.push(floats(tensor.data()));
+            }
+            if streams.is_empty() {
+                return Ok(sets);
+            }
+            sets.push(streams);
+        }
+        Ok(sets)
+    }
+
+    /// Stores a finished block and the streams behind it.
+    pub fn store(&self, finished: &Finished, sets: &[&Streams]) -> Result<()> {
+        let layer = finished.block.layer;
+        let streams = sets.iter().enumerate().flat_map(|(set, streams)| {
+            streams.iter().enumerate().map(move |(i, x)| (format!("{set}.{i}"), Dtype::F32, x.len(), bytes(x)))
+        });
+        self.write_tensors(&streams_file(layer + 1), streams.collect(), None)?;
+
+        let mut tensors = Vec::new();
+        for (slot, matrix) in Slot::ALL.iter().zip(&finished.packed) {
+            if let Some(matrix) = matrix {
+                let scales: Vec<u8> = matrix.scales.iter().flat_map(|s| s.to_le_bytes()).collect();
+                let module = slot.module();
+                tensors.push((format!("{module}.codes"), Dtype::U8, matrix.codes.len(), matrix.codes.clone()));
+                tensors.push((format!("{module}.scales"), Dtype::F16, matrix.scales.len(), scales));
+                tensors.push((format!("{module}.zeros"), Dtype::U8, matrix.zeros.len(), matrix.zeros.clone()));
+            }
+        }
+        let block = &finished.block;
+        let mut vector = |name: String, values: &[f32]| {
+            tensors.push((format!("vector.{name}"), Dtype::F32, values.len(), bytes(values)));
+        };
+        vector("input_layernorm.weight".into(), &block.input_norm);
+        vector("post_attention_layernorm.weight".into(), &block.post_norm);
+        for slot in Slot::ALL {
+            if let Some(bias) = &block.linear(slot).bias {
+                vector(format!("{}.bias", slot.module()), bias);
+            }
+        }
+        let shapes: Vec<Value> = finished
+            .packed
+            .iter()
+            .map(|m| m.as_ref().map_or(Value::Null, |m| json!([m.n, m.k, m.bits, m.group_size])))
+            .collect();
+        let about = json!({ "report": finished.report, "shapes": shapes }).to_string();
+        self.write_tensors(&block_file(layer), tensors, Some(about))?;
+        let _ = fs::remove_file(self.dir.join(streams_file(layer)));
+        Ok(())
+    }
+
+    /// Reads a finished block.
+    pub fn load(&self, layer: usize) -> Result<Stored> {
+        let path = self.dir.join(block_file(layer));
+        let bytes = fs::read(&path).map_err(|e| Error::io(&path, &e))?;
+        let tensors = SafeTensors::deserialize(&bytes).map_err(|e| damaged(&path, &e))?;
+        let (_, metadata) = SafeTensors::read_metadata(&bytes).map_err(|e| damaged(&path, &e))?;
+        let about = metadata.metadata().as_ref().and_then(|m| m.get("about"));
+        let about: Value = serde_json::from_str(about.map_or("", String::as_str)).map_err(|e| damaged(&path, &e))?;
+        let report = serde_json::from_value(about["report"].clone()).map_err(|e| damaged(&path, &e))?;
+        let mut packed = Vec::new();
+        for (i, slot) in Slot::ALL.iter().enumerate() {
+            let shape: Option<(usize, usize, u32, usize)> =
+                serde_json::from_value(about["shapes"][i].clone()).map_err(|e| damaged(&path, &e))?;
+            let Some((n, k, bits, group_size)) = shape else {
+                packed.push(None);
+                continue;
+            };
+            let data = |suffix: &str| {
+                let name = format!("{}.{suffix}", slot.module());
+                tensors.tensor(&name).map(|t| t.data().to_vec()).map_err(|e| damaged(&path, &e))
+            };
+            let scales = data("scales")?.as_chunks().0.iter().map(|&b| f16::from_le_bytes(b)).collect();
+            let matrix = AffineMatrix { n, k, bits, group_size, codes: data("codes")?, scales, zeros: data("zeros")? };
+            matrix.check().map_err(|e| e.in_file(&path))?;
+            packed.push(Some(matrix));
+        }
+        let vectors = tensors
+            .iter()
+            .filter_map(|(name, tensor)| Some((name.strip_prefix("vector.")?.to_owned(), floats(tensor.data()))));
+        let vectors = vectors.collect();
+        Ok(Stored { packed, vectors, report })
+    }
+
+    fn write_tensors(
+        &self,
+        file: &str,
+        tensors: Vec<(String, Dtype, usize, Vec<u8>)>,
+        about: Option<String>,
+    ) -> Result<()> {
+        let path = self.dir.join(file);
+        let views: Vec<_> = tensors
+            .iter()
+            .map(|(name, dtype, len, data)| Ok((name.as_str(), TensorView::new(*dtype, vec![*len], data)?)))
+            .collect::<Result<_, safetensors::SafeTensorError>>()
+            .map_err(|e| damaged(&path, &e))?;
+        let about = about.map(|about| [("about".to_owned(), about)].into());
+        let bytes = safetensors::serialize(views, about).map_err(|e| damaged(&path, &e))?;
+        self.write(file, &bytes)
+    }
+
+    /// Writes a file under another name, then gives it its own.
+    fn write(&self, file: &str, content: &[u8]) -> Result<()> {
+        let path = self.dir.join(file);
+        let temporary = self.dir.join(format!("{file}.partial"));
+        let write = || -> std::io::Result<()> {
+            let mut out = fs::File::create(&temporary)?;
+            out.write_all(content)?;
+            out.sync_all()?;
+            fs::rename(&temporary, &path)
+        };
+        write().map_err(|e| Error::io(&path, &e))
+    }
+}
+
+fn block_file(layer: usize) -> String {
+    format!("block-{layer:04}.safetensors")
+}
+
+fn streams_file(layer: usize) -> String {
+    format!("streams-{layer:04}.safetensors")
+}
+
+fn damaged(path: &Path, error: &dyn std::fmt::Display) -> Error {
+    Error::new(ErrorKind::InvalidFile, error.to_string()).in_file(path)
+}
+
+fn bytes(values: &[f32]) -> Vec<u8> {
+    values.iter().flat_map(|v| v.to_le_bytes()).collect()
+}
+
+fn floats(bytes: &[u8]) -> Vec<f32> {
+    bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect()
+}

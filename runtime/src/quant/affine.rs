@@ -1,0 +1,110 @@
+//! Affine codes of 2, 3, 4 and 8 bits: what a quantizer chooses and every integer dialect stores.
+
+use half::f16;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::tensor::{Bytes, DenseMatrix, DenseType, Offset, W4Matrix, Weight};
+
+use super::canonical::pack_params;
+
+/// A matrix of unsigned codes with a scale and a zero point for every group of a row.
+///
+/// A weight is `f16((q - z) * s)`, rounded once as in [`W4Matrix`].
+#[derive(Debug, Clone, PartialEq)]
+pub struct AffineMatrix {
+    /// Output features.
+    pub n: usize,
+    /// Input features.
+    pub k: usize,
+    /// Bits of a code: 2, 3, 4 or 8.
+    pub bits: u32,
+    /// Input features that share a scale; divides `k`.
+    pub group_size: usize,
+    /// (n, k), each below `2^bits`.
+    pub codes: Vec<u8>,
+    /// (n, k / group_size).
+    pub scales: Vec<f16>,
+    /// (n, k / group_size), each below `2^bits`.
+    pub zeros: Vec<u8>,
+}
+
+impl AffineMatrix {
+    /// Checks that the parts fit each other.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidTensor`].
+    pub fn check(&self) -> Result<()> {
+        let sizes = self.group_size != 0
+            && self.k.is_multiple_of(self.group_size)
+            && matches!(self.bits, 2 | 3 | 4 | 8)
+            && self.n.checked_mul(self.k) == Some(self.codes.len())
+            && self.n.checked_mul(self.groups()) == Some(self.scales.len())
+            && self.zeros.len() == self.scales.len();
+        let below = |values: &[u8]| self.bits == 8 || values.iter().all(|&q| q >> self.bits == 0);
+        if !sizes || !below(&self.codes) || !below(&self.zeros) || !self.scales.iter().all(|s| s.is_finite()) {
+            let Self { n, k, bits, group_size, .. } = self;
+            let message = format!("parts do not make {n} x {k} of {bits} bits in groups of {group_size}");
+            return Err(Error::new(ErrorKind::InvalidTensor, message));
+        }
+        Ok(())
+    }
+
+    /// Groups of one row.
+    pub fn groups(&self) -> usize {
+        self.k / self.group_size
+    }
+
+    /// Whether every zero point is the middle of the range, which symmetric dialects do not store.
+    pub fn is_symmetric(&self) -> bool {
+        self.zeros.iter().all(|&z| u32::from(z) == 1 << (self.bits - 1))
+    }
+
+    /// Writes the weights of row `row` to `out`, `k` elements.
+    ///
+    /// # Panics
+    /// If the row is out of range or `out` is not `k` long.
+    pub fn dequantize_row(&self, row: usize, out: &mut [f32]) {
+        assert_eq!(out.len(), self.k, "a row has k elements");
+        let codes = &self.codes[row * self.k..][..self.k];
+        for (g, (out, codes)) in
+            out.chunks_exact_mut(self.group_size).zip(codes.chunks_exact(self.group_size)).enumerate()
+        {
+            let at = row * self.groups() + g;
+            let (scale, zero) = (self.scales[at].to_f32(), f32::from(self.zeros[at]));
+            // At most 256 values; a table saves the rounding of every element.
+            let table: [f32; 16] = std::array::from_fn(|q| f16::from_f32((q as f32 - zero) * scale).to_f32());
+            for (out, &q) in out.iter_mut().zip(codes) {
+                *out = match table.get(usize::from(q)) {
+                    Some(&w) if self.bits <= 4 => w,
+                    _ => f16::from_f32((f32::from(q) - zero) * scale).to_f32(),
+                };
+            }
+        }
+    }
+
+    /// What a backend computes with: the canonical 4-bit form, which also holds 2- and 3-bit codes, or the weights of
+    /// 8-bit codes in half precision.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] if groups are not multiples of 8.
+    pub fn to_weight(&self) -> Result<Weight> {
+        if self.bits == 8 {
+            let mut bytes = Vec::with_capacity(2 * self.codes.len());
+            let mut row = vec![0.0; self.k];
+            for i in 0..self.n {
+                self.dequantize_row(i, &mut row);
+                bytes.extend(row.iter().flat_map(|&w| f16::from_f32(w).to_le_bytes()));
+            }
+            return DenseMatrix::new(self.n, self.k, DenseType::F16, Bytes::owned(bytes)).map(Weight::Dense);
+        }
+        if !self.group_size.is_multiple_of(8) {
+            let message = format!("groups of {} (multiples of 8 are run)", self.group_size);
+            return Err(Error::new(ErrorKind::Unsupported, message));
+        }
+        let words = self.codes.chunks_exact(8);
+        let qweight = words.map(|q| q.iter().rev().fold(0, |word, &q| word << 4 | u32::from(q))).collect();
+        let params = self.scales.iter().zip(&self.zeros);
+        let params = params.map(|(&s, &z)| pack_params(s, f16::from_f32(f32::from(z)))).collect();
+        W4Matrix::new((self.n, self.k), self.group_size, qweight, params, Offset::Zero).map(Weight::W4)
+    }
+}

@@ -1,0 +1,332 @@
+//! The quantizer, from checkpoints of every architecture it knows to checkpoints that are run.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use awqua::checkpoint::{Checkpoint, verify};
+use awqua::{Error, ErrorKind};
+use awqua_quantizer::calibration::Calibration;
+use awqua_quantizer::decoder::{Decoder, Site, Slot};
+use awqua_quantizer::evaluate::{Comparison, Streams, compare};
+use awqua_quantizer::math::Threads;
+use awqua_quantizer::method::{Method, scale};
+use awqua_quantizer::quantize::{Format, GroupSize, QuantizeOptions, quantize};
+use awqua_quantizer::random::Random;
+use serde_json::Value;
+
+#[allow(dead_code, reason = "another test makes tensors with it")]
+mod disk;
+
+use disk::Folder;
+
+/// Unquantized fixtures: plain, with biases and a tied head, with norms of the heads, with a sliding window.
+const ARCHS: [&str; 4] = ["llama-llama3rope", "qwen2", "qwen3", "mistral"];
+
+fn fixture(arch: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/arch").join(arch)
+}
+
+fn reference(arch: &str) -> Value {
+    let text = std::fs::read_to_string(fixture(arch).join("reference/reference.json")).unwrap();
+    serde_json::from_str(&text).unwrap()
+}
+
+fn nll_ids(arch: &str) -> Vec<u32> {
+    serde_json::from_value(reference(arch)["nll"]["input_ids"].clone()).unwrap()
+}
+
+/// Random ids: enough for a random model.
+fn calibration() -> Calibration {
+    let mut random = Random::new(6);
+    Calibration::of_ids("random", (0..6).map(|_| (0..40).map(|_| random.below(512) as u32).collect()).collect())
+}
+
+fn options(method: Method, bits: u32) -> QuantizeOptions {
+    let mut options = QuantizeOptions::new(method, bits);
+    options.group_size = GroupSize::Features(32);
+    options
+}
+
+fn run(source: &Path, out: &Path, options: &QuantizeOptions) -> Result<(), Error> {
+    quantize(source, out, &calibration(), options, Threads::new(2), &mut |_| Ok(())).map(|_| ())
+}
+
+fn evaluate(source: &Path, candidate: &Path, ids: Vec<u32>) -> Comparison {
+    let windows = vec![ids];
+    let streams = |dir: &Path| Streams::compute(dir, &windows, Threads::new(2), &mut |_, _| Ok(())).unwrap();
+    compare(&streams(source), &streams(candidate), &windows, 3, &mut |_, _| Ok(())).unwrap()
+}
+
+#[test]
+fn blocks_compute_what_the_reference_does() {
+    for arch in ARCHS.into_iter().chain(["qwen2-window", "llama-yarn", "qwen2-awq-gemm-g64", "qwen3-ct-asym-g32"]) {
+        let found = evaluate(&fixture(arch), &fixture(arch), nll_ids(arch));
+        let expected = reference(arch)["nll"]["mean_nll"].as_f64().unwrap();
+        assert!((found.candidate.nll - expected).abs() < 1e-4, "{arch}: {} against {expected}", found.candidate.nll);
+        assert_eq!((found.kl_mean, found.agreement), (0.0, 1.0), "{arch}");
+    }
+}
+
+#[test]
+fn folding_scales_leaves_the_function_alone() {
+    for arch in ARCHS {
+        let checkpoint = Checkpoint::open(&fixture(arch)).unwrap();
+        let decoder = Decoder::new(&checkpoint, 48, Threads::new(2)).unwrap();
+        let exact = decoder.load(&checkpoint, None, 0).unwrap();
+        let x = Random::new(8).normals(48 * decoder.config.hidden_size);
+        let out = |block: &_| {
+            let mut x = x.clone();
+            decoder.forward(block, &mut x, &mut |_, _| {});
+            x
+        };
+        let expected = out(&exact);
+        let size = expected.iter().fold(0f32, |m, v| m.max(v.abs()));
+        for site in Site::ALL {
+            let mut scales: Vec<f32> =
+                Random::new(site as u64).normals(decoder.width(site)).iter().map(|v| v.exp()).collect();
+            if site == Site::Attended {
+                // All query heads on one v head have its scales.
+                let c = &decoder.config;
+                let group = c.num_attention_heads / c.num_key_value_heads;
+                for i in 0..scales.len() {
+                    let (head, at) = (i / c.head_dim, i % c.head_dim);
+                    scales[i] = scales[head / group * group * c.head_dim + at];
+                }
+            }
+            let mut block = exact.clone();
+            scale::fold(&decoder, &mut block, site, &scales);
+            let changed = Slot::ALL.iter().filter(|&&s| block.linear(s).weight != exact.linear(s).weight).count();
+            assert!(changed >= site.slots().len(), "{arch} {site:?}");
+            let found = out(&block);
+            let worst = expected.iter().zip(&found).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            assert!(worst < 2e-5 * size, "{arch} {site:?}: {worst} of {size}");
+        }
+    }
+}
+
+#[test]
+fn every_method_and_dialect_gives_a_checkpoint_that_loads_and_resembles_its_source() {
+    let folder = Folder::new();
+    let dialects = [
+        (Method::Awq, 4, Format::AwqGemm, GroupSize::Features(64), false),
+        (Method::Gptq, 4, Format::GptqV2, GroupSize::Features(32), true),
+        (Method::AwqGptq, 3, Format::PackQuantized, GroupSize::Features(32), false),
+        (Method::Learned, 2, Format::PackQuantized, GroupSize::Features(32), false),
+        (Method::Rtn, 8, Format::GptqV2, GroupSize::Channel, false),
+        (Method::Awq, 8, Format::PackQuantized, GroupSize::Channel, true),
+        (Method::Gptq, 2, Format::GptqV2, GroupSize::Features(64), false),
+        (Method::Gptq, 3, Format::GptqV2, GroupSize::Features(32), false),
+    ];
+    for (i, (method, bits, format, group_size, symmetric)) in dialects.into_iter().enumerate() {
+        let arch = ARCHS[i % ARCHS.len()];
+        let out = folder.path().join(format!("{i}"));
+        let options = QuantizeOptions { format, group_size, symmetric, ..options(method, bits) };
+        run(&fixture(arch), &out, &options).unwrap();
+        let checkpoint = Checkpoint::open(&out).unwrap();
+        let findings = verify(&checkpoint).unwrap();
+        assert!(findings.is_empty(), "{i}: {findings:?}");
+        let found = evaluate(&fixture(arch), &out, nll_ids(arch));
+        let bound = match bits {
+            8 => 0.01,
+            // Random weights forgive less than trained ones.
+            4 => 0.4,
+            3 => 2.5,
+            _ => 6.0,
+        };
+        assert!(found.kl_mean < bound, "{i} {method:?} {bits}: {}", found.kl_mean);
+        let section = &checkpoint.config()["quantization_config"];
+        let record = section.get("awqua").unwrap_or(&section["meta"]["awqua"]);
+        assert_eq!(record["method"], method.name());
+    }
+}
+
+#[test]
+fn each_step_up_in_effort_loses_less() {
+    let folder = Folder::new();
+    let mut losses = Vec::new();
+    for method in [Method::Rtn, Method::AwqGptq, Method::Learned] {
+        let out = folder.path().join(method.name());
+        run(&fixture("qwen3"), &out, &options(method, 3)).unwrap();
+        // The calibration tokens themselves: what the methods minimise.
+        losses.push(evaluate(&fixture("qwen3"), &out, calibration().sequences[0].clone()).kl_mean);
+    }
+    assert!(losses.is_sorted_by(|a, b| a > b), "{losses:?}");
+}
+
+#[test]
+fn threads_and_interruptions_do_not_change_a_byte() {
+    let folder = Folder::new();
+    let source = fixture("qwen2");
+    let options = options(Method::Learned, 4);
+    let whole = folder.path().join("whole");
+    quantize(&source, &whole, &calibration(), &options, Threads::new(1), &mut |_| Ok(())).unwrap();
+    let broken = folder.path().join("broken");
+    // Stops before every block in turn, and before the writing.
+    let mut resumed = Vec::new();
+    for stop in 1..=4 {
+        let result =
+            quantize(&source, &broken, &calibration(), &options, Threads::new(3), &mut |p| match p.done == stop
+                && stop < 4
+            {
+                true => Err(Error::new(ErrorKind::Cancelled, "enough")),
+                false => Ok(()),
+            });
+        match result {
+            Ok(report) => resumed.push(report.resumed),
+            Err(error) => {
+                assert_eq!(error.kind(), ErrorKind::Cancelled);
+                assert!(!broken.exists(), "nothing under the final name");
+            }
+        }
+    }
+    assert_eq!(resumed, [3], "the last run had only to write");
+    for file in ["model.safetensors", "config.json", "awqua_report.json"] {
+        assert_eq!(std::fs::read(whole.join(file)).unwrap(), std::fs::read(broken.join(file)).unwrap(), "{file}");
+    }
+    let left: Vec<_> = std::fs::read_dir(folder.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert_eq!(left.len(), 2, "{left:?}");
+}
+
+#[test]
+fn another_run_does_not_continue_where_a_different_one_stopped() {
+    let folder = Folder::new();
+    let out = folder.path().join("out");
+    let source = fixture("mistral");
+    let stopped = quantize(&source, &out, &calibration(), &options(Method::Gptq, 4), Threads::new(2), &mut |p| {
+        if p.done == 2 { Err(Error::new(ErrorKind::Cancelled, "enough")) } else { Ok(()) }
+    });
+    assert_eq!(stopped.unwrap_err().kind(), ErrorKind::Cancelled);
+    let other = quantize(&source, &out, &calibration(), &options(Method::Gptq, 3), Threads::new(2), &mut |_| Ok(()));
+    assert_eq!(other.unwrap().resumed, 0);
+}
+
+#[test]
+fn single_modules_can_have_other_bits() {
+    let folder = Folder::new();
+    for format in [Format::PackQuantized, Format::GptqV2] {
+        let out = folder.path().join(format!("{format:?}"));
+        let bits_of = BTreeMap::from([
+            ("model.layers.0.mlp.down_proj".to_owned(), 8),
+            ("model.layers.1.self_attn.v_proj".to_owned(), 16),
+            ("model.layers.2.mlp.gate_proj".to_owned(), 2),
+        ]);
+        run(&fixture("qwen2"), &out, &QuantizeOptions { format, bits_of, ..options(Method::Gptq, 4) }).unwrap();
+        let checkpoint = Checkpoint::open(&out).unwrap();
+        assert!(checkpoint.tensor("model.layers.1.self_attn.v_proj.weight").is_some());
+        let found = evaluate(&fixture("qwen2"), &out, nll_ids("qwen2"));
+        assert!(found.kl_mean < 1.0, "{format:?}: {}", found.kl_mean);
+    }
+}
+
+#[test]
+fn what_cannot_work_is_refused_by_name_and_leaves_nothing() {
+    let folder = Folder::new();
+    let out = folder.path().join("out");
+    let source = fixture("qwen2");
+    let refused = |source: &Path, calibration: &Calibration, options: &QuantizeOptions| {
+        let error = quantize(source, &out, calibration, options, Threads::new(2), &mut |_| Ok(())).unwrap_err();
+        assert!(!out.exists());
+        error
+    };
+    let good = options(Method::Awq, 4);
+    let cases = [
+        (calibration(), QuantizeOptions { bits: 5, ..good.clone() }, ErrorKind::InvalidInput, "bits"),
+        (
+            calibration(),
+            QuantizeOptions { group_size: GroupSize::Features(48), ..good.clone() },
+            ErrorKind::InvalidInput,
+            "group size 48",
+        ),
+        (
+            calibration(),
+            QuantizeOptions { format: Format::AwqGemm, ..options(Method::Rtn, 3) },
+            ErrorKind::Unsupported,
+            "4 bits",
+        ),
+        (
+            calibration(),
+            QuantizeOptions { bits_of: BTreeMap::from([("lm_head".to_owned(), 8)]), ..good.clone() },
+            ErrorKind::InvalidInput,
+            "lm_head",
+        ),
+        (Calibration::none(), good.clone(), ErrorKind::InvalidInput, "no calibration"),
+        (Calibration::of_ids("x", vec![vec![1], vec![]]), good.clone(), ErrorKind::InvalidInput, "empty"),
+        (Calibration::of_ids("x", vec![vec![1, 512]]), good.clone(), ErrorKind::InvalidInput, "512"),
+    ];
+    for (calibration, options, kind, part) in cases {
+        let error = refused(&source, &calibration, &options);
+        assert!(error.kind() == kind && error.to_string().contains(part), "{error}");
+    }
+    let packed = refused(&fixture("qwen2-awq-gemm-g64"), &calibration(), &good);
+    assert_eq!(packed.kind(), ErrorKind::Unsupported);
+}
+
+/// A copy of a fixture whose weight file was changed.
+fn changed(folder: &Folder, arch: &str, change: impl Fn(&mut Vec<u8>, &Checkpoint)) -> PathBuf {
+    let copy = folder.path().join("source");
+    std::fs::create_dir_all(&copy).unwrap();
+    for file in ["config.json", "tokenizer.json", "model.safetensors"] {
+        std::fs::copy(fixture(arch).join(file), copy.join(file)).unwrap();
+    }
+    let mut bytes = std::fs::read(copy.join("model.safetensors")).unwrap();
+    change(&mut bytes, &Checkpoint::open(&copy).unwrap());
+    std::fs::write(copy.join("model.safetensors"), bytes).unwrap();
+    copy
+}
+
+/// Where the data of a tensor is in the file.
+fn position(bytes: &[u8], checkpoint: &Checkpoint, name: &str) -> usize {
+    let tensor = &checkpoint.tensor(name).unwrap().bytes;
+    bytes.windows(64).position(|window| *window == tensor[..64]).unwrap()
+}
+
+#[test]
+fn weights_that_are_not_finite_are_named() {
+    let folder = Folder::new();
+    let name = "model.layers.1.mlp.up_proj.weight";
+    let source = changed(&folder, "qwen2", |bytes, checkpoint| {
+        let at = position(bytes, checkpoint, name);
+        bytes[at + 10..at + 12].copy_from_slice(&[0x80, 0x7f]);
+    });
+    let error = run(&source, &folder.path().join("out"), &options(Method::Gptq, 4)).unwrap_err();
+    assert_eq!((error.kind(), error.tensor()), (ErrorKind::InvalidTensor, name.strip_suffix(".weight")));
+    assert!(error.message().contains("inf"), "{error}");
+}
+
+#[test]
+fn dead_channels_and_constant_groups_get_finite_codes() {
+    let folder = Folder::new();
+    let source = changed(&folder, "qwen2", |bytes, checkpoint| {
+        // Zero norm weights make dead channels; a constant run of weights makes constant groups.
+        let norm = position(bytes, checkpoint, "model.layers.0.input_layernorm.weight");
+        bytes[norm..norm + 40].fill(0);
+        let gate = position(bytes, checkpoint, "model.layers.0.mlp.gate_proj.weight");
+        (gate..gate + 512).step_by(2).for_each(|i| bytes[i..i + 2].copy_from_slice(&[0x80, 0x3f]));
+        let down = position(bytes, checkpoint, "model.layers.0.mlp.down_proj.weight");
+        bytes[down..down + 1280].fill(0);
+    });
+    for method in [Method::Awq, Method::Learned] {
+        let out = folder.path().join(method.name());
+        run(&source, &out, &options(method, 4)).unwrap();
+        assert!(verify(&Checkpoint::open(&out).unwrap()).unwrap().is_empty());
+        let found = evaluate(&source, &out, nll_ids("qwen2"));
+        assert!(found.kl_mean < 1.0, "{method:?}: {}", found.kl_mean);
+    }
+}
+
+#[test]
+fn a_source_that_changes_meanwhile_is_noticed() {
+    let folder = Folder::new();
+    let source = changed(&folder, "qwen2", |_, _| {});
+    let out = folder.path().join("out");
+    let result = quantize(&source, &out, &calibration(), &options(Method::Rtn, 4), Threads::new(1), &mut |p| {
+        if p.done == 2 {
+            let file = std::fs::File::options().append(true).open(source.join("model.safetensors")).unwrap();
+            file.set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
+        }
+        Ok(())
+    });
+    let error = result.unwrap_err();
+    assert!(error.kind() == ErrorKind::InvalidFile && error.message().contains("changed"), "{error}");
+    assert!(!out.exists());
+}
