@@ -147,7 +147,7 @@ impl Session {
                 break StopReason::Cancelled;
             }
             let uniform = (random.next_u32() >> 8) as f32 / (1 << 24) as f32;
-            let request = SampleRequest { sampling: &options.sampling, recent: recent.counts(), uniform };
+            let request = SampleRequest { recent: recent.counts(), uniform, ..SampleRequest::new(&options.sampling) };
             self.require_logits()?;
             let id = self.runner.sample(&request)?;
             first_token.get_or_insert_with(Instant::now);

@@ -111,7 +111,7 @@ impl Sampler {
     pub(super) fn handles(&self, request: &SampleRequest<'_>) -> bool {
         let s = request.sampling;
         let kept = s.temperature == 0.0 || (1..=sample::MAX_TOP_K).contains(&s.top_k);
-        kept && request.recent.len() <= self.recent_capacity
+        kept && request.bias.is_empty() && request.mask.is_none() && request.recent.len() <= self.recent_capacity
     }
 
     /// Bytes of its buffers.
@@ -119,17 +119,17 @@ impl Sampler {
         self.bytes
     }
 
-    /// Picks a token from the scores that begin at the byte of `logits`.
+    /// Begins to pick a token from the scores that begin at the byte of `logits`; [`Self::poll`] has it.
     ///
     /// # Errors
-    /// As [`Gpu::wait`].
-    pub(super) fn sample(
+    /// A device error.
+    pub(super) fn begin(
         &self,
         gpu: &Gpu,
         request: &SampleRequest<'_>,
         (logits, offset): (&wgpu::Buffer, u64),
         readback: &Readback,
-    ) -> Result<u32> {
+    ) -> Result<()> {
         let s = request.sampling;
         let penalized = s.repetition_penalty != 1.0 || s.presence_penalty != 0.0 || s.frequency_penalty != 0.0;
         let recent = if penalized { request.recent } else { &[] };
@@ -176,12 +176,18 @@ impl Sampler {
                 run(&self.sample[(passes.len() + 1) % 2], sample::grid());
             }
         }
+        readback.begin(gpu, encoder, &[(&self.result, 0, 4)])
+    }
+
+    /// The token, if it is there.
+    ///
+    /// # Errors
+    /// A device error.
+    pub(super) fn poll(&self, gpu: &Gpu, readback: &Readback) -> Result<Option<u32>> {
         let mut token = 0;
-        readback.submit_and_read(gpu, encoder, (&self.result, 0), 4, |bytes| {
-            token = bytes.first_chunk().map_or(0, |b| u32::from_le_bytes(*b));
-        })?;
+        let there = readback.poll(gpu, |bytes| token = bytes.first_chunk().map_or(0, |b| u32::from_le_bytes(*b)))?;
         // Scores that are all NaN have no winner; the sampler on the CPU says 0 then, too.
-        Ok(if token < self.vocab { token } else { 0 })
+        Ok(there.then_some(if token < self.vocab { token } else { 0 }))
     }
 
     fn write(&self, gpu: &Gpu, slot: u64, bytes: &[u8]) {
