@@ -300,7 +300,14 @@ fn rope_rows(table: u32, half: u32) -> Vec<f32> {
 }
 
 fn config() -> RunnerConfig {
-    RunnerConfig { max_tokens: MAX_TOKENS, max_logits_rows: MAX_TOKENS, context: CONTEXT, kv_type: None, threads: None }
+    RunnerConfig {
+        max_tokens: MAX_TOKENS,
+        max_logits_rows: MAX_TOKENS,
+        context: CONTEXT,
+        kv_type: None,
+        threads: None,
+        jobs: None,
+    }
 }
 
 fn upload(options: &WgpuOptions, model: &Model) -> Arc<WgpuBackend> {
@@ -467,7 +474,7 @@ fn tokens_are_picked_as_on_the_cpu() {
     ];
     for options in options() {
         let (_, mut runner) = runner(&options, &model, case.kv);
-        let nothing = SampleRequest { sampling: &samplings[0], recent: &[], uniform: 0.5 };
+        let nothing = SampleRequest { uniform: 0.5, ..SampleRequest::new(&samplings[0]) };
         assert_eq!(runner.sample(&nothing).expect_err("no logits yet").kind(), ErrorKind::InvalidInput);
         let (mut logits, mut again) = (Vec::new(), Vec::new());
         runner.run(&Step { tokens: &[1, 2, 3], position: 0, logits: LogitsRows::All }).expect("the step runs");
@@ -478,7 +485,7 @@ fn tokens_are_picked_as_on_the_cpu() {
         let recent: Vec<(u32, u32)> = best[..20].iter().map(|id| (*id, id % 3 + 1)).collect();
         for sampling in &samplings {
             for uniform in [0.0, 0.111, 0.333, 0.5, 0.777, 0.95, 0.999] {
-                let request = SampleRequest { sampling, recent: &recent, uniform };
+                let request = SampleRequest { recent: &recent, uniform, ..SampleRequest::new(sampling) };
                 let found = runner.sample(&request).expect("a token comes back");
                 // Exponentials differ in the last bits, so the neighbours of a boundary are right, too.
                 let near = [uniform, (uniform - 1e-4).max(0.0), uniform + 1e-4];
@@ -500,7 +507,7 @@ fn a_lost_device_is_an_error() {
         runner.run(&step).expect("the step runs");
         backend.destroy();
         let sampling = Sampling::greedy();
-        let request = SampleRequest { sampling: &sampling, recent: &[], uniform: 0.0 };
+        let request = SampleRequest::new(&sampling);
         for _ in 0..2 {
             let lost = |kind| assert_eq!(kind, ErrorKind::DeviceLost);
             lost(runner.run(&step).expect_err("the device is gone").kind());

@@ -85,7 +85,7 @@ impl DeviceArgs {
                 KvArg::F16 => KvType::F16,
                 KvArg::F32 => KvType::F32,
             }),
-            threads: self.threads.map(usize::from),
+            threads: Some(self.threads.map_or_else(default_threads, usize::from)),
             chunk: None,
         };
         Ok(Session::new(model, &options)?)
@@ -153,4 +153,9 @@ impl std::str::FromStr for Ids {
             .collect::<Result<_, _>>()
             .map(Self)
     }
+}
+
+/// Every processor up to 16: beyond that, decode waits for memory and not for threads.
+fn default_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, |n| n.get()).min(16)
 }

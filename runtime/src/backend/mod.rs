@@ -6,6 +6,7 @@
 //! exhaustive matches of the backends then point at every place that has to learn it.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::session::sampler::SampleRequest;
@@ -170,6 +171,30 @@ pub struct Program {
     pub logits: BufferId,
 }
 
+impl Program {
+    /// The buffer that the logits are computed from: hidden states after the final norm, (logits rows, hidden).
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] if the logits do not come from a linear layer.
+    pub fn last_hidden(&self) -> Result<BufferId> {
+        let last = self.ops.iter().rev().find_map(|op| match op {
+            Op::Linear { x, out, .. } if out.buffer == self.logits => Some(*x),
+            _ => None,
+        });
+        last.ok_or_else(|| Error::new(ErrorKind::Unsupported, "the program computes no hidden states"))
+    }
+}
+
+/// Checks the operands of [`Runner::save_kv`] and [`Runner::load_kv`].
+fn check_kv(program: &Program, config: &RunnerConfig, kv_type: KvType, n: u32, len: usize) -> Result<()> {
+    let bytes = kv_bytes(program, kv_type, n);
+    if n > config.context || bytes != len as u64 {
+        let message = format!("{n} positions of a context of {} are {bytes} bytes, got {len}", config.context);
+        return Err(Error::new(ErrorKind::InvalidInput, message));
+    }
+    Ok(())
+}
+
 /// Element type of the KV cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum KvType {
@@ -200,8 +225,69 @@ pub struct RunnerConfig {
     pub context: u32,
     /// Element type of the KV cache; `None` lets the backend choose.
     pub kv_type: Option<KvType>,
-    /// CPU threads, the caller's included; `None` lets the backend choose. GPU backends ignore it.
+    /// CPU threads, the caller's included; `None` makes none. GPU backends ignore it.
     pub threads: Option<usize>,
+    /// The host's own threads, used instead of threads of ours. GPU backends ignore it.
+    pub jobs: Option<Jobs>,
+}
+
+/// A host's `parallel_for`: runs tasks on threads that the host owns.
+pub trait ParallelFor: Send + Sync {
+    /// Threads that [`Self::run`] may call a task on at once, the caller's included; constant, at least 1.
+    fn threads(&self) -> usize;
+
+    /// Calls `task(index, worker)` once for every index below `tasks`, in any order and on any thread, and returns
+    /// when all calls have returned. `worker` is below [`Self::threads`] and never used by two calls at once.
+    fn run(&self, tasks: usize, task: &(dyn Fn(usize, usize) + Sync));
+}
+
+/// A shared [`ParallelFor`].
+#[derive(Clone)]
+pub struct Jobs(pub Arc<dyn ParallelFor>);
+
+impl std::fmt::Debug for Jobs {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Jobs({} threads)", self.0.threads())
+    }
+}
+
+impl PartialEq for Jobs {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl Eq for Jobs {}
+
+/// How much work one call may do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Budget {
+    /// When the host's thread wants to be back. Looked at between pieces of well under a millisecond.
+    pub deadline: Option<Instant>,
+    /// Estimated device time that may be queued, what is already queued included. A piece of work that is larger by
+    /// itself is queued when the device is idle, so that every budget makes progress.
+    pub device: Option<Duration>,
+}
+
+impl Budget {
+    /// As much as there is.
+    pub const UNLIMITED: Self = Self { deadline: None, device: None };
+
+    /// Whether the host's time is over.
+    pub fn is_over(&self) -> bool {
+        self.deadline.is_some_and(|deadline| Instant::now() >= deadline)
+    }
+}
+
+/// How far a step is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Progress {
+    /// The host's part is complete: a token can be sampled, or the next step begun. The device may still be busy.
+    Done,
+    /// The host's time was over first.
+    Working,
+    /// The device has as much queued as the budget allows; it has to finish something first.
+    Waiting,
 }
 
 /// Which tokens of a step get logits.
@@ -213,6 +299,8 @@ pub enum LogitsRows {
     Last,
     /// Every token of the step.
     All,
+    /// Every token of the step gets its last hidden state, but no logits ([`Runner::read_hidden`]).
+    Hidden,
 }
 
 impl LogitsRows {
@@ -221,7 +309,7 @@ impl LogitsRows {
         match self {
             Self::None => 0..0,
             Self::Last => n_tokens.saturating_sub(1)..n_tokens,
-            Self::All => 0..n_tokens,
+            Self::All | Self::Hidden => 0..n_tokens,
         }
     }
 }
@@ -307,6 +395,34 @@ pub trait Backend: Send + Sync {
     /// # Errors
     /// [`ErrorKind::OutOfMemory`] or a device error; never a panic for large capacities.
     fn runner(self: Arc<Self>, program: &Arc<Program>, config: &RunnerConfig) -> Result<Box<dyn Runner>>;
+
+    /// Compiles at most `most` of the kernels that sessions on `program` will need, so that making a session is quick;
+    /// returns how many are left. Backends without compilation have none.
+    ///
+    /// # Errors
+    /// A device error.
+    fn prepare(&self, program: &Program, most: u32) -> Result<u32> {
+        let _ = (program, most);
+        Ok(0)
+    }
+
+    /// Whether the device has taken in what was uploaded, so that more can be handed over without piling up.
+    ///
+    /// # Errors
+    /// A device error.
+    fn upload_is_settled(&self) -> Result<bool> {
+        Ok(true)
+    }
+
+    /// Compiled kernels of this device and driver for [`crate::LoadOptions::pipeline_cache`] of a later start, if the
+    /// device offers that.
+    fn pipeline_cache(&self) -> Option<Vec<u8>> {
+        None
+    }
+
+    /// Loses the device on purpose, for tests: everything on it fails with [`ErrorKind::DeviceLost`] from now on.
+    /// Backends without a device do nothing.
+    fn force_loss(&self) {}
 }
 
 /// Most tokens that [`Runner::sample_ahead`] runs in front of [`Runner::take`]: one that is computed and one behind it,
@@ -315,18 +431,83 @@ pub const MAX_AHEAD: usize = 2;
 
 /// The per-session side of a backend. Methods take the session's exclusive borrow; a failed call leaves the runner
 /// usable (after [`ErrorKind::DeviceLost`] every further call fails the same way).
+///
+/// A step is resumable: [`Self::begin`] says what to compute and [`Self::advance`] does a bounded piece of it; none of
+/// them waits for a device. The same holds for [`Self::begin_sample`] and [`Self::poll_sample`]. [`Self::run`] and
+/// [`Self::sample`] do the same to the end. What is computed never depends on the budgets.
 pub trait Runner: Send {
     /// Writes rows `first..` of rotary table `table`: (rows, rotary_dim / 2, 2) of (cos, sin), one row a position.
+    /// Does not wait for the device.
     fn write_rope(&mut self, table: u32, first: u32, rows: &[f32]) -> Result<()>;
 
-    /// Runs the program over the step's tokens. May return before the device has finished.
-    fn run(&mut self, step: &Step<'_>) -> Result<()>;
+    /// Takes the step to compute next, copying its tokens; an unfinished one is abandoned.
+    fn begin(&mut self, step: &Step<'_>) -> Result<()>;
 
-    /// Copies the logits rows of the last run to `out`, (rows, vocab_size), replacing its content.
+    /// Computes or queues a piece of the step; [`Progress::Done`] if there is none.
+    fn advance(&mut self, budget: &Budget) -> Result<Progress>;
+
+    /// Forgets the step and the choice under way. Positions of the KV cache from the step's own on are undefined; what
+    /// the device has queued runs to its end and does no harm.
+    fn abandon(&mut self);
+
+    /// Takes the choice to make from the last logits row of the last step, copying the request.
+    fn begin_sample(&mut self, request: &SampleRequest<'_>) -> Result<()>;
+
+    /// The chosen token, or `None` while the device works on it.
+    fn poll_sample(&mut self) -> Result<Option<u32>>;
+
+    /// Blocks until the device finished something, so that a waiting call can go on; at once if nothing is queued.
+    fn wait(&mut self) -> Result<()>;
+
+    /// Tokens of a step at `position`, at most `wanted` and at least 1, whose largest indivisible piece should fit
+    /// `device` time. By default all.
+    fn chunk(&self, position: u32, wanted: usize, device: Duration) -> usize {
+        let _ = (position, device);
+        wanted
+    }
+
+    /// Estimated device time of what is queued and not finished.
+    fn queued(&self) -> Duration {
+        Duration::ZERO
+    }
+
+    /// Runs the program over the step's tokens. May return before the device has finished.
+    fn run(&mut self, step: &Step<'_>) -> Result<()> {
+        self.begin(step)?;
+        while self.advance(&Budget::UNLIMITED)? != Progress::Done {
+            self.wait()?;
+        }
+        Ok(())
+    }
+
+    /// Picks a token from the last logits row of the last step.
+    fn sample(&mut self, request: &SampleRequest<'_>) -> Result<u32> {
+        self.begin_sample(request)?;
+        loop {
+            if let Some(token) = self.poll_sample()? {
+                return Ok(token);
+            }
+            self.wait()?;
+        }
+    }
+
+    /// Copies the logits rows of the last step to `out`, (rows, vocab_size), replacing its content. Waits.
     fn read_logits(&mut self, out: &mut Vec<f32>) -> Result<()>;
 
-    /// Picks a token from the last logits row of the last run.
-    fn sample(&mut self, request: &SampleRequest<'_>) -> Result<u32>;
+    /// Copies the rows that the logits of the last step were computed from to `out`, (rows, hidden), replacing its
+    /// content: the last hidden states after the final norm. Waits.
+    fn read_hidden(&mut self, out: &mut Vec<f32>) -> Result<()>;
+
+    /// Copies keys and values of the first `n` positions to `out`, [`kv_bytes`] long: layer by layer keys, then values,
+    /// (kv_heads, n, head_dim) each, little-endian elements of [`Self::kv_type`]. Waits.
+    fn save_kv(&mut self, n: u32, out: &mut [u8]) -> Result<()>;
+
+    /// Takes back what [`Self::save_kv`] gave.
+    fn load_kv(&mut self, n: u32, bytes: &[u8]) -> Result<()>;
+
+    /// A runner of the same capacities whose first `n` positions are those of this one, shared where the backend can
+    /// (the CPU does; GPUs copy on the device). Either may overwrite them without the other noticing.
+    fn fork(&mut self, n: u32) -> Result<Box<dyn Runner>>;
 
     /// Picks a token like [`Runner::sample`] and runs the step over it at `position`, with logits, without waiting for
     /// either; [`Runner::take`] gives the token. At most [`MAX_AHEAD`] such tokens may be outstanding, and [`Runner::run`]
@@ -361,4 +542,12 @@ pub trait Runner: Send {
 
     /// Bytes held for this session: KV cache, activations, tables.
     fn bytes(&self) -> u64;
+}
+
+/// Bytes of the keys and values of `n` positions.
+pub fn kv_bytes(program: &Program, kv_type: KvType, n: u32) -> u64 {
+    let shape = &program.attention;
+    [shape.kv_heads, shape.head_dim, n]
+        .iter()
+        .fold(2 * u64::from(program.layers) * kv_type.size() as u64, |bytes, &f| bytes.saturating_mul(u64::from(f)))
 }

@@ -166,11 +166,9 @@ impl Session {
                 ahead -= 1;
                 self.runner.take()?
             } else {
-                let request = SampleRequest {
-                    sampling: &options.sampling,
-                    recent: recent.counts(),
-                    uniform: uniform(&mut random),
-                };
+                let uniform = uniform(&mut random);
+                let request =
+                    SampleRequest { recent: recent.counts(), uniform, ..SampleRequest::new(&options.sampling) };
                 self.require_logits()?;
                 self.runner.sample(&request)?
             };
@@ -247,7 +245,7 @@ impl Session {
         let position = (self.tokens.len() + ahead) as u32;
         // The number is drawn only if it is used.
         let mut after = random.clone();
-        let request = SampleRequest { sampling, recent: &[], uniform: uniform(&mut after) };
+        let request = SampleRequest { uniform: uniform(&mut after), ..SampleRequest::new(sampling) };
         let done = self.runner.sample_ahead(&request, position)?;
         if done {
             *random = after;

@@ -109,6 +109,7 @@ impl Session {
             context,
             kv_type: options.kv_type,
             threads: options.threads,
+            jobs: None,
         };
         let runner = Arc::clone(model.backend()).runner(model.program(), &config)?;
         Ok(Self {

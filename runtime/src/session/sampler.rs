@@ -83,16 +83,47 @@ pub struct SampleRequest<'a> {
     pub recent: &'a [(u32, u32)],
     /// Uniform in [0, 1).
     pub uniform: f32,
+    /// Added to the logits of these ids before anything else; negative infinity bans a token.
+    pub bias: &'a [(u32, f32)],
+    /// Tokens that may be chosen, if not all: bit `id % 32` of word `id / 32`; ids behind the last word may not.
+    pub mask: Option<&'a [u32]>,
+}
+
+impl<'a> SampleRequest<'a> {
+    /// A choice without recent tokens, biases and mask, with random number 0.
+    pub fn new(sampling: &'a Sampling) -> Self {
+        Self { sampling, recent: &[], uniform: 0.0, bias: &[], mask: None }
+    }
 }
 
 /// Picks a token from `logits`, (vocab_size), which it changes.
 ///
-/// In order: penalties of the recent tokens; temperature 0 takes the largest logit (the lowest id among equals; NaN
+/// In order: biases and mask; penalties of the recent tokens; temperature 0 takes the largest logit (the lowest id among equals; NaN
 /// never wins); otherwise logits / temperature, the `top_k` largest, their softmax, the shortest prefix that reaches
 /// `top_p`, those of at least `min_p` times the largest probability, and the one at `uniform` of the kept mass.
 /// Candidates are ordered by logit, largest first, and by id among equals.
 pub fn pick(logits: &mut [f32], request: &SampleRequest<'_>) -> u32 {
+    pick_in(logits, request, &mut Vec::new())
+}
+
+/// As [`pick`], with memory for the candidates that is used again; (vocab_size) is enough for every choice.
+pub fn pick_in(logits: &mut [f32], request: &SampleRequest<'_>, candidates: &mut Vec<(f32, u32)>) -> u32 {
     let s = request.sampling;
+    for &(id, bias) in request.bias {
+        if let Some(l) = logits.get_mut(id as usize) {
+            *l += bias;
+        }
+    }
+    if let Some(mask) = request.mask {
+        for (block, logits) in logits.chunks_mut(32).enumerate() {
+            let word = mask.get(block).copied().unwrap_or(0);
+            for (bit, l) in logits.iter_mut().enumerate() {
+                if word >> bit & 1 == 0 {
+                    *l = f32::NEG_INFINITY;
+                }
+            }
+        }
+    }
     for &(id, count) in request.recent {
         if let Some(l) = logits.get_mut(id as usize) {
             *l = if *l > 0.0 { *l / s.repetition_penalty } else { *l * s.repetition_penalty };
@@ -102,8 +133,9 @@ pub fn pick(logits: &mut [f32], request: &SampleRequest<'_>) -> u32 {
     if s.temperature == 0.0 {
         return argmax(logits);
     }
-    let mut candidates: Vec<(f32, u32)> =
-        logits.iter().zip(0u32..).filter(|(l, _)| !l.is_nan()).map(|(&l, id)| (l, id)).collect();
+    candidates.clear();
+    let chosen = logits.iter().zip(0u32..).filter(|(l, _)| !l.is_nan() && **l != f32::NEG_INFINITY);
+    candidates.extend(chosen.map(|(&l, id)| (l, id)));
     if candidates.is_empty() {
         return 0;
     }
@@ -119,13 +151,13 @@ pub fn pick(logits: &mut [f32], request: &SampleRequest<'_>) -> u32 {
         return candidates[0].1;
     }
     let mut total = 0.0;
-    for candidate in &mut candidates {
+    for candidate in candidates.iter_mut() {
         candidate.0 = ((candidate.0 - max) / s.temperature).exp();
         total += candidate.0;
     }
     // The largest weight is exp(0) = 1, so `min_p` compares with the weights directly.
     let (mut kept, mut mass) = (0, 0.0);
-    for &(weight, _) in &candidates {
+    for &(weight, _) in candidates.iter() {
         if kept > 0 && (mass >= s.top_p * total || weight < s.min_p) {
             break;
         }
@@ -160,7 +192,7 @@ mod tests {
 
     fn pick_with(logits: &[f32], sampling: &Sampling, recent: &[(u32, u32)], uniform: f32) -> u32 {
         sampling.validate().unwrap();
-        pick(&mut logits.to_vec(), &SampleRequest { sampling, recent, uniform })
+        pick(&mut logits.to_vec(), &SampleRequest { recent, uniform, ..SampleRequest::new(sampling) })
     }
 
     #[test]

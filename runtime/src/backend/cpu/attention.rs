@@ -1,6 +1,6 @@
 //! Rotation, KV cache and attention on the CPU.
 
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use half::f16;
 use memmap2::MmapMut;
@@ -49,16 +49,103 @@ impl Store {
     }
 }
 
-/// KV cache of one layer.
-pub(super) struct Cache {
+/// Keys and values of one layer.
+struct Pair {
     keys: Store,
     values: Store,
+}
+
+impl Pair {
+    fn new(kv_type: KvType, n: Option<usize>) -> Result<Self> {
+        Ok(Self { keys: Store::new(kv_type, n)?, values: Store::new(kv_type, n)? })
+    }
+}
+
+/// KV cache of one layer: leading positions may be shared with forks, the others are its own. Every store has room for
+/// the whole context and the same layout; pages never written cost nothing.
+pub(super) struct Cache {
+    /// Positions before the end belong to the store, unless an earlier entry has them; ends ascend.
+    shared: Vec<(Arc<Pair>, usize)>,
+    own: Pair,
+    kv_type: KvType,
+    n: Option<usize>,
 }
 
 impl Cache {
     /// `n` elements of keys and as many of values.
     pub(super) fn new(kv_type: KvType, n: Option<usize>) -> Result<Self> {
-        Ok(Self { keys: Store::new(kv_type, n)?, values: Store::new(kv_type, n)? })
+        Ok(Self { shared: Vec::new(), own: Pair::new(kv_type, n)?, kv_type, n })
+    }
+
+    /// A cache that shares the first `positions`; both write what follows to memory of their own.
+    pub(super) fn fork(&mut self, positions: usize) -> Result<Self> {
+        let fork = Pair::new(self.kv_type, self.n)?;
+        self.truncate(positions);
+        if self.shared.last().map_or(0, |(_, end)| *end) < positions {
+            let own = Pair::new(self.kv_type, self.n)?;
+            self.shared.push((Arc::new(std::mem::replace(&mut self.own, own)), positions));
+        }
+        Ok(Self { shared: self.shared.clone(), own: fork, kv_type: self.kv_type, n: self.n })
+    }
+
+    /// Stops sharing positions from `positions` on, which are about to be written.
+    pub(super) fn truncate(&mut self, positions: usize) {
+        let mut before = 0;
+        self.shared.retain_mut(|(_, end)| {
+            *end = (*end).min(positions);
+            let keep = *end > before;
+            before = *end;
+            keep
+        });
+    }
+
+    /// The store of position `at`, and the end of the positions it has.
+    fn at(&self, at: usize) -> (&Pair, usize) {
+        match self.shared.iter().find(|(_, end)| at < *end) {
+            Some((pair, end)) => (pair, *end),
+            None => (&self.own, usize::MAX),
+        }
+    }
+
+    /// Copies bytes of the first `positions` of every head to `out`, keys, then values.
+    pub(super) fn save(&self, shape: &AttentionShape, context: usize, positions: usize, out: &mut [u8]) {
+        let position_bytes = shape.head_dim as usize * self.kv_type.size();
+        let (keys, values) = out.split_at_mut(out.len() / 2);
+        for (out, pick) in [(keys, Pair::key_pages as fn(&Pair) -> &MmapMut), (values, Pair::value_pages)] {
+            for (head, out) in out.chunks_exact_mut((positions * position_bytes).max(1)).enumerate() {
+                let mut at = 0;
+                while at < positions {
+                    let (pair, end) = self.at(at);
+                    let end = end.min(positions);
+                    let from = (head * context + at) * position_bytes;
+                    let len = (end - at) * position_bytes;
+                    out[at * position_bytes..][..len].copy_from_slice(&pick(pair)[from..from + len]);
+                    at = end;
+                }
+            }
+        }
+    }
+
+    /// Takes back what [`Self::save`] gave.
+    pub(super) fn load(&mut self, shape: &AttentionShape, context: usize, positions: usize, bytes: &[u8]) {
+        self.truncate(0);
+        let position_bytes = shape.head_dim as usize * self.kv_type.size();
+        let (keys, values) = bytes.split_at(bytes.len() / 2);
+        for (bytes, pages) in [(keys, &mut self.own.keys.pages), (values, &mut self.own.values.pages)] {
+            for (head, bytes) in bytes.chunks_exact((positions * position_bytes).max(1)).enumerate() {
+                pages[head * context * position_bytes..][..bytes.len()].copy_from_slice(bytes);
+            }
+        }
+    }
+}
+
+impl Pair {
+    fn key_pages(&self) -> &MmapMut {
+        &self.keys.pages
+    }
+
+    fn value_pages(&self) -> &MmapMut {
+        &self.values.pages
     }
 }
 
@@ -102,8 +189,8 @@ pub(super) fn rope_append(
         }
         for h in 0..kv_heads {
             let at = (h * context + position + t) * dim;
-            cache.keys.write(kernels, at, &row[(heads + h) * dim..][..dim]);
-            cache.values.write(kernels, at, &row[(heads + kv_heads + h) * dim..][..dim]);
+            cache.own.keys.write(kernels, at, &row[(heads + h) * dim..][..dim]);
+            cache.own.values.write(kernels, at, &row[(heads + kv_heads + h) * dim..][..dim]);
         }
     }
 }
@@ -121,13 +208,14 @@ pub(super) struct Inputs<'a> {
     pub(super) window: usize,
 }
 
-/// See [`crate::backend::Op::Attention`]. One task a token and KV head, so that keys and values are widened once for
+/// See [`crate::backend::Op::Attention`]; computes the tasks `part` of `n_tokens * kv_heads`. One task a token and KV head, so that keys and values are widened once for
 /// all query heads that share them.
 pub(super) fn attention(
     pool: &mut Pool,
     scratch: &[Mutex<Scratch>],
     kernels: &dyn Kernels,
     inputs: &Inputs<'_>,
+    part: std::ops::Range<usize>,
     out: &mut [f32],
 ) {
     struct Output(*mut f32, usize);
@@ -148,7 +236,8 @@ pub(super) fn attention(
     let (heads, kv_heads, dim) = (shape.heads as usize, shape.kv_heads as usize, shape.head_dim as usize);
     let group = heads / kv_heads;
     let output = Output(out.as_mut_ptr(), out.len());
-    pool.run(inputs.n_tokens * kv_heads, &|task, worker| {
+    pool.run(part.len(), &|task, worker| {
+        let task = part.start + task;
         // Late tokens see more keys: deal them first, so that the last tasks are short.
         let t = inputs.n_tokens - 1 - task / kv_heads;
         let kv_head = task % kv_heads;
@@ -162,9 +251,13 @@ pub(super) fn attention(
         // SAFETY: `task` is a bijection to (t, kv_head), so no other task has this range.
         let out = unsafe { output.range((t * heads + kv_head * group) * dim, group * dim) };
 
-        for from in (start..end).step_by(POSITIONS) {
-            let n = POSITIONS.min(end - from);
-            let keys = inputs.cache.keys.read(kernels, (base + from) * dim, n * dim, rows);
+        let mut next = start;
+        while next < end {
+            let from = next;
+            let (store, store_end) = inputs.cache.at(from);
+            let n = (POSITIONS - (from - start) % POSITIONS).min(end.min(store_end) - from);
+            next += n;
+            let keys = store.keys.read(kernels, (base + from) * dim, n * dim, rows);
             for (q, scores) in q.chunks_exact(dim).zip(scores.chunks_exact_mut(len)) {
                 for (key, score) in keys.chunks_exact(dim).zip(&mut scores[from - start..]) {
                     *score = kernels.dot(q, key) * inputs.scale;
@@ -182,9 +275,13 @@ pub(super) fn attention(
             scores.iter_mut().for_each(|score| *score *= factor);
         }
         out.fill(0.0);
-        for from in (start..end).step_by(POSITIONS) {
-            let n = POSITIONS.min(end - from);
-            let values = inputs.cache.values.read(kernels, (base + from) * dim, n * dim, rows);
+        let mut next = start;
+        while next < end {
+            let from = next;
+            let (store, store_end) = inputs.cache.at(from);
+            let n = (POSITIONS - (from - start) % POSITIONS).min(end.min(store_end) - from);
+            next += n;
+            let values = store.values.read(kernels, (base + from) * dim, n * dim, rows);
             for (out, scores) in out.chunks_exact_mut(dim).zip(scores.chunks_exact(len)) {
                 for (value, &score) in values.chunks_exact(dim).zip(&scores[from - start..]) {
                     kernels.axpy(score, value, out);

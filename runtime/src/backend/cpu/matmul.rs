@@ -57,13 +57,20 @@ impl Output {
     }
 }
 
-/// Multiplies `n_tokens` rows of `x` with `weight`. `out` starts at the first output column, rows are `stride` apart.
+/// Blocks of weight rows of a matrix with `n` rows: the pieces that [`matmul`] computes whole.
+pub(super) fn blocks(n: usize) -> usize {
+    n.div_ceil(TILE)
+}
+
+/// Multiplies `n_tokens` rows of `x` with the blocks `part` of `weight`. `out` starts at the first output column, rows
+/// are `stride` apart.
 #[allow(clippy::too_many_arguments, reason = "one product names its operands; a struct would only rename them")]
 pub(super) fn matmul(
     pool: &mut Pool,
     scratch: &[Mutex<Scratch>],
     kernels: &dyn Kernels,
     weight: &Weight,
+    part: std::ops::Range<usize>,
     x: &[f32],
     n_tokens: usize,
     bias: Option<&[f32]>,
@@ -79,13 +86,14 @@ pub(super) fn matmul(
     if x.len() != n_tokens * k {
         return Err(super::mismatch(&format!("a matrix of {} input features, not {k}", x.len() / n_tokens.max(1))));
     }
-    let blocks = n.div_ceil(TILE);
+    let part = part.start..part.end.min(blocks(n));
+    let blocks = part.len();
     let tasks = blocks.min(pool.threads() * TASKS_PER_THREAD);
     let output = Output { first: out.as_mut_ptr(), stride, len: out.len() };
     pool.run(tasks, &|task, worker| {
         let mut scratch = scratch[worker].lock().unwrap_or_else(|e| e.into_inner());
         let Scratch { weights, sums } = &mut *scratch;
-        for block in blocks * task / tasks..blocks * (task + 1) / tasks {
+        for block in part.start + blocks * task / tasks..part.start + blocks * (task + 1) / tasks {
             let first = block * TILE;
             let rows = TILE.min(n - first);
             let sums = &mut sums[..TILE * n_tokens];
@@ -246,6 +254,7 @@ mod tests {
                                 &scratch,
                                 &*kernels,
                                 weight,
+                                0..usize::MAX,
                                 &x,
                                 n_tokens,
                                 Some(&bias),

@@ -1,8 +1,12 @@
-//! CPU backend: weights stay in their canonical or mapped form, one thread pool a session.
+//! CPU backend: weights stay in their canonical or mapped form; a step is computed in pieces that a deadline can part.
 
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
-use super::{Backend, BackendInfo, BufferId, KvType, Op, Program, Rows, Runner, RunnerConfig, Span, Step, WeightId};
+use super::{
+    Backend, BackendInfo, Budget, BufferId, KvType, LogitsRows, Op, Program, Progress, Rows, Runner, RunnerConfig,
+    Span, Step, WeightId,
+};
 use crate::error::{Error, ErrorKind, Result};
 use crate::session::sampler::{self, SampleRequest};
 use crate::tensor::Weight;
@@ -15,9 +19,6 @@ mod matmul;
 mod pool;
 #[cfg(target_arch = "x86_64")]
 mod x86;
-
-/// Most threads a session gets unless it asks for more: beyond this, decode waits for memory, not for threads.
-const DEFAULT_MAX_THREADS: usize = 16;
 
 /// An empty CPU backend.
 pub fn open() -> Box<dyn Backend> {
@@ -84,7 +85,28 @@ struct CpuRunner {
     logits_rows: usize,
     /// Copy of the logits row that sampling may change.
     sample_row: Vec<f32>,
+    /// Memory of the sampler.
+    candidates: Vec<(f32, u32)>,
+    /// The chosen token, until it is asked for.
+    chosen: Option<u32>,
+    cursor: Cursor,
 }
+
+/// The step under way.
+struct Cursor {
+    tokens: Vec<u32>,
+    position: u32,
+    logits: LogitsRows,
+    /// Next operation; behind the last one if there is nothing to do.
+    op: usize,
+    /// Units of that operation already computed.
+    unit: usize,
+    /// Seconds a unit of work took, by kind of operation; 0 if unknown.
+    pace: [f64; 4],
+}
+
+/// Longest piece between two looks at the clock.
+const PIECE: Duration = Duration::from_micros(250);
 
 /// `n` zeros, or an error that names the need.
 fn zeros(n: Option<usize>, what: &str) -> Result<Vec<f32>> {
@@ -126,9 +148,6 @@ pub(in crate::backend) fn available_memory() -> Option<u64> {
 
 impl CpuRunner {
     fn new(backend: Arc<Cpu>, program: Arc<Program>, config: &RunnerConfig) -> Result<Self> {
-        let threads = config
-            .threads
-            .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()).min(DEFAULT_MAX_THREADS));
         let max_tokens = config.max_tokens as usize;
         let context = config.context as usize;
         let shape = program.attention;
@@ -150,7 +169,10 @@ impl CpuRunner {
         let rope_len = context.checked_mul(shape.rotary_dim as usize);
         let ropes =
             (0..program.rope_tables).map(|_| zeros(rope_len, "the rotary table")).collect::<Result<Vec<_>>>()?;
-        let pool = Pool::new(threads);
+        let pool = match &config.jobs {
+            Some(jobs) => Pool::on(jobs.clone()),
+            None => Pool::new(config.threads.unwrap_or(1)),
+        };
         let (weights, sums) = (
             matmul::scratch_weights().max(attention::scratch_rows(&shape)),
             matmul::scratch_sums(max_tokens).max(attention::scratch_scores(&shape, context)),
@@ -175,41 +197,88 @@ impl CpuRunner {
             ropes,
             logits_rows: 0,
             sample_row,
+            candidates: Vec::with_capacity(program.vocab_size as usize),
+            chosen: None,
+            cursor: Cursor {
+                tokens: Vec::with_capacity(max_tokens),
+                position: 0,
+                logits: LogitsRows::None,
+                op: program.ops.len(),
+                unit: 0,
+                pace: [0.0; 4],
+            },
             program,
         })
+    }
+
+    /// Units that operation `op` of the step under way can be parted into, multiplications a unit about, and its kind
+    /// for [`Cursor::pace`].
+    fn units(&self, op: &Op) -> (usize, usize, usize) {
+        let n_tokens = self.cursor.tokens.len();
+        let count = |rows: Rows| self.rows(rows).len();
+        match *op {
+            Op::Embed { out, .. } => (n_tokens, self.width(out), 0),
+            Op::RmsNorm { dim, segments, rows, .. } => (count(rows), (dim * segments) as usize, 0),
+            Op::SiluMul { out, .. } => (n_tokens, self.width(out), 1),
+            Op::RopeAppend { qkv, .. } => (n_tokens, self.width(qkv), 0),
+            Op::Linear { x, weight, rows, .. } => {
+                let n = match &self.backend.weights[weight.0 as usize] {
+                    Weight::W4(m) => m.n,
+                    Weight::Dense(m) => m.n,
+                    Weight::Vector(_) => 1,
+                };
+                // Expanding a weight costs about as much as multiplying it twice.
+                let rows = count(rows);
+                (if rows == 0 { 0 } else { matmul::blocks(n) }, self.width(x) * (rows + 2) * kernels::TILE, 2)
+            }
+            Op::Attention { out, .. } => {
+                let kv_heads = self.program.attention.kv_heads as usize;
+                let seen = self.cursor.position as usize + n_tokens;
+                (n_tokens * kv_heads, 2 * seen * self.width(out) / kv_heads, 3)
+            }
+        }
+    }
+
+    /// Token rows that `rows` stands for in the step under way.
+    fn rows(&self, rows: Rows) -> std::ops::Range<usize> {
+        let n_tokens = self.cursor.tokens.len();
+        let logits = self.cursor.logits;
+        match rows {
+            Rows::All => 0..n_tokens,
+            Rows::Logits => logits.range(n_tokens),
+            Rows::Compacted if logits == LogitsRows::Hidden => 0..0,
+            Rows::Compacted => 0..logits.range(n_tokens).len(),
+        }
     }
 
     fn width(&self, buffer: BufferId) -> usize {
         self.program.buffers[buffer.0 as usize].width as usize
     }
 
-    fn run_op(&mut self, op: &Op, step: &Step<'_>) -> Result<()> {
-        let n_tokens = step.tokens.len();
-        let selected = |rows: Rows| match rows {
-            Rows::All => 0..n_tokens,
-            Rows::Logits => step.logits.range(n_tokens),
-            Rows::Compacted => 0..step.logits.range(n_tokens).len(),
-        };
+    /// Computes the units `part` of an operation of the step under way.
+    fn run_op(&mut self, op: &Op, part: std::ops::Range<usize>) -> Result<()> {
+        let n_tokens = self.cursor.tokens.len();
+        let position = self.cursor.position as usize;
         match *op {
-            Op::Embed { table, out } => self.embed(table, out, step.tokens),
+            Op::Embed { table, out } => self.embed(table, out, part),
             Op::RmsNorm { x, weight, out, dim, segments, eps, rows } => {
-                let range = selected(rows);
-                self.rms_norm(x, weight, out, (dim as usize, segments as usize), eps, range)
+                let first = self.rows(rows).start;
+                self.rms_norm(x, weight, out, (dim as usize, segments as usize), eps, first, part)
             }
             Op::Linear { x, weight, bias, out, accumulate, rows } => {
-                let range = selected(rows);
-                self.linear(x, weight, bias, out, accumulate, range)
+                let range = self.rows(rows);
+                self.linear(x, weight, bias, out, accumulate, range, part)
             }
             Op::RopeAppend { qkv, layer, rope } => {
                 let width = self.width(qkv);
                 attention::rope_append(
-                    &mut self.buffers[qkv.0 as usize][..n_tokens * width],
+                    &mut self.buffers[qkv.0 as usize][part.start * width..part.end * width],
                     width,
                     &mut self.caches[layer as usize],
                     rope.map(|table| &self.ropes[table as usize][..]),
                     &self.program.attention,
                     self.config.context as usize,
-                    step.position as usize,
+                    position + part.start,
                     &*self.backend.kernels,
                 );
                 Ok(())
@@ -227,34 +296,37 @@ impl CpuRunner {
                         cache: &self.caches[layer as usize],
                         shape: self.program.attention,
                         context: self.config.context as usize,
-                        position: step.position as usize,
+                        position,
                         n_tokens,
                         scale,
                         window: window.map_or(usize::MAX, |w| w as usize),
                     },
+                    part,
                     &mut output,
                 );
                 self.buffers[out.0 as usize] = output;
                 Ok(())
             }
             Op::SiluMul { x, out } => {
-                self.silu_mul(x, out, n_tokens);
+                self.silu_mul(x, out, part);
                 Ok(())
             }
         }
     }
 
-    fn embed(&mut self, table: WeightId, out: BufferId, tokens: &[u32]) -> Result<()> {
+    fn embed(&mut self, table: WeightId, out: BufferId, part: std::ops::Range<usize>) -> Result<()> {
         let width = self.width(out);
         let backend = Arc::clone(&self.backend);
         let Weight::Dense(table) = &backend.weights[table.0 as usize] else { return Err(mismatch("a dense matrix")) };
-        for (&token, out) in tokens.iter().zip(self.buffers[out.0 as usize].chunks_exact_mut(width)) {
+        let rows = self.buffers[out.0 as usize].chunks_exact_mut(width).skip(part.start);
+        for (&token, out) in self.cursor.tokens[part].iter().zip(rows) {
             let row = &table.bytes[token as usize * table.row_bytes()..][..table.row_bytes()];
             matmul::widen(&*backend.kernels, table.dtype, row, out);
         }
         Ok(())
     }
 
+    #[allow(clippy::too_many_arguments, reason = "the operation's operands, each of another kind")]
     fn rms_norm(
         &mut self,
         x: Span,
@@ -262,14 +334,16 @@ impl CpuRunner {
         out: Span,
         (dim, segments): (usize, usize),
         eps: f32,
-        rows: std::ops::Range<usize>,
+        first: usize,
+        part: std::ops::Range<usize>,
     ) -> Result<()> {
         let (x_width, out_width) = (self.width(x.buffer), self.width(out.buffer));
         let in_place = x.buffer == out.buffer;
         let backend = Arc::clone(&self.backend);
         let Weight::Vector(weight) = &backend.weights[weight.0 as usize] else { return Err(mismatch("a vector")) };
         let mut output = std::mem::take(&mut self.buffers[out.buffer.0 as usize]);
-        for (to, from) in rows.enumerate() {
+        for to in part {
+            let from = first + to;
             for segment in 0..segments {
                 let x_at = from * x_width + x.offset as usize + segment * dim;
                 let out_at = to * out_width + out.offset as usize + segment * dim;
@@ -290,6 +364,7 @@ impl CpuRunner {
         Ok(())
     }
 
+    #[allow(clippy::too_many_arguments, reason = "the operation's operands, each of another kind")]
     fn linear(
         &mut self,
         x: BufferId,
@@ -298,10 +373,8 @@ impl CpuRunner {
         out: Span,
         accumulate: bool,
         rows: std::ops::Range<usize>,
+        part: std::ops::Range<usize>,
     ) -> Result<()> {
-        if rows.is_empty() {
-            return Ok(());
-        }
         let out_width = self.width(out.buffer);
         let x_width = self.width(x);
         let backend = Arc::clone(&self.backend);
@@ -318,6 +391,7 @@ impl CpuRunner {
             &self.scratch,
             &*backend.kernels,
             &backend.weights[weight.0 as usize],
+            part,
             &self.buffers[x.0 as usize][rows.start * x_width..rows.end * x_width],
             rows.len(),
             bias,
@@ -329,11 +403,12 @@ impl CpuRunner {
         result
     }
 
-    fn silu_mul(&mut self, x: BufferId, out: BufferId, n_tokens: usize) {
+    fn silu_mul(&mut self, x: BufferId, out: BufferId, part: std::ops::Range<usize>) {
         let width = self.width(out);
         let mut output = std::mem::take(&mut self.buffers[out.0 as usize]);
         let input = &self.buffers[x.0 as usize];
-        for (x, out) in input.chunks_exact(2 * width).zip(output.chunks_exact_mut(width)).take(n_tokens) {
+        let rows = input.chunks_exact(2 * width).zip(output.chunks_exact_mut(width));
+        for (x, out) in rows.skip(part.start).take(part.len()) {
             let (gate, up) = x.split_at(width);
             for ((g, u), out) in gate.iter().zip(up).zip(out) {
                 *out = g / (1.0 + (-g).exp()) * u;
@@ -360,32 +435,128 @@ impl Runner for CpuRunner {
         Ok(())
     }
 
-    fn run(&mut self, step: &Step<'_>) -> Result<()> {
-        let program = Arc::clone(&self.program);
-        step.check(&program, &self.config)?;
+    fn begin(&mut self, step: &Step<'_>) -> Result<()> {
+        step.check(&self.program, &self.config)?;
+        self.abandon();
         self.logits_rows = 0;
-        for op in &program.ops {
-            self.run_op(op, step)?;
+        self.cursor.tokens.clear();
+        self.cursor.tokens.extend_from_slice(step.tokens);
+        self.cursor.position = step.position;
+        self.cursor.logits = step.logits;
+        self.cursor.op = 0;
+        self.caches.iter_mut().for_each(|cache| cache.truncate(step.position as usize));
+        Ok(())
+    }
+
+    fn advance(&mut self, budget: &Budget) -> Result<Progress> {
+        let program = Arc::clone(&self.program);
+        while let Some(op) = program.ops.get(self.cursor.op) {
+            let (units, work, kind) = self.units(op);
+            while self.cursor.unit < units {
+                let left = units - self.cursor.unit;
+                let mut n = left;
+                let now = Instant::now();
+                if let Some(deadline) = budget.deadline {
+                    let Some(time) = deadline.checked_duration_since(now).filter(|t| !t.is_zero()) else {
+                        return Ok(Progress::Working);
+                    };
+                    let unit_seconds = self.cursor.pace[kind] * work as f64;
+                    n = match unit_seconds > 0.0 {
+                        // At least one unit a thread, so that every budget makes progress.
+                        true => (time.min(PIECE).as_secs_f64() / unit_seconds) as usize,
+                        false => 0,
+                    };
+                    n = n.max(self.pool.threads()).min(left);
+                }
+                let result = self.run_op(op, self.cursor.unit..self.cursor.unit + n);
+                if let Err(error) = result {
+                    self.abandon();
+                    return Err(error);
+                }
+                let pace = now.elapsed().as_secs_f64() / (n * work.max(1)) as f64;
+                let known = &mut self.cursor.pace[kind];
+                *known = if *known == 0.0 { pace } else { 0.75 * *known + 0.25 * pace };
+                self.cursor.unit += n;
+            }
+            self.cursor.op += 1;
+            self.cursor.unit = 0;
+            if self.cursor.op == program.ops.len() {
+                self.logits_rows = self.cursor.logits.range(self.cursor.tokens.len()).len();
+            }
         }
-        self.logits_rows = step.logits.range(step.tokens.len()).len();
+        Ok(Progress::Done)
+    }
+
+    fn abandon(&mut self) {
+        self.cursor.op = self.program.ops.len();
+        self.cursor.unit = 0;
+        self.chosen = None;
+    }
+
+    fn begin_sample(&mut self, request: &SampleRequest<'_>) -> Result<()> {
+        let vocab = self.program.vocab_size as usize;
+        let last =
+            self.logits_rows.checked_sub(1).filter(|_| self.cursor.logits != LogitsRows::Hidden).ok_or_else(|| {
+                Error::new(ErrorKind::InvalidInput, "the last step computed no logits to sample from")
+            })?;
+        self.sample_row.copy_from_slice(&self.buffers[self.program.logits.0 as usize][last * vocab..][..vocab]);
+        self.chosen = Some(sampler::pick_in(&mut self.sample_row, request, &mut self.candidates));
+        Ok(())
+    }
+
+    fn poll_sample(&mut self) -> Result<Option<u32>> {
+        match self.chosen.take() {
+            None => Err(Error::new(ErrorKind::InvalidInput, "no choice is under way")),
+            chosen => Ok(chosen),
+        }
+    }
+
+    fn wait(&mut self) -> Result<()> {
         Ok(())
     }
 
     fn read_logits(&mut self, out: &mut Vec<f32>) -> Result<()> {
         let vocab = self.program.vocab_size as usize;
+        let rows = if self.cursor.logits == LogitsRows::Hidden { 0 } else { self.logits_rows };
         out.clear();
-        out.extend_from_slice(&self.buffers[self.program.logits.0 as usize][..self.logits_rows * vocab]);
+        out.extend_from_slice(&self.buffers[self.program.logits.0 as usize][..rows * vocab]);
         Ok(())
     }
 
-    fn sample(&mut self, request: &SampleRequest<'_>) -> Result<u32> {
-        let vocab = self.program.vocab_size as usize;
-        let last = self
-            .logits_rows
-            .checked_sub(1)
-            .ok_or_else(|| Error::new(ErrorKind::InvalidInput, "the last step computed no logits to sample from"))?;
-        self.sample_row.copy_from_slice(&self.buffers[self.program.logits.0 as usize][last * vocab..][..vocab]);
-        Ok(sampler::pick(&mut self.sample_row, request))
+    fn read_hidden(&mut self, out: &mut Vec<f32>) -> Result<()> {
+        let buffer = self.program.last_hidden()?;
+        let width = self.width(buffer);
+        out.clear();
+        out.extend_from_slice(&self.buffers[buffer.0 as usize][..self.logits_rows * width]);
+        Ok(())
+    }
+
+    fn save_kv(&mut self, n: u32, out: &mut [u8]) -> Result<()> {
+        super::check_kv(&self.program, &self.config, self.kv_type, n, out.len())?;
+        let layer_bytes = out.len() / self.caches.len().max(1);
+        for (cache, out) in self.caches.iter().zip(out.chunks_exact_mut(layer_bytes.max(1))) {
+            cache.save(&self.program.attention, self.config.context as usize, n as usize, out);
+        }
+        Ok(())
+    }
+
+    fn load_kv(&mut self, n: u32, bytes: &[u8]) -> Result<()> {
+        super::check_kv(&self.program, &self.config, self.kv_type, n, bytes.len())?;
+        self.abandon();
+        let layer_bytes = bytes.len() / self.caches.len().max(1);
+        for (cache, bytes) in self.caches.iter_mut().zip(bytes.chunks_exact(layer_bytes.max(1))) {
+            cache.load(&self.program.attention, self.config.context as usize, n as usize, bytes);
+        }
+        Ok(())
+    }
+
+    fn fork(&mut self, n: u32) -> Result<Box<dyn Runner>> {
+        let mut fork = Self::new(Arc::clone(&self.backend), Arc::clone(&self.program), &self.config)?;
+        fork.caches = self.caches.iter_mut().map(|cache| cache.fork(n as usize)).collect::<Result<Vec<_>>>()?;
+        for (to, from) in fork.ropes.iter_mut().zip(&self.ropes) {
+            to.copy_from_slice(from);
+        }
+        Ok(Box::new(fork))
     }
 
     fn kv_type(&self) -> KvType {

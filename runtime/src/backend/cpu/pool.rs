@@ -1,4 +1,5 @@
-//! A small thread pool owned by one session: no global state, threads end with the session.
+//! The threads of one session: the caller's alone, a small pool of its own, or the host's. No global state; threads of
+//! our own end with the session.
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -6,16 +7,19 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 
+use crate::backend::Jobs;
+
 /// Iterations a waiting thread spins before it sleeps: a few tens of microseconds, about the distance between two
 /// operations of one decode step, so that threads sleep between tokens but not inside one.
 const SPINS: usize = 4000;
 
 type Job = dyn Fn(usize, usize) + Sync;
 
-/// `threads - 1` workers beside the calling thread.
+/// Threads that share the work of one operation: `workers` beside the calling one, or the host's `jobs`.
 pub(super) struct Pool {
     shared: Arc<Shared>,
     workers: Vec<JoinHandle<()>>,
+    jobs: Option<Jobs>,
 }
 
 struct Shared {
@@ -64,12 +68,22 @@ impl Pool {
                 std::thread::Builder::new().name(name).spawn(move || work(&shared, worker)).ok()
             })
             .collect();
-        Self { shared, workers }
+        Self { shared, workers, jobs: None }
+    }
+
+    /// A pool that runs on the host's threads and has none of its own.
+    pub(super) fn on(jobs: Jobs) -> Self {
+        let mut pool = Self::new(1);
+        pool.jobs = Some(jobs);
+        pool
     }
 
     /// Threads that run jobs, the caller's included.
     pub(super) fn threads(&self) -> usize {
-        self.workers.len() + 1
+        match &self.jobs {
+            Some(jobs) => jobs.0.threads().max(1),
+            None => self.workers.len() + 1,
+        }
     }
 
     /// Calls `job(task, worker)` once for every task below `tasks`, in any order and on any worker below
@@ -78,6 +92,16 @@ impl Pool {
     /// # Panics
     /// If `job` panics, after the other calls have ended.
     pub(super) fn run(&mut self, tasks: usize, job: &(dyn Fn(usize, usize) + Sync)) {
+        if tasks > 1
+            && let Some(jobs) = &self.jobs
+        {
+            // A host that calls with a worker number out of range would break what callers build on it.
+            let threads = self.threads();
+            return jobs.0.run(tasks, &|task, worker| {
+                assert!(worker < threads && task < tasks, "the host's jobs run task {task} on worker {worker}");
+                job(task, worker);
+            });
+        }
         if self.workers.is_empty() || tasks <= 1 {
             (0..tasks).for_each(|task| job(task, 0));
             return;

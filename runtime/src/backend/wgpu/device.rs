@@ -173,6 +173,13 @@ pub(super) struct Ticket {
     index: wgpu::SubmissionIndex,
 }
 
+impl Ticket {
+    /// How many submissions have to be finished for this one to be.
+    pub(super) fn number(&self) -> u64 {
+        self.number
+    }
+}
+
 #[derive(Default)]
 struct Faults {
     lost: OnceLock<String>,
@@ -345,6 +352,22 @@ impl Gpu {
     /// [`ErrorKind::DeviceLost`], or [`ErrorKind::Device`] if nothing finishes for half a minute.
     pub(super) fn wait(&self, ticket: &Ticket) -> Result<()> {
         self.wait_until(Some(&ticket.index), || self.finished.load(Ordering::Acquire) >= ticket.number)
+    }
+
+    /// Looks, without waiting, at what the device finished, and returns how many submissions that are.
+    ///
+    /// # Errors
+    /// What the device reported meanwhile.
+    pub(super) fn finished(&self) -> Result<u64> {
+        // See `poll` for why a panic is caught.
+        match catch_unwind(AssertUnwindSafe(|| self.device.poll(wgpu::PollType::Poll))) {
+            Ok(_) => {}
+            Err(_) => {
+                let _ = self.faults.lost.set("the driver failed while it was looked at".to_owned());
+            }
+        }
+        self.check()?;
+        Ok(self.finished.load(Ordering::Acquire))
     }
 
     /// Waits until `done`, which a callback of submission `index` (the latest one if `None`) makes true.

@@ -2,7 +2,7 @@
 //!
 //! `device` opens an adapter and turns its failures into errors, `pipelines` compiles kernels, `weights` lays matrices
 //! out, `memory` is what a session holds there,
-//! `plan` turns a program into bind groups and uniform blocks once, `run` encodes and submits one step of it,
+//! `pace` estimates how long work takes, `plan` turns a program into bind groups and uniform blocks once, `run` encodes and submits one step of it,
 //! and `sampling` picks tokens without reading logits back. `selftest` decides which kernel variants can be trusted.
 
 use std::sync::Arc;
@@ -15,6 +15,7 @@ use crate::tensor::Weight;
 
 mod device;
 mod memory;
+mod pace;
 mod pipelines;
 mod plan;
 mod profile;
@@ -123,5 +124,9 @@ impl Backend for WgpuBackend {
 
     fn runner(self: Arc<Self>, program: &Arc<Program>, config: &RunnerConfig) -> Result<Box<dyn Runner>> {
         Ok(Box::new(run::WgpuRunner::new(self, program, config)?))
+    }
+
+    fn force_loss(&self) {
+        self.destroy();
     }
 }

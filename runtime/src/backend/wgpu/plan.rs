@@ -39,6 +39,11 @@ pub(super) struct PlannedOp {
 }
 
 impl PlannedOp {
+    /// The rows it works on.
+    pub(super) fn rows(&self) -> RowMode {
+        self.rows
+    }
+
     /// The dispatches for this step; none if no row takes part.
     pub(super) fn dispatches(&self, step: &Step) -> &[Dispatch] {
         match self.rows.count(step) {

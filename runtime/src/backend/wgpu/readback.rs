@@ -1,11 +1,11 @@
 //! The way back: a mappable buffer made once, through which results come to the host.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
 
 use wgpu::BufferUsages;
 
-use super::device::Gpu;
+use super::device::{Gpu, lock};
 use crate::error::{Error, ErrorKind, Result};
 
 const PENDING: u32 = 0;
@@ -15,10 +15,11 @@ const FAILED: u32 = 2;
 /// A mappable buffer.
 pub(super) struct Readback {
     staging: wgpu::Buffer,
+    flight: Mutex<Option<Flight>>,
 }
 
-/// A reading on its way.
-pub(super) struct Reading {
+/// A read under way.
+struct Flight {
     state: Arc<AtomicU32>,
     bytes: u64,
 }
@@ -30,7 +31,7 @@ impl Readback {
     /// [`ErrorKind::OutOfMemory`] or a device error.
     pub(super) fn new(gpu: &Gpu, bytes: u64) -> Result<Self> {
         let staging = gpu.buffer("the readback buffer", bytes, BufferUsages::MAP_READ | BufferUsages::COPY_DST)?;
-        Ok(Self { staging })
+        Ok(Self { staging, flight: Mutex::default() })
     }
 
     /// Bytes that fit.
@@ -60,56 +61,86 @@ impl Readback {
     pub(super) fn submit_and_read(
         &self,
         gpu: &Gpu,
-        mut encoder: wgpu::CommandEncoder,
+        encoder: wgpu::CommandEncoder,
         (source, offset): (&wgpu::Buffer, u64),
         bytes: u64,
         take: impl FnOnce(&[u8]),
     ) -> Result<()> {
-        self.encode(&mut encoder, (source, offset), bytes);
-        gpu.submit(Some(encoder.finish()));
-        gpu.check()?;
-        let reading = self.start(bytes);
-        self.finish(gpu, reading, take)
+        self.begin(gpu, encoder, &[(source, offset, bytes)])?;
+        let done = gpu.wait_until(None, || self.arrived());
+        match done.and_then(|()| self.poll(gpu, take)) {
+            Ok(_) => Ok(()),
+            Err(error) => {
+                self.cancel();
+                Err(error)
+            }
+        }
     }
 
-    /// Adds the copy of `bytes` of `source` from its offset on.
-    pub(super) fn encode(
-        &self,
-        encoder: &mut wgpu::CommandEncoder,
-        (source, offset): (&wgpu::Buffer, u64),
-        bytes: u64,
-    ) {
-        encoder.copy_buffer_to_buffer(source, offset, &self.staging, 0, bytes);
-    }
-
-    /// Begins to read `bytes`, after everything submitted before; [`Self::finish`] must follow.
-    pub(super) fn start(&self, bytes: u64) -> Reading {
-        let state = Arc::new(AtomicU32::new(PENDING));
-        let callback = state.clone();
-        self.staging.map_async(wgpu::MapMode::Read, 0..bytes, move |result| {
-            callback.store(if result.is_ok() { MAPPED } else { FAILED }, Ordering::Release);
-        });
-        Reading { state, bytes }
-    }
-
-    /// Waits for what [`Self::start`] began and hands it to `take`.
+    /// Submits the commands of `encoder` and asks for ranges (buffer, offset, bytes), one behind the other; a read
+    /// under way is forgotten. Does not wait.
     ///
     /// # Errors
-    /// As [`Gpu::wait`].
-    pub(super) fn finish(&self, gpu: &Gpu, reading: Reading, take: impl FnOnce(&[u8])) -> Result<()> {
-        let Reading { state, bytes } = reading;
-        let result = gpu.wait_until(None, || state.load(Ordering::Acquire) != PENDING).and_then(|()| {
-            let failed = |reason: String| Error::new(ErrorKind::Device, format!("results can not be read: {reason}"));
-            if state.load(Ordering::Acquire) == FAILED {
-                gpu.settle()?;
-                return Err(failed("mapping failed".to_owned()));
-            }
-            let view = self.staging.get_mapped_range(0..bytes).map_err(|e| failed(e.to_string()))?;
-            take(&view);
-            Ok(())
+    /// A device error.
+    pub(super) fn begin(
+        &self,
+        gpu: &Gpu,
+        mut encoder: wgpu::CommandEncoder,
+        sources: &[(&wgpu::Buffer, u64, u64)],
+    ) -> Result<()> {
+        self.cancel();
+        let mut at = 0;
+        for &(source, offset, bytes) in sources {
+            encoder.copy_buffer_to_buffer(source, offset, &self.staging, at, bytes);
+            at += bytes;
+        }
+        gpu.submit(Some(encoder.finish()));
+        gpu.check()?;
+        let mut flight = lock(&self.flight);
+        let state = Arc::new(AtomicU32::new(PENDING));
+        *flight = Some(Flight { state: state.clone(), bytes: at });
+        self.staging.map_async(wgpu::MapMode::Read, 0..at, move |result| {
+            state.store(if result.is_ok() { MAPPED } else { FAILED }, Ordering::Release);
         });
-        // Also cancels a mapping that never came, so that the next read finds the buffer free.
-        self.staging.unmap();
+        Ok(())
+    }
+
+    /// Whether the result of [`Self::begin`], good or bad, is there.
+    pub(super) fn arrived(&self) -> bool {
+        lock(&self.flight).as_ref().is_none_or(|flight| flight.state.load(Ordering::Acquire) != PENDING)
+    }
+
+    /// Gives `take` what [`Self::begin`] asked for; `false` if it is not there yet.
+    ///
+    /// # Errors
+    /// A device error.
+    pub(super) fn poll(&self, gpu: &Gpu, take: impl FnOnce(&[u8])) -> Result<bool> {
+        let failed = |reason: String| Error::new(ErrorKind::Device, format!("results can not be read: {reason}"));
+        let (state, bytes) = match &*lock(&self.flight) {
+            Some(flight) => (flight.state.load(Ordering::Acquire), flight.bytes),
+            None => return Err(failed("nothing was asked for".to_owned())),
+        };
+        if state == PENDING {
+            return Ok(false);
+        }
+        let result = match state {
+            MAPPED => match self.staging.get_mapped_range(0..bytes) {
+                Ok(view) => {
+                    take(&view);
+                    Ok(true)
+                }
+                Err(error) => Err(failed(error.to_string())),
+            },
+            _ => gpu.settle().and(Err(failed("mapping failed".to_owned()))),
+        };
+        self.cancel();
         result
+    }
+
+    /// Forgets a read under way, so that the next one finds the buffer free.
+    pub(super) fn cancel(&self) {
+        if lock(&self.flight).take().is_some() {
+            self.staging.unmap();
+        }
     }
 }

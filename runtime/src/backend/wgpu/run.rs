@@ -2,25 +2,32 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::Duration;
 
 use awqua_shaders as shaders;
+use awqua_shaders::RowMode;
 
 use super::WgpuBackend;
-use super::device::{Gpu, Ticket};
+use super::device::Ticket;
 use super::memory::Memory;
-use super::plan::Plan;
+use super::pace::{self, Pace};
+use super::plan::{Plan, PlannedOp};
 use super::profile;
-use super::readback::{Readback, Reading};
+use super::readback::Readback;
 use super::sampling::Sampler;
-use crate::backend::{KvType, MAX_AHEAD, OpTime, Program, Runner, RunnerConfig, Step};
+use crate::backend::{
+    Budget, BufferId, KvType, LogitsRows, MAX_AHEAD, OpTime, Program, Progress, Runner, RunnerConfig, Step, check_kv,
+};
 use crate::error::{Error, ErrorKind, Result};
-use crate::session::sampler::{SampleRequest, pick};
+use crate::session::sampler::{SampleRequest, Sampling, pick_in};
 
 /// Bytes of logits read back at once, unless one row is larger.
 const READ_BYTES: u64 = 8 << 20;
 
 /// Most dispatches of a submission: the device begins with the first ones while the host encodes the next.
-const DISPATCHES: usize = 128;
+const DISPATCHES: u32 = 128;
+/// The same under a deadline, which is looked at between submissions.
+const DISPATCHES_TIMED: u32 = 48;
 
 /// The session's side of the wgpu backend.
 pub(super) struct WgpuRunner {
@@ -36,14 +43,41 @@ pub(super) struct WgpuRunner {
     /// Ends of the last two runs.
     latest: Option<Ticket>,
     previous: Option<Ticket>,
-    /// Copy of the logits row for the sampler on the CPU.
+    pace: Pace,
+    /// Next operation of the step under way, behind the last one if there is none, and its next dispatch.
+    next: (usize, usize),
+    /// The step under way has been queued as a whole or there is none.
+    queued: bool,
+    /// Whether the step computes hidden states and no logits.
+    hidden_only: bool,
+    choice: Choice,
+    /// Copy of the logits row for the sampler on the CPU, and its memory.
     row: Vec<f32>,
+    candidates: Vec<(f32, u32)>,
     /// The ways back of tokens sampled ahead, taken in turn.
     token_slots: [Readback; MAX_AHEAD],
-    /// Slot and reading of tokens sampled ahead, the oldest first.
-    ahead: VecDeque<(usize, Reading)>,
+    /// Slots of tokens sampled ahead, the oldest first.
+    ahead: VecDeque<usize>,
     /// Slot of the next one.
     next_slot: usize,
+}
+
+/// The choice under way.
+enum Choice {
+    None,
+    /// By the kernels.
+    Device,
+    /// By the CPU, once the row has come.
+    Host(Box<HostChoice>),
+}
+
+/// A copy of a request.
+struct HostChoice {
+    sampling: Sampling,
+    recent: Vec<(u32, u32)>,
+    uniform: f32,
+    bias: Vec<(u32, f32)>,
+    mask: Option<Vec<u32>>,
 }
 
 impl WgpuRunner {
@@ -68,73 +102,118 @@ impl WgpuRunner {
         let sampler = Sampler::new(&backend, program.vocab_size, config.context)?;
         let row_bytes = u64::from(logits.stride) * 4;
         let readback = Readback::new(gpu, (READ_BYTES / row_bytes * row_bytes).clamp(row_bytes, logits.buffer.size()))?;
-        let token_slots = [Readback::new(gpu, 16)?, Readback::new(gpu, 16)?];
         Ok(Self {
-            token_slots,
-            ahead: VecDeque::new(),
-            next_slot: 0,
             program: program.clone(),
             config,
             memory,
-            plan,
             sampler,
             readback,
             step: shaders::Step { n_tokens: 0, position: 0, logits_start: 0, logits_rows: 0 },
             latest: None,
             previous: None,
+            pace: Pace::new(gpu)?,
+            next: (plan.ops.len(), 0),
+            plan,
+            queued: true,
+            hidden_only: false,
+            choice: Choice::None,
             row: Vec::new(),
+            candidates: Vec::new(),
+            token_slots: [Readback::new(gpu, 16)?, Readback::new(gpu, 16)?],
+            ahead: VecDeque::new(),
+            next_slot: 0,
             backend,
         })
     }
 
-    /// Reads `rows` of the logits into `out`, (rows, vocab_size).
-    fn read_rows(&mut self, rows: std::ops::Range<u32>, out: &mut Vec<f32>) -> Result<()> {
-        let logits = &self.memory.activations[self.program.logits.0 as usize];
-        let stride = logits.stride as usize;
+    /// Reads `rows` of `buffer`, `width` elements of each, into `out`.
+    fn read_rows(&mut self, buffer: BufferId, rows: std::ops::Range<u32>, out: &mut Vec<f32>) -> Result<()> {
+        let source = &self.memory.activations[buffer.0 as usize];
+        let width = self.program.buffers[buffer.0 as usize].width as usize;
+        let stride = source.stride as usize;
         let at_once = (self.readback.capacity() / (stride as u64 * 4)).max(1) as u32;
         out.clear();
         for first in rows.clone().step_by(at_once as usize) {
             let count = at_once.min(rows.end - first);
-            let source = (&logits.buffer, u64::from(first) * stride as u64 * 4);
+            let source = (&source.buffer, u64::from(first) * stride as u64 * 4);
             self.readback.read(&self.backend.gpu, source, u64::from(count) * stride as u64 * 4, |bytes| {
                 for row in bytes.chunks(stride * 4) {
-                    let row = &row[..self.program.vocab_size as usize * 4];
-                    out.extend(row.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)));
+                    out.extend(row[..width * 4].as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)));
                 }
             })?;
         }
         Ok(())
     }
 
-    /// Checks the step and writes its numbers and tokens; what it returns becomes `self.step` once the step has run.
-    fn begin(&mut self, step: &Step<'_>) -> Result<shaders::Step> {
-        while !self.ahead.is_empty() {
-            self.take()?;
-        }
-        let gpu = &self.backend.gpu;
-        gpu.check()?;
-        step.check(&self.program, &self.config)?;
-        // At most two steps are queued, so that a prompt that is abandoned ends soon.
-        if let Some(ticket) = self.previous.take() {
-            gpu.wait(&ticket)?;
-        }
-        let logits = step.logits.range(step.tokens.len());
-        let uniform = shaders::Step {
-            n_tokens: step.tokens.len() as u32,
-            position: step.position,
-            logits_start: logits.start as u32,
-            logits_rows: logits.len() as u32,
-        };
-        // Nothing of an unfinished run may be taken for logits.
-        self.step = shaders::Step { logits_rows: 0, ..uniform };
-        gpu.queue.write_buffer(&self.memory.step, 0, shaders::uniform_bytes(&uniform));
-        gpu.queue.write_buffer(&self.memory.tokens, 0, bytemuck::cast_slice(step.tokens));
-        Ok(uniform)
-    }
-
     fn last_row(&self) -> Result<u32> {
         let none = || Error::new(ErrorKind::InvalidInput, "the last step computed no logits");
-        self.step.logits_rows.checked_sub(1).ok_or_else(none)
+        self.step.logits_rows.checked_sub(1).filter(|_| self.queued && !self.hidden_only).ok_or_else(none)
+    }
+
+    /// Whether a planned operation takes part in the step.
+    fn takes_part(&self, op: &PlannedOp) -> bool {
+        !(self.hidden_only && op.rows() == RowMode::Compacted)
+    }
+
+    /// Encodes and submits dispatches from `next` on, up to `most` seconds of them (but one at least) and up to the
+    /// length of a submission, because systems reset devices that work on one for seconds, and others want to use the
+    /// device too.
+    fn submit(&mut self, most: f64, dispatches: u32) {
+        let (gpu, step) = (&self.backend.gpu, self.step);
+        let class = pace::class(step.n_tokens);
+        let slot = self.pace.begin();
+        let mut encoder = gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor { label: Some("step") });
+        let (mut flops, mut count) = (0, 0);
+        {
+            let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor {
+                label: None,
+                timestamp_writes: self.pace.writes(slot),
+            });
+            'encoding: while let Some(op) = self.plan.ops.get(self.next.0) {
+                let all = if self.takes_part(op) { op.dispatches(&step) } else { &[] };
+                while let Some(dispatch) = all.get(self.next.1) {
+                    let launch = dispatch.launch(&step);
+                    let over = self.pace.estimate(class, flops + launch.cost.flops, count + 1) > most;
+                    if count > 0 && (over || count >= dispatches || flops >= gpu.submission_flops) {
+                        break 'encoding;
+                    }
+                    let [x, y, z] = launch.grid;
+                    pass.set_pipeline(&dispatch.pipeline.compute);
+                    pass.set_bind_group(0, &dispatch.bind_group, &[]);
+                    pass.dispatch_workgroups(x, y, z);
+                    flops += launch.cost.flops;
+                    count += 1;
+                    self.next.1 += 1;
+                }
+                self.next = (self.next.0 + 1, 0);
+            }
+        }
+        if count > 0 {
+            self.pace.resolve(&mut encoder, slot);
+            let ticket = gpu.submit(Some(encoder.finish()));
+            self.pace.submitted(&ticket, class, flops, count, slot);
+            self.latest = Some(ticket);
+        }
+    }
+
+    /// Forgets choices under way.
+    fn forget(&mut self) {
+        self.readback.cancel();
+        self.choice = Choice::None;
+        self.token_slots.iter().for_each(Readback::cancel);
+        self.ahead.clear();
+    }
+
+    fn copy_kv(&self, n: u32) -> impl Iterator<Item = (u32, bool, u64, u64)> + use<> {
+        let shape = self.program.attention;
+        let position_bytes = u64::from(shape.head_dim) * self.memory.kv_type.size() as u64;
+        let (heads, context) = (u64::from(shape.kv_heads), u64::from(self.config.context));
+        (0..self.program.layers).flat_map(move |layer| {
+            [false, true].into_iter().flat_map(move |values| {
+                (0..heads)
+                    .map(move |head| (layer, values, head * context * position_bytes, u64::from(n) * position_bytes))
+            })
+        })
     }
 }
 
@@ -148,36 +227,165 @@ impl Runner for WgpuRunner {
             return Err(Error::new(ErrorKind::InvalidInput, message));
         }
         let offset = u64::from(first) * width as u64 * 4;
-        self.backend.gpu.write(buffer, offset, bytemuck::cast_slice(rows))
+        self.backend.gpu.check()?;
+        self.backend.gpu.queue.write_buffer(buffer, offset, bytemuck::cast_slice(rows));
+        Ok(())
     }
 
-    fn run(&mut self, step: &Step<'_>) -> Result<()> {
-        let uniform = self.begin(step)?;
+    fn begin(&mut self, step: &Step<'_>) -> Result<()> {
+        self.backend.gpu.check()?;
+        step.check(&self.program, &self.config)?;
+        self.forget();
         let gpu = &self.backend.gpu;
+        let logits = step.logits.range(step.tokens.len());
+        self.step = shaders::Step {
+            n_tokens: step.tokens.len() as u32,
+            position: step.position,
+            logits_start: logits.start as u32,
+            logits_rows: logits.len() as u32,
+        };
+        self.hidden_only = step.logits == LogitsRows::Hidden;
+        gpu.queue.write_buffer(&self.memory.step, 0, shaders::uniform_bytes(&self.step));
+        gpu.queue.write_buffer(&self.memory.tokens, 0, bytemuck::cast_slice(step.tokens));
         self.previous = self.latest.take();
-        self.latest = submit(gpu, &self.plan, &uniform);
-        gpu.check()?;
-        self.step = uniform;
+        self.next = (0, 0);
+        self.queued = false;
         Ok(())
+    }
+
+    fn advance(&mut self, budget: &Budget) -> Result<Progress> {
+        let finished = self.backend.gpu.finished()?;
+        self.pace.settle(finished);
+        while self.next.0 < self.plan.ops.len() {
+            if budget.is_over() {
+                return Ok(Progress::Working);
+            }
+            let most = match budget.device {
+                Some(device) => {
+                    let queued = self.pace.queued();
+                    match device.checked_sub(queued) {
+                        Some(left) if !left.is_zero() => left.as_secs_f64(),
+                        _ if queued.is_zero() => 0.0,
+                        _ => return Ok(Progress::Waiting),
+                    }
+                }
+                // At most two steps are queued, so that a prompt that is abandoned ends soon.
+                None if self.previous.as_ref().is_some_and(|previous| previous.number() > finished) => {
+                    return Ok(Progress::Waiting);
+                }
+                None => f64::INFINITY,
+            };
+            let dispatches = if budget.deadline.is_some() { DISPATCHES_TIMED } else { DISPATCHES };
+            self.submit(most, dispatches);
+        }
+        self.backend.gpu.check()?;
+        self.queued = true;
+        Ok(Progress::Done)
+    }
+
+    fn abandon(&mut self) {
+        self.next = (self.plan.ops.len(), 0);
+        self.forget();
+    }
+
+    fn wait(&mut self) -> Result<()> {
+        let gpu = &self.backend.gpu;
+        if !matches!(self.choice, Choice::None) {
+            return gpu.wait_until(None, || self.readback.arrived());
+        }
+        // The previous step if it is still there, so that the device has the latest one to go on with.
+        let finished = gpu.finished()?;
+        match self.previous.take_if(|ticket| ticket.number() > finished).or_else(|| self.latest.take()) {
+            Some(ticket) => gpu.wait(&ticket),
+            None => Ok(()),
+        }
+    }
+
+    fn chunk(&self, position: u32, wanted: usize, device: Duration) -> usize {
+        let mut n = wanted.min(self.config.max_tokens as usize).max(1) as u32;
+        while n > 1 {
+            let step = shaders::Step { n_tokens: n, position, logits_start: n - 1, logits_rows: 1 };
+            let dispatches = self.plan.ops.iter().flat_map(|op| op.dispatches(&step));
+            let largest = dispatches.map(|dispatch| dispatch.launch(&step).cost.flops).max().unwrap_or(0);
+            if self.pace.estimate(pace::class(n), largest, 1) <= device.as_secs_f64() {
+                break;
+            }
+            n = n.div_ceil(2);
+        }
+        n as usize
+    }
+
+    fn queued(&self) -> Duration {
+        self.pace.queued()
     }
 
     fn read_logits(&mut self, out: &mut Vec<f32>) -> Result<()> {
         self.backend.gpu.check()?;
-        self.read_rows(0..self.step.logits_rows, out)
+        let rows = if self.queued && !self.hidden_only { self.step.logits_rows } else { 0 };
+        self.read_rows(self.program.logits, 0..rows, out)
     }
 
-    fn sample(&mut self, request: &SampleRequest<'_>) -> Result<u32> {
+    fn read_hidden(&mut self, out: &mut Vec<f32>) -> Result<()> {
         self.backend.gpu.check()?;
+        let rows = if self.queued { self.step.logits_rows } else { 0 };
+        self.read_rows(self.program.last_hidden()?, 0..rows, out)
+    }
+
+    fn begin_sample(&mut self, request: &SampleRequest<'_>) -> Result<()> {
+        let gpu = &self.backend.gpu;
+        gpu.check()?;
         let row = self.last_row()?;
+        let logits = &self.memory.activations[self.program.logits.0 as usize];
+        let row_bytes = u64::from(logits.stride) * 4;
+        let offset = u64::from(row) * row_bytes;
         if self.sampler.handles(request) {
-            let logits = &self.memory.activations[self.program.logits.0 as usize];
-            let offset = u64::from(row) * u64::from(logits.stride) * 4;
-            return self.sampler.sample(&self.backend.gpu, request, (&logits.buffer, offset), &self.readback);
+            self.sampler.begin(gpu, request, (&logits.buffer, offset), &self.readback)?;
+            self.choice = Choice::Device;
+            return Ok(());
         }
-        let mut values = std::mem::take(&mut self.row);
-        let read = self.read_rows(row..row + 1, &mut values);
-        let token = read.map(|()| pick(&mut values, request));
-        self.row = values;
+        let encoder = gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor { label: Some("logits") });
+        self.readback.begin(gpu, encoder, &[(&logits.buffer, offset, row_bytes)])?;
+        self.choice = Choice::Host(Box::new(HostChoice {
+            sampling: request.sampling.clone(),
+            recent: request.recent.to_vec(),
+            uniform: request.uniform,
+            bias: request.bias.to_vec(),
+            mask: request.mask.map(<[u32]>::to_vec),
+        }));
+        Ok(())
+    }
+
+    fn poll_sample(&mut self) -> Result<Option<u32>> {
+        let gpu = &self.backend.gpu;
+        let finished = gpu.finished()?;
+        self.pace.settle(finished);
+        let token = match &self.choice {
+            Choice::None => return Err(Error::new(ErrorKind::InvalidInput, "no choice is under way")),
+            Choice::Device => self.sampler.poll(gpu, &self.readback),
+            Choice::Host(choice) => {
+                let vocab = self.program.vocab_size as usize;
+                let row = &mut self.row;
+                let there = self.readback.poll(gpu, |bytes| {
+                    row.clear();
+                    row.extend(bytes[..vocab * 4].as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)));
+                });
+                there.map(|there| {
+                    there.then(|| {
+                        let request = SampleRequest {
+                            sampling: &choice.sampling,
+                            recent: &choice.recent,
+                            uniform: choice.uniform,
+                            bias: &choice.bias,
+                            mask: choice.mask.as_deref(),
+                        };
+                        pick_in(row, &request, &mut self.candidates)
+                    })
+                })
+            }
+        };
+        if !matches!(token, Ok(None)) {
+            self.choice = Choice::None;
+        }
         token
     }
 
@@ -193,34 +401,94 @@ impl Runner for WgpuRunner {
         let mut encoder = self.sampler.encode(gpu, request, (&logits.buffer, offset));
         // The token goes where the step looks for it, and on its way to the host.
         encoder.copy_buffer_to_buffer(self.sampler.result(), 0, &self.memory.tokens, 0, 4);
-        let slot = self.next_slot;
-        self.token_slots[slot].encode(&mut encoder, (self.sampler.result(), 0), 4);
-        gpu.submit(Some(encoder.finish()));
-        self.ahead.push_back((slot, self.token_slots[slot].start(4)));
-        self.next_slot = (slot + 1) % MAX_AHEAD;
+        self.token_slots[self.next_slot].begin(gpu, encoder, &[(self.sampler.result(), 0, 4)])?;
+        self.ahead.push_back(self.next_slot);
+        self.next_slot = (self.next_slot + 1) % MAX_AHEAD;
 
-        let uniform = shaders::Step { n_tokens: 1, position, logits_start: 0, logits_rows: 1 };
-        gpu.queue.write_buffer(&self.memory.step, 0, shaders::uniform_bytes(&uniform));
+        self.step = shaders::Step { n_tokens: 1, position, logits_start: 0, logits_rows: 1 };
+        gpu.queue.write_buffer(&self.memory.step, 0, shaders::uniform_bytes(&self.step));
         self.previous = self.latest.take();
-        self.latest = submit(gpu, &self.plan, &uniform);
-        gpu.check()?;
-        self.step = uniform;
+        self.next = (0, 0);
+        self.pace.settle(self.backend.gpu.finished()?);
+        while self.next.0 < self.plan.ops.len() {
+            self.submit(f64::INFINITY, DISPATCHES);
+        }
+        self.backend.gpu.check()?;
         Ok(true)
     }
 
     fn take(&mut self) -> Result<u32> {
-        let (slot, reading) =
+        let slot =
             self.ahead.pop_front().ok_or_else(|| Error::new(ErrorKind::InvalidInput, "no token was sampled ahead"))?;
-        let mut token = 0;
-        self.token_slots[slot].finish(&self.backend.gpu, reading, |bytes| token = self.sampler.token(bytes))?;
-        Ok(token)
+        let (gpu, slot) = (&self.backend.gpu, &self.token_slots[slot]);
+        gpu.wait_until(None, || slot.arrived())?;
+        let token = self.sampler.poll(gpu, slot)?;
+        token.ok_or_else(|| Error::new(ErrorKind::Device, "the token did not come back"))
     }
 
     fn profile(&mut self, step: &Step<'_>) -> Result<Vec<OpTime>> {
-        let uniform = self.begin(step)?;
-        let times = profile::run(&self.backend.gpu, &self.plan, &uniform)?;
-        self.step = uniform;
+        self.begin(step)?;
+        self.next = (self.plan.ops.len(), 0);
+        let times = profile::run(&self.backend.gpu, &self.plan, &self.step)?;
+        self.queued = true;
         Ok(times)
+    }
+
+    fn save_kv(&mut self, n: u32, out: &mut [u8]) -> Result<()> {
+        check_kv(&self.program, &self.config, self.memory.kv_type, n, out.len())?;
+        let gpu = &self.backend.gpu;
+        let ranges: Vec<_> = self.copy_kv(n).filter(|(.., bytes)| *bytes > 0).collect();
+        let mut out = out;
+        let capacity = self.readback.capacity();
+        let mut at = (0, 0);
+        while at.0 < ranges.len() {
+            let (mut sources, mut total) = (Vec::new(), 0);
+            while let Some(&(layer, values, offset, bytes)) = ranges.get(at.0).filter(|_| total < capacity) {
+                let part = (bytes - at.1).min(capacity - total);
+                let (keys, value_cache) = self.memory.cache(layer)?;
+                sources.push((if values { value_cache } else { keys }, offset + at.1, part));
+                total += part;
+                at = if at.1 + part == bytes { (at.0 + 1, 0) } else { (at.0, at.1 + part) };
+            }
+            let encoder = gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor { label: Some("KV") });
+            self.readback.begin(gpu, encoder, &sources)?;
+            gpu.wait_until(None, || self.readback.arrived())?;
+            let (now, rest) = out.split_at_mut(total as usize);
+            self.readback.poll(gpu, |bytes| now.copy_from_slice(bytes))?;
+            out = rest;
+        }
+        Ok(())
+    }
+
+    fn load_kv(&mut self, n: u32, bytes: &[u8]) -> Result<()> {
+        check_kv(&self.program, &self.config, self.memory.kv_type, n, bytes.len())?;
+        self.abandon();
+        let mut rest = bytes;
+        for (layer, values, offset, bytes) in self.copy_kv(n) {
+            let (now, later) = rest.split_at(bytes as usize);
+            let (keys, value_cache) = self.memory.cache(layer)?;
+            self.backend.gpu.write(if values { value_cache } else { keys }, offset, now)?;
+            rest = later;
+        }
+        Ok(())
+    }
+
+    fn fork(&mut self, n: u32) -> Result<Box<dyn Runner>> {
+        let fork = Self::new(Arc::clone(&self.backend), &self.program, &self.config)?;
+        let gpu = &self.backend.gpu;
+        let mut encoder = gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor { label: Some("fork") });
+        for (layer, values, offset, bytes) in self.copy_kv(n).filter(|(.., bytes)| *bytes > 0) {
+            let ((keys, value_cache), (to_keys, to_values)) = (self.memory.cache(layer)?, fork.memory.cache(layer)?);
+            let (from, to) = if values { (value_cache, to_values) } else { (keys, to_keys) };
+            encoder.copy_buffer_to_buffer(from, offset, to, offset, bytes);
+        }
+        for table in 0..self.program.rope_tables {
+            let (from, to) = (self.memory.rope(table)?, fork.memory.rope(table)?);
+            encoder.copy_buffer_to_buffer(from, 0, to, 0, from.size());
+        }
+        gpu.submit(Some(encoder.finish()));
+        gpu.check()?;
+        Ok(Box::new(fork))
     }
 
     fn kv_type(&self) -> KvType {
@@ -230,32 +498,4 @@ impl Runner for WgpuRunner {
     fn bytes(&self) -> u64 {
         self.memory.bytes + self.plan.bytes + self.sampler.bytes() + self.readback.capacity()
     }
-}
-
-/// Encodes every dispatch of the step; a new submission begins whenever the last one is long enough, because systems
-/// reset devices that work on one for seconds, and others want to use the device too.
-fn submit(gpu: &Gpu, plan: &Plan, step: &shaders::Step) -> Option<Ticket> {
-    let budget = gpu.submission_flops;
-    let mut dispatches = plan.ops.iter().flat_map(|op| op.dispatches(step)).peekable();
-    let mut ticket = None;
-    while dispatches.peek().is_some() {
-        let mut encoder = gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor { label: Some("step") });
-        {
-            let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
-            let mut flops = 0;
-            for dispatch in dispatches.by_ref().take(DISPATCHES) {
-                let launch = dispatch.launch(step);
-                let [x, y, z] = launch.grid;
-                pass.set_pipeline(&dispatch.pipeline.compute);
-                pass.set_bind_group(0, &dispatch.bind_group, &[]);
-                pass.dispatch_workgroups(x, y, z);
-                flops += launch.cost.flops;
-                if flops >= budget {
-                    break;
-                }
-            }
-        }
-        ticket = Some(gpu.submit(Some(encoder.finish())));
-    }
-    ticket
 }

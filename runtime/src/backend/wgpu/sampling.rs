@@ -111,7 +111,7 @@ impl Sampler {
     pub(super) fn handles(&self, request: &SampleRequest<'_>) -> bool {
         let s = request.sampling;
         let kept = s.temperature == 0.0 || (1..=sample::MAX_TOP_K).contains(&s.top_k);
-        kept && request.recent.len() <= self.recent_capacity
+        kept && request.bias.is_empty() && request.mask.is_none() && request.recent.len() <= self.recent_capacity
     }
 
     /// Bytes of its buffers.
@@ -119,28 +119,19 @@ impl Sampler {
         self.bytes
     }
 
-    /// Picks a token from the scores that begin at the byte of `logits`.
+    /// Begins to pick a token from the scores that begin at the byte of `logits`; [`Self::poll`] has it.
     ///
     /// # Errors
-    /// As [`Gpu::wait`].
-    pub(super) fn sample(
+    /// A device error.
+    pub(super) fn begin(
         &self,
         gpu: &Gpu,
         request: &SampleRequest<'_>,
         logits: (&wgpu::Buffer, u64),
         readback: &Readback,
-    ) -> Result<u32> {
+    ) -> Result<()> {
         let encoder = self.encode(gpu, request, logits);
-        let mut token = 0;
-        readback.submit_and_read(gpu, encoder, (&self.result, 0), 4, |bytes| token = self.token(bytes))?;
-        Ok(token)
-    }
-
-    /// The token in the first bytes of a result.
-    pub(super) fn token(&self, bytes: &[u8]) -> u32 {
-        let token = bytes.first_chunk().map_or(0, |b| u32::from_le_bytes(*b));
-        // Scores that are all NaN have no winner; the sampler on the CPU says 0 then, too.
-        if token < self.vocab { token } else { 0 }
+        readback.begin(gpu, encoder, &[(&self.result, 0, 4)])
     }
 
     /// Where the commands of [`Self::encode`] leave the token, in the first four bytes.
@@ -202,6 +193,17 @@ impl Sampler {
             }
         }
         encoder
+    }
+
+    /// The token, if it is there.
+    ///
+    /// # Errors
+    /// A device error.
+    pub(super) fn poll(&self, gpu: &Gpu, readback: &Readback) -> Result<Option<u32>> {
+        let mut token = 0;
+        let there = readback.poll(gpu, |bytes| token = bytes.first_chunk().map_or(0, |b| u32::from_le_bytes(*b)))?;
+        // Scores that are all NaN have no winner; the sampler on the CPU says 0 then, too.
+        Ok(there.then_some(if token < self.vocab { token } else { 0 }))
     }
 
     fn write(&self, gpu: &Gpu, slot: u64, bytes: &[u8]) {
