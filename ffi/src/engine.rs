@@ -141,15 +141,19 @@ pub unsafe extern "C" fn awqua_engine_last_error(
 }
 
 /// The adapter can be used.
+#[allow(dead_code, reason = "values the caller uses")]
 pub const AWQUA_DEVICE_USABLE: u32 = 1;
 /// Its shaders compute in half precision.
+#[allow(dead_code, reason = "values the caller uses")]
 pub const AWQUA_DEVICE_F16: u32 = 2;
 /// Its shaders have subgroup operations.
+#[allow(dead_code, reason = "values the caller uses")]
 pub const AWQUA_DEVICE_SUBGROUPS: u32 = 4;
 
 /// What kind of device an adapter is.
 #[repr(u32)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(dead_code, reason = "values the caller uses")]
 pub enum awqua_device_kind {
     /// Unknown.
     AWQUA_DEVICE_OTHER = 0,
