@@ -155,6 +155,14 @@ pub fn run(args: &Args) -> Outcome {
         return round_to_nearest(args);
     }
     let threads = args.threads.map_or_else(Threads::available, |n| Threads::new(n.into()));
+    if !args.json {
+        let needed = quantize::plan(&args.dir, &calibration, &options, threads)?.peak_memory(&calibration);
+        output::note(&format!(
+            "{} calibration tokens, at most {} of memory besides the mapped source",
+            calibration.tokens(),
+            output::bytes(needed)
+        ));
+    }
     let report = with_progress(&args.dir, &args.out, &calibration, &options, threads)?;
     if args.json {
         return output::json(&report);
@@ -213,12 +221,6 @@ pub fn with_progress(
     options: &QuantizeOptions,
     threads: Threads,
 ) -> Outcome<QuantizeReport> {
-    let needed = quantize::plan(source, calibration, options, threads)?.peak_memory(calibration);
-    output::note(&format!(
-        "{} calibration tokens, at most {} of memory besides the mapped source",
-        calibration.tokens(),
-        output::bytes(needed)
-    ));
     let bar = output::progress("quantizing", Unit::Blocks);
     let report = quantize::quantize(source, out, calibration, options, threads, &mut |p| {
         bar.set_length(p.total as u64);
