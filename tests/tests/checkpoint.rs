@@ -559,7 +559,7 @@ fn other_quantizations_are_refused_by_their_name() {
             Unsupported,
             &["transform_config"],
         ),
-        config("8-bit group", packed(&|_, g| g["weights"]["num_bits"] = json!(8)), Unsupported, &["group_0", "8-bit"]),
+        config("5-bit group", packed(&|_, g| g["weights"]["num_bits"] = json!(5)), Unsupported, &["group_0", "5-bit"]),
         config("float weights", packed(&|_, g| g["weights"]["type"] = json!("float")), Unsupported, &["float"]),
         config(
             "activations",
