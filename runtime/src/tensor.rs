@@ -8,6 +8,12 @@ use memmap2::Mmap;
 
 use crate::error::{Error, ErrorKind, Result};
 
+mod ggml;
+mod packed;
+
+pub use ggml::{BlockMatrix, GgmlType, dequantize_row};
+pub use packed::{Levels, PackedMatrix, round, row_words};
+
 /// Element type of a dense matrix that backends compute with directly.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum DenseType {
@@ -220,10 +226,72 @@ impl W4Matrix {
 /// A weight on its way to a backend.
 #[derive(Debug, Clone)]
 pub enum Weight {
-    /// Packed 4-bit matrix.
+    /// Packed 4-bit matrix in the canonical form.
     W4(W4Matrix),
+    /// Packed matrix of another width, precision or meaning.
+    Packed(PackedMatrix),
+    /// Matrix in blocks of 256 with two levels of scales.
+    Blocks(BlockMatrix),
     /// Dense matrix, also embeddings.
     Dense(DenseMatrix),
-    /// Norm weight or bias, widened to f32.
+    /// Norm weight, bias or factors, widened to f32.
     Vector(Vec<f32>),
+    /// For each input feature of a matrix, the column of the activations that it takes.
+    Order(Vec<u32>),
+}
+
+impl Weight {
+    /// Rows and columns; a vector is one row.
+    pub fn shape(&self) -> (usize, usize) {
+        match self {
+            Self::W4(m) => (m.n, m.k),
+            Self::Packed(m) => (m.n, m.k),
+            Self::Blocks(m) => (m.n, m.k),
+            Self::Dense(m) => (m.n, m.k),
+            Self::Vector(v) => (1, v.len()),
+            Self::Order(v) => (1, v.len()),
+        }
+    }
+
+    /// Bytes that it takes in memory.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Self::W4(m) => 4 * (m.qweight.len() + m.group_params.len()),
+            Self::Packed(m) => 4 * m.codes.len() + m.levels.bytes(),
+            Self::Blocks(m) => m.bytes.len(),
+            Self::Dense(m) => m.bytes.len(),
+            Self::Vector(v) => 4 * v.len(),
+            Self::Order(v) => 4 * v.len(),
+        }
+    }
+
+    /// Bits of a packed weight; `None` for what is not packed.
+    pub fn bits(&self) -> Option<u32> {
+        match self {
+            Self::W4(_) => Some(4),
+            Self::Packed(m) => Some(m.bits),
+            Self::Blocks(m) => Some(match m.ggml_type {
+                GgmlType::Q4K => 4,
+                GgmlType::Q5K => 5,
+                _ => 6,
+            }),
+            Self::Dense(_) | Self::Vector(_) | Self::Order(_) => None,
+        }
+    }
+
+    /// Writes row `row` to `out`, whose length is that of a row: the values that are multiplied with.
+    ///
+    /// # Panics
+    /// If the row is out of range or `out` has another length.
+    pub fn expand_row(&self, row: usize, out: &mut [f32]) {
+        assert_eq!(out.len(), self.shape().1, "a row has this many columns");
+        match self {
+            Self::W4(m) => m.dequantize_row(row, out),
+            Self::Packed(m) => m.expand(row, 0, out),
+            Self::Blocks(m) => m.expand(row, 0, out),
+            Self::Dense(m) => m.dtype.widen(&m.bytes[row * m.row_bytes()..][..m.row_bytes()], out),
+            Self::Vector(v) => out.copy_from_slice(v),
+            Self::Order(v) => out.iter_mut().zip(v).for_each(|(out, &i)| *out = i as f32),
+        }
+    }
 }

@@ -36,21 +36,26 @@ macro_rules! params {
 
 pub mod argmax;
 pub mod argmax_reduce;
+pub mod arrange;
 pub mod attention;
 pub mod attention_coop;
 pub mod attention_few;
 pub mod attention_reduce;
 pub mod catalogue;
 pub mod embed;
+pub mod embed_packed;
 pub mod gemm_dense;
+pub mod gemm_packed;
 pub mod gemm_w4;
 pub mod gemm_w4_coop;
 pub mod gemv_dense;
+pub mod gemv_packed;
 pub mod gemv_w4;
 pub mod gemv_w4_rope;
 pub mod gemv_w4_swiglu;
 pub mod halve;
 pub mod head_norm;
+pub mod packed;
 pub mod penalize;
 pub mod rms_norm;
 pub mod rope_append;
@@ -85,6 +90,12 @@ pub const FLAG_NORM: u32 = 16;
 pub const FLAG_STAGE: u32 = 32;
 /// Staged outputs are weighted for a norm (bit of a matmul's `flags`).
 pub const FLAG_STAGE_NORM: u32 = 64;
+/// Scales and offsets are single precision, a word each (bit of a matmul's `flags`).
+pub const FLAG_WIDE: u32 = 128;
+/// Columns are taken in another order (bit of `flags`).
+pub const FLAG_ORDER: u32 = 256;
+/// Columns are multiplied with factors (bit of `flags`).
+pub const FLAG_FACTORS: u32 = 512;
 
 /// The flags by the names they have in shaders.
 const FLAGS: Constants = &[
@@ -95,6 +106,9 @@ const FLAGS: Constants = &[
     ("FLAG_NORM", FLAG_NORM),
     ("FLAG_STAGE", FLAG_STAGE),
     ("FLAG_STAGE_NORM", FLAG_STAGE_NORM),
+    ("FLAG_WIDE", FLAG_WIDE),
+    ("FLAG_ORDER", FLAG_ORDER),
+    ("FLAG_FACTORS", FLAG_FACTORS),
 ];
 
 params! {
@@ -259,6 +273,28 @@ impl Groups {
     }
 }
 
+/// What the words of a packed matrix are; [`Packed::Affine2`] and so on by the bits of a code.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[allow(missing_docs, reason = "the widths of a code speak for themselves")]
+pub enum Packed {
+    /// The tiled 4-bit layout of [`w4`].
+    W4,
+    Affine2,
+    Affine3,
+    Affine4,
+    Affine5,
+    Affine6,
+    Affine8,
+    /// 4-bit indices into a table of 16 numbers.
+    Codebook,
+    /// GGML blocks `Q4_K`.
+    Q4K,
+    /// GGML blocks `Q5_K`.
+    Q5K,
+    /// GGML blocks `Q6_K`.
+    Q6K,
+}
+
 /// A choice on every axis; a kernel ignores the axes it does not have ([`Kernel::canonical`]).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Variant {
@@ -274,6 +310,8 @@ pub struct Variant {
     pub size: Size,
     /// Group sizes of the packed matrix.
     pub groups: Groups,
+    /// Kind of the packed matrix, for kernels of any kind.
+    pub packed: Packed,
 }
 
 impl Default for Variant {
@@ -286,6 +324,7 @@ impl Default for Variant {
             kv: Kv::F16,
             size: Size::Small,
             groups: Groups::Any,
+            packed: Packed::W4,
         }
     }
 }
@@ -314,6 +353,12 @@ pub enum Prelude {
     Kv,
     /// Group parameters of the canonical 4-bit layout.
     W4,
+    /// Axis [`Packed`]: `weights8`, given the bindings codes and group_params.
+    Packed,
+    /// What `weights8` returns.
+    Weights8,
+    /// The bits of `flags`, which other preludes bring along.
+    Flags,
     /// The tiled matrix product, given `weights8`.
     Gemm,
     /// The product of a packed matrix with one row of staged inputs.
@@ -369,6 +414,7 @@ impl Kernel {
             kv: if has(Prelude::Kv) { variant.kv } else { base.kv },
             size: if self.sizes.is_empty() { base.size } else { variant.size },
             groups: if has(Prelude::GemvW4) { variant.groups } else { base.groups },
+            packed: if has(Prelude::Packed) { variant.packed } else { base.packed },
         }
     }
 
@@ -381,7 +427,10 @@ impl Kernel {
                     for kv in [Kv::F16, Kv::F32] {
                         for size in [Size::Small, Size::Medium, Size::Large] {
                             for groups in [Groups::Quads, Groups::Chunks, Groups::Any] {
-                                all.push(self.canonical(Variant { elem, reduce, dense, kv, size, groups }));
+                                for packed in Packed::ALL {
+                                    let variant = Variant { elem, reduce, dense, kv, size, groups, packed };
+                                    all.push(self.canonical(variant));
+                                }
                             }
                         }
                     }
@@ -411,6 +460,9 @@ impl Kernel {
                 (Prelude::GemvW4, Variant { groups: Groups::Chunks, .. }) => "-chunks",
                 _ => "",
             };
+            if *prelude == Prelude::Packed {
+                label = format!("{label}-{}", variant.packed.name());
+            }
         }
         if !self.sizes.is_empty() {
             label += &format!("-{}", variant.size.invocations());
@@ -420,8 +472,10 @@ impl Kernel {
 }
 
 /// Every kernel.
-pub static ALL: [&Kernel; 23] = [
+pub static ALL: [&Kernel; 27] = [
     &embed::KERNEL,
+    &embed_packed::KERNEL,
+    &arrange::KERNEL,
     &stage::KERNEL,
     &rms_norm::KERNEL,
     &head_norm::KERNEL,
@@ -433,6 +487,8 @@ pub static ALL: [&Kernel; 23] = [
     &gemm_w4_coop::KERNEL,
     &gemv_dense::KERNEL,
     &gemm_dense::KERNEL,
+    &gemv_packed::KERNEL,
+    &gemm_packed::KERNEL,
     &rope_append::KERNEL,
     &attention::KERNEL,
     &attention_few::KERNEL,
@@ -461,13 +517,16 @@ pub fn compose(kernel: &Kernel, variant: Variant) -> String {
         let value = sized.iter().find(|(other, _)| *other == name).map_or(value, |&(_, value)| value);
         source += &format!("const {name}: u32 = {value}u;\n");
     }
-    if [Prelude::W4, Prelude::Dense, Prelude::Stage].iter().any(|with_flags| kernel.preludes.contains(with_flags)) {
+    if [Prelude::W4, Prelude::Dense, Prelude::Stage, Prelude::Packed, Prelude::Flags].iter().any(|with_flags| kernel.preludes.contains(with_flags)) {
         for &(name, value) in FLAGS {
             source += &format!("const {name}: u32 = {value}u;\n");
         }
     }
     if kernel.preludes.contains(&Prelude::GemvW4) {
         source += &format!("const GROUPS: u32 = {}u;\n", variant.groups as u32);
+    }
+    if kernel.preludes.contains(&Prelude::Packed) {
+        source += &format!("const BITS: u32 = {}u;\n", variant.packed.bits());
     }
     for prelude in kernel.preludes {
         source += match (prelude, variant) {
@@ -489,6 +548,22 @@ pub fn compose(kernel: &Kernel, variant: Variant) -> String {
             (Prelude::Stage, _) => include_str!("prelude/stage.wgsl"),
             (Prelude::StageOut, _) => include_str!("prelude/stage_out.wgsl"),
             (Prelude::Gemm, _) => include_str!("prelude/gemm.wgsl"),
+            (Prelude::Flags, _) => "",
+            (Prelude::Weights8, _) => include_str!("prelude/weights8.wgsl"),
+            (Prelude::Packed, Variant { packed: Packed::W4, .. }) => {
+                concat!(include_str!("prelude/w4.wgsl"), include_str!("prelude/packed_w4.wgsl"))
+            }
+            (Prelude::Packed, Variant { packed: Packed::Codebook, .. }) => {
+                include_str!("prelude/packed_codebook.wgsl")
+            }
+            (Prelude::Packed, Variant { packed: Packed::Q4K, .. }) => {
+                concat!(include_str!("prelude/packed_k_scales.wgsl"), include_str!("prelude/packed_q4_k.wgsl"))
+            }
+            (Prelude::Packed, Variant { packed: Packed::Q5K, .. }) => {
+                concat!(include_str!("prelude/packed_k_scales.wgsl"), include_str!("prelude/packed_q5_k.wgsl"))
+            }
+            (Prelude::Packed, Variant { packed: Packed::Q6K, .. }) => include_str!("prelude/packed_q6_k.wgsl"),
+            (Prelude::Packed, _) => include_str!("prelude/packed_affine.wgsl"),
             (Prelude::Order, _) => include_str!("prelude/order.wgsl"),
         };
     }

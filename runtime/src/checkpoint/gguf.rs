@@ -3,17 +3,16 @@
 //! Versions 2 and 3, little-endian. The whole header is validated when a file is opened: afterwards every tensor is
 //! a byte range of the right size inside the file.
 
-mod blocks;
 mod reader;
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
-pub use blocks::{GgmlType, dequantize_row};
 use reader::Reader;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::tensor::Bytes;
+pub use crate::tensor::{GgmlType, dequantize_row};
 
 const MAGIC: &[u8; 4] = b"GGUF";
 /// Dimensions that a tensor may have, the format's own limit.

@@ -13,6 +13,7 @@ use crate::session::tokenizer::Tokenizer;
 mod arch;
 mod config;
 mod generation;
+mod inputs;
 mod program;
 mod rope;
 mod weights;
@@ -104,7 +105,9 @@ impl Model {
 
         let mut backend = open_backend(options)?;
         let weights = weights::load(&checkpoint, &config, &mut *backend, progress)?;
-        let program = Arc::new(program::build(&config, &weights));
+        let mut program = program::build(&config, &weights);
+        inputs::arrange(&mut program, &weights.inputs)?;
+        let program = Arc::new(program);
         Ok(Arc::new(Self {
             config,
             generation,

@@ -1,5 +1,6 @@
 //! Reads every weight of a decoder, checks its shape and hands it to the backend, one tensor at a time.
 
+use std::collections::HashMap;
 use std::ops::ControlFlow;
 
 use super::LoadProgress;
@@ -7,7 +8,7 @@ use super::config::ModelConfig;
 use crate::backend::{Backend, WeightId};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, ErrorKind, Result};
-use crate::quant::{self, Quantization};
+use crate::quant::{self, InputTransform, LinearWeight, Quantization};
 use crate::tensor::{W4Matrix, Weight};
 
 /// A linear layer on the backend.
@@ -41,6 +42,15 @@ pub(super) struct ModelWeights {
     pub(super) layers: Vec<LayerWeights>,
     pub(super) norm: WeightId,
     pub(super) head: WeightId,
+    /// What has to be done to the inputs of a matrix before it.
+    pub(super) inputs: HashMap<WeightId, InputIds>,
+}
+
+/// Order and factors of the input columns of a matrix, on the backend.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct InputIds {
+    pub(super) order: Option<WeightId>,
+    pub(super) factors: Option<WeightId>,
 }
 
 /// Uploads the whole model.
@@ -52,13 +62,13 @@ pub(super) fn load(
 ) -> Result<ModelWeights> {
     let quantization = Quantization::of(checkpoint)?;
     let total = config.num_hidden_layers as u64 + 2;
-    let mut loader = Loader { checkpoint, quantization, config, backend };
+    let mut loader = Loader { checkpoint, quantization, config, backend, inputs: HashMap::new() };
     let mut report = |done: u64| match progress(LoadProgress { done, total }) {
         ControlFlow::Continue(()) => Ok(()),
         ControlFlow::Break(()) => Err(Error::new(ErrorKind::Cancelled, "loading was cancelled")),
     };
     report(0)?;
-    let embedding = loader.dense("model.embed_tokens.weight", config.vocab_size, config.hidden_size)?;
+    let embedding = loader.table("model.embed_tokens", config.vocab_size, config.hidden_size)?;
     report(1)?;
     let layers = (0..config.num_hidden_layers)
         .map(|layer| {
@@ -74,7 +84,8 @@ pub(super) fn load(
         loader.linear("lm_head", config.vocab_size, config.hidden_size, false)?.weight
     };
     report(total)?;
-    Ok(ModelWeights { embedding, layers, norm, head })
+    let inputs = loader.inputs;
+    Ok(ModelWeights { embedding, layers, norm, head, inputs })
 }
 
 struct Loader<'a> {
@@ -82,6 +93,7 @@ struct Loader<'a> {
     quantization: Option<Quantization>,
     config: &'a ModelConfig,
     backend: &'a mut dyn Backend,
+    inputs: HashMap<WeightId, InputIds>,
 }
 
 impl Loader<'_> {
@@ -114,9 +126,10 @@ impl Loader<'_> {
         })
     }
 
-    fn dense(&mut self, name: &str, n: usize, k: usize) -> Result<WeightId> {
-        let matrix = self.checkpoint.dense_matrix(name, n, k)?;
-        self.upload(name, Weight::Dense(matrix))
+    /// An embedding table, packed or not.
+    fn table(&mut self, prefix: &str, n: usize, k: usize) -> Result<WeightId> {
+        let table = quant::load_table(self.checkpoint, self.quantization.as_ref(), prefix, n, k)?;
+        self.upload(prefix, table)
     }
 
     fn vector(&mut self, name: &str, len: usize) -> Result<WeightId> {
@@ -130,8 +143,20 @@ impl Loader<'_> {
         self.project(prefix, weight, bias, 0)
     }
 
-    fn project(&mut self, prefix: &str, weight: Weight, bias: Option<Vec<f32>>, offset: usize) -> Result<Projection> {
-        let weight = self.upload(prefix, weight)?;
+    fn project(
+        &mut self,
+        prefix: &str,
+        linear: LinearWeight,
+        bias: Option<Vec<f32>>,
+        offset: usize,
+    ) -> Result<Projection> {
+        let weight = self.upload(prefix, linear.weight)?;
+        let InputTransform { order, factors } = linear.input;
+        if order.is_some() || factors.is_some() {
+            let order = order.map(|order| self.upload(prefix, Weight::Order(order))).transpose()?;
+            let factors = factors.map(|factors| self.upload(prefix, Weight::Vector(factors))).transpose()?;
+            self.inputs.insert(weight, InputIds { order, factors });
+        }
         let bias = bias.map(|bias| self.upload(&format!("{prefix}.bias"), Weight::Vector(bias))).transpose()?;
         Ok(Projection { weight, bias, offset: offset as u32 })
     }
@@ -161,7 +186,7 @@ impl Loader<'_> {
                 let bias: Vec<f32> = biases.into_iter().flatten().flatten().collect();
                 let bias = Some(bias).filter(|b| !b.is_empty());
                 let prefix = parts.iter().map(|(prefix, _)| prefix.as_str()).collect::<Vec<_>>().join(" + ");
-                Ok(vec![self.project(&prefix, Weight::W4(stacked), bias, 0)?])
+                Ok(vec![self.project(&prefix, stacked, bias, 0)?])
             }
             Err(weights) => {
                 let mut offset = 0;
@@ -180,19 +205,21 @@ impl Loader<'_> {
     }
 }
 
-/// One matrix with the rows of all, or the matrices back if they differ in kind.
-fn stack(weights: Vec<Weight>) -> Result<W4Matrix, Vec<Weight>> {
-    let Some(Weight::W4(first)) = weights.first() else { return Err(weights) };
+/// One matrix with the rows of all, or the matrices back if they differ in kind or in what they do to their inputs.
+fn stack(weights: Vec<LinearWeight>) -> Result<LinearWeight, Vec<LinearWeight>> {
+    let Some(LinearWeight { weight: Weight::W4(first), input }) = weights.first() else { return Err(weights) };
     let (group_size, offset) = (first.group_size, first.offset);
-    if !weights.iter().all(|w| matches!(w, Weight::W4(m) if m.group_size == group_size && m.offset == offset)) {
+    let alike = |m: &W4Matrix| m.group_size == group_size && m.offset == offset;
+    if !weights.iter().all(|w| matches!(&w.weight, Weight::W4(m) if alike(m)) && w.input == *input) {
         return Err(weights);
     }
-    let mut parts = weights.into_iter().filter_map(|w| if let Weight::W4(m) = w { Some(m) } else { None });
+    let input = input.clone();
+    let mut parts = weights.into_iter().filter_map(|w| if let Weight::W4(m) = w.weight { Some(m) } else { None });
     let Some(mut all) = parts.next() else { return Err(Vec::new()) };
     for part in parts {
         all.n += part.n;
         all.qweight.extend_from_slice(&part.qweight);
         all.group_params.extend_from_slice(&part.group_params);
     }
-    Ok(all)
+    Ok(LinearWeight { weight: Weight::W4(all), input })
 }

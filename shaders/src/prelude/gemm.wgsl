@@ -1,12 +1,7 @@
-// The tiled product of gemm_w4 and gemm_dense. The body defines `weights8`, `params` and the bindings x, bias, out.
+// The tiled product of the gemm kernels. The body defines `weights8`, `params` and the bindings x, bias, out.
 //
 // A workgroup computes TILE tokens by TILE outputs, 4 by 4 an invocation, over steps of K_STEP inputs held in
 // workgroup memory with the inputs outermost, so that one vec4 is four tokens or four outputs of the same input.
-
-struct Weights8 {
-    lo: vec4<f32>,
-    hi: vec4<f32>,
-}
 
 const QUADS: u32 = TILE / 4u;
 var<workgroup> x_tile: array<vec4<f32>, K_STEP * QUADS>;

@@ -79,9 +79,8 @@ pub(super) fn matmul(
     stride: usize,
 ) -> Result<()> {
     let (n, k) = match weight {
-        Weight::W4(m) => (m.n, m.k),
-        Weight::Dense(m) => (m.n, m.k),
-        Weight::Vector(_) => return Err(super::mismatch("a matrix")),
+        Weight::Vector(_) | Weight::Order(_) => return Err(super::mismatch("a matrix")),
+        matrix => matrix.shape(),
     };
     if x.len() != n_tokens * k {
         return Err(super::mismatch(&format!("a matrix of {} input features, not {k}", x.len() / n_tokens.max(1))));
@@ -127,8 +126,10 @@ pub(super) fn matmul(
     Ok(())
 }
 
-/// Expands `out.len()` columns of row `n` from column `k0` on.
-fn expand(kernels: &dyn Kernels, weight: &Weight, n: usize, k0: usize, out: &mut [f32]) {
+/// Expands `out.len()` columns of row `n` from column `k0` on, a multiple of [`K_TILE`].
+///
+/// The forms with a fast expansion of their own are [`Kernels`]' business; the others expand themselves.
+pub(super) fn expand(kernels: &dyn Kernels, weight: &Weight, n: usize, k0: usize, out: &mut [f32]) {
     match weight {
         Weight::W4(m) => {
             let words = &m.qweight[n * m.k / 8..][..m.k / 8];
@@ -164,7 +165,9 @@ fn expand(kernels: &dyn Kernels, weight: &Weight, n: usize, k0: usize, out: &mut
             let row = &m.bytes[n * m.row_bytes()..][..m.row_bytes()];
             widen(kernels, m.dtype, &row[k0 * size..][..out.len() * size], out);
         }
-        Weight::Vector(_) => out.fill(0.0),
+        Weight::Packed(m) => m.expand(n, k0, out),
+        Weight::Blocks(m) => m.expand(n, k0, out),
+        Weight::Vector(_) | Weight::Order(_) => out.fill(0.0),
     }
 }
 

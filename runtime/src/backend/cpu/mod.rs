@@ -46,11 +46,7 @@ impl Backend for Cpu {
     fn upload(&mut self, name: &str, weight: Weight) -> Result<WeightId> {
         let id = u32::try_from(self.weights.len())
             .map_err(|_| Error::new(ErrorKind::Unsupported, "more than 2^32 weights").in_tensor(name))?;
-        self.weight_bytes += match &weight {
-            Weight::W4(m) => 4 * (m.qweight.len() + m.group_params.len()) as u64,
-            Weight::Dense(m) => m.bytes.len() as u64,
-            Weight::Vector(v) => 4 * v.len() as u64,
-        };
+        self.weight_bytes += weight.bytes() as u64;
         self.weights.push(weight);
         Ok(WeightId(id))
     }
@@ -220,13 +216,10 @@ impl CpuRunner {
             Op::Embed { out, .. } => (n_tokens, self.width(out), 0),
             Op::RmsNorm { dim, segments, rows, .. } => (count(rows), (dim * segments) as usize, 0),
             Op::SiluMul { out, .. } => (n_tokens, self.width(out), 1),
+            Op::Arrange { out, rows, .. } => (count(rows), self.width(out), 0),
             Op::RopeAppend { qkv, .. } => (n_tokens, self.width(qkv), 0),
             Op::Linear { x, weight, rows, .. } => {
-                let n = match &self.backend.weights[weight.0 as usize] {
-                    Weight::W4(m) => m.n,
-                    Weight::Dense(m) => m.n,
-                    Weight::Vector(_) => 1,
-                };
+                let (n, _) = self.backend.weights[weight.0 as usize].shape();
                 // Expanding a weight costs about as much as multiplying it twice.
                 let rows = count(rows);
                 (if rows == 0 { 0 } else { matmul::blocks(n) }, self.width(x) * (rows + 2) * kernels::TILE, 2)
@@ -311,17 +304,23 @@ impl CpuRunner {
                 self.silu_mul(x, out, part);
                 Ok(())
             }
+            Op::Arrange { x, order, factors, out, rows } => {
+                let first = self.rows(rows).start;
+                self.arrange(x, order, factors, out, first, part)
+            }
         }
     }
 
     fn embed(&mut self, table: WeightId, out: BufferId, part: std::ops::Range<usize>) -> Result<()> {
         let width = self.width(out);
         let backend = Arc::clone(&self.backend);
-        let Weight::Dense(table) = &backend.weights[table.0 as usize] else { return Err(mismatch("a dense matrix")) };
+        let table = &backend.weights[table.0 as usize];
+        if table.shape().1 != width {
+            return Err(mismatch("a table of this width"));
+        }
         let rows = self.buffers[out.0 as usize].chunks_exact_mut(width).skip(part.start);
         for (&token, out) in self.cursor.tokens[part].iter().zip(rows) {
-            let row = &table.bytes[token as usize * table.row_bytes()..][..table.row_bytes()];
-            matmul::widen(&*backend.kernels, table.dtype, row, out);
+            matmul::expand(&*backend.kernels, table, token as usize, 0, out);
         }
         Ok(())
     }
@@ -401,6 +400,45 @@ impl CpuRunner {
         );
         self.buffers[out.buffer.0 as usize] = output;
         result
+    }
+
+    fn arrange(
+        &mut self,
+        x: BufferId,
+        order: Option<WeightId>,
+        factors: Option<WeightId>,
+        out: BufferId,
+        first: usize,
+        part: std::ops::Range<usize>,
+    ) -> Result<()> {
+        let (x_width, width) = (self.width(x), self.width(out));
+        let backend = Arc::clone(&self.backend);
+        let order = match order.map(|id| &backend.weights[id.0 as usize]) {
+            None => None,
+            Some(Weight::Order(order)) if order.len() == width && order.iter().all(|&i| (i as usize) < x_width) => {
+                Some(order)
+            }
+            Some(_) => return Err(mismatch("an order of the input columns")),
+        };
+        let factors = match factors.map(|id| &backend.weights[id.0 as usize]) {
+            None => None,
+            Some(Weight::Vector(factors)) if factors.len() == width => Some(factors),
+            Some(_) => return Err(mismatch("a factor for every column")),
+        };
+        let mut output = std::mem::take(&mut self.buffers[out.0 as usize]);
+        for to in part {
+            let x = &self.buffers[x.0 as usize][(first + to) * x_width..][..x_width];
+            let out = &mut output[to * width..][..width];
+            match order {
+                Some(order) => out.iter_mut().zip(order).for_each(|(out, &i)| *out = x[i as usize]),
+                None => out.copy_from_slice(&x[..width]),
+            }
+            if let Some(factors) = factors {
+                out.iter_mut().zip(factors).for_each(|(out, factor)| *out *= factor);
+            }
+        }
+        self.buffers[out.0 as usize] = output;
+        Ok(())
     }
 
     fn silu_mul(&mut self, x: BufferId, out: BufferId, part: std::ops::Range<usize>) {

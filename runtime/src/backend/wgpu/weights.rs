@@ -3,12 +3,12 @@
 
 use std::ops::Range;
 
-use awqua_shaders::{FLAG_OFFSET_IS_BIAS, FLAG_SUMS, w4};
+use awqua_shaders::{FLAG_OFFSET_IS_BIAS, FLAG_SUMS, FLAG_WIDE, Packed, w4};
 use wgpu::BufferUsages;
 
 use super::device::{Gpu, SLICE};
 use crate::error::{Error, ErrorKind, Result};
-use crate::tensor::{DenseMatrix, DenseType, Offset, W4Matrix, Weight};
+use crate::tensor::{BlockMatrix, DenseMatrix, DenseType, GgmlType, Levels, Offset, PackedMatrix, W4Matrix, Weight};
 
 /// A kernel loads four words of a dense row at once; rows are padded with zeros to multiples of this many bytes.
 const ROW_BYTES: usize = 16;
@@ -16,8 +16,22 @@ const ROW_BYTES: usize = 16;
 /// A weight the way kernels read it.
 pub(super) enum GpuWeight {
     W4(GpuW4),
+    Packed(GpuPacked),
     Dense(GpuDense),
     Vector { len: u32, buffer: wgpu::Buffer },
+    Order { len: u32, buffer: wgpu::Buffer },
+}
+
+impl GpuWeight {
+    /// Outputs and inputs, `None` for what is no matrix.
+    pub(super) fn shape(&self) -> Option<(u32, u32)> {
+        match self {
+            Self::W4(m) => Some((m.n, m.k)),
+            Self::Packed(m) => Some((m.n, m.k)),
+            Self::Dense(m) => Some((m.n, m.k)),
+            Self::Vector { .. } | Self::Order { .. } => None,
+        }
+    }
 }
 
 /// A packed matrix in the layout of [`w4`].
@@ -37,6 +51,29 @@ pub(super) struct W4Part {
     pub(super) first_row: u32,
     pub(super) rows: u32,
     pub(super) qweight: wgpu::Buffer,
+    pub(super) group_params: wgpu::Buffer,
+}
+
+/// A packed matrix in the layout of [`Packed`], other than the 4-bit one.
+pub(super) struct GpuPacked {
+    pub(super) packed: Packed,
+    pub(super) n: u32,
+    pub(super) k: u32,
+    pub(super) row_words: u32,
+    pub(super) group_size: u32,
+    pub(super) groups: u32,
+    /// What its numbers are, as flags of the kernels.
+    pub(super) flags: u32,
+    /// Whether half precision holds its weights.
+    pub(super) is_half: bool,
+    pub(super) parts: Vec<PackedPart>,
+}
+
+/// Rows `first_row..first_row + rows` of a packed matrix.
+pub(super) struct PackedPart {
+    pub(super) first_row: u32,
+    pub(super) rows: u32,
+    pub(super) codes: wgpu::Buffer,
     pub(super) group_params: wgpu::Buffer,
 }
 
@@ -63,14 +100,127 @@ pub(super) struct DensePart {
 pub(super) fn upload(gpu: &Gpu, name: &str, weight: &Weight) -> Result<(GpuWeight, u64)> {
     match weight {
         Weight::W4(matrix) => upload_w4(gpu, name, matrix),
+        Weight::Packed(matrix) => upload_packed(gpu, name, matrix),
+        Weight::Blocks(matrix) => upload_blocks(gpu, name, matrix),
         Weight::Dense(matrix) => upload_dense(gpu, name, matrix),
         Weight::Vector(values) => {
-            let bytes: &[u8] = bytemuck::cast_slice(values);
-            let buffer = weight_buffer(gpu, name, bytes.len())?;
-            write(gpu, &buffer, bytes, bytes.len(), bytes.len())?;
-            Ok((GpuWeight::Vector { len: dimension(values.len())?, buffer }, bytes.len() as u64))
+            let (len, buffer) = upload_words(gpu, name, bytemuck::cast_slice(values))?;
+            Ok((GpuWeight::Vector { len, buffer }, 4 * values.len() as u64))
+        }
+        Weight::Order(values) => {
+            let (len, buffer) = upload_words(gpu, name, values)?;
+            Ok((GpuWeight::Order { len, buffer }, 4 * values.len() as u64))
         }
     }
+}
+
+fn upload_words(gpu: &Gpu, name: &str, words: &[u32]) -> Result<(u32, wgpu::Buffer)> {
+    let bytes: &[u8] = bytemuck::cast_slice(words);
+    let buffer = weight_buffer(gpu, name, bytes.len())?;
+    gpu.write(&buffer, 0, bytes)?;
+    Ok((dimension(words.len())?, buffer))
+}
+
+fn upload_packed(gpu: &Gpu, name: &str, matrix: &PackedMatrix) -> Result<(GpuWeight, u64)> {
+    let packed = match &matrix.levels {
+        Levels::Codebook(..) => Packed::Codebook,
+        _ => Packed::affine(matrix.bits).ok_or_else(|| {
+            Error::new(ErrorKind::Unsupported, format!("codes of {} bits", matrix.bits)).in_tensor(name)
+        })?,
+    };
+    let (flags, table, numbers): (u32, &[u32], &[u32]) = match &matrix.levels {
+        Levels::Affine(_, params) => (0, &[], params),
+        Levels::AffineWide(_, params) => (FLAG_WIDE, &[], bytemuck::cast_slice(params)),
+        Levels::Codebook(table, absmax) => (0, bytemuck::cast_slice(table.as_slice()), bytemuck::cast_slice(absmax)),
+    };
+    let flags = match &matrix.levels {
+        Levels::Affine(Offset::Bias, _) | Levels::AffineWide(Offset::Bias, _) => flags | FLAG_OFFSET_IS_BIAS,
+        _ => flags,
+    };
+    let (row_words, row_numbers) = (matrix.row_words(), numbers.len() / matrix.n);
+    let mut parts = Vec::new();
+    let mut total = 0;
+    // A word behind the last row, a table in front of the numbers.
+    for rows in split(gpu, name, matrix.n, 4 * (row_words + 1).max(row_numbers + table.len()))? {
+        let codes = weight_buffer(gpu, name, 4 * packed.code_words(rows.len(), matrix.k))?;
+        gpu.write(&codes, 0, bytemuck::cast_slice(&matrix.codes[rows.start * row_words..rows.end * row_words]))?;
+        let group_params = weight_buffer(gpu, name, 4 * (table.len() + rows.len() * row_numbers))?;
+        let numbers = &numbers[rows.start * row_numbers..rows.end * row_numbers];
+        if !table.is_empty() {
+            gpu.write(&group_params, 0, bytemuck::cast_slice(table))?;
+        }
+        gpu.write(&group_params, 4 * table.len() as u64, bytemuck::cast_slice(numbers))?;
+        total += codes.size() + group_params.size();
+        parts.push(PackedPart {
+            first_row: dimension(rows.start)?,
+            rows: dimension(rows.len())?,
+            codes,
+            group_params,
+        });
+    }
+    let weight = GpuPacked {
+        packed,
+        n: dimension(matrix.n)?,
+        k: dimension(matrix.k)?,
+        row_words: dimension(row_words)?,
+        group_size: dimension(matrix.group_size)?,
+        groups: dimension(matrix.groups())?,
+        flags,
+        is_half: matrix.rounding == DenseType::F16 || matches!(matrix.levels, Levels::Affine(..)),
+        parts,
+    };
+    Ok((GpuWeight::Packed(weight), total))
+}
+
+fn upload_blocks(gpu: &Gpu, name: &str, matrix: &BlockMatrix) -> Result<(GpuWeight, u64)> {
+    let packed = match matrix.ggml_type {
+        GgmlType::Q4K => Packed::Q4K,
+        GgmlType::Q5K => Packed::Q5K,
+        GgmlType::Q6K => Packed::Q6K,
+        other => {
+            let message = format!("blocks of type {}", other.name());
+            return Err(Error::new(ErrorKind::Unsupported, message).in_tensor(name));
+        }
+    };
+    let (row_bytes, row_words) = (matrix.row_bytes(), packed.row_words(matrix.k));
+    // What the kernels bind in place of numbers of groups.
+    let group_params = weight_buffer(gpu, name, 16)?;
+    let mut parts = Vec::new();
+    let mut total = group_params.size();
+    for rows in split(gpu, name, matrix.n, 4 * (row_words + 1))? {
+        let codes = weight_buffer(gpu, name, 4 * packed.code_words(rows.len(), matrix.k))?;
+        let mut at = 0;
+        for block in matrix.bytes[rows.start * row_bytes..rows.end * row_bytes]
+            .chunks((SLICE / row_bytes).max(1) * row_bytes)
+        {
+            let words = packed.block_words(block);
+            gpu.write(&codes, at, bytemuck::cast_slice(&words))?;
+            at += 4 * words.len() as u64;
+        }
+        total += codes.size();
+        parts.push(PackedPart {
+            first_row: dimension(rows.start)?,
+            rows: dimension(rows.len())?,
+            codes,
+            group_params: group_params.clone(),
+        });
+    }
+    // The mapped blocks are on the device now.
+    matrix.bytes.release();
+    let k = dimension(matrix.k)?;
+    let weight = GpuPacked {
+        packed,
+        n: dimension(matrix.n)?,
+        k,
+        row_words: dimension(row_words)?,
+        group_size: k,
+        groups: 1,
+        flags: 0,
+        // Sub-blocks of subnormal weights lose bits that hardly count.
+        is_half: true,
+        parts,
+    };
+    Ok((GpuWeight::Packed(weight), total))
 }
 
 fn upload_w4(gpu: &Gpu, name: &str, matrix: &W4Matrix) -> Result<(GpuWeight, u64)> {

@@ -249,6 +249,7 @@ fn reads_before_write(ops: &[Op], buffer: BufferId) -> bool {
             Op::RopeAppend { qkv, .. } => (Some(qkv), qkv),
             Op::Attention { qkv, out, .. } => (Some(qkv), out),
             Op::SiluMul { x, out } => (Some(x), out),
+            Op::Arrange { x, out, .. } => (Some(x), out),
         };
         if reads == Some(buffer) {
             return true;

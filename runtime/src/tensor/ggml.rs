@@ -1,4 +1,4 @@
-//! The element types of GGUF tensors and their expansion to f32.
+//! The element types of GGML tensors, as GGUF files hold them, and their expansion to f32.
 //!
 //! Every quantized type stores a row as blocks of 32 or 256 consecutive elements; the layouts are those of
 //! `ggml-common.h`, the arithmetic (single precision, no fused multiply-add) that of the reference dequantizer, so
@@ -7,6 +7,7 @@
 use half::{bf16, f16};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::tensor::Bytes;
 
 /// An element type that [`dequantize_row`] expands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -178,6 +179,11 @@ pub fn dequantize_row(ggml_type: GgmlType, bytes: &[u8], out: &mut [f32]) -> Res
             format!("{} bytes are not a row of {} {} elements", bytes.len(), out.len(), ggml_type.name()),
         ));
     }
+    expand_blocks(ggml_type, bytes, out);
+    Ok(())
+}
+
+fn expand_blocks(ggml_type: GgmlType, bytes: &[u8], out: &mut [f32]) {
     let expand = match ggml_type {
         GgmlType::F32 => f32_block,
         GgmlType::F16 => f16_block,
@@ -195,7 +201,6 @@ pub fn dequantize_row(ggml_type: GgmlType, bytes: &[u8], out: &mut [f32]) -> Res
     for (block, out) in blocks.zip(out.chunks_exact_mut(ggml_type.block_len())) {
         expand(block, out);
     }
-    Ok(())
 }
 
 fn half_at(block: &[u8], offset: usize) -> f32 {
@@ -316,5 +321,50 @@ fn q6_k(block: &[u8], out: &mut [f32]) {
             let scale = d * f32::from(scales[2 * run + l / 16] as i8);
             *out = scale * (f32::from(code) - 32.0);
         }
+    }
+}
+
+/// A matrix in blocks of 256 elements with two levels of scales, as a GGUF file stores it.
+#[derive(Debug, Clone)]
+pub struct BlockMatrix {
+    /// Output features.
+    pub n: usize,
+    /// Input features, whole blocks.
+    pub k: usize,
+    /// [`GgmlType::Q4K`], [`GgmlType::Q5K`] or [`GgmlType::Q6K`].
+    pub ggml_type: GgmlType,
+    /// (n, k / 256) blocks; mapped, unless rows had to be put in another order.
+    pub bytes: Bytes,
+}
+
+impl BlockMatrix {
+    /// A matrix over `bytes`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidTensor`] if the type is not one of K blocks or the length is not that of `n` rows.
+    pub fn new(n: usize, k: usize, ggml_type: GgmlType, bytes: Bytes) -> Result<Self> {
+        let k_blocks = matches!(ggml_type, GgmlType::Q4K | GgmlType::Q5K | GgmlType::Q6K);
+        let expected = ggml_type.row_bytes(k).filter(|_| k_blocks).and_then(|row| row.checked_mul(n));
+        if expected != Some(bytes.len()) {
+            let message = format!("{} bytes are not {n} x {k} of {}", bytes.len(), ggml_type.name());
+            return Err(Error::new(ErrorKind::InvalidTensor, message));
+        }
+        Ok(Self { n, k, ggml_type, bytes })
+    }
+
+    /// Bytes of one row.
+    pub fn row_bytes(&self) -> usize {
+        self.k / self.ggml_type.block_len() * self.ggml_type.block_bytes()
+    }
+
+    /// Writes the weights of row `row` from input `k0` on to `out`.
+    ///
+    /// # Panics
+    /// If they are not whole blocks of the matrix.
+    pub fn expand(&self, row: usize, k0: usize, out: &mut [f32]) {
+        let (len, bytes) = (self.ggml_type.block_len(), self.ggml_type.block_bytes());
+        assert!(k0.is_multiple_of(len) && out.len().is_multiple_of(len), "whole blocks");
+        let row = &self.bytes[row * self.row_bytes()..][..self.row_bytes()];
+        expand_blocks(self.ggml_type, &row[k0 / len * bytes..][..out.len() / len * bytes], out);
     }
 }
