@@ -65,7 +65,7 @@ impl DenseType {
     }
 }
 
-/// A range of bytes in a memory-mapped file or in an owned allocation; cloning shares the storage.
+/// A range of bytes in a mapped file, an owned allocation or somebody's memory; cloning shares the storage.
 #[derive(Clone)]
 pub struct Bytes {
     storage: Storage,
@@ -76,6 +76,7 @@ pub struct Bytes {
 enum Storage {
     Mapped(Arc<Mmap>),
     Owned(Arc<Vec<u8>>),
+    Shared(Arc<dyn AsRef<[u8]> + Send + Sync>),
 }
 
 impl Bytes {
@@ -90,6 +91,12 @@ impl Bytes {
         Self { storage: Storage::Owned(Arc::new(bytes)), range }
     }
 
+    /// The whole of somebody's memory, which stays where and as it is while `owner` lives.
+    pub fn shared(owner: Arc<dyn AsRef<[u8]> + Send + Sync>) -> Self {
+        let range = 0..(*owner).as_ref().len();
+        Self { storage: Storage::Shared(owner), range }
+    }
+
     /// The sub-range `range`, relative to this one, or `None` if it leaves it.
     pub fn slice(&self, range: Range<usize>) -> Option<Self> {
         if range.start > range.end || range.end > self.range.len() {
@@ -100,7 +107,7 @@ impl Bytes {
     }
 
     /// Tells the system that mapped pages of this range will not be read soon, so that they stop counting as
-    /// resident; reading them again stays valid and brings them back from the file. Owned bytes are untouched.
+    /// resident; reading them again stays valid and brings them back from the file. Other bytes are untouched.
     pub fn release(&self) {
         #[cfg(unix)]
         if let Storage::Mapped(map) = &self.storage {
@@ -124,6 +131,7 @@ impl Deref for Bytes {
         let all: &[u8] = match &self.storage {
             Storage::Mapped(map) => map,
             Storage::Owned(bytes) => bytes,
+            Storage::Shared(owner) => (**owner).as_ref(),
         };
         &all[self.range.clone()]
     }
