@@ -137,6 +137,12 @@ impl Deref for Bytes {
     }
 }
 
+impl PartialEq for Bytes {
+    fn eq(&self, other: &Self) -> bool {
+        **self == **other
+    }
+}
+
 impl std::fmt::Debug for Bytes {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "Bytes({} bytes)", self.range.len())
@@ -144,7 +150,7 @@ impl std::fmt::Debug for Bytes {
 }
 
 /// A dense matrix in the precision of its file.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct DenseMatrix {
     /// Rows: output features, or vocabulary entries of an embedding.
     pub n: usize,
@@ -208,7 +214,7 @@ impl Offset {
 /// A weight is `f16((q - o) * s)` or `f16(q * s + o)` (see [`Offset`]): computed in f32 and rounded once to half
 /// precision, because that is what the software that defines these formats multiplies with. The recorded hashes of
 /// its dequantized tensors agree bit for bit with [`W4Matrix::dequantize_row`].
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct W4Matrix {
     /// Output features.
     pub n: usize,
@@ -232,7 +238,7 @@ impl W4Matrix {
 }
 
 /// A weight on its way to a backend.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum Weight {
     /// Packed 4-bit matrix in the canonical form.
     W4(W4Matrix),
@@ -284,6 +290,15 @@ impl Weight {
                 _ => 6,
             }),
             Self::Dense(_) | Self::Vector(_) | Self::Order(_) => None,
+        }
+    }
+
+    /// Gives mapped pages back, see [`Bytes::release`].
+    pub fn release(&self) {
+        match self {
+            Self::Blocks(m) => m.bytes.release(),
+            Self::Dense(m) => m.bytes.release(),
+            Self::W4(_) | Self::Packed(_) | Self::Vector(_) | Self::Order(_) => {}
         }
     }
 

@@ -2,8 +2,8 @@
 //! Slow and obvious on purpose; backends are compared with it.
 
 use awqua::backend::{BufferId, KvType, LogitsRows, Op, Program, Rows, Span};
-use awqua::tensor::{DenseType, Offset, W4Matrix, Weight};
-use half::{bf16, f16};
+use awqua::tensor::{DenseType, Offset, PackedMatrix, W4Matrix, Weight};
+use half::f16;
 
 /// What a dequantised 4-bit weight is rounded to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -177,6 +177,19 @@ impl<'a> Oracle<'a> {
                     self.put(out.into(), t, &result);
                 }
             }
+            Op::Arrange { x, order, factors, out, rows } => {
+                let width = self.width(out);
+                for (from, to) in self.rows(rows, tokens.len(), &logits) {
+                    let row = self.row(x.into(), from, self.width(x));
+                    let moved: Vec<f32> = (0..width)
+                        .map(|i| {
+                            let column = order.map_or(i, |id| self.weights[id.0 as usize][i] as usize);
+                            row[column] * factors.map_or(1.0, |id| self.weights[id.0 as usize][i])
+                        })
+                        .collect();
+                    self.put(out.into(), to, &moved);
+                }
+            }
             Op::SiluMul { x, out } => {
                 let width = self.width(out);
                 for t in 0..tokens.len() {
@@ -210,13 +223,16 @@ fn round(value: f32, kv: KvType) -> f32 {
 
 fn widen(weight: &Weight, w4: Dequantised) -> Vec<f32> {
     match weight {
-        Weight::Vector(values) => values.clone(),
         Weight::W4(matrix) => dequantise(matrix, w4),
-        Weight::Dense(matrix) => match matrix.dtype {
-            DenseType::F32 => matrix.bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
-            DenseType::F16 => matrix.bytes.as_chunks().0.iter().map(|b| f16::from_le_bytes(*b).to_f32()).collect(),
-            DenseType::BF16 => matrix.bytes.as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b).to_f32()).collect(),
-        },
+        Weight::Packed(matrix) if w4 == Dequantised::Exact && matrix.rounding != DenseType::F32 => {
+            widen(&Weight::Packed(PackedMatrix { rounding: DenseType::F32, ..matrix.clone() }), w4)
+        }
+        other => {
+            let (n, k) = other.shape();
+            let mut rows = vec![0.0; n * k];
+            rows.chunks_exact_mut(k).enumerate().for_each(|(i, row)| other.expand_row(i, row));
+            rows
+        }
     }
 }
 

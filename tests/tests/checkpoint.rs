@@ -85,7 +85,7 @@ fn load(folder: &Folder) -> Result<Weight, Error> {
     let checkpoint = Checkpoint::open(folder.path())?;
     let quantization = Quantization::of(&checkpoint)?;
     checkpoint.vector("model.norm.weight", 8)?;
-    load_linear(&checkpoint, quantization.as_ref(), MODULE, N, K)
+    load_linear(&checkpoint, quantization.as_ref(), MODULE, N, K).map(|linear| linear.weight)
 }
 
 struct Case {

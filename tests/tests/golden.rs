@@ -17,10 +17,15 @@ const FORMATS: &[&str] = &[
     "autoawq-gemv-g32",
     "autoawq-gemv-g64",
     "autoawq-gemv_fast-g64",
+    "bnb-fp4",
+    "bnb-nf4",
+    "bnb-nf4-dq",
     "ct-asym-channel",
     "ct-asym-g64",
     "ct-sym-g64",
     "fp16",
+    "gptq-asym-actorder-g64",
+    "gptq-sym-g64",
 ];
 
 const ARCHS: &[&str] = &[

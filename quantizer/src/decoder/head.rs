@@ -2,9 +2,7 @@
 
 use awqua::Result;
 use awqua::checkpoint::Checkpoint;
-use awqua::quant::{self, Quantization};
-use awqua::tensor::{DenseMatrix, Weight};
-use awqua::{Error, ErrorKind};
+use awqua::quant::{self, LinearWeight, Quantization};
 
 use super::Decoder;
 use super::forward::rms_norm;
@@ -18,33 +16,28 @@ const PANEL: usize = 4096;
 pub struct Head {
     norm: Vec<f32>,
     eps: f32,
-    table: DenseMatrix,
+    table: LinearWeight,
 }
 
 impl Head {
-    /// Reads the head of a checkpoint; the matrix stays mapped.
+    /// Reads the head of a checkpoint; a dense matrix stays mapped.
     ///
     /// # Errors
-    /// As [`quant::load_linear`]; [`ErrorKind::Unsupported`] for a packed head.
+    /// As [`quant::load_linear`].
     pub fn load(decoder: &Decoder, checkpoint: &Checkpoint, quantization: Option<&Quantization>) -> Result<Self> {
         let c = &decoder.config;
+        let (vocab, hidden) = (c.vocab_size, c.hidden_size);
         let table = if c.tie_word_embeddings {
-            checkpoint.dense_matrix("model.embed_tokens.weight", c.vocab_size, c.hidden_size)?
+            quant::load_table(checkpoint, quantization, "model.embed_tokens", vocab, hidden)?.into()
         } else {
-            match quant::load_linear(checkpoint, quantization, "lm_head", c.vocab_size, c.hidden_size)? {
-                Weight::Dense(table) => table,
-                _ => {
-                    let error = Error::new(ErrorKind::Unsupported, "packed output heads are not evaluated");
-                    return Err(error.in_file(checkpoint.dir()).in_tensor("lm_head"));
-                }
-            }
+            quant::load_linear(checkpoint, quantization, "lm_head", vocab, hidden)?
         };
         Ok(Self { norm: checkpoint.vector("model.norm.weight", c.hidden_size)?, eps: c.rms_norm_eps, table })
     }
 
     /// The logits (rows, vocab_size) of rows of the residual stream.
     pub fn logits(&self, decoder: &Decoder, x: &[f32]) -> Vec<f32> {
-        let (vocab, hidden) = (self.table.n, self.table.k);
+        let (vocab, hidden) = self.table.weight.shape();
         let normed = rms_norm(x, &self.norm, self.eps);
         let mut out = vec![0.0; x.len() / hidden * vocab];
         let mut panel = vec![0.0; PANEL.min(vocab) * hidden];
@@ -52,7 +45,9 @@ impl Head {
             let n = PANEL.min(vocab - first);
             let panel = &mut panel[..n * hidden];
             decoder.threads.rows(panel, hidden, |row, rows| {
-                self.table.dtype.widen(&self.table.bytes[(first + row) * self.table.row_bytes()..], rows);
+                for (i, out) in rows.chunks_exact_mut(hidden).enumerate() {
+                    self.table.expand_row(first + row + i, out);
+                }
             });
             let (x, w) = (View::new(&normed, hidden), View::new(panel, hidden).t());
             gemm(decoder.threads, 1.0, x, w, 0.0, &mut out[first..], vocab);

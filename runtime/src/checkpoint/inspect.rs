@@ -6,8 +6,8 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::error::{Error, Result};
-use crate::quant::{self, Quantization};
-use crate::tensor::W4Matrix;
+use crate::quant::{self, LinearWeight, Part, Quantization, part_of};
+use crate::tensor::{Levels, Weight};
 
 use super::{Checkpoint, Dtype, TensorView};
 
@@ -125,7 +125,11 @@ pub fn inspect(checkpoint: &Checkpoint) -> Result<Inspection> {
         }
         let bytes = tensor.byte_len() as u64;
         let on_device = match (kind, tensor.dtype) {
-            (TensorKind::Codes, _) => packed_device_bytes(quantization.as_ref(), tensor),
+            _ if tensor.ggml_type().is_some() => bytes,
+            (TensorKind::Codes, _) => match part_of(checkpoint, &tensor.name) {
+                Some((module, _)) => packed_device_bytes(checkpoint, quantization.as_ref(), module),
+                None => 0,
+            },
             _ if quantized => 0,
             (_, Dtype::F16 | Dtype::BF16) if tensor.shape.len() == 1 => bytes.saturating_mul(2),
             _ => bytes,
@@ -133,8 +137,8 @@ pub fn inspect(checkpoint: &Checkpoint) -> Result<Inspection> {
         device_bytes = device_bytes.saturating_add(on_device);
         tensors.push(TensorInfo {
             name: tensor.name.clone(),
-            dtype: tensor.dtype.to_string(),
-            shape: tensor.shape.clone(),
+            dtype: tensor.ggml_type().map_or(tensor.dtype.to_string(), |ggml| ggml.name().to_owned()),
+            shape: tensor.elements(),
             bytes,
             quantized,
             kind,
@@ -168,25 +172,24 @@ pub fn verify(checkpoint: &Checkpoint) -> Result<Vec<Finding>> {
     // Packed modules by name, with the tensor that stands for them in messages.
     let mut modules = BTreeMap::new();
     for tensor in checkpoint.tensors() {
-        match packed_part(&tensor.name) {
-            Some((module, TensorKind::Codes)) => {
+        match part_of(checkpoint, &tensor.name) {
+            Some((module, Part::Codes)) => {
                 modules.insert(module, tensor);
             }
-            Some((module, _)) if is_packed(checkpoint, module) => {}
-            _ => check_dense(tensor, &mut findings),
+            Some(_) => {}
+            None => check_dense(tensor, &mut findings),
         }
         tensor.release();
     }
     for (module, codes) in modules {
         match verify_packed(checkpoint, quantization.as_ref(), module, codes) {
             Err(error) => findings.push(finding(&error)),
-            Ok(Some(matrix)) => {
-                let zeros = matrix.group_params.iter().filter(|&&params| params & 0x7fff == 0).count();
+            Ok(linear) => {
+                let zeros = zero_scales(&linear.weight);
                 if zeros != 0 {
                     findings.push(warning(codes, format!("{zeros} of its groups have the scale zero")));
                 }
             }
-            Ok(None) => {}
         }
         codes.release();
     }
@@ -195,7 +198,7 @@ pub fn verify(checkpoint: &Checkpoint) -> Result<Vec<Finding>> {
             // A dense linear where the configuration says packed is found by the same question that loading asks.
             let is_matrix = tensor.shape.len() == 2 && tensor.dense_type().is_ok();
             let module = tensor.name.strip_suffix(".weight").filter(|_| is_matrix);
-            if let Some(module) = module.filter(|module| !is_packed(checkpoint, module))
+            if let Some(module) = module.filter(|_| part_of(checkpoint, &tensor.name).is_none())
                 && let Err(error) = quant::load_linear(checkpoint, Some(q), module, tensor.shape[0], tensor.shape[1])
             {
                 findings.push(finding(&error));
@@ -210,13 +213,26 @@ fn verify_packed(
     quantization: Option<&Quantization>,
     module: &str,
     codes: &TensorView,
-) -> Result<Option<W4Matrix>> {
-    let Some((n, k)) = quantization.and_then(|q| q.dialect().stored_shape(&codes.shape, q.scheme().bits)) else {
+) -> Result<LinearWeight> {
+    let scheme = quant::scheme_of_stored(checkpoint, quantization, module)?;
+    let shape = scheme.and_then(|scheme| quant::stored_shape(checkpoint, scheme, module));
+    let (Some(scheme), Some((n, k))) = (scheme, shape) else {
         return Err(codes.error("packed codes that the configuration does not account for"));
     };
-    match quant::load_linear(checkpoint, quantization, module, n, k)? {
-        crate::tensor::Weight::W4(matrix) => Ok(Some(matrix)),
-        _ => Ok(None),
+    quant::load_packed(checkpoint, scheme, module, n, k)
+}
+
+/// Groups that are all zero because their scale is.
+fn zero_scales(weight: &Weight) -> usize {
+    let halves = |params: &[u32]| params.iter().filter(|&&params| params & 0x7fff == 0).count();
+    match weight {
+        Weight::W4(matrix) => halves(&matrix.group_params),
+        Weight::Packed(matrix) => match &matrix.levels {
+            Levels::Affine(_, params) => halves(params),
+            Levels::AffineWide(_, params) => params.iter().filter(|[s, _]| *s == 0.0).count(),
+            Levels::Codebook(_, absmax) => absmax.iter().filter(|&&absmax| absmax == 0.0).count(),
+        },
+        _ => 0,
     }
 }
 
@@ -253,36 +269,25 @@ fn warning(tensor: &TensorView, message: impl Into<String>) -> Finding {
     Finding { severity: Severity::Warning, ..finding(&tensor.error(message)) }
 }
 
-/// Canonical form: four bits a weight, one word a group.
-fn packed_device_bytes(quantization: Option<&Quantization>, codes: &TensorView) -> u64 {
-    let Some((n, k)) = quantization.and_then(|q| q.dialect().stored_shape(&codes.shape, q.scheme().bits)) else {
-        return 0;
-    };
-    let group_size = quantization.and_then(|q| q.scheme().group_size).unwrap_or(k).max(1);
+/// Bytes of a packed module as backends hold it: its codes without gaps, and what its groups have.
+fn packed_device_bytes(checkpoint: &Checkpoint, quantization: Option<&Quantization>, module: &str) -> u64 {
+    let scheme = quant::scheme_of_stored(checkpoint, quantization, module).ok().flatten();
+    let Some(scheme) = scheme else { return 0 };
+    let Some((n, k)) = quant::stored_shape(checkpoint, scheme, module) else { return 0 };
     let (n, k) = (n as u64, k as u64);
-    (n.saturating_mul(k) / 2).saturating_add(n.saturating_mul(k / group_size as u64).saturating_mul(4))
-}
-
-/// Module and role of a tensor whose suffix is one of a packed module's.
-fn packed_part(name: &str) -> Option<(&str, TensorKind)> {
-    let (module, suffix) = name.rsplit_once('.')?;
-    let kind = match suffix {
-        "qweight" | "weight_packed" => TensorKind::Codes,
-        "scales" | "weight_scale" => TensorKind::Scales,
-        "qzeros" | "weight_zero_point" => TensorKind::Zeros,
-        "weight_shape" | "weight_g_idx" | "g_idx" => TensorKind::Metadata,
-        _ => return None,
-    };
-    Some((module, kind))
-}
-
-fn is_packed(checkpoint: &Checkpoint, module: &str) -> bool {
-    ["qweight", "weight_packed"].iter().any(|suffix| checkpoint.tensor(&format!("{module}.{suffix}")).is_some())
+    let group_size = scheme.group_size.map_or(k, |size| size as u64).max(1);
+    let codes = n.saturating_mul(k.saturating_mul(u64::from(scheme.bits)).div_ceil(32)).saturating_mul(4);
+    codes.saturating_add(n.saturating_mul(k.div_ceil(group_size)).saturating_mul(4))
 }
 
 fn kind(checkpoint: &Checkpoint, tensor: &TensorView) -> TensorKind {
-    if let Some((_, kind)) = packed_part(&tensor.name).filter(|(module, _)| is_packed(checkpoint, module)) {
-        return kind;
+    if let Some((_, part)) = part_of(checkpoint, &tensor.name) {
+        return match part {
+            Part::Codes => TensorKind::Codes,
+            Part::Scales => TensorKind::Scales,
+            Part::Zeros => TensorKind::Zeros,
+            Part::Factors | Part::Groups | Part::Metadata => TensorKind::Metadata,
+        };
     }
     let name = tensor.name.as_str();
     let module = name.strip_suffix(".weight").unwrap_or_default();

@@ -15,7 +15,7 @@ pub use ::safetensors::Dtype;
 use serde_json::Value;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::tensor::{Bytes, DenseMatrix, DenseType};
+use crate::tensor::{Bytes, DenseMatrix, DenseType, GgmlType};
 
 mod files;
 pub mod gguf;
@@ -38,12 +38,14 @@ const INDEX: &str = "model.safetensors.index.json";
 pub struct TensorView {
     /// Name in the file.
     pub name: String,
-    /// Element type.
+    /// Element type; U8 for blocks of a GGUF file.
     pub dtype: Dtype,
-    /// Dimensions, outermost first.
+    /// Dimensions, outermost first; for blocks of a GGUF file rows and bytes of a row.
     pub shape: Vec<usize>,
     /// File that holds it.
     pub file: Arc<Path>,
+    /// What the blocks of a GGUF file are.
+    ggml: Option<GgmlType>,
     extent: Extent,
 }
 
@@ -99,6 +101,31 @@ impl TensorView {
         Ok(())
     }
 
+    /// The type of its blocks, if it is a packed tensor of a GGUF file.
+    pub fn ggml_type(&self) -> Option<GgmlType> {
+        self.ggml
+    }
+
+    /// Dimensions in elements: what `shape` is for all but blocks.
+    pub fn elements(&self) -> Vec<usize> {
+        match (self.ggml, &self.shape[..]) {
+            (Some(ggml), [rows, bytes]) => vec![*rows, bytes / ggml.block_bytes() * ggml.block_len()],
+            _ => self.shape.clone(),
+        }
+    }
+
+    /// Checks that its blocks make (n, k) elements.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidTensor`] with expected and found shape.
+    pub fn expect_blocks(&self, n: usize, k: usize) -> Result<()> {
+        let found = self.elements();
+        if self.ggml.is_none() || found != [n, k] {
+            return Err(self.error(format!("expected shape [{n}, {k}], found {found:?}")));
+        }
+        Ok(())
+    }
+
     /// Element type for dense computation.
     ///
     /// # Errors
@@ -108,7 +135,10 @@ impl TensorView {
             Dtype::F16 => Ok(DenseType::F16),
             Dtype::BF16 => Ok(DenseType::BF16),
             Dtype::F32 => Ok(DenseType::F32),
-            other => Err(self.error(format!("expected dtype F16, BF16 or F32, found {other}"))),
+            other => {
+                let found = self.ggml.map_or(other.to_string(), |ggml| ggml.name().to_owned());
+                Err(self.error(format!("expected dtype F16, BF16 or F32, found {found}")))
+            }
         }
     }
 
@@ -145,10 +175,12 @@ pub struct Checkpoint {
     tensors: BTreeMap<String, TensorView>,
     unlisted: Vec<String>,
     bytes_on_disk: u64,
+    is_gguf: bool,
 }
 
 impl Checkpoint {
     /// Opens the folder `dir`: `config.json`, and `model.safetensors` or the shards of `model.safetensors.index.json`.
+    /// A GGUF file is opened as the folder that its metadata describe, see [`gguf::GgufModel::hf_form`].
     ///
     /// # Errors
     /// [`ErrorKind::Io`] if a file is missing or unreadable, [`ErrorKind::InvalidFile`] if one breaks its format,
@@ -163,7 +195,12 @@ impl Checkpoint {
     /// As [`Self::open`].
     pub fn open_source(source: Source) -> Result<Self> {
         if let Some(file) = source.whole() {
-            return Err(Error::new(ErrorKind::Io, "expected a checkpoint folder, found a file").in_file(file.path()));
+            let Some(opened) = gguf::open(&file)? else {
+                let message = "expected a checkpoint folder or a GGUF file, found another file";
+                return Err(Error::new(ErrorKind::Unsupported, message).in_file(file.path()));
+            };
+            let gguf::Opened { source, config, tensors, bytes_on_disk } = opened;
+            return Ok(Self { source, config, tensors, unlisted: Vec::new(), bytes_on_disk, is_gguf: true });
         }
         let config_path = source.place().join("config.json");
         let config = source.json("config.json")?.ok_or_else(|| missing(&config_path))?;
@@ -171,7 +208,9 @@ impl Checkpoint {
             return Err(Error::new(ErrorKind::InvalidFile, "expected a JSON object").in_file(&config_path));
         }
 
-        let mut checkpoint = Self { source, config, tensors: BTreeMap::new(), unlisted: Vec::new(), bytes_on_disk: 0 };
+        let tensors = BTreeMap::new();
+        let mut checkpoint =
+            Self { source, config, tensors, unlisted: Vec::new(), bytes_on_disk: 0, is_gguf: false };
         if !checkpoint.add_file(SINGLE)? {
             checkpoint.add_shards()?;
         }
@@ -183,7 +222,12 @@ impl Checkpoint {
         self.source.place()
     }
 
-    /// `config.json` as it is.
+    /// Whether it is a GGUF file.
+    pub fn is_gguf(&self) -> bool {
+        self.is_gguf
+    }
+
+    /// `config.json` as it is, or as the metadata of a GGUF file make it.
     pub fn config(&self) -> &Value {
         &self.config
     }
@@ -304,7 +348,7 @@ impl Checkpoint {
                 Error::new(ErrorKind::InvalidFile, "range leaves the file").in_file(path).in_tensor(&name)
             })?;
             let view =
-                TensorView { name: name.clone(), dtype: entry.dtype, shape: entry.shape, file: path.clone(), extent };
+                TensorView { name: name.clone(), dtype: entry.dtype, shape: entry.shape, file: path.clone(), ggml: None, extent };
             self.tensors.insert(name, view);
         }
         self.bytes_on_disk += whole.len() as u64;

@@ -1,6 +1,6 @@
 //! Inputs of matrices that take them in another order or scaled: an operation in front of the linear layer.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use super::weights::InputIds;
 use crate::backend::{BufferDesc, BufferId, Op, Program, Rows, WeightId};
@@ -16,7 +16,7 @@ pub(super) fn arrange(program: &mut Program, inputs: &HashMap<WeightId, InputIds
         return Ok(());
     }
     let mut buffers = HashMap::new();
-    let mut arranged = 0;
+    let mut arranged = HashSet::new();
     let mut ops: Vec<Op> = Vec::with_capacity(program.ops.len());
     // The transform whose result is still in its buffer.
     let mut held: Option<(BufferId, InputIds, Rows, BufferId)> = None;
@@ -24,7 +24,7 @@ pub(super) fn arrange(program: &mut Program, inputs: &HashMap<WeightId, InputIds
         if let Op::Linear { x, weight, rows, .. } = &mut op
             && let Some(&ids) = inputs.get(weight)
         {
-            arranged += 1;
+            arranged.insert(*weight);
             // Rows of logits are read from token rows by the linear layer itself.
             let moved = if *rows == Rows::Logits { Rows::All } else { *rows };
             let out = match held {
@@ -42,13 +42,13 @@ pub(super) fn arrange(program: &mut Program, inputs: &HashMap<WeightId, InputIds
             };
             held = Some((*x, ids, moved, out));
             *x = out;
-        } else if !matches!(op, Op::Linear { .. }) {
-            held = None;
         }
+        // Only linear layers are known to leave the buffer alone, if it is not theirs.
+        held = held.filter(|(from, ..)| matches!(&op, Op::Linear { out, .. } if out.buffer != *from));
         ops.push(op);
     }
     program.ops = ops;
-    if arranged < inputs.len() {
+    if arranged.len() < inputs.len() {
         let message = "a matrix that reorders its inputs outside of a linear layer";
         return Err(Error::new(ErrorKind::Unsupported, message));
     }

@@ -325,7 +325,7 @@ fn q6_k(block: &[u8], out: &mut [f32]) {
 }
 
 /// A matrix in blocks of 256 elements with two levels of scales, as a GGUF file stores it.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct BlockMatrix {
     /// Output features.
     pub n: usize,

@@ -2,12 +2,12 @@
 
 use std::collections::HashMap;
 
-use awqua::checkpoint::gguf::{Array, Gguf};
-use awqua::{Error, ErrorKind, Result};
 use serde_json::{Map, Value as Json, json};
 
+use super::model::GgufModel;
 use super::spm::merges_from_scores;
-use super::tensors::Model;
+use super::{Array, Gguf};
+use crate::error::{Error, ErrorKind, Result};
 
 /// Longest piece of a SentencePiece model, in bytes; its splits are tried one by one.
 const MAX_PIECE: usize = 4096;
@@ -73,7 +73,7 @@ enum Pre {
 }
 
 /// Reads the vocabulary of `model`, whose embedding has `vocab_size` rows.
-pub(super) fn read(model: &Model, vocab_size: usize) -> Result<Vocabulary> {
+pub(super) fn read(model: &GgufModel, vocab_size: usize) -> Result<Vocabulary> {
     read_inner(model.metadata(), vocab_size).map_err(|e| e.in_file(model.metadata().path()))
 }
 

@@ -1,12 +1,11 @@
 //! `config.json` from the hyper-parameters of the metadata.
 
-use awqua::checkpoint::gguf::{Array, Value};
-use awqua::{Error, ErrorKind, Result};
 use serde_json::{Value as Json, json};
 
-use super::ImportDtype;
-use super::tensors::Model;
+use super::model::GgufModel;
 use super::tokenizer::Vocabulary;
+use super::{Array, Value};
+use crate::error::{Error, ErrorKind, Result};
 
 /// Largest hyper-parameter taken seriously; keeps products of two inside 64 bits.
 const MAX_SIZE: u64 = 1 << 31;
@@ -40,11 +39,11 @@ pub(super) struct Config {
 }
 
 /// Reads and checks the hyper-parameters of `model`.
-pub(super) fn read(model: &Model) -> Result<Config> {
+pub(super) fn read(model: &GgufModel) -> Result<Config> {
     read_inner(model).map_err(|e| e.in_file(model.metadata().path()))
 }
 
-fn read_inner(model: &Model) -> Result<Config> {
+fn read_inner(model: &GgufModel) -> Result<Config> {
     let Some(arch) = model.metadata().string("general.architecture")? else {
         return Err(Error::new(ErrorKind::InvalidConfig, "metadata `general.architecture` is missing"));
     };
@@ -128,7 +127,7 @@ fn read_inner(model: &Model) -> Result<Config> {
 }
 
 /// Whether q, k, v have biases; refuses combinations that the architecture's class has no place for.
-fn check_biases(model: &Model, arch: &str) -> Result<bool> {
+fn check_biases(model: &GgufModel, arch: &str) -> Result<bool> {
     let has = |name: &str| model.tensor(&format!("blk.0.{name}.bias")).is_some();
     let qkv = has("attn_q");
     let expected_output = qkv && arch != "qwen2";
@@ -144,7 +143,7 @@ fn check_biases(model: &Model, arch: &str) -> Result<bool> {
 
 /// The metadata of one architecture.
 struct Keys<'a> {
-    model: &'a Model<'a>,
+    model: &'a GgufModel,
     arch: &'a str,
 }
 
@@ -303,7 +302,7 @@ fn llama3_scaling(keys: &Keys, head_dim: usize) -> Result<Option<Json>> {
 
 impl Config {
     /// The content of `config.json`.
-    pub(super) fn to_json(&self, dtype: ImportDtype, vocabulary: &Vocabulary) -> Json {
+    pub(super) fn to_json(&self, torch_dtype: &str, vocabulary: &Vocabulary) -> Json {
         let mut json = json!({
             "architectures": [self.architecture],
             "model_type": self.model_type,
@@ -320,10 +319,7 @@ impl Config {
             "rope_theta": self.rope_theta,
             "rope_scaling": self.rope_scaling,
             "tie_word_embeddings": self.tie_word_embeddings,
-            "torch_dtype": match dtype {
-                ImportDtype::F16 => "float16",
-                ImportDtype::BF16 => "bfloat16",
-            },
+            "torch_dtype": torch_dtype,
             "bos_token_id": vocabulary.bos,
             "eos_token_id": vocabulary.eos,
             "pad_token_id": vocabulary.pad,
