@@ -75,7 +75,8 @@ fn cut(
     for &(suffix, axis, step) in tensors(scheme) {
         let Some(tensor) = checkpoint.tensor(&format!("{prefix}.{suffix}")) else { continue };
         let whole = tensor.shape.get(axis).is_some_and(|&len| len == n.div_ceil(step));
-        if !whole || rows.start % step != 0 || (rows.end % step != 0 && rows.end != n) {
+        let cut_here = |row: usize| row.is_multiple_of(step);
+        if !whole || !cut_here(rows.start) || !(cut_here(rows.end) || rows.end == n) {
             return Ok(None);
         }
         match tensor.cut(axis, rows.start / step..rows.end.div_ceil(step)) {
