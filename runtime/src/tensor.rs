@@ -10,9 +10,11 @@ use crate::error::{Error, ErrorKind, Result};
 
 mod ggml;
 mod packed;
+mod weight;
 
 pub use ggml::{BlockMatrix, GgmlType, dequantize_row};
 pub use packed::{Levels, PackedMatrix, round, row_words};
+pub use weight::{LevelsForm, Weight, WeightShape};
 
 /// Element type of a dense matrix that backends compute with directly.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -122,6 +124,14 @@ impl Bytes {
             }
         }
     }
+
+    /// Tells the system that mapped pages of this range will be read soon, so that it fetches them meanwhile.
+    pub fn prefetch(&self) {
+        #[cfg(unix)]
+        if let Storage::Mapped(map) = &self.storage {
+            let _ = map.advise_range(memmap2::Advice::WillNeed, self.range.start, self.range.len());
+        }
+    }
 }
 
 impl Deref for Bytes {
@@ -184,35 +194,77 @@ impl DenseMatrix {
     }
 }
 
-/// How the second number of a group turns codes into weights.
+/// How the numbers of a group turn codes into weights: what the second one is, and where the software that defines the
+/// format rounds, which multiplies with weights in half precision or in bfloat16.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Offset {
-    /// `o` is a zero point in code units: w = (q - o) * s.
+    /// `o` is a zero point in code units: w = f16((q - o) * s).
     Zero,
-    /// `o` is a bias in weight units: w = q * s + o.
+    /// `o` is a bias in weight units: w = f16(q * s + o).
     Bias,
+    /// The same with the product rounded first: w = f16(f16(q * s) + o).
+    RoundedBias,
+    /// [`Self::Zero`], rounded to bfloat16.
+    ZeroBf16,
+    /// [`Self::Bias`], rounded to bfloat16.
+    BiasBf16,
+    /// [`Self::RoundedBias`], both rounded to bfloat16.
+    RoundedBiasBf16,
 }
 
 impl Offset {
+    /// Whether `o` is a bias.
+    pub fn is_bias(self) -> bool {
+        !matches!(self, Self::Zero | Self::ZeroBf16)
+    }
+
+    /// Whether products are rounded before the bias is added.
+    pub fn rounds_products(self) -> bool {
+        matches!(self, Self::RoundedBias | Self::RoundedBiasBf16)
+    }
+
+    /// What weights are rounded to: half precision or bfloat16.
+    pub fn rounding(self) -> DenseType {
+        match self {
+            Self::Zero | Self::Bias | Self::RoundedBias => DenseType::F16,
+            Self::ZeroBf16 | Self::BiasBf16 | Self::RoundedBiasBf16 => DenseType::BF16,
+        }
+    }
+
+    /// The same meaning with weights rounded to bfloat16 if that is `rounding`, else to half precision.
+    #[must_use]
+    pub fn rounded_to(self, rounding: DenseType) -> Self {
+        let bf16 = rounding == DenseType::BF16;
+        match self {
+            Self::Zero | Self::ZeroBf16 => if bf16 { Self::ZeroBf16 } else { Self::Zero },
+            Self::Bias | Self::BiasBf16 => if bf16 { Self::BiasBf16 } else { Self::Bias },
+            Self::RoundedBias | Self::RoundedBiasBf16 => if bf16 { Self::RoundedBiasBf16 } else { Self::RoundedBias },
+        }
+    }
+
+    /// The weight that code `q` stands for, rounded to `rounding` wherever this form rounds.
+    pub fn weight(self, q: u8, s: f32, o: f32, rounding: DenseType) -> f32 {
+        // Products are exact in f32 while `s` is a number of half precision or bfloat16 (8 + 11 bits).
+        let exact = match self {
+            Self::Zero | Self::ZeroBf16 => (f32::from(q) - o) * s,
+            Self::Bias | Self::BiasBf16 => f32::from(q) * s + o,
+            Self::RoundedBias | Self::RoundedBiasBf16 => round(rounding, f32::from(q) * s) + o,
+        };
+        round(rounding, exact)
+    }
+
     /// The weights that codes 0 to 15 of a group with these [`W4Matrix::group_params`] stand for.
     pub fn weights(self, params: u32) -> [f32; 16] {
         let scale = f16::from_bits(params as u16).to_f32();
         let o = f16::from_bits((params >> 16) as u16).to_f32();
-        std::array::from_fn(|q| {
-            // Both products are exact in f32 (4 + 11 bits).
-            let exact = match self {
-                Self::Zero => (q as f32 - o) * scale,
-                Self::Bias => q as f32 * scale + o,
-            };
-            f16::from_f32(exact).to_f32()
-        })
+        std::array::from_fn(|q| self.weight(q as u8, scale, o, self.rounding()))
     }
 }
 
 /// A matrix in the canonical 4-bit form that every backend reads; every dialect on disk decodes to it.
 ///
-/// A weight is `f16((q - o) * s)` or `f16(q * s + o)` (see [`Offset`]): computed in f32 and rounded once to half
-/// precision, because that is what the software that defines these formats multiplies with. The recorded hashes of
+/// A weight is `f16((q - o) * s)`, `f16(q * s + o)` or the like (see [`Offset`]): computed in f32 and rounded, because
+/// that is what the software that defines these formats multiplies with. The recorded hashes of
 /// its dequantized tensors agree bit for bit with [`W4Matrix::dequantize_row`].
 #[derive(Debug, Clone, PartialEq)]
 pub struct W4Matrix {
@@ -234,87 +286,5 @@ impl W4Matrix {
     /// Groups of one row.
     pub fn groups(&self) -> usize {
         self.k / self.group_size
-    }
-}
-
-/// A weight on its way to a backend.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Weight {
-    /// Packed 4-bit matrix in the canonical form.
-    W4(W4Matrix),
-    /// Packed matrix of another width, precision or meaning.
-    Packed(PackedMatrix),
-    /// Matrix in blocks of 256 with two levels of scales.
-    Blocks(BlockMatrix),
-    /// Dense matrix, also embeddings.
-    Dense(DenseMatrix),
-    /// Norm weight, bias or factors, widened to f32.
-    Vector(Vec<f32>),
-    /// For each input feature of a matrix, the column of the activations that it takes.
-    Order(Vec<u32>),
-}
-
-impl Weight {
-    /// Rows and columns; a vector is one row.
-    pub fn shape(&self) -> (usize, usize) {
-        match self {
-            Self::W4(m) => (m.n, m.k),
-            Self::Packed(m) => (m.n, m.k),
-            Self::Blocks(m) => (m.n, m.k),
-            Self::Dense(m) => (m.n, m.k),
-            Self::Vector(v) => (1, v.len()),
-            Self::Order(v) => (1, v.len()),
-        }
-    }
-
-    /// Bytes that it takes in memory.
-    pub fn bytes(&self) -> usize {
-        match self {
-            Self::W4(m) => 4 * (m.qweight.len() + m.group_params.len()),
-            Self::Packed(m) => 4 * m.codes.len() + m.levels.bytes(),
-            Self::Blocks(m) => m.bytes.len(),
-            Self::Dense(m) => m.bytes.len(),
-            Self::Vector(v) => 4 * v.len(),
-            Self::Order(v) => 4 * v.len(),
-        }
-    }
-
-    /// Bits of a packed weight; `None` for what is not packed.
-    pub fn bits(&self) -> Option<u32> {
-        match self {
-            Self::W4(_) => Some(4),
-            Self::Packed(m) => Some(m.bits),
-            Self::Blocks(m) => Some(match m.ggml_type {
-                GgmlType::Q4K => 4,
-                GgmlType::Q5K => 5,
-                _ => 6,
-            }),
-            Self::Dense(_) | Self::Vector(_) | Self::Order(_) => None,
-        }
-    }
-
-    /// Gives mapped pages back, see [`Bytes::release`].
-    pub fn release(&self) {
-        match self {
-            Self::Blocks(m) => m.bytes.release(),
-            Self::Dense(m) => m.bytes.release(),
-            Self::W4(_) | Self::Packed(_) | Self::Vector(_) | Self::Order(_) => {}
-        }
-    }
-
-    /// Writes row `row` to `out`, whose length is that of a row: the values that are multiplied with.
-    ///
-    /// # Panics
-    /// If the row is out of range or `out` has another length.
-    pub fn expand_row(&self, row: usize, out: &mut [f32]) {
-        assert_eq!(out.len(), self.shape().1, "a row has this many columns");
-        match self {
-            Self::W4(m) => m.dequantize_row(row, out),
-            Self::Packed(m) => m.expand(row, 0, out),
-            Self::Blocks(m) => m.expand(row, 0, out),
-            Self::Dense(m) => m.dtype.widen(&m.bytes[row * m.row_bytes()..][..m.row_bytes()], out),
-            Self::Vector(v) => out.copy_from_slice(v),
-            Self::Order(v) => out.iter_mut().zip(v).for_each(|(out, &i)| *out = i as f32),
-        }
     }
 }

@@ -2,7 +2,7 @@
 //! Slow and obvious on purpose; backends are compared with it.
 
 use awqua::backend::{BufferId, KvType, LogitsRows, Op, Program, Rows, Span};
-use awqua::tensor::{DenseType, Offset, PackedMatrix, W4Matrix, Weight};
+use awqua::tensor::{DenseType, PackedMatrix, W4Matrix, Weight};
 use half::f16;
 
 /// What a dequantised 4-bit weight is rounded to.
@@ -228,7 +228,7 @@ fn widen(weight: &Weight, w4: Dequantised) -> Vec<f32> {
             widen(&Weight::Packed(PackedMatrix { rounding: DenseType::F32, ..matrix.clone() }), w4)
         }
         other => {
-            let (n, k) = other.shape();
+            let (n, k) = other.dims();
             let mut rows = vec![0.0; n * k];
             rows.chunks_exact_mut(k).enumerate().for_each(|(i, row)| other.expand_row(i, row));
             rows
@@ -244,9 +244,9 @@ fn dequantise(matrix: &W4Matrix, rounding: Dequantised) -> Vec<f32> {
             let params = matrix.group_params[row * matrix.groups() + column / matrix.group_size];
             let scale = f16::from_bits(params as u16).to_f32();
             let offset = f16::from_bits((params >> 16) as u16).to_f32();
-            let weight = match matrix.offset {
-                Offset::Zero => (code as f32 - offset) * scale,
-                Offset::Bias => code as f32 * scale + offset,
+            let weight = match matrix.offset.is_bias() {
+                false => (code as f32 - offset) * scale,
+                true => code as f32 * scale + offset,
             };
             out.push(match rounding {
                 Dequantised::Half => f16::from_f32(weight).to_f32(),

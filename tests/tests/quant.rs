@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use awqua::ErrorKind;
 use awqua::checkpoint::Checkpoint;
-use awqua::quant::{LinearWeight, Quantization, awq, load_linear};
+use awqua::quant::{Dialect, LinearShape, LinearWeight, Quantization, ROW_STEP, awq, linear_shape, load_linear, load_rows};
 use awqua::tensor::{Bytes, DenseMatrix, DenseType, Offset, W4Matrix, Weight};
 use awqua_quantizer::quantize_matrix;
 use awqua_quantizer::rtn::{Progress, Report, Rest, RtnOptions, quantize_rtn};
@@ -31,7 +31,9 @@ fn packed_fixtures() -> Vec<(PathBuf, serde_json::Value)> {
                 .get("dequant_f16_sha256")
                 .filter(|hashes| hashes.as_object().is_some_and(|map| !map.is_empty()))
             {
-                found.push((dir, hashes.clone()));
+                // One file, or the folder.
+                let path = reference["file"].as_str().map_or_else(|| dir.clone(), |file| dir.join(file));
+                found.push((path, hashes.clone()));
             }
         }
     }
@@ -42,7 +44,7 @@ fn packed_fixtures() -> Vec<(PathBuf, serde_json::Value)> {
 /// SHA-256 of a matrix in half precision, row-major, little-endian, its columns in the order of the inputs.
 fn hash(linear: &LinearWeight) -> String {
     let mut hasher = Sha256::new();
-    let (n, k) = linear.weight.shape();
+    let (n, k) = linear.weight.dims();
     let mut row = vec![0.0; k];
     for n in 0..n {
         linear.expand_row(n, &mut row);
@@ -70,6 +72,29 @@ fn shape(config: &serde_json::Value, module: &str) -> (usize, usize) {
     }
 }
 
+/// What is promised of a module is what it is, and pieces of it make the whole.
+fn check_pieces(checkpoint: &Checkpoint, quantization: &Quantization, module: &str, whole: &LinearWeight) {
+    let (n, k) = whole.weight.dims();
+    let shape = linear_shape(checkpoint, Some(quantization), module, n, k).unwrap();
+    assert_eq!(shape, LinearShape { weight: whole.weight.shape(), input: whole.input.clone() }, "{module}");
+    for step in [ROW_STEP, 3 * ROW_STEP] {
+        let mut joined: Option<Weight> = None;
+        for first in (0..n).step_by(step) {
+            let rows = first..n.min(first + step);
+            let Some(part) = load_rows(checkpoint, Some(quantization), module, (n, k), rows).unwrap() else {
+                assert!(quantization.dialect() == Dialect::BitsAndBytes && first == 0, "{module} is cut");
+                return;
+            };
+            let part = part.widened(&shape.weight);
+            match &mut joined {
+                None => joined = Some(part),
+                Some(joined) => joined.append(part).unwrap(),
+            }
+        }
+        assert!(joined.as_ref() == Some(&whole.weight), "{module} in steps of {step}");
+    }
+}
+
 #[test]
 fn every_packed_tensor_dequantizes_to_the_writers_bytes() {
     let mut dialects = std::collections::HashSet::new();
@@ -84,6 +109,7 @@ fn every_packed_tensor_dequantizes_to_the_writers_bytes() {
             let (n, k) = shape(checkpoint.config(), module);
             let linear = load_linear(&checkpoint, Some(&quantization), module, n, k).unwrap();
             assert!(linear.weight.bits().is_some(), "{name} of {} is not packed", dir.display());
+            check_pieces(&checkpoint, &quantization, module, &linear);
             tensors += 1;
             if hash(&linear) != expected.as_str().unwrap() {
                 wrong.push(format!("{}: {name}", dir.display()));

@@ -29,6 +29,9 @@ type Make = fn(&mut Rng, usize, usize) -> Weight;
 const KINDS: &[(&str, Make)] = &[
     ("w4, zero points", |rng, n, k| w4(rng, n, k, 32, Offset::Zero)),
     ("w4, biases", |rng, n, k| w4(rng, n, k, 64, Offset::Bias)),
+    ("w4, products rounded", |rng, n, k| w4(rng, n, k, 64, Offset::RoundedBias)),
+    ("w4, bfloat16", |rng, n, k| w4(rng, n, k, 128, Offset::ZeroBf16)),
+    ("w4, products rounded to bfloat16", |rng, n, k| w4(rng, n, k, 64, Offset::RoundedBiasBf16)),
     ("2 bits", |rng, n, k| packed(rng, n, k, 2, 64, false, DenseType::F16)),
     ("3 bits", |rng, n, k| packed(rng, n, k, 3, 32, false, DenseType::F16)),
     ("3 bits, wide, a short last group", |rng, n, k| packed(rng, n, k, 3, 96, true, DenseType::BF16)),
@@ -52,8 +55,8 @@ fn numbers(rng: &mut Rng, bits: u32, offset: Offset) -> (f32, f32) {
     let largest = (1u32 << bits) as f32;
     let scale = rng.range(0.05, 0.15) / largest;
     match offset {
-        Offset::Zero => (scale, rng.below(1 << bits) as f32),
-        Offset::Bias => (scale, rng.range(-0.06, -0.04)),
+        Offset::Zero | Offset::ZeroBf16 => (scale, rng.below(1 << bits) as f32),
+        _ => (scale, rng.range(-0.06, -0.04)),
     }
 }
 

@@ -37,7 +37,7 @@ impl Head {
 
     /// The logits (rows, vocab_size) of rows of the residual stream.
     pub fn logits(&self, decoder: &Decoder, x: &[f32]) -> Vec<f32> {
-        let (vocab, hidden) = self.table.weight.shape();
+        let (vocab, hidden) = self.table.weight.dims();
         let normed = rms_norm(x, &self.norm, self.eps);
         let mut out = vec![0.0; x.len() / hidden * vocab];
         let mut panel = vec![0.0; PANEL.min(vocab) * hidden];

@@ -201,7 +201,7 @@ impl Decoder {
     }
 
     fn widen(&self, linear: &LinearWeight) -> Result<Vec<f32>> {
-        let (n, k) = linear.weight.shape();
+        let (n, k) = linear.weight.dims();
         let mut out = vec![0.0; n * k];
         self.threads.rows(&mut out, k, |first, rows| {
             for (i, row) in rows.chunks_exact_mut(k).enumerate() {

@@ -69,9 +69,40 @@ impl TensorView {
         &self.extent
     }
 
+    /// Tells the system that its pages will be read soon; see [`Bytes::prefetch`].
+    pub fn prefetch(&self) {
+        self.extent.prefetch();
+    }
+
     /// Tells the system that its pages will not be read soon; see [`Bytes::release`].
     pub fn release(&self) {
         self.extent.release();
+    }
+
+    /// The elements `range` of dimension `axis` (0 or 1) of a matrix, as a tensor of its own; `None` where it is no
+    /// such matrix, or would have to be read piece by piece.
+    pub(crate) fn cut(&self, axis: usize, range: std::ops::Range<usize>) -> Option<Self> {
+        let &[rows, columns] = self.shape.as_slice() else { return None };
+        let row_bytes = self.byte_len().checked_div(rows)?;
+        let element = row_bytes.checked_div(columns)?;
+        if range.start > range.end || range.end > self.shape[axis] || element * columns != row_bytes {
+            return None;
+        }
+        let mut cut = self.clone();
+        cut.shape[axis] = range.len();
+        cut.extent = match axis {
+            0 => self.extent.slice(range.start * row_bytes..range.end * row_bytes)?,
+            _ => {
+                let view = self.extent.view()?;
+                let mut bytes = Vec::new();
+                bytes.try_reserve_exact(rows * range.len() * element).ok()?;
+                for row in view.chunks_exact(row_bytes) {
+                    bytes.extend_from_slice(&row[range.start * element..range.end * element]);
+                }
+                Extent::whole(Arc::new(Bytes::owned(bytes)), self.file.clone())
+            }
+        };
+        Some(cut)
     }
 
     /// An [`ErrorKind::InvalidTensor`] error about this tensor.
@@ -242,6 +273,12 @@ impl Checkpoint {
         self.tensors.values()
     }
 
+    /// The tensors whose names begin with `prefix`, sorted.
+    pub(crate) fn tensors_of<'a>(&'a self, prefix: &'a str) -> impl Iterator<Item = &'a TensorView> {
+        let from = self.tensors.range::<str, _>((std::ops::Bound::Included(prefix), std::ops::Bound::Unbounded));
+        from.map(|(_, tensor)| tensor).take_while(move |tensor| tensor.name.starts_with(prefix))
+    }
+
     /// Tensors that are in a shard although the index does not list them, sorted.
     pub fn unlisted(&self) -> &[String] {
         &self.unlisted
@@ -281,6 +318,31 @@ impl Checkpoint {
         let tensor = self.require(name, &[n, k])?;
         DenseMatrix::new(n, k, tensor.dense_type()?, tensor.bytes()?)
             .map_err(|error| error.in_file(&tensor.file).in_tensor(name))
+    }
+
+    /// Rows `rows` of the floating-point matrix `name` of shape (n, k), as [`Self::dense_matrix`].
+    ///
+    /// # Errors
+    /// As [`Self::dense_matrix`], and [`ErrorKind::InvalidInput`] for rows that are not there.
+    pub fn dense_rows(&self, name: &str, n: usize, k: usize, rows: std::ops::Range<usize>) -> Result<DenseMatrix> {
+        let tensor = self.require(name, &[n, k])?;
+        let part = tensor.cut(0, rows.clone()).ok_or_else(|| {
+            Error::new(ErrorKind::InvalidInput, format!("rows {rows:?} of {n}")).in_file(&tensor.file).in_tensor(name)
+        })?;
+        DenseMatrix::new(rows.len(), k, tensor.dense_type()?, part.bytes()?)
+            .map_err(|error| error.in_file(&tensor.file).in_tensor(name))
+    }
+
+    /// The same checkpoint with no other tensors than `tensors`.
+    pub(crate) fn with_tensors(&self, tensors: Vec<TensorView>) -> Self {
+        Self {
+            source: self.source.clone(),
+            config: Value::Null,
+            tensors: tensors.into_iter().map(|tensor| (tensor.name.clone(), tensor)).collect(),
+            unlisted: Vec::new(),
+            bytes_on_disk: 0,
+            is_gguf: self.is_gguf,
+        }
     }
 
     /// The floating-point vector `name` of `len` elements, widened to f32.

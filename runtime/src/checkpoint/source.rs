@@ -187,10 +187,15 @@ impl Extent {
     /// # Errors
     /// [`ErrorKind::Io`] or [`ErrorKind::OutOfMemory`].
     pub fn bytes(&self) -> Result<Bytes> {
-        match self.file.view(self.offset, self.len).filter(|view| view.len() == self.len) {
+        match self.view() {
             Some(view) => Ok(view),
             None => self.copy().map(Bytes::owned),
         }
+    }
+
+    /// The bytes without a copy, where the file offers that.
+    pub fn view(&self) -> Option<Bytes> {
+        self.file.view(self.offset, self.len).filter(|view| view.len() == self.len)
     }
 
     /// A copy of the bytes.
@@ -219,9 +224,16 @@ impl Extent {
         self.file.read_at(self.offset + at as u64, out).map_err(|error| io(&error))
     }
 
+    /// Tells the system that the pages of a view will be read soon; see [`Bytes::prefetch`].
+    pub fn prefetch(&self) {
+        if let Some(view) = self.view() {
+            view.prefetch();
+        }
+    }
+
     /// Tells the system that the pages of a view will not be read soon; see [`Bytes::release`].
     pub fn release(&self) {
-        if let Some(view) = self.file.view(self.offset, self.len) {
+        if let Some(view) = self.view() {
             view.release();
         }
     }

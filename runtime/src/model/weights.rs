@@ -1,15 +1,15 @@
-//! Reads every weight of a decoder, checks its shape and hands it to the backend, one tensor at a time.
+//! Every weight of a decoder: first a list of what goes to the backend, made from headers alone; then its rows, a
+//! bounded number at a time.
 
 use std::collections::HashMap;
-use std::ops::ControlFlow;
+use std::ops::Range;
 
-use super::LoadProgress;
 use super::config::ModelConfig;
-use crate::backend::{Backend, WeightId};
+use crate::backend::{Backend, ROW_STEP, WeightId};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, ErrorKind, Result};
-use crate::quant::{self, InputTransform, LinearWeight, Quantization};
-use crate::tensor::{W4Matrix, Weight};
+use crate::quant::{self, InputTransform, LinearShape, Quantization};
+use crate::tensor::{Weight, WeightShape};
 
 /// A linear layer on the backend.
 #[derive(Debug, Clone, Copy)]
@@ -53,57 +53,38 @@ pub(super) struct InputIds {
     pub(super) factors: Option<WeightId>,
 }
 
-/// Uploads the whole model.
-pub(super) fn load(
-    checkpoint: &Checkpoint,
-    config: &ModelConfig,
-    backend: &mut dyn Backend,
-    progress: &mut dyn FnMut(LoadProgress) -> ControlFlow<()>,
-) -> Result<ModelWeights> {
+/// Lists the weights of the whole model and checks their shapes; no tensor is read.
+pub(super) fn plan(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<(UploadPlan, ModelWeights)> {
     let quantization = Quantization::of(checkpoint)?;
-    let total = config.num_hidden_layers as u64 + 2;
-    let mut loader = Loader { checkpoint, quantization, config, backend, inputs: HashMap::new() };
-    let mut report = |done: u64| match progress(LoadProgress { done, total }) {
-        ControlFlow::Continue(()) => Ok(()),
-        ControlFlow::Break(()) => Err(Error::new(ErrorKind::Cancelled, "loading was cancelled")),
-    };
-    report(0)?;
-    let embedding = loader.table("model.embed_tokens", config.vocab_size, config.hidden_size)?;
-    report(1)?;
-    let layers = (0..config.num_hidden_layers)
-        .map(|layer| {
-            let weights = loader.layer(layer)?;
-            report(layer as u64 + 2)?;
-            Ok(weights)
-        })
-        .collect::<Result<Vec<_>>>()?;
-    let norm = loader.vector("model.norm.weight", config.hidden_size)?;
+    let mut planner = Planner { checkpoint, quantization, config, items: Vec::new(), inputs: HashMap::new() };
+    let embedding = planner.table("model.embed_tokens", config.vocab_size, config.hidden_size)?;
+    let layers = (0..config.num_hidden_layers).map(|layer| planner.layer(layer)).collect::<Result<Vec<_>>>()?;
+    let norm = planner.vector("model.norm.weight", config.hidden_size)?;
     let head = if config.tie_word_embeddings {
         embedding
     } else {
-        loader.linear("lm_head", config.vocab_size, config.hidden_size, false)?.weight
+        planner.linear("lm_head", config.vocab_size, config.hidden_size, false)?.weight
     };
-    report(total)?;
-    let inputs = loader.inputs;
-    Ok(ModelWeights { embedding, layers, norm, head, inputs })
+    let Planner { quantization, items, inputs, .. } = planner;
+    Ok((UploadPlan { quantization, items }, ModelWeights { embedding, layers, norm, head, inputs }))
 }
 
-struct Loader<'a> {
+struct Planner<'a> {
     checkpoint: &'a Checkpoint,
     quantization: Option<Quantization>,
     config: &'a ModelConfig,
-    backend: &'a mut dyn Backend,
+    items: Vec<Item>,
     inputs: HashMap<WeightId, InputIds>,
 }
 
-impl Loader<'_> {
+impl Planner<'_> {
     fn layer(&mut self, layer: usize) -> Result<LayerWeights> {
         let c = self.config;
         let (hidden, inter) = (c.hidden_size, c.intermediate_size);
         let (q, kv) = (c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim);
         let name = |rest: &str| format!("model.layers.{layer}.{rest}");
-        let qk_norm = |loader: &mut Self, rest: &str| match c.arch.qk_norm {
-            true => loader.vector(&name(rest), c.head_dim).map(Some),
+        let qk_norm = |planner: &mut Self, rest: &str| match c.arch.qk_norm {
+            true => planner.vector(&name(rest), c.head_dim).map(Some),
             false => Ok(None),
         };
         Ok(LayerWeights {
@@ -128,43 +109,61 @@ impl Loader<'_> {
 
     /// An embedding table, packed or not.
     fn table(&mut self, prefix: &str, n: usize, k: usize) -> Result<WeightId> {
-        let table = quant::load_table(self.checkpoint, self.quantization.as_ref(), prefix, n, k)?;
-        self.upload(prefix, table)
+        let shape = quant::table_shape(self.checkpoint, self.quantization.as_ref(), prefix, n, k)?;
+        Ok(self.push(prefix, shape, vec![linear_part(prefix, shape, k)]))
     }
 
     fn vector(&mut self, name: &str, len: usize) -> Result<WeightId> {
-        let vector = self.checkpoint.vector(name, len)?;
-        self.upload(name, Weight::Vector(vector))
+        let part = self.vector_part(name, len)?;
+        Ok(self.push(name, WeightShape::Vector { len }, vec![part]))
+    }
+
+    fn vector_part(&self, name: &str, len: usize) -> Result<Part> {
+        self.checkpoint.require(name, &[len])?.dense_type()?;
+        let tensor = name.to_owned();
+        Ok(Part::new(name, len, move |input, rows| match rows.len() == len {
+            true => input.checkpoint.vector(&tensor, len).map(|vector| Some(Weight::Vector(vector))),
+            false => Ok(None),
+        }))
     }
 
     fn linear(&mut self, prefix: &str, n: usize, k: usize, bias: bool) -> Result<Projection> {
-        let weight = quant::load_linear(self.checkpoint, self.quantization.as_ref(), prefix, n, k)?;
+        let shape = quant::linear_shape(self.checkpoint, self.quantization.as_ref(), prefix, n, k)?;
         let bias = self.bias(prefix, n, bias)?;
-        self.project(prefix, weight, bias, 0)
+        let part = linear_part(prefix, shape.weight, k);
+        Ok(self.project(prefix, shape, vec![part], bias.into_iter().collect(), 0))
     }
 
     fn project(
         &mut self,
         prefix: &str,
-        linear: LinearWeight,
-        bias: Option<Vec<f32>>,
+        shape: LinearShape,
+        parts: Vec<Part>,
+        bias: Vec<Part>,
         offset: usize,
-    ) -> Result<Projection> {
-        let weight = self.upload(prefix, linear.weight)?;
-        let InputTransform { order, factors } = linear.input;
+    ) -> Projection {
+        let weight = self.push(prefix, shape.weight, parts);
+        let InputTransform { order, factors } = shape.input;
         if order.is_some() || factors.is_some() {
-            let order = order.map(|order| self.upload(prefix, Weight::Order(order))).transpose()?;
-            let factors = factors.map(|factors| self.upload(prefix, Weight::Vector(factors))).transpose()?;
+            let order = order.map(|order| {
+                let (len, name) = (order.len(), format!("{prefix}, order of inputs"));
+                self.push(&name, WeightShape::Order { len }, vec![kept_part(len, Weight::Order(order))])
+            });
+            let factors = factors.map(|factors| {
+                let (len, name) = (factors.len(), format!("{prefix}, factors of inputs"));
+                self.push(&name, WeightShape::Vector { len }, vec![kept_part(len, Weight::Vector(factors))])
+            });
             self.inputs.insert(weight, InputIds { order, factors });
         }
-        let bias = bias.map(|bias| self.upload(&format!("{prefix}.bias"), Weight::Vector(bias))).transpose()?;
-        Ok(Projection { weight, bias, offset: offset as u32 })
+        let len = bias.iter().map(|part| part.rows).sum();
+        let bias = (len > 0).then(|| self.push(&format!("{prefix}.bias"), WeightShape::Vector { len }, bias));
+        Projection { weight, bias, offset: offset as u32 }
     }
 
-    fn bias(&self, prefix: &str, n: usize, expected: bool) -> Result<Option<Vec<f32>>> {
+    fn bias(&self, prefix: &str, n: usize, expected: bool) -> Result<Option<Part>> {
         let name = format!("{prefix}.bias");
         if expected {
-            return self.checkpoint.vector(&name, n).map(Some);
+            return self.vector_part(&name, n).map(Some);
         }
         match self.checkpoint.tensor(&name) {
             None => Ok(None),
@@ -175,51 +174,215 @@ impl Loader<'_> {
     /// Projections of one input, stacked along their outputs if all are 4-bit of the same kind: one launch instead of
     /// several. Others stay apart; stacking them would copy what is mapped.
     fn stacked(&mut self, parts: &[(String, usize)], k: usize, bias: bool) -> Result<Vec<Projection>> {
-        let mut weights = Vec::with_capacity(parts.len());
+        let mut shapes = Vec::with_capacity(parts.len());
         let mut biases = Vec::with_capacity(parts.len());
         for (prefix, n) in parts {
-            weights.push(quant::load_linear(self.checkpoint, self.quantization.as_ref(), prefix, *n, k)?);
+            shapes.push(quant::linear_shape(self.checkpoint, self.quantization.as_ref(), prefix, *n, k)?);
             biases.push(self.bias(prefix, *n, bias)?);
         }
-        match stack(weights) {
-            Ok(stacked) => {
-                let bias: Vec<f32> = biases.into_iter().flatten().flatten().collect();
-                let bias = Some(bias).filter(|b| !b.is_empty());
-                let prefix = parts.iter().map(|(prefix, _)| prefix.as_str()).collect::<Vec<_>>().join(" + ");
-                Ok(vec![self.project(&prefix, stacked, bias, 0)?])
-            }
-            Err(weights) => {
-                let mut offset = 0;
-                let mut projections = Vec::with_capacity(parts.len());
-                for (((prefix, n), weight), bias) in parts.iter().zip(weights).zip(biases) {
-                    projections.push(self.project(prefix, weight, bias, offset)?);
-                    offset += n;
-                }
-                Ok(projections)
-            }
+        if let Some(shape) = stack(&shapes) {
+            let prefix = parts.iter().map(|(prefix, _)| prefix.as_str()).collect::<Vec<_>>().join(" + ");
+            let parts = parts.iter().zip(&shapes).map(|((prefix, _), shape)| linear_part(prefix, shape.weight, k));
+            let parts = parts.collect();
+            return Ok(vec![self.project(&prefix, shape, parts, biases.into_iter().flatten().collect(), 0)]);
         }
+        let mut offset = 0;
+        let mut projections = Vec::with_capacity(parts.len());
+        for (((prefix, n), shape), bias) in parts.iter().zip(shapes).zip(biases) {
+            let part = vec![linear_part(prefix, shape.weight, k)];
+            projections.push(self.project(prefix, shape, part, bias.into_iter().collect(), offset));
+            offset += n;
+        }
+        Ok(projections)
     }
 
-    fn upload(&mut self, name: &str, weight: Weight) -> Result<WeightId> {
-        self.backend.upload(name, weight).map_err(|e| e.in_file(self.checkpoint.dir()).in_tensor(name))
+    fn push(&mut self, name: &str, shape: WeightShape, parts: Vec<Part>) -> WeightId {
+        self.items.push(Item { name: name.to_owned(), shape, parts });
+        WeightId(self.items.len() as u32 - 1)
     }
 }
 
-/// One matrix with the rows of all, or the matrices back if they differ in kind or in what they do to their inputs.
-fn stack(weights: Vec<LinearWeight>) -> Result<LinearWeight, Vec<LinearWeight>> {
-    let Some(LinearWeight { weight: Weight::W4(first), input }) = weights.first() else { return Err(weights) };
-    let (group_size, offset) = (first.group_size, first.offset);
-    let alike = |m: &W4Matrix| m.group_size == group_size && m.offset == offset;
-    if !weights.iter().all(|w| matches!(&w.weight, Weight::W4(m) if alike(m)) && w.input == *input) {
-        return Err(weights);
+/// The rows of a module, in the form that was planned.
+fn linear_part(prefix: &str, shape: WeightShape, k: usize) -> Part {
+    let (module, n) = (prefix.to_owned(), shape.rows());
+    Part::new(prefix, n, move |input, rows| {
+        let rows = quant::load_rows(input.checkpoint, input.quantization, &module, (n, k), rows)?;
+        Ok(rows.map(|rows| rows.widened(&shape)))
+    })
+}
+
+/// What is known already.
+fn kept_part(len: usize, weight: Weight) -> Part {
+    Part { prefix: String::new(), rows: len, read: Box::new(move |_, _| Ok(Some(weight.clone()))), is_whole: true }
+}
+
+/// The shape of one matrix with the rows of all, if they are 4-bit, packed in the same way, and do the same to their
+/// inputs.
+fn stack(shapes: &[LinearShape]) -> Option<LinearShape> {
+    let first = shapes.first().filter(|shape| matches!(shape.weight, WeightShape::W4 { .. }))?;
+    let alike = |shape: &LinearShape| {
+        shape.weight.with_rows(0) == first.weight.with_rows(0) && shape.input == first.input
+    };
+    let rows = shapes.iter().map(|shape| shape.weight.rows()).sum();
+    let whole = || LinearShape { weight: first.weight.with_rows(rows), input: first.input.clone() };
+    shapes.iter().all(alike).then(whole)
+}
+
+/// The weights of a model in the order of their ids, and how to read them. Used again when weights come back.
+pub(super) struct UploadPlan {
+    quantization: Option<Quantization>,
+    items: Vec<Item>,
+}
+
+/// One weight.
+struct Item {
+    name: String,
+    shape: WeightShape,
+    /// In the order of their rows.
+    parts: Vec<Part>,
+}
+
+/// Rows of a weight that are stored together.
+struct Part {
+    /// The tensors they are stored in begin with it.
+    prefix: String,
+    rows: usize,
+    read: ReadRows,
+    /// Whether it is read in one piece.
+    is_whole: bool,
+}
+
+/// What rows are read from.
+struct Input<'a> {
+    checkpoint: &'a Checkpoint,
+    quantization: Option<&'a Quantization>,
+}
+
+/// Reads some rows of a part; `None` where it can only be read as a whole.
+type ReadRows = Box<dyn Fn(&Input<'_>, Range<usize>) -> Result<Option<Weight>> + Send + Sync>;
+
+impl Part {
+    fn new(
+        prefix: &str,
+        rows: usize,
+        read: impl Fn(&Input<'_>, Range<usize>) -> Result<Option<Weight>> + Send + Sync + 'static,
+    ) -> Self {
+        Self { prefix: prefix.to_owned(), rows, read: Box::new(read), is_whole: false }
     }
-    let input = input.clone();
-    let mut parts = weights.into_iter().filter_map(|w| if let Weight::W4(m) = w.weight { Some(m) } else { None });
-    let Some(mut all) = parts.next() else { return Err(Vec::new()) };
-    for part in parts {
-        all.n += part.n;
-        all.qweight.extend_from_slice(&part.qweight);
-        all.group_params.extend_from_slice(&part.group_params);
+}
+
+impl UploadPlan {
+    /// Form and size of every weight.
+    pub(super) fn shapes(&self) -> impl Iterator<Item = &WeightShape> {
+        self.items.iter().map(|item| &item.shape)
     }
-    Ok(LinearWeight { weight: Weight::W4(all), input })
+
+    /// Bytes that all weights take on `backend`.
+    pub(super) fn bytes(&self, backend: &dyn Backend) -> u64 {
+        self.shapes().map(|shape| backend.weight_bytes(shape)).sum()
+    }
+}
+
+/// How far the weights of a plan are on their way to a backend.
+#[derive(Default)]
+pub(super) struct Upload {
+    item: usize,
+    part: usize,
+    /// Next row of the part.
+    row: usize,
+    id: Option<WeightId>,
+    /// Rows that do not fill a step yet, because the next ones are stored elsewhere.
+    held: Option<Weight>,
+}
+
+impl Upload {
+    /// Whether everything has been handed over.
+    pub(super) fn is_complete(&self, plan: &UploadPlan) -> bool {
+        self.item == plan.items.len()
+    }
+
+    /// Hands over about `most` bytes (at least [`ROW_STEP`] rows) of the next weight; returns how many bytes of the
+    /// backend's memory they fill.
+    ///
+    /// # Errors
+    /// Those of reading the tensors and of the backend, naming the tensor.
+    pub(super) fn advance(
+        &mut self,
+        plan: &UploadPlan,
+        checkpoint: &Checkpoint,
+        backend: &mut dyn Backend,
+        most: u64,
+    ) -> Result<u64> {
+        let Some(item) = plan.items.get(self.item) else { return Ok(0) };
+        let done = self.advance_item(item, plan, checkpoint, backend, most);
+        done.map_err(|e| e.in_file(checkpoint.dir()).in_tensor(&item.name))
+    }
+
+    fn advance_item(
+        &mut self,
+        item: &Item,
+        plan: &UploadPlan,
+        checkpoint: &Checkpoint,
+        backend: &mut dyn Backend,
+        most: u64,
+    ) -> Result<u64> {
+        let input = Input { checkpoint, quantization: plan.quantization.as_ref() };
+        let id = match self.id {
+            Some(id) => id,
+            None => {
+                if let Some(next) = plan.items.get(self.item + 1) {
+                    prefetch(checkpoint, next);
+                }
+                *self.id.insert(backend.reserve(&item.name, &item.shape)?)
+            }
+        };
+        let Some(part) = item.parts.get(self.part) else {
+            return Err(Error::new(ErrorKind::InvalidTensor, "the weight has no rows"));
+        };
+        // What is computed with in place is not cut up.
+        let in_place =
+            backend.keeps_views() && matches!(item.shape, WeightShape::Dense { .. } | WeightShape::Blocks { .. });
+        let whole =
+            part.is_whole || in_place && tensors(checkpoint, part).any(|tensor| tensor.extent().view().is_some());
+        let step = (most / item.shape.bytes(1).max(1)) as usize / ROW_STEP * ROW_STEP;
+        let end = if whole { part.rows } else { part.rows.min(self.row.saturating_add(step.max(ROW_STEP))) };
+        let (rows, end) = match (part.read)(&input, self.row..end)? {
+            Some(rows) => (rows, end),
+            None => {
+                let all = (part.read)(&input, self.row..part.rows)?;
+                (all.ok_or_else(|| Error::new(ErrorKind::Unsupported, "the rows can not be read"))?, part.rows)
+            }
+        };
+        self.row = end;
+        if self.row == part.rows {
+            (self.part, self.row) = (self.part + 1, 0);
+        }
+        let last = self.part == item.parts.len();
+        let rows = match self.held.take() {
+            None => rows,
+            Some(mut held) => {
+                held.append(rows)?;
+                held
+            }
+        };
+        let count = rows.shape().rows();
+        if !last && !rows.shape().is_vector() && !count.is_multiple_of(ROW_STEP) {
+            self.held = Some(rows);
+            return Ok(0);
+        }
+        backend.fill(id, rows)?;
+        if last {
+            *self = Self { item: self.item + 1, ..Self::default() };
+        }
+        Ok(backend.weight_bytes(&item.shape.with_rows(count)))
+    }
+}
+
+fn tensors<'a>(checkpoint: &'a Checkpoint, part: &'a Part) -> impl Iterator<Item = &'a crate::checkpoint::TensorView> {
+    let prefix = (!part.prefix.is_empty()).then_some(part.prefix.as_str());
+    prefix.into_iter().flat_map(|prefix| checkpoint.tensors_of(prefix))
+}
+
+fn prefetch(checkpoint: &Checkpoint, item: &Item) {
+    item.parts.iter().flat_map(|part| tensors(checkpoint, part)).for_each(|tensor| tensor.prefetch());
 }

@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use crate::checkpoint::{Checkpoint, Dtype, TensorView};
 use crate::error::Result;
-use crate::tensor::{DenseType, Levels, Weight, row_words};
+use crate::tensor::{DenseType, Levels, LevelsForm, Weight, WeightShape, row_words};
 
 use super::bits::pack;
 use super::build::{Rows, numbers};
@@ -75,6 +75,20 @@ fn read_state(tensor: &TensorView) -> Result<State> {
     })
 }
 
+/// The form of the module's weights.
+pub(super) fn shape(checkpoint: &Checkpoint, prefix: &str, (n, k): (usize, usize)) -> Result<WeightShape> {
+    let weight = checkpoint.get(&format!("{prefix}.weight"))?;
+    let Some(described) = state(checkpoint, prefix) else {
+        return Err(weight.error("its quantization state is missing"));
+    };
+    let State { block, dtype: rounding, .. } = read_state(described)?;
+    let group_size = gcd(k, block);
+    Ok(match group_size.is_multiple_of(8) || group_size >= k {
+        true => WeightShape::Packed { n, k, bits: 4, group_size, levels: LevelsForm::Codebook, rounding },
+        false => WeightShape::Dense { n, k, dtype: rounding },
+    })
+}
+
 /// Output and input features of the module, if its description says them.
 pub(super) fn stored_shape(checkpoint: &Checkpoint, prefix: &str) -> Option<(usize, usize)> {
     match read_state(state(checkpoint, prefix)?).ok()?.shape[..] {
@@ -99,9 +113,13 @@ pub(super) fn decode(checkpoint: &Checkpoint, prefix: &str, (n, k): (usize, usiz
     }
     let map = checkpoint.require(&name(".quant_map"), &[16])?;
     map.expect_dtype(Dtype::F32)?;
-    let table: [f32; 16] =
+    let mut table: [f32; 16] =
         numbers(map)?.0.try_into().map_err(|_| map.error("expected 16 numbers"))?;
     check_table(map, described, &table)?;
+    if described.name.ends_with("fp4") {
+        // The sign bit of zero, which the stored table lacks and the writer's own dequantizer has.
+        table[8] = -0.0;
+    }
     let absmax = absmax(checkpoint, &name, &state, elements.div_ceil(state.block))?;
 
     // Blocks run over the flattened matrix. Where rows are not whole blocks, the largest piece that never crosses a block

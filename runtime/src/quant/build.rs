@@ -31,7 +31,7 @@ impl Rows {
             Levels::Affine(offset, params)
                 if bits == 4 && k.is_multiple_of(8) && group_size.is_multiple_of(8) && k.is_multiple_of(group_size) =>
             {
-                W4Matrix::new((n, k), group_size, codes, params, offset).map(Weight::W4)
+                W4Matrix::new((n, k), group_size, codes, params, offset.rounded_to(rounding)).map(Weight::W4)
             }
             levels => {
                 let matrix = PackedMatrix { n, k, bits, group_size, codes, levels, rounding };
@@ -77,10 +77,21 @@ fn dense(matrix: &PackedMatrix) -> Result<DenseMatrix> {
     DenseMatrix::new(n, k, matrix.rounding, Bytes::owned(bytes))
 }
 
+/// Whether half precision holds the numbers of a tensor exactly. Those that are in it need not be read.
+pub(super) fn is_half(tensor: &TensorView) -> Result<bool> {
+    match tensor.dense_type()? {
+        DenseType::F16 => Ok(true),
+        _ => Ok(numbers(tensor)?.0.into_iter().all(fits_half)),
+    }
+}
+
+fn fits_half(value: f32) -> bool {
+    f16::from_f32(value).to_f32() == value
+}
+
 /// Scale and offset of every group; in half precision if that holds them exactly.
 pub(super) fn affine(offset: Offset, scales: &[f32], offsets: impl Iterator<Item = f32> + Clone) -> Levels {
-    let is_half = |v: f32| f16::from_f32(v).to_f32() == v;
-    if scales.iter().all(|&s| is_half(s)) && offsets.clone().all(is_half) {
+    if scales.iter().all(|&s| fits_half(s)) && offsets.clone().all(fits_half) {
         let pairs = scales.iter().zip(offsets);
         return Levels::Affine(offset, pairs.map(|(&s, o)| pack_params(f16::from_f32(s), f16::from_f32(o))).collect());
     }

@@ -74,8 +74,7 @@ pub(super) fn decode(checkpoint: &Checkpoint, prefix: &str, shape: Shape, scheme
         }
     }
     let order = match checkpoint.tensor(&name("weight_g_idx")) {
-        // Writers that never sorted leave their initial -1.
-        Some(g_idx) if words(&g_idx.bytes()?).all(|group| group == u32::MAX) => None,
+        Some(g_idx) if is_unset(g_idx)? => None,
         Some(g_idx) if !act_order => {
             return Err(g_idx.error("expected no group order, since the configuration has no `actorder` of groups"));
         }
@@ -101,6 +100,11 @@ pub(super) fn decode(checkpoint: &Checkpoint, prefix: &str, shape: Shape, scheme
     release(&[codes, scales]);
     let weight = rows.weight(levels, rounding).map_err(|error| codes.error(error.message()))?;
     Ok(LinearWeight { weight, input: InputTransform { order, factors: None } })
+}
+
+/// Whether the groups of the inputs are what a writer that never sorted them leaves: -1.
+pub(super) fn is_unset(g_idx: &TensorView) -> Result<bool> {
+    Ok(words(&g_idx.bytes()?).all(|group| group == u32::MAX))
 }
 
 /// Words that a run of `count` fields fills, and whether its fields straddle them; the same for 2, 4 and 8 bits.

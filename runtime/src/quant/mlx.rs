@@ -1,7 +1,8 @@
 //! MLX affine quantization, 2 to 8 bits; embeddings and heads too.
 //!
 //! Layout after MLX's `quantize`: with N outputs, K inputs and G groups, `weight` u32 (N, K b / 32), a bit string along the
-//! inputs; `scales` and `biases` (N, G) in f16, bf16 or f32; a weight is q * s + b.
+//! inputs; `scales` and `biases` (N, G) in f16, bf16 or f32; a weight is q * s + b, in
+//! the arithmetic of that type: the product is rounded before the sum.
 
 use crate::checkpoint::{Checkpoint, Dtype};
 use crate::error::Result;
@@ -26,7 +27,7 @@ pub(super) fn decode(checkpoint: &Checkpoint, prefix: &str, shape: Shape, bits: 
     let (bias_values, _) = numbers(biases)?;
     let mut codes: Vec<u32> = weight.reserve(n * row_words(k, bits))?;
     codes.extend(words(&weight.bytes()?));
-    let levels = affine(Offset::Bias, &scale_values, bias_values.iter().copied());
+    let levels = affine(Offset::RoundedBias, &scale_values, bias_values.iter().copied());
     release(&[weight, scales, biases]);
     Rows { n, k, bits, group_size, codes }.weight(levels, rounding).map_err(|error| weight.error(error.message()))
 }

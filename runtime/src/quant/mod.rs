@@ -20,10 +20,12 @@ mod gguf;
 pub mod gptq;
 mod mlx;
 mod modelopt;
+mod rows;
 
 pub use affine::AffineMatrix;
 pub use config::{Quantization, Scheme, ZeroPoints};
 pub use dialect::{Dialect, Part, part_of, stored_shape};
+pub use rows::{LinearShape, ROW_STEP, linear_shape, load_rows, table_shape};
 
 /// The weights of a linear module, and what has to be done to its inputs before they meet them.
 #[derive(Debug, Clone)]
@@ -82,7 +84,18 @@ pub fn load_linear(
     n: usize,
     k: usize,
 ) -> Result<LinearWeight> {
-    match scheme_of_stored(checkpoint, quantization, prefix)? {
+    load_module(checkpoint, scheme_of_stored(checkpoint, quantization, prefix)?, prefix, n, k)
+}
+
+/// As [`load_linear`], for a module whose scheme is known.
+fn load_module(
+    checkpoint: &Checkpoint,
+    scheme: Option<Scheme>,
+    prefix: &str,
+    n: usize,
+    k: usize,
+) -> Result<LinearWeight> {
+    match scheme {
         Some(scheme) => load_packed(checkpoint, scheme, prefix, n, k),
         None => checkpoint.dense_matrix(&format!("{prefix}.weight"), n, k).map(|dense| Weight::Dense(dense).into()),
     }
@@ -112,12 +125,7 @@ pub fn load_table(
 /// # Errors
 /// As [`load_linear`].
 pub fn load_packed(checkpoint: &Checkpoint, scheme: Scheme, prefix: &str, n: usize, k: usize) -> Result<LinearWeight> {
-    let codes = format!("{prefix}.{}", scheme.dialect.codes_suffix());
-    let shape = Shape::new(n, k, scheme);
-    let shape = shape.map_err(|error| match checkpoint.tensor(&codes) {
-        Some(tensor) => error.in_file(&tensor.file).in_tensor(&codes),
-        None => error.in_file(checkpoint.dir()).in_tensor(&codes),
-    })?;
+    let shape = Shape::of(checkpoint, prefix, (n, k), scheme)?;
     let plain = |weight: Result<Weight>| weight.map(LinearWeight::from);
     match scheme.dialect {
         Dialect::AwqGemm => plain(awq::decode_gemm(checkpoint, prefix, shape)),
@@ -209,6 +217,15 @@ pub(crate) struct Shape {
 }
 
 impl Shape {
+    /// Geometry of the packed module `prefix`.
+    fn of(checkpoint: &Checkpoint, prefix: &str, (n, k): (usize, usize), scheme: Scheme) -> Result<Self> {
+        Self::new(n, k, scheme).map_err(|error| {
+            let codes = format!("{prefix}.{}", scheme.dialect.codes_suffix());
+            let file = checkpoint.tensor(&codes).map_or(checkpoint.dir(), |tensor| &tensor.file);
+            error.in_file(file).in_tensor(codes)
+        })
+    }
+
     fn new(n: usize, k: usize, scheme: Scheme) -> Result<Self> {
         let group_size = scheme.group_size.unwrap_or(k);
         if n == 0 || k == 0 || group_size == 0 || n.checked_mul(k).is_none_or(|size| size > isize::MAX as usize / 8) {

@@ -13,6 +13,13 @@ use super::build::{Rows, affine, numbers};
 use super::canonical::release;
 use super::{InputTransform, LinearWeight, Shape};
 
+/// The factors of the inputs, if there are any.
+pub(super) fn factors(checkpoint: &Checkpoint, prefix: &str, k: usize) -> Result<Option<Vec<f32>>> {
+    let Some(tensor) = checkpoint.tensor(&format!("{prefix}.pre_quant_scale")) else { return Ok(None) };
+    tensor.expect_shape(&[k])?;
+    Ok(Some(numbers(tensor)?.0))
+}
+
 pub(super) fn decode(checkpoint: &Checkpoint, prefix: &str, shape: Shape) -> Result<LinearWeight> {
     let Shape { n, k, group_size, groups } = shape;
     let name = |suffix: &str| format!("{prefix}.{suffix}");
@@ -28,13 +35,7 @@ pub(super) fn decode(checkpoint: &Checkpoint, prefix: &str, shape: Shape) -> Res
         return Err(scales.error(format!("expected shape [{n}, {groups}], found {:?}", scales.shape)));
     }
     let (values, rounding) = numbers(scales)?;
-    let factors = match checkpoint.tensor(&name("pre_quant_scale")) {
-        None => None,
-        Some(tensor) => {
-            tensor.expect_shape(&[k])?;
-            Some(numbers(tensor)?.0)
-        }
-    };
+    let factors = factors(checkpoint, prefix, k)?;
     let mut codes = weight.reserve(n * row_words(k, 4))?;
     for pair in weight.bytes()?.chunks_exact(k) {
         // Two's complement to the distance from -8.

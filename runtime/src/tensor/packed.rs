@@ -21,8 +21,8 @@ pub struct PackedMatrix {
     pub codes: Vec<u32>,
     /// What the codes stand for.
     pub levels: Levels,
-    /// What a weight is rounded to, because the software that defines the format multiplies with such weights; f32 is
-    /// not rounded.
+    /// What weights are rounded to, because the software that defines the format multiplies with such weights, whatever
+    /// the levels say of it; f32 is not rounded.
     pub rounding: DenseType,
 }
 
@@ -70,6 +70,20 @@ impl PackedMatrix {
         row_words(self.k, self.bits)
     }
 
+    /// Makes room for `rows` more rows.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn reserve(&mut self, rows: usize) -> Result<(), std::collections::TryReserveError> {
+        let (words, groups) = (self.row_words(), self.groups());
+        self.codes.try_reserve_exact(rows * words)?;
+        match &mut self.levels {
+            Levels::Affine(_, params) => params.try_reserve_exact(rows * groups),
+            Levels::AffineWide(_, params) => params.try_reserve_exact(rows * groups),
+            Levels::Codebook(_, absmax) => absmax.try_reserve_exact(rows * groups),
+        }
+    }
+
     /// The code of input feature `col` of row `row`.
     ///
     /// # Panics
@@ -103,32 +117,28 @@ impl PackedMatrix {
 
     /// The weights that codes of group number `group` of the whole matrix stand for.
     fn decode(&self, group: usize, codes: &[u8], out: &mut [f32]) {
-        let affine = |s: f32, o: f32, meaning: Offset, q: u8| match meaning {
-            Offset::Zero => (f32::from(q) - o) * s,
-            Offset::Bias => f32::from(q) * s + o,
-        };
         // A table saves the arithmetic and the rounding of every element where a group is longer than it.
         let fill = |out: &mut [f32], value: &dyn Fn(u8) -> f32| {
             if self.bits <= 4 && codes.len() > 16 {
-                let table: [f32; 16] = std::array::from_fn(|q| round(self.rounding, value(q as u8)));
+                let table: [f32; 16] = std::array::from_fn(|q| value(q as u8));
                 out.iter_mut().zip(codes).for_each(|(out, &q)| *out = table[usize::from(q & 15)]);
             } else {
-                out.iter_mut().zip(codes).for_each(|(out, &q)| *out = round(self.rounding, value(q)));
+                out.iter_mut().zip(codes).for_each(|(out, &q)| *out = value(q));
             }
         };
         match &self.levels {
             Levels::Affine(offset, params) => {
                 let s = f16::from_bits(params[group] as u16).to_f32();
                 let o = f16::from_bits((params[group] >> 16) as u16).to_f32();
-                fill(out, &|q| affine(s, o, *offset, q));
+                fill(out, &|q| offset.weight(q, s, o, self.rounding));
             }
             Levels::AffineWide(offset, params) => {
                 let [s, o] = params[group];
-                fill(out, &|q| affine(s, o, *offset, q));
+                fill(out, &|q| offset.weight(q, s, o, self.rounding));
             }
             Levels::Codebook(table, absmax) => {
                 let absmax = absmax[group];
-                fill(out, &|q| table[usize::from(q & 15)] * absmax);
+                fill(out, &|q| round(self.rounding, table[usize::from(q & 15)] * absmax));
             }
         }
     }
@@ -147,15 +157,6 @@ impl Levels {
     /// Whether it describes none.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
-    }
-
-    /// Bytes it takes.
-    pub fn bytes(&self) -> usize {
-        match self {
-            Self::Affine(_, params) => 4 * params.len(),
-            Self::AffineWide(_, params) => 8 * params.len(),
-            Self::Codebook(_, absmax) => 64 + 4 * absmax.len(),
-        }
     }
 }
 

@@ -80,7 +80,7 @@ pub(super) fn matmul(
 ) -> Result<()> {
     let (n, k) = match weight {
         Weight::Vector(_) | Weight::Order(_) => return Err(super::mismatch("a matrix")),
-        matrix => matrix.shape(),
+        matrix => matrix.dims(),
     };
     if x.len() != n_tokens * k {
         return Err(super::mismatch(&format!("a matrix of {} input features, not {k}", x.len() / n_tokens.max(1))));

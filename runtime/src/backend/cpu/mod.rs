@@ -9,7 +9,7 @@ use super::{
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::session::sampler::{self, SampleRequest};
-use crate::tensor::Weight;
+use crate::tensor::{BlockMatrix, Bytes, DenseMatrix, Weight, WeightShape};
 use kernels::Kernels;
 use pool::Pool;
 
@@ -22,11 +22,14 @@ mod x86;
 
 /// An empty CPU backend.
 pub fn open() -> Box<dyn Backend> {
-    Box::new(Cpu { weights: Vec::new(), weight_bytes: 0, kernels: kernels::best().into() })
+    Box::new(Cpu { weights: Vec::new(), filling: None, weight_bytes: 0, kernels: kernels::best().into() })
 }
 
 struct Cpu {
+    /// Those reserved and not filled have no rows yet.
     weights: Vec<Weight>,
+    /// The weight whose rows are coming, and the shape it will have.
+    filling: Option<(usize, WeightShape, Partial)>,
     weight_bytes: u64,
     kernels: Arc<dyn Kernels>,
 }
@@ -43,16 +46,117 @@ impl Backend for Cpu {
         }
     }
 
-    fn upload(&mut self, name: &str, weight: Weight) -> Result<WeightId> {
+    fn reserve(&mut self, name: &str, shape: &WeightShape) -> Result<WeightId> {
         let id = u32::try_from(self.weights.len())
             .map_err(|_| Error::new(ErrorKind::Unsupported, "more than 2^32 weights").in_tensor(name))?;
-        self.weight_bytes += weight.bytes() as u64;
-        self.weights.push(weight);
+        self.weight_bytes += self.weight_bytes(shape);
+        self.weights.push(Weight::Vector(Vec::new()));
+        self.filling = Some((id as usize, *shape, Partial::Nothing));
         Ok(WeightId(id))
+    }
+
+    fn fill(&mut self, id: WeightId, rows: Weight) -> Result<()> {
+        let at = id.0 as usize;
+        let Some((_, shape, partial)) = self.filling.as_mut().filter(|(filling, ..)| *filling == at) else {
+            return Err(Error::new(ErrorKind::InvalidInput, format!("weight {at} takes no rows")));
+        };
+        partial.push(shape, rows)?;
+        if partial.rows() == shape.rows() {
+            self.weights[at] = partial.finish(shape)?;
+            self.filling = None;
+        }
+        Ok(())
+    }
+
+    fn weight_bytes(&self, shape: &WeightShape) -> u64 {
+        shape.bytes(shape.rows())
+    }
+
+    fn keeps_views(&self) -> bool {
+        true
     }
 
     fn runner(self: Arc<Self>, program: &Arc<Program>, config: &RunnerConfig) -> Result<Box<dyn Runner>> {
         Ok(Box::new(CpuRunner::new(self, Arc::clone(program), config)?))
+    }
+}
+
+/// Rows of a weight so far.
+enum Partial {
+    Nothing,
+    Whole(Weight),
+    /// Rows of a dense matrix or of blocks, copied.
+    Bytes(usize, Vec<u8>),
+}
+
+impl Partial {
+    fn rows(&self) -> usize {
+        match self {
+            Self::Nothing => 0,
+            Self::Whole(weight) => weight.shape().rows(),
+            Self::Bytes(rows, _) => *rows,
+        }
+    }
+
+    fn push(&mut self, shape: &WeightShape, rows: Weight) -> Result<()> {
+        let count = rows.shape().rows();
+        if rows.shape() != shape.with_rows(count) || self.rows() + count > shape.rows() {
+            let message = format!("{:?} does not continue {} rows of {shape:?}", rows.shape(), self.rows());
+            return Err(Error::new(ErrorKind::InvalidInput, message));
+        }
+        let bytes = usize::try_from(shape.bytes(shape.rows())).ok();
+        match (&mut *self, rows) {
+            (Self::Nothing, rows) if count == shape.rows() => *self = Self::Whole(rows),
+            (
+                Self::Nothing,
+                Weight::Dense(DenseMatrix { bytes: rows, .. }) | Weight::Blocks(BlockMatrix { bytes: rows, .. }),
+            ) => {
+                let mut all = Vec::new();
+                let bytes = fitting(bytes, "a weight")?;
+                all.try_reserve_exact(bytes).map_err(|_| out_of_memory("a weight", bytes))?;
+                all.extend_from_slice(&rows);
+                *self = Self::Bytes(count, all);
+            }
+            (Self::Nothing, mut rows) => {
+                let bytes = fitting(bytes, "a weight")?;
+                let more = shape.rows() - count;
+                let reserved = match &mut rows {
+                    Weight::W4(m) => m
+                        .qweight
+                        .try_reserve_exact(more * (m.k / 8))
+                        .and_then(|()| m.group_params.try_reserve_exact(more * (m.k / m.group_size))),
+                    Weight::Packed(m) => m.reserve(more),
+                    Weight::Vector(v) => v.try_reserve_exact(more),
+                    Weight::Order(v) => v.try_reserve_exact(more),
+                    Weight::Dense(_) | Weight::Blocks(_) => Ok(()),
+                };
+                reserved.map_err(|_| out_of_memory("a weight", bytes))?;
+                *self = Self::Whole(rows);
+            }
+            (Self::Whole(all), rows) => all.append(rows)?,
+            (
+                Self::Bytes(n, all),
+                Weight::Dense(DenseMatrix { bytes: rows, .. }) | Weight::Blocks(BlockMatrix { bytes: rows, .. }),
+            ) => {
+                all.extend_from_slice(&rows);
+                *n += count;
+            }
+            (Self::Bytes(..), _) => return Err(mismatch("a matrix of bytes")),
+        }
+        Ok(())
+    }
+
+    fn finish(&mut self, shape: &WeightShape) -> Result<Weight> {
+        match (std::mem::replace(self, Self::Nothing), *shape) {
+            (Self::Whole(weight), _) => Ok(weight),
+            (Self::Bytes(_, bytes), WeightShape::Dense { n, k, dtype }) => {
+                DenseMatrix::new(n, k, dtype, Bytes::owned(bytes)).map(Weight::Dense)
+            }
+            (Self::Bytes(_, bytes), WeightShape::Blocks { n, k, ggml_type }) => {
+                BlockMatrix::new(n, k, ggml_type, Bytes::owned(bytes)).map(Weight::Blocks)
+            }
+            _ => Err(mismatch("a whole weight")),
+        }
     }
 }
 
@@ -219,7 +323,7 @@ impl CpuRunner {
             Op::Arrange { out, rows, .. } => (count(rows), self.width(out), 0),
             Op::RopeAppend { qkv, .. } => (n_tokens, self.width(qkv), 0),
             Op::Linear { x, weight, rows, .. } => {
-                let (n, _) = self.backend.weights[weight.0 as usize].shape();
+                let (n, _) = self.backend.weights[weight.0 as usize].dims();
                 // Expanding a weight costs about as much as multiplying it twice.
                 let rows = count(rows);
                 (if rows == 0 { 0 } else { matmul::blocks(n) }, self.width(x) * (rows + 2) * kernels::TILE, 2)
@@ -315,7 +419,7 @@ impl CpuRunner {
         let width = self.width(out);
         let backend = Arc::clone(&self.backend);
         let table = &backend.weights[table.0 as usize];
-        if table.shape().1 != width {
+        if table.dims().1 != width {
             return Err(mismatch("a table of this width"));
         }
         let rows = self.buffers[out.0 as usize].chunks_exact_mut(width).skip(part.start);

@@ -225,7 +225,7 @@ impl<'a> Planner<'a> {
 
     fn embed(&mut self, table: WeightId, out: BufferId) -> Result<DraftOp> {
         let weight = self.backend.weight(table)?;
-        let Some((_, width)) = weight.shape() else { return Err(unsupported("an embedding table has to be a matrix")) };
+        let Some((_, width)) = weight.dims() else { return Err(unsupported("an embedding table has to be a matrix")) };
         self.fits(out.into(), width)?;
         let mut dispatches = Vec::new();
         match weight {

@@ -8,7 +8,9 @@ use wgpu::BufferUsages;
 
 use super::device::{Gpu, SLICE};
 use crate::error::{Error, ErrorKind, Result};
-use crate::tensor::{BlockMatrix, DenseMatrix, DenseType, GgmlType, Levels, Offset, PackedMatrix, W4Matrix, Weight};
+use crate::tensor::{
+    BlockMatrix, DenseMatrix, DenseType, GgmlType, Levels, LevelsForm, Offset, PackedMatrix, W4Matrix, Weight, WeightShape,
+};
 
 /// A kernel loads four words of a dense row at once; rows are padded with zeros to multiples of this many bytes.
 const ROW_BYTES: usize = 16;
@@ -20,18 +22,6 @@ pub(super) enum GpuWeight {
     Dense(GpuDense),
     Vector { len: u32, buffer: wgpu::Buffer },
     Order { len: u32, buffer: wgpu::Buffer },
-}
-
-impl GpuWeight {
-    /// Outputs and inputs, `None` for what is no matrix.
-    pub(super) fn shape(&self) -> Option<(u32, u32)> {
-        match self {
-            Self::W4(m) => Some((m.n, m.k)),
-            Self::Packed(m) => Some((m.n, m.k)),
-            Self::Dense(m) => Some((m.n, m.k)),
-            Self::Vector { .. } | Self::Order { .. } => None,
-        }
-    }
 }
 
 /// A packed matrix in the layout of [`w4`].
@@ -74,6 +64,7 @@ pub(super) struct PackedPart {
     pub(super) first_row: u32,
     pub(super) rows: u32,
     pub(super) codes: wgpu::Buffer,
+    /// The table of a codebook, then the numbers of the rows.
     pub(super) group_params: wgpu::Buffer,
 }
 
@@ -93,202 +84,319 @@ pub(super) struct DensePart {
     pub(super) words: wgpu::Buffer,
 }
 
-/// Copies `weight` to the device; also returns the bytes it takes there.
-///
-/// # Errors
-/// [`ErrorKind::OutOfMemory`], [`ErrorKind::Unsupported`] for shapes beyond 32 bits, or a device error.
-pub(super) fn upload(gpu: &Gpu, name: &str, weight: &Weight) -> Result<(GpuWeight, u64)> {
-    match weight {
-        Weight::W4(matrix) => upload_w4(gpu, name, matrix),
-        Weight::Packed(matrix) => upload_packed(gpu, name, matrix),
-        Weight::Blocks(matrix) => upload_blocks(gpu, name, matrix),
-        Weight::Dense(matrix) => upload_dense(gpu, name, matrix),
-        Weight::Vector(values) => {
-            let (len, buffer) = upload_words(gpu, name, bytemuck::cast_slice(values))?;
-            Ok((GpuWeight::Vector { len, buffer }, 4 * values.len() as u64))
+/// Bytes that a weight takes on the device.
+pub(super) fn bytes(shape: &WeightShape) -> u64 {
+    let size = |bytes: usize| super::device::buffer_size(bytes as u64);
+    match *shape {
+        WeightShape::W4 { n, k, group_size, .. } => {
+            let shape = w4::Shape { n, k, group_size };
+            size(shape.words(n).saturating_mul(4)).saturating_add(size(shape.params(n).saturating_mul(4)))
         }
-        Weight::Order(values) => {
-            let (len, buffer) = upload_words(gpu, name, values)?;
-            Ok((GpuWeight::Order { len, buffer }, 4 * values.len() as u64))
+        WeightShape::Dense { n, k, dtype } => {
+            size(n.saturating_mul((k.saturating_mul(dtype.size())).next_multiple_of(ROW_BYTES)))
+        }
+        WeightShape::Packed { .. } | WeightShape::Blocks { .. } => PackedLayout::of(shape).map_or(0, |layout| {
+            size(layout.packed.code_words(layout.n, layout.k).saturating_mul(4))
+                .saturating_add(size(layout.number_words(layout.n).saturating_mul(4)))
+        }),
+        WeightShape::Vector { len } | WeightShape::Order { len } => size(len.saturating_mul(4)),
+    }
+}
+
+/// How a packed matrix or one of blocks lies on the device.
+struct PackedLayout {
+    packed: Packed,
+    n: usize,
+    k: usize,
+    group_size: usize,
+    /// Words in front of the numbers.
+    table: usize,
+    /// Words of the numbers of a row.
+    row_numbers: usize,
+    flags: u32,
+    is_half: bool,
+}
+
+impl PackedLayout {
+    /// `None` for other forms, and for widths without a kernel.
+    fn of(shape: &WeightShape) -> Option<Self> {
+        match *shape {
+            WeightShape::Packed { n, k, bits, group_size, levels, rounding } => {
+                let groups = k.div_ceil(group_size);
+                let bias = |offset: Offset| if offset.is_bias() { FLAG_OFFSET_IS_BIAS } else { 0 };
+                let affine = Packed::affine(bits);
+                let (packed, table, row_numbers, flags) = match levels {
+                    LevelsForm::Affine(offset) => (affine?, 0, groups, bias(offset)),
+                    LevelsForm::AffineWide(offset) => (affine?, 0, 2 * groups, bias(offset) | FLAG_WIDE),
+                    LevelsForm::Codebook => (Packed::Codebook, 16, groups, 0),
+                };
+                let is_half = rounding == DenseType::F16 || matches!(levels, LevelsForm::Affine(_));
+                Some(Self { packed, n, k, group_size, table, row_numbers, flags, is_half })
+            }
+            WeightShape::Blocks { n, k, ggml_type } => {
+                let packed = match ggml_type {
+                    GgmlType::Q4K => Packed::Q4K,
+                    GgmlType::Q5K => Packed::Q5K,
+                    GgmlType::Q6K => Packed::Q6K,
+                    _ => return None,
+                };
+                // Subnormal weights of half precision lose bits that hardly count.
+                Some(Self { packed, n, k, group_size: k, table: 0, row_numbers: 0, flags: 0, is_half: true })
+            }
+            _ => None,
+        }
+    }
+
+    /// Words of the numbers of `rows` rows, the table included; something to bind where there are none.
+    fn number_words(&self, rows: usize) -> usize {
+        (self.table + rows * self.row_numbers).max(4)
+    }
+}
+
+impl GpuWeight {
+    /// Makes the buffers for a weight of `shape`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::OutOfMemory`], [`ErrorKind::Unsupported`] for shapes beyond 32 bits, or a device error.
+    pub(super) fn reserve(gpu: &Gpu, name: &str, shape: &WeightShape) -> Result<Self> {
+        match *shape {
+            WeightShape::W4 { n, k, group_size, offset } => {
+                let shape = w4::Shape { n, k, group_size };
+                let tile_bytes = 4 * shape.words(1).max(shape.params(1));
+                let parts = split(gpu, name, n.div_ceil(w4::TILE_N), tile_bytes)?
+                    .into_iter()
+                    .map(|tiles| {
+                        let rows = tiles.start * w4::TILE_N..n.min(tiles.end * w4::TILE_N);
+                        Ok(W4Part {
+                            first_row: dimension(rows.start)?,
+                            rows: dimension(rows.len())?,
+                            qweight: weight_buffer(gpu, name, shape.words(rows.len()) * 4)?,
+                            group_params: weight_buffer(gpu, name, shape.params(rows.len()) * 4)?,
+                        })
+                    })
+                    .collect::<Result<_>>()?;
+                Ok(Self::W4(GpuW4 {
+                    n: dimension(n)?,
+                    k: dimension(k)?,
+                    group_size: dimension(group_size)?,
+                    groups: dimension(shape.groups())?,
+                    chunks: dimension(shape.chunks())?,
+                    flags: if offset.is_bias() { FLAG_OFFSET_IS_BIAS | FLAG_SUMS } else { 0 },
+                    parts,
+                }))
+            }
+            WeightShape::Dense { n, k, dtype } => {
+                let padded = (k * dtype.size()).next_multiple_of(ROW_BYTES);
+                let parts = split(gpu, name, n, padded)?
+                    .into_iter()
+                    .map(|rows| {
+                        let words = weight_buffer(gpu, name, rows.len() * padded)?;
+                        Ok(DensePart { first_row: dimension(rows.start)?, rows: dimension(rows.len())?, words })
+                    })
+                    .collect::<Result<_>>()?;
+                Ok(Self::Dense(GpuDense {
+                    n: dimension(n)?,
+                    k: dimension(k)?,
+                    dtype,
+                    row_words: dimension(padded / 4)?,
+                    parts,
+                }))
+            }
+            WeightShape::Packed { .. } | WeightShape::Blocks { .. } => GpuPacked::reserve(gpu, name, shape).map(Self::Packed),
+            WeightShape::Vector { len } => {
+                Ok(Self::Vector { len: dimension(len)?, buffer: weight_buffer(gpu, name, 4 * len)? })
+            }
+            WeightShape::Order { len } => {
+                Ok(Self::Order { len: dimension(len)?, buffer: weight_buffer(gpu, name, 4 * len)? })
+            }
+        }
+    }
+
+    /// Rows of the whole weight.
+    pub(super) fn rows(&self) -> usize {
+        match self {
+            Self::W4(m) => m.n as usize,
+            Self::Packed(m) => m.n as usize,
+            Self::Dense(m) => m.n as usize,
+            Self::Vector { len, .. } | Self::Order { len, .. } => *len as usize,
+        }
+    }
+
+    /// Outputs and inputs, `None` for what is no matrix.
+    pub(super) fn dims(&self) -> Option<(u32, u32)> {
+        match self {
+            Self::W4(m) => Some((m.n, m.k)),
+            Self::Packed(m) => Some((m.n, m.k)),
+            Self::Dense(m) => Some((m.n, m.k)),
+            Self::Vector { .. } | Self::Order { .. } => None,
+        }
+    }
+
+    /// Hands `rows`, which begin at row `first`, to the driver. Does not wait for the device.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`] if they are of another form, or a device error.
+    pub(super) fn fill(&mut self, gpu: &Gpu, first: usize, rows: &Weight) -> Result<()> {
+        let other = || Error::new(ErrorKind::InvalidInput, format!("{:?} are rows of another weight", rows.shape()));
+        match (self, rows) {
+            (Self::W4(to), Weight::W4(rows)) if rows.k == to.k as usize && first.is_multiple_of(w4::TILE_N) => {
+                to.fill(gpu, first, rows)
+            }
+            (Self::Dense(to), Weight::Dense(rows)) if rows.k == to.k as usize && rows.dtype == to.dtype => {
+                to.fill(gpu, first, rows)
+            }
+            (Self::Packed(to), rows) if to.takes(&rows.shape()) => match rows {
+                Weight::Packed(rows) => to.fill(gpu, first, rows),
+                Weight::Blocks(rows) => to.fill_blocks(gpu, first, rows),
+                _ => Err(other()),
+            },
+            (Self::Vector { buffer, .. }, Weight::Vector(values)) => {
+                gpu.write(buffer, first as u64 * 4, bytemuck::cast_slice(values))
+            }
+            (Self::Order { buffer, .. }, Weight::Order(values)) => {
+                gpu.write(buffer, first as u64 * 4, bytemuck::cast_slice(values))
+            }
+            _ => Err(other()),
         }
     }
 }
 
-fn upload_words(gpu: &Gpu, name: &str, words: &[u32]) -> Result<(u32, wgpu::Buffer)> {
-    let bytes: &[u8] = bytemuck::cast_slice(words);
-    let buffer = weight_buffer(gpu, name, bytes.len())?;
-    gpu.write(&buffer, 0, bytes)?;
-    Ok((dimension(words.len())?, buffer))
+impl GpuW4 {
+    fn fill(&mut self, gpu: &Gpu, first: usize, rows: &W4Matrix) -> Result<()> {
+        let shape = w4::Shape { n: rows.n, k: rows.k, group_size: rows.group_size };
+        let (columns, groups) = (rows.k / 8, rows.groups());
+        if !rows.offset.is_bias() && !rows.group_params.iter().all(|params| is_code(*params)) {
+            self.flags |= FLAG_SUMS;
+        }
+        for part in &self.parts {
+            let (part_first, part_end) = (part.first_row as usize, (part.first_row + part.rows) as usize);
+            let (from, to) = (first.max(part_first), (first + rows.n).min(part_end));
+            // A bounded number of tiles at a time.
+            let tile_bytes = 4 * shape.words(1).max(shape.params(1));
+            for start in (from..to).step_by((SLICE / tile_bytes).max(1) * w4::TILE_N) {
+                let end = to.min(start + (SLICE / tile_bytes).max(1) * w4::TILE_N);
+                let (codes, params) = (
+                    &rows.qweight[(start - first) * columns..(end - first) * columns],
+                    &rows.group_params[(start - first) * groups..(end - first) * groups],
+                );
+                let (words, params) = shape.tile(codes, params);
+                let before = start - part_first;
+                gpu.write(&part.qweight, shape.words(before) as u64 * 4, bytemuck::cast_slice(&words))?;
+                gpu.write(&part.group_params, shape.params(before) as u64 * 4, bytemuck::cast_slice(&params))?;
+            }
+        }
+        Ok(())
+    }
 }
 
-fn upload_packed(gpu: &Gpu, name: &str, matrix: &PackedMatrix) -> Result<(GpuWeight, u64)> {
-    let packed = match &matrix.levels {
-        Levels::Codebook(..) => Packed::Codebook,
-        _ => Packed::affine(matrix.bits).ok_or_else(|| {
-            Error::new(ErrorKind::Unsupported, format!("codes of {} bits", matrix.bits)).in_tensor(name)
-        })?,
-    };
-    let (flags, table, numbers): (u32, &[u32], &[u32]) = match &matrix.levels {
-        Levels::Affine(_, params) => (0, &[], params),
-        Levels::AffineWide(_, params) => (FLAG_WIDE, &[], bytemuck::cast_slice(params)),
-        Levels::Codebook(table, absmax) => (0, bytemuck::cast_slice(table.as_slice()), bytemuck::cast_slice(absmax)),
-    };
-    let flags = match &matrix.levels {
-        Levels::Affine(Offset::Bias, _) | Levels::AffineWide(Offset::Bias, _) => flags | FLAG_OFFSET_IS_BIAS,
-        _ => flags,
-    };
-    let (row_words, row_numbers) = (matrix.row_words(), numbers.len() / matrix.n);
-    let mut parts = Vec::new();
-    let mut total = 0;
-    // A word behind the last row, a table in front of the numbers.
-    for rows in split(gpu, name, matrix.n, 4 * (row_words + 1).max(row_numbers + table.len()))? {
-        let codes = weight_buffer(gpu, name, 4 * packed.code_words(rows.len(), matrix.k))?;
-        gpu.write(&codes, 0, bytemuck::cast_slice(&matrix.codes[rows.start * row_words..rows.end * row_words]))?;
-        let group_params = weight_buffer(gpu, name, 4 * (table.len() + rows.len() * row_numbers))?;
-        let numbers = &numbers[rows.start * row_numbers..rows.end * row_numbers];
-        if !table.is_empty() {
-            gpu.write(&group_params, 0, bytemuck::cast_slice(table))?;
-        }
-        gpu.write(&group_params, 4 * table.len() as u64, bytemuck::cast_slice(numbers))?;
-        total += codes.size() + group_params.size();
-        parts.push(PackedPart {
-            first_row: dimension(rows.start)?,
-            rows: dimension(rows.len())?,
-            codes,
-            group_params,
-        });
+impl GpuPacked {
+    fn reserve(gpu: &Gpu, name: &str, shape: &WeightShape) -> Result<Self> {
+        let layout = PackedLayout::of(shape)
+            .ok_or_else(|| Error::new(ErrorKind::Unsupported, format!("no kernel for {shape:?}")).in_tensor(name))?;
+        let PackedLayout { packed, n, k, .. } = layout;
+        let row_words = packed.row_words(k);
+        // A word behind the last row, a table in front of the numbers.
+        let row_bytes = 4 * (row_words + 1).max(layout.row_numbers + layout.table);
+        let parts = split(gpu, name, n, row_bytes)?
+            .into_iter()
+            .map(|rows| {
+                Ok(PackedPart {
+                    first_row: dimension(rows.start)?,
+                    rows: dimension(rows.len())?,
+                    codes: weight_buffer(gpu, name, 4 * packed.code_words(rows.len(), k))?,
+                    group_params: weight_buffer(gpu, name, 4 * layout.number_words(rows.len()))?,
+                })
+            })
+            .collect::<Result<_>>()?;
+        Ok(Self {
+            packed,
+            n: dimension(n)?,
+            k: dimension(k)?,
+            row_words: dimension(row_words)?,
+            group_size: dimension(layout.group_size)?,
+            groups: dimension(k.div_ceil(layout.group_size))?,
+            flags: layout.flags,
+            is_half: layout.is_half,
+            parts,
+        })
     }
-    let weight = GpuPacked {
-        packed,
-        n: dimension(matrix.n)?,
-        k: dimension(matrix.k)?,
-        row_words: dimension(row_words)?,
-        group_size: dimension(matrix.group_size)?,
-        groups: dimension(matrix.groups())?,
-        flags,
-        is_half: matrix.rounding == DenseType::F16 || matches!(matrix.levels, Levels::Affine(..)),
-        parts,
-    };
-    Ok((GpuWeight::Packed(weight), total))
+
+    /// Whether rows of this form lie as those of the matrix.
+    fn takes(&self, shape: &WeightShape) -> bool {
+        PackedLayout::of(shape).is_some_and(|layout| {
+            (layout.packed, layout.k, layout.group_size, layout.flags)
+                == (self.packed, self.k as usize, self.group_size as usize, self.flags)
+        })
+    }
+
+    fn fill(&self, gpu: &Gpu, first: usize, rows: &PackedMatrix) -> Result<()> {
+        let (table, numbers): (&[u32], &[u32]) = match &rows.levels {
+            Levels::Affine(_, params) => (&[], params),
+            Levels::AffineWide(_, params) => (&[], bytemuck::cast_slice(params)),
+            Levels::Codebook(table, absmax) => (bytemuck::cast_slice(table.as_slice()), bytemuck::cast_slice(absmax)),
+        };
+        let (row_words, row_numbers) = (rows.row_words(), numbers.len() / rows.n);
+        for (part, range, before) in self.pieces(first, rows.n) {
+            let codes = &rows.codes[range.start * row_words..range.end * row_words];
+            gpu.write(&part.codes, (4 * before * row_words) as u64, bytemuck::cast_slice(codes))?;
+            if !table.is_empty() {
+                gpu.write(&part.group_params, 0, bytemuck::cast_slice(table))?;
+            }
+            let numbers = &numbers[range.start * row_numbers..range.end * row_numbers];
+            let at = 4 * (table.len() + before * row_numbers) as u64;
+            gpu.write(&part.group_params, at, bytemuck::cast_slice(numbers))?;
+        }
+        Ok(())
+    }
+
+    fn fill_blocks(&self, gpu: &Gpu, first: usize, rows: &BlockMatrix) -> Result<()> {
+        let (row_bytes, row_words) = (rows.row_bytes(), self.packed.row_words(rows.k));
+        for (part, range, before) in self.pieces(first, rows.n) {
+            let mut at = 4 * (before * row_words) as u64;
+            let bytes = &rows.bytes[range.start * row_bytes..range.end * row_bytes];
+            // A bounded number of rows at a time.
+            for rows in bytes.chunks((SLICE / row_bytes).max(1) * row_bytes) {
+                let words = self.packed.block_words(rows);
+                gpu.write(&part.codes, at, bytemuck::cast_slice(&words))?;
+                at += 4 * words.len() as u64;
+            }
+        }
+        // The blocks are on the device now.
+        rows.bytes.release();
+        Ok(())
+    }
+
+    /// The parts that `n` rows from row `first` on belong to: the range of these rows, and how many rows of the part come
+    /// before.
+    fn pieces(&self, first: usize, n: usize) -> impl Iterator<Item = (&PackedPart, Range<usize>, usize)> {
+        self.parts.iter().filter_map(move |part| {
+            let (part_first, part_end) = (part.first_row as usize, (part.first_row + part.rows) as usize);
+            let (from, to) = (first.max(part_first), (first + n).min(part_end));
+            (from < to).then(|| (part, from - first..to - first, from - part_first))
+        })
+    }
 }
 
-fn upload_blocks(gpu: &Gpu, name: &str, matrix: &BlockMatrix) -> Result<(GpuWeight, u64)> {
-    let packed = match matrix.ggml_type {
-        GgmlType::Q4K => Packed::Q4K,
-        GgmlType::Q5K => Packed::Q5K,
-        GgmlType::Q6K => Packed::Q6K,
-        other => {
-            let message = format!("blocks of type {}", other.name());
-            return Err(Error::new(ErrorKind::Unsupported, message).in_tensor(name));
+impl GpuDense {
+    fn fill(&self, gpu: &Gpu, first: usize, rows: &DenseMatrix) -> Result<()> {
+        let row_bytes = rows.row_bytes();
+        let padded = row_bytes.next_multiple_of(ROW_BYTES);
+        for part in &self.parts {
+            let (part_first, part_end) = (part.first_row as usize, (part.first_row + part.rows) as usize);
+            let (from, to) = (first.max(part_first), (first + rows.n).min(part_end));
+            if from < to {
+                let data = &rows.bytes[(from - first) * row_bytes..(to - first) * row_bytes];
+                write(gpu, &part.words, ((from - part_first) * padded) as u64, data, row_bytes, padded)?;
+            }
         }
-    };
-    let (row_bytes, row_words) = (matrix.row_bytes(), packed.row_words(matrix.k));
-    // What the kernels bind in place of numbers of groups.
-    let group_params = weight_buffer(gpu, name, 16)?;
-    let mut parts = Vec::new();
-    let mut total = group_params.size();
-    for rows in split(gpu, name, matrix.n, 4 * (row_words + 1))? {
-        let codes = weight_buffer(gpu, name, 4 * packed.code_words(rows.len(), matrix.k))?;
-        let mut at = 0;
-        for block in matrix.bytes[rows.start * row_bytes..rows.end * row_bytes]
-            .chunks((SLICE / row_bytes).max(1) * row_bytes)
-        {
-            let words = packed.block_words(block);
-            gpu.write(&codes, at, bytemuck::cast_slice(&words))?;
-            at += 4 * words.len() as u64;
-        }
-        total += codes.size();
-        parts.push(PackedPart {
-            first_row: dimension(rows.start)?,
-            rows: dimension(rows.len())?,
-            codes,
-            group_params: group_params.clone(),
-        });
+        Ok(())
     }
-    // The mapped blocks are on the device now.
-    matrix.bytes.release();
-    let k = dimension(matrix.k)?;
-    let weight = GpuPacked {
-        packed,
-        n: dimension(matrix.n)?,
-        k,
-        row_words: dimension(row_words)?,
-        group_size: k,
-        groups: 1,
-        flags: 0,
-        // Sub-blocks of subnormal weights lose bits that hardly count.
-        is_half: true,
-        parts,
-    };
-    Ok((GpuWeight::Packed(weight), total))
-}
-
-fn upload_w4(gpu: &Gpu, name: &str, matrix: &W4Matrix) -> Result<(GpuWeight, u64)> {
-    let shape = w4::Shape { n: matrix.n, k: matrix.k, group_size: matrix.group_size };
-    let (columns, groups) = (matrix.k / 8, matrix.groups());
-    let tile_bytes = 4 * shape.words(1).max(shape.params(1));
-    let mut parts = Vec::new();
-    let mut total = 0;
-    for tiles in split(gpu, name, matrix.n.div_ceil(w4::TILE_N), tile_bytes)? {
-        let rows = tiles.start * w4::TILE_N..matrix.n.min(tiles.end * w4::TILE_N);
-        let qweight = weight_buffer(gpu, name, shape.words(rows.len()) * 4)?;
-        let group_params = weight_buffer(gpu, name, shape.params(rows.len()) * 4)?;
-        // A bounded number of tiles at a time.
-        let (mut codes_at, mut params_at) = (0, 0);
-        for first in rows.clone().step_by((SLICE / tile_bytes).max(1) * w4::TILE_N) {
-            let last = rows.end.min(first + (SLICE / tile_bytes).max(1) * w4::TILE_N);
-            let codes = &matrix.qweight[first * columns..last * columns];
-            let (words, params) = shape.tile(codes, &matrix.group_params[first * groups..last * groups]);
-            gpu.write(&qweight, codes_at, bytemuck::cast_slice(&words))?;
-            gpu.write(&group_params, params_at, bytemuck::cast_slice(&params))?;
-            codes_at += words.len() as u64 * 4;
-            params_at += params.len() as u64 * 4;
-        }
-        total += qweight.size() + group_params.size();
-        parts.push(W4Part { first_row: dimension(rows.start)?, rows: dimension(rows.len())?, qweight, group_params });
-    }
-    let flags = match matrix.offset {
-        Offset::Bias => FLAG_OFFSET_IS_BIAS | FLAG_SUMS,
-        Offset::Zero if matrix.group_params.iter().all(|params| is_code(*params)) => 0,
-        Offset::Zero => FLAG_SUMS,
-    };
-    let weight = GpuW4 {
-        n: dimension(matrix.n)?,
-        k: dimension(matrix.k)?,
-        group_size: dimension(matrix.group_size)?,
-        groups: dimension(groups)?,
-        chunks: dimension(shape.chunks())?,
-        flags,
-        parts,
-    };
-    Ok((GpuWeight::W4(weight), total))
 }
 
 /// Whether the zero point of a group is one of the codes.
 fn is_code(params: u32) -> bool {
     let zero = half::f16::from_bits((params >> 16) as u16).to_f32();
     (0.0..=15.0).contains(&zero) && zero.fract() == 0.0
-}
-
-fn upload_dense(gpu: &Gpu, name: &str, matrix: &DenseMatrix) -> Result<(GpuWeight, u64)> {
-    let row_bytes = matrix.row_bytes();
-    let padded = row_bytes.next_multiple_of(ROW_BYTES);
-    let mut parts = Vec::new();
-    let mut total = 0;
-    for rows in split(gpu, name, matrix.n, padded)? {
-        let words = weight_buffer(gpu, name, rows.len() * padded)?;
-        write(gpu, &words, &matrix.bytes[rows.start * row_bytes..rows.end * row_bytes], row_bytes, padded)?;
-        total += words.size();
-        parts.push(DensePart { first_row: dimension(rows.start)?, rows: dimension(rows.len())?, words });
-    }
-    let weight = GpuDense {
-        n: dimension(matrix.n)?,
-        k: dimension(matrix.k)?,
-        dtype: matrix.dtype,
-        row_words: dimension(padded / 4)?,
-        parts,
-    };
-    Ok((GpuWeight::Dense(weight), total))
 }
 
 fn dimension(value: usize) -> Result<u32> {
@@ -317,13 +425,13 @@ fn weight_buffer(gpu: &Gpu, name: &str, bytes: usize) -> Result<wgpu::Buffer> {
         .map_err(|e| e.in_tensor(name))
 }
 
-/// Writes rows of `row_bytes` each at multiples of `padded` bytes, a bounded slice at a time.
-fn write(gpu: &Gpu, buffer: &wgpu::Buffer, data: &[u8], row_bytes: usize, padded: usize) -> Result<()> {
+/// Writes rows of `row_bytes` each at multiples of `padded` bytes from byte `offset` on, a bounded slice at a time.
+fn write(gpu: &Gpu, buffer: &wgpu::Buffer, offset: u64, data: &[u8], row_bytes: usize, padded: usize) -> Result<()> {
     if row_bytes == padded {
-        return gpu.write(buffer, 0, data);
+        return gpu.write(buffer, offset, data);
     }
     let mut scratch = Vec::new();
-    let mut at = 0;
+    let mut at = offset;
     let rows = (SLICE / padded).max(1);
     for block in data.chunks(rows * row_bytes) {
         scratch.clear();

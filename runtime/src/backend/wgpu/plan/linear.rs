@@ -58,7 +58,7 @@ impl<'a> Planner<'a> {
         }
         let backend = self.backend;
         let no_matrix = || unsupported("a linear layer needs a matrix");
-        let (n, k) = backend.weight(op.weight)?.shape().ok_or_else(no_matrix)?;
+        let (n, k) = backend.weight(op.weight)?.dims().ok_or_else(no_matrix)?;
         self.fits(op.out, n)?;
         if self.width(op.x)? != k {
             let message = format!("expected {} input features, found {k}", self.width(op.x)?);
