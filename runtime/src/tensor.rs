@@ -236,9 +236,27 @@ impl Offset {
     pub fn rounded_to(self, rounding: DenseType) -> Self {
         let bf16 = rounding == DenseType::BF16;
         match self {
-            Self::Zero | Self::ZeroBf16 => if bf16 { Self::ZeroBf16 } else { Self::Zero },
-            Self::Bias | Self::BiasBf16 => if bf16 { Self::BiasBf16 } else { Self::Bias },
-            Self::RoundedBias | Self::RoundedBiasBf16 => if bf16 { Self::RoundedBiasBf16 } else { Self::RoundedBias },
+            Self::Zero | Self::ZeroBf16 => {
+                if bf16 {
+                    Self::ZeroBf16
+                } else {
+                    Self::Zero
+                }
+            }
+            Self::Bias | Self::BiasBf16 => {
+                if bf16 {
+                    Self::BiasBf16
+                } else {
+                    Self::Bias
+                }
+            }
+            Self::RoundedBias | Self::RoundedBiasBf16 => {
+                if bf16 {
+                    Self::RoundedBiasBf16
+                } else {
+                    Self::RoundedBias
+                }
+            }
         }
     }
 

@@ -72,8 +72,7 @@ pub fn reference(params: &Params, step: &Step, matrix: &Matrix, x: &[f32], bias:
     for row in 0..mode.count(step) {
         let x = &x[(mode.input_row(step, row) * params.x_stride) as usize..];
         for n in 0..params.n as usize {
-            let mut sum: f64 =
-                (0..params.k as usize).map(|k| f64::from(x[k]) * f64::from(matrix.weight(n, k))).sum();
+            let mut sum: f64 = (0..params.k as usize).map(|k| f64::from(x[k]) * f64::from(matrix.weight(n, k))).sum();
             if params.flags & FLAG_BIAS != 0 {
                 sum += f64::from(bias[params.bias_offset as usize + n]);
             }
@@ -118,7 +117,13 @@ pub fn cases() -> Vec<Case> {
 }
 
 /// Random data for a case; shared with the tiled kernel.
-pub(crate) fn trial(case: Case, variant: Variant, grid: fn(&Params, u32) -> [u32; 3], f16: bool, rng: &mut Rng) -> Trial {
+pub(crate) fn trial(
+    case: Case,
+    variant: Variant,
+    grid: fn(&Params, u32) -> [u32; 3],
+    f16: bool,
+    rng: &mut Rng,
+) -> Trial {
     let Case { n, k, group_size, tokens, row_mode, flags } = case;
     let matrix = Matrix::random(variant.packed, (n as usize, k as usize, group_size as usize), flags, rng);
     let params = Params {

@@ -517,7 +517,10 @@ pub fn compose(kernel: &Kernel, variant: Variant) -> String {
         let value = sized.iter().find(|(other, _)| *other == name).map_or(value, |&(_, value)| value);
         source += &format!("const {name}: u32 = {value}u;\n");
     }
-    if [Prelude::W4, Prelude::Dense, Prelude::Stage, Prelude::Packed, Prelude::Flags].iter().any(|with_flags| kernel.preludes.contains(with_flags)) {
+    if [Prelude::W4, Prelude::Dense, Prelude::Stage, Prelude::Packed, Prelude::Flags]
+        .iter()
+        .any(|with_flags| kernel.preludes.contains(with_flags))
+    {
         for &(name, value) in FLAGS {
             source += &format!("const {name}: u32 = {value}u;\n");
         }

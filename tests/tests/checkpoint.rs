@@ -270,7 +270,7 @@ fn corrupted_weight_files_are_refused_by_name() {
 
 #[test]
 fn wrong_tensors_are_refused_by_name() {
-    use ErrorKind::{InvalidConfig, InvalidTensor, Unsupported};
+    use ErrorKind::{InvalidConfig, InvalidTensor};
     const FILE: &str = "model.safetensors";
     let f16s = |value: f32, count: usize| vec![f16::from_f32(value).to_le_bytes(); count].concat();
     let remove = |suffix: &'static str| move |p: &mut Parts| p.tensors.retain(|t| !t.name.ends_with(suffix));
@@ -537,7 +537,12 @@ fn other_quantizations_are_refused_by_their_name() {
         config("gptq in bytes", gptq("pack_dtype", json!("int8")), Unsupported, &["int8"]),
         config("gptq with a wrong flag", gptq("desc_act", json!("no")), InvalidConfig, &["desc_act"]),
         config("bitsandbytes of 8 bits", json!({ "quant_method": "bitsandbytes" }), Unsupported, &["8 bits"]),
-        config("nvfp4 of ModelOpt", json!({ "quant_method": "modelopt", "quant_algo": "NVFP4" }), Unsupported, &["NVFP4"]),
+        config(
+            "nvfp4 of ModelOpt",
+            json!({ "quant_method": "modelopt", "quant_algo": "NVFP4" }),
+            Unsupported,
+            &["NVFP4"],
+        ),
         config(
             "AutoRound floats",
             json!({ "quant_method": "auto-round", "bits": 4, "group_size": 32, "data_type": "mx_fp" }),

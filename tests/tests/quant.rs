@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 
 use awqua::ErrorKind;
 use awqua::checkpoint::Checkpoint;
-use awqua::quant::{Dialect, LinearShape, LinearWeight, Quantization, ROW_STEP, awq, linear_shape, load_linear, load_rows};
+use awqua::quant::{
+    Dialect, LinearShape, LinearWeight, Quantization, ROW_STEP, awq, linear_shape, load_linear, load_rows,
+};
 use awqua::tensor::{Bytes, DenseMatrix, DenseType, Offset, W4Matrix, Weight};
 use awqua_quantizer::quantize_matrix;
 use awqua_quantizer::rtn::{Progress, Report, Rest, RtnOptions, quantize_rtn};

@@ -66,15 +66,7 @@ fn w4(rng: &mut Rng, n: usize, k: usize, group_size: usize, offset: Offset) -> W
     Weight::W4(W4Matrix::new((n, k), group_size, qweight, params.collect(), offset).unwrap())
 }
 
-fn packed(
-    rng: &mut Rng,
-    n: usize,
-    k: usize,
-    bits: u32,
-    group_size: usize,
-    wide: bool,
-    rounding: DenseType,
-) -> Weight {
+fn packed(rng: &mut Rng, n: usize, k: usize, bits: u32, group_size: usize, wide: bool, rounding: DenseType) -> Weight {
     let offset = if wide { Offset::Bias } else { Offset::Zero };
     let codes = (0..n * row_words(k, bits)).map(|_| rng.next_u32()).collect();
     let pairs: Vec<_> = (0..n * k.div_ceil(group_size)).map(|_| numbers(rng, bits, offset)).collect();
@@ -197,7 +189,8 @@ fn worst(mut backend: Box<dyn Backend>, program: &Program, weights: &[Weight], e
     let mut oracle = Oracle::new(program, weights, TOKENS, KvType::F32, exact);
     let tokens: Vec<u32> = (0..TOKENS as u32).map(|i| i * 37 % VOCAB as u32).collect();
     let mut worst = 0.0f32;
-    for (count, rows) in [(1, LogitsRows::Last), (3, LogitsRows::All), (TOKENS, LogitsRows::Last), (TOKENS, LogitsRows::All)]
+    for (count, rows) in
+        [(1, LogitsRows::Last), (3, LogitsRows::All), (TOKENS, LogitsRows::Last), (TOKENS, LogitsRows::All)]
     {
         let expected = oracle.run(&tokens[..count], 0, rows);
         runner.run(&Step { tokens: &tokens[..count], position: 0, logits: rows }).unwrap();
@@ -241,14 +234,18 @@ fn every_kind_on_every_gpu() {
                 for (name, make) in KINDS {
                     let (program, weights) = model(*make, &mut Rng::new(6));
                     let options = WgpuOptions {
-                        device: Some(adapter.name.clone()),
+                        device: awqua::DeviceChoice::Named(adapter.index.to_string()),
                         force_f32: portable,
                         force_no_subgroup: portable,
                         limit_binding,
                         ..Default::default()
                     };
                     let worst = worst(open(&options).unwrap(), &program, &weights, Dequantised::Exact);
-                    assert!(worst < 4e-3, "{name} on {} portable {portable} {limit_binding:?}: {worst:e}", adapter.name);
+                    assert!(
+                        worst < 4e-3,
+                        "{name} on {} portable {portable} {limit_binding:?}: {worst:e}",
+                        adapter.name
+                    );
                 }
             }
         }

@@ -326,7 +326,13 @@ fn read_tensors(reader: &mut Reader, bytes: &Bytes, n_tensors: usize, alignment:
             .in_tensor(entry.name));
         };
         places.push((start, end, tensors.len()));
-        tensors.push(GgufTensor { name: entry.name, shape: entry.shape, ggml_type: entry.ggml_type, bytes: data, offset: start });
+        tensors.push(GgufTensor {
+            name: entry.name,
+            shape: entry.shape,
+            ggml_type: entry.ggml_type,
+            bytes: data,
+            offset: start,
+        });
     }
     places.sort_unstable();
     for pair in places.windows(2) {

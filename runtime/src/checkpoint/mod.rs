@@ -240,8 +240,7 @@ impl Checkpoint {
         }
 
         let tensors = BTreeMap::new();
-        let mut checkpoint =
-            Self { source, config, tensors, unlisted: Vec::new(), bytes_on_disk: 0, is_gguf: false };
+        let mut checkpoint = Self { source, config, tensors, unlisted: Vec::new(), bytes_on_disk: 0, is_gguf: false };
         if !checkpoint.add_file(SINGLE)? {
             checkpoint.add_shards()?;
         }
@@ -409,8 +408,14 @@ impl Checkpoint {
             let extent = whole.slice(entry.range).ok_or_else(|| {
                 Error::new(ErrorKind::InvalidFile, "range leaves the file").in_file(path).in_tensor(&name)
             })?;
-            let view =
-                TensorView { name: name.clone(), dtype: entry.dtype, shape: entry.shape, file: path.clone(), ggml: None, extent };
+            let view = TensorView {
+                name: name.clone(),
+                dtype: entry.dtype,
+                shape: entry.shape,
+                file: path.clone(),
+                ggml: None,
+                extent,
+            };
             self.tensors.insert(name, view);
         }
         self.bytes_on_disk += whole.len() as u64;

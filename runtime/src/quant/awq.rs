@@ -62,7 +62,8 @@ pub(super) fn decode_gemm(checkpoint: &Checkpoint, prefix: &str, shape: Shape) -
     codes.resize(n * (k / 8), 0);
     repack_gemm(&qweight.bytes()?, n, k, &mut codes);
     release(&[qweight, qzeros, scales]);
-    W4Matrix::new((n, k), group_size, codes, group_params, Offset::Zero.rounded_to(scales.dense_type()?)).map(Weight::W4)
+    W4Matrix::new((n, k), group_size, codes, group_params, Offset::Zero.rounded_to(scales.dense_type()?))
+        .map(Weight::W4)
 }
 
 pub(super) fn decode_gemv(checkpoint: &Checkpoint, prefix: &str, shape: Shape) -> Result<Weight> {
@@ -86,7 +87,8 @@ pub(super) fn decode_gemv(checkpoint: &Checkpoint, prefix: &str, shape: Shape) -
     let mut codes = qweight.reserve(n * (k / 8))?;
     codes.extend(words(&qweight.bytes()?));
     release(&[qweight, qzeros, scales]);
-    W4Matrix::new((n, k), group_size, codes, group_params, Offset::Zero.rounded_to(scales.dense_type()?)).map(Weight::W4)
+    W4Matrix::new((n, k), group_size, codes, group_params, Offset::Zero.rounded_to(scales.dense_type()?))
+        .map(Weight::W4)
 }
 
 /// Decodes `gemv_fast`, or the same layout of llm-awq, which calls its offsets otherwise and may have them in bfloat16.

@@ -113,8 +113,7 @@ pub(super) fn decode(checkpoint: &Checkpoint, prefix: &str, (n, k): (usize, usiz
     }
     let map = checkpoint.require(&name(".quant_map"), &[16])?;
     map.expect_dtype(Dtype::F32)?;
-    let mut table: [f32; 16] =
-        numbers(map)?.0.try_into().map_err(|_| map.error("expected 16 numbers"))?;
+    let mut table: [f32; 16] = numbers(map)?.0.try_into().map_err(|_| map.error("expected 16 numbers"))?;
     check_table(map, described, &table)?;
     if described.name.ends_with("fp4") {
         // The sign bit of zero, which the stored table lacks and the writer's own dequantizer has.
@@ -178,14 +177,42 @@ fn check_table(map: &TensorView, state: &TensorView, table: &[f32; 16]) -> Resul
 
 /// Quantiles of a normal distribution, from QLoRA (Dettmers et al., 2023).
 const NF4: [f32; 16] = [
-    -1.0, -0.696_192_8, -0.525_073_05, -0.394_917_5, -0.284_441_38, -0.184_773_43, -0.091_050_036, 0.0, 0.079_580_3,
-    0.160_930_2, 0.246_112_3, 0.337_915_24, 0.440_709_83, 0.562_617, 0.722_956_84, 1.0,
+    -1.0,
+    -0.696_192_8,
+    -0.525_073_05,
+    -0.394_917_5,
+    -0.284_441_38,
+    -0.184_773_43,
+    -0.091_050_036,
+    0.0,
+    0.079_580_3,
+    0.160_930_2,
+    0.246_112_3,
+    0.337_915_24,
+    0.440_709_83,
+    0.562_617,
+    0.722_956_84,
+    1.0,
 ];
 
 /// Floating-point numbers of 4 bits by their bits, over the largest one.
 const FP4: [f32; 16] = [
-    0.0, 0.005_208_333_5, 0.666_666_7, 1.0, 0.333_333_34, 0.5, 0.166_666_67, 0.25, 0.0, -0.005_208_333_5, -0.666_666_7,
-    -1.0, -0.333_333_34, -0.5, -0.166_666_67, -0.25,
+    0.0,
+    0.005_208_333_5,
+    0.666_666_7,
+    1.0,
+    0.333_333_34,
+    0.5,
+    0.166_666_67,
+    0.25,
+    0.0,
+    -0.005_208_333_5,
+    -0.666_666_7,
+    -1.0,
+    -0.333_333_34,
+    -0.5,
+    -0.166_666_67,
+    -0.25,
 ];
 
 fn gcd(mut a: usize, mut b: usize) -> usize {

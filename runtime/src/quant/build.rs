@@ -5,9 +5,7 @@ use half::f16;
 use super::canonical::pack_params;
 use crate::checkpoint::{Dtype, TensorView};
 use crate::error::{Error, ErrorKind, Result};
-use crate::tensor::{
-    Bytes, DenseMatrix, DenseType, Levels, Offset, PackedMatrix, W4Matrix, Weight, row_words,
-};
+use crate::tensor::{Bytes, DenseMatrix, DenseType, Levels, Offset, PackedMatrix, W4Matrix, Weight, row_words};
 
 use super::bits::{pack, unpack};
 use super::words;

@@ -78,7 +78,10 @@ pub(super) fn decode(checkpoint: &Checkpoint, prefix: &str, shape: Shape, scheme
             let zeros = zero_points(&qzeros.bytes()?, (groups, n), bits, scheme.zeros);
             let middle = 1 << (bits - 1);
             if let Some(i) = zeros.iter().position(|&zero| zero != middle).filter(|_| symmetric) {
-                let message = format!("expected zero points of {middle}, the configuration says `sym`, found {} at {i}", zeros[i]);
+                let message = format!(
+                    "expected zero points of {middle}, the configuration says `sym`, found {} at {i}",
+                    zeros[i]
+                );
                 return Err(qzeros.error(message));
             }
             qzeros.release();

@@ -21,7 +21,9 @@ pub(super) fn decode(checkpoint: &Checkpoint, prefix: &str, shape: Shape, bits: 
     let scales = checkpoint.require(&name("scales"), &[n, groups])?;
     let biases = checkpoint.require(&name("biases"), &[n, groups])?;
     if biases.dtype != scales.dtype {
-        return Err(biases.error(format!("expected dtype {} as that of the scales, found {}", scales.dtype, biases.dtype)));
+        return Err(
+            biases.error(format!("expected dtype {} as that of the scales, found {}", scales.dtype, biases.dtype))
+        );
     }
     let (scale_values, rounding) = numbers(scales)?;
     let (bias_values, _) = numbers(biases)?;

@@ -45,7 +45,8 @@ pub fn linear_shape(
     let shape = Shape::of(checkpoint, prefix, (n, k), scheme)?;
     let affine = |scales: &str, offsets: Option<&str>, offset| -> Result<WeightShape> {
         let scales = checkpoint.get(&name(scales))?;
-        let narrow = is_half(scales)? && offsets.map_or(Ok(true), |name_of| is_half(checkpoint.get(&name(name_of))?))?;
+        let narrow =
+            is_half(scales)? && offsets.map_or(Ok(true), |name_of| is_half(checkpoint.get(&name(name_of))?))?;
         Ok(affine_shape(shape, scheme.bits, offset, narrow, scales.dense_type()?))
     };
     let sorted = |g_idx: &str| match checkpoint.tensor(&name(g_idx)) {
@@ -208,11 +209,9 @@ fn tensors(scheme: Scheme) -> Option<Vec<Cut>> {
         Dialect::AwqGemv => vec![cut("qweight", 0, 1, 1), cut("qzeros", 0, 1, 1), cut("scales", 0, 1, 1)],
         Dialect::AwqGemvFast => vec![cut("qweight", 0, 4, 1), cut("qzeros", 1, 1, 1), cut("scales", 1, 1, 1)],
         Dialect::TinyChat => vec![cut("qweight", 0, 4, 1), cut("scaled_zeros", 1, 1, 1), cut("scales", 1, 1, 1)],
-        Dialect::PackQuantized => vec![
-            cut("weight_packed", 0, 1, 1),
-            cut("weight_scale", 0, 1, 1),
-            along("weight_zero_point", 0),
-        ],
+        Dialect::PackQuantized => {
+            vec![cut("weight_packed", 0, 1, 1), cut("weight_scale", 0, 1, 1), along("weight_zero_point", 0)]
+        }
         Dialect::IntQuantized => {
             vec![cut("weight", 0, 1, 1), cut("weight_scale", 0, 1, 1), cut("weight_zero_point", 0, 1, 1)]
         }

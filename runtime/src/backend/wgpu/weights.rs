@@ -9,7 +9,8 @@ use wgpu::BufferUsages;
 use super::device::{Gpu, SLICE};
 use crate::error::{Error, ErrorKind, Result};
 use crate::tensor::{
-    BlockMatrix, DenseMatrix, DenseType, GgmlType, Levels, LevelsForm, Offset, PackedMatrix, W4Matrix, Weight, WeightShape,
+    BlockMatrix, DenseMatrix, DenseType, GgmlType, Levels, LevelsForm, Offset, PackedMatrix, W4Matrix, Weight,
+    WeightShape,
 };
 
 /// A kernel loads four words of a dense row at once; rows are padded with zeros to multiples of this many bytes.
@@ -202,7 +203,9 @@ impl GpuWeight {
                     parts,
                 }))
             }
-            WeightShape::Packed { .. } | WeightShape::Blocks { .. } => GpuPacked::reserve(gpu, name, shape).map(Self::Packed),
+            WeightShape::Packed { .. } | WeightShape::Blocks { .. } => {
+                GpuPacked::reserve(gpu, name, shape).map(Self::Packed)
+            }
             WeightShape::Vector { len } => {
                 Ok(Self::Vector { len: dimension(len)?, buffer: weight_buffer(gpu, name, 4 * len)? })
             }
@@ -257,6 +260,22 @@ impl GpuWeight {
                 gpu.write(buffer, first as u64 * 4, bytemuck::cast_slice(values))
             }
             _ => Err(other()),
+        }
+    }
+
+    /// Gives its memory back at once, also where bind groups still name it.
+    pub(super) fn destroy(&self) {
+        match self {
+            Self::W4(m) => m.parts.iter().for_each(|part| {
+                part.qweight.destroy();
+                part.group_params.destroy();
+            }),
+            Self::Packed(m) => m.parts.iter().for_each(|part| {
+                part.codes.destroy();
+                part.group_params.destroy();
+            }),
+            Self::Dense(m) => m.parts.iter().for_each(|part| part.words.destroy()),
+            Self::Vector { buffer, .. } | Self::Order { buffer, .. } => buffer.destroy(),
         }
     }
 }

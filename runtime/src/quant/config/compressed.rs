@@ -3,8 +3,8 @@
 use serde_json::Value;
 
 use super::{
-    Group, MAX_ENTRIES, Pattern, Quantization, Scheme, brief, field, flag, group_size, invalid, read_bits, strings, text,
-    unsupported,
+    Group, MAX_ENTRIES, Pattern, Quantization, Scheme, brief, field, flag, group_size, invalid, read_bits, strings,
+    text, unsupported,
 };
 use crate::error::{Error, Result};
 use crate::quant::Dialect;

@@ -23,7 +23,9 @@ pub(super) fn read(section: &Value) -> Result<Quantization> {
                 rules.push((Pattern::Exact(name.clone()), algorithm(layer, Some(inner))?));
             }
         }
-        Some(other) => return Err(invalid(format!("expected an object as `quantized_layers`, found {}", brief(other)))),
+        Some(other) => {
+            return Err(invalid(format!("expected an object as `quantized_layers`, found {}", brief(other))));
+        }
     }
     let mut ignore = Vec::new();
     for key in ["exclude_modules", "ignore"] {
