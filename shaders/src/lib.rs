@@ -92,6 +92,10 @@ pub const FLAG_STAGE: u32 = 32;
 pub const FLAG_STAGE_NORM: u32 = 64;
 /// Scales and offsets are single precision, a word each (bit of a matmul's `flags`).
 pub const FLAG_WIDE: u32 = 128;
+/// Weights are rounded to bfloat16 (bit of a matmul's `flags`).
+pub const FLAG_BF16: u32 = 1024;
+/// Products of codes and scales are rounded, too, before a bias is added (bit of a matmul's `flags`).
+pub const FLAG_ROUND_PRODUCTS: u32 = 2048;
 /// Columns are taken in another order (bit of `flags`).
 pub const FLAG_ORDER: u32 = 256;
 /// Columns are multiplied with factors (bit of `flags`).
@@ -107,6 +111,8 @@ const FLAGS: Constants = &[
     ("FLAG_STAGE", FLAG_STAGE),
     ("FLAG_STAGE_NORM", FLAG_STAGE_NORM),
     ("FLAG_WIDE", FLAG_WIDE),
+    ("FLAG_BF16", FLAG_BF16),
+    ("FLAG_ROUND_PRODUCTS", FLAG_ROUND_PRODUCTS),
     ("FLAG_ORDER", FLAG_ORDER),
     ("FLAG_FACTORS", FLAG_FACTORS),
 ];

@@ -1,6 +1,6 @@
 //! Packed matrices that are not in the 4-bit layout of [`crate::w4`]: the twin of the preludes of axis [`Packed`].
 
-use crate::{Cost, FLAG_OFFSET_IS_BIAS, FLAG_WIDE, Groups, Packed, Rng, trial, w4};
+use crate::{Cost, FLAG_BF16, FLAG_OFFSET_IS_BIAS, FLAG_ROUND_PRODUCTS, FLAG_WIDE, Groups, Packed, Rng, trial, w4};
 
 /// Inputs of a K block.
 pub const BLOCK_K: usize = 256;
@@ -126,13 +126,13 @@ pub struct Matrix {
     pub codes: Vec<u32>,
     /// Numbers of the groups.
     pub params: Vec<u32>,
-    /// Bits [`FLAG_OFFSET_IS_BIAS`] and [`FLAG_WIDE`] of the kernels.
+    /// Bits [`FLAG_OFFSET_IS_BIAS`], [`FLAG_WIDE`], [`FLAG_BF16`] and [`FLAG_ROUND_PRODUCTS`] of the kernels.
     pub flags: u32,
     tiled: Option<w4::Matrix>,
 }
 
 impl Matrix {
-    /// Random codes and numbers; of `flags`, [`FLAG_OFFSET_IS_BIAS`] and [`FLAG_WIDE`] count where the kind has them.
+    /// Random codes and numbers; of `flags`, those of [`Self::flags`] count where the kind has them.
     pub(crate) fn random(packed: Packed, (n, k, group_size): (usize, usize, usize), flags: u32, rng: &mut Rng) -> Self {
         if packed == Packed::W4 {
             let tiled = w4::Matrix::random(w4::Shape { n, k, group_size }, flags & FLAG_OFFSET_IS_BIAS, rng);
@@ -146,6 +146,7 @@ impl Matrix {
         let mut kept = 0;
         match packed {
             Packed::Codebook => {
+                kept = flags & FLAG_BF16;
                 params.extend((0..16).map(|_| rng.range(-1.0, 1.0).to_bits()));
                 params.extend((0..groups).map(|_| rng.range(0.0, 0.1).to_bits()));
             }
@@ -157,7 +158,7 @@ impl Matrix {
             }
             Packed::Q6K => codes.chunks_exact_mut(53).for_each(|block| block[52] = half(rng.range(-0.0003, 0.0003))),
             _ => {
-                kept = flags & (FLAG_OFFSET_IS_BIAS | FLAG_WIDE);
+                kept = flags & (FLAG_OFFSET_IS_BIAS | FLAG_WIDE | FLAG_BF16 | FLAG_ROUND_PRODUCTS);
                 let largest = (1u32 << packed.bits()) as f32;
                 for _ in 0..groups {
                     let s = rng.range(-0.2, 0.2) / largest;
@@ -180,7 +181,7 @@ impl Matrix {
         self.k.div_ceil(self.group_size)
     }
 
-    /// Weight of output `n` and input `k`, not rounded.
+    /// Weight of output `n` and input `k`, rounded as the flags say.
     pub fn weight(&self, n: usize, k: usize) -> f32 {
         if let Some(tiled) = &self.tiled {
             return tiled.weight(n, k);
@@ -189,8 +190,14 @@ impl Matrix {
         let group = n * self.groups() + k / self.group_size;
         let half = |bits: u32| half::f16::from_bits(bits as u16).to_f32();
         let float = |at: usize| f32::from_bits(self.params[at]);
+        let round = |value: f32, flag: u32| match self.flags & flag != 0 {
+            true => half::bf16::from_f32(value).to_f32(),
+            false => value,
+        };
         match self.packed {
-            Packed::Codebook => float((row[k / 8] >> (4 * (k % 8)) & 15) as usize) * float(16 + group),
+            Packed::Codebook => {
+                round(float((row[k / 8] >> (4 * (k % 8)) & 15) as usize) * float(16 + group), FLAG_BF16)
+            }
             Packed::Q4K | Packed::Q5K | Packed::Q6K => {
                 let words = self.packed.block().map_or(1, |(words, _)| words);
                 k_weight(self.packed, &row[k / BLOCK_K * words..][..words], k % BLOCK_K)
@@ -205,7 +212,11 @@ impl Matrix {
                     true => (float(2 * group), float(2 * group + 1)),
                     false => (half(self.params[group]), half(self.params[group] >> 16)),
                 };
-                if self.flags & FLAG_OFFSET_IS_BIAS != 0 { q * s + o } else { (q - o) * s }
+                let exact = match self.flags & FLAG_OFFSET_IS_BIAS != 0 {
+                    true => round(q * s, FLAG_ROUND_PRODUCTS) + o,
+                    false => (q - o) * s,
+                };
+                round(exact, FLAG_BF16)
             }
         }
     }

@@ -244,13 +244,10 @@ fn dequantise(matrix: &W4Matrix, rounding: Dequantised) -> Vec<f32> {
             let params = matrix.group_params[row * matrix.groups() + column / matrix.group_size];
             let scale = f16::from_bits(params as u16).to_f32();
             let offset = f16::from_bits((params >> 16) as u16).to_f32();
-            let weight = match matrix.offset.is_bias() {
-                false => (code as f32 - offset) * scale,
-                true => code as f32 * scale + offset,
-            };
-            out.push(match rounding {
-                Dequantised::Half => f16::from_f32(weight).to_f32(),
-                Dequantised::Exact => weight,
+            out.push(match (rounding, matrix.offset.is_bias()) {
+                (Dequantised::Half, _) => matrix.offset.weight(code as u8, scale, offset, matrix.offset.rounding()),
+                (Dequantised::Exact, false) => (code as f32 - offset) * scale,
+                (Dequantised::Exact, true) => code as f32 * scale + offset,
             });
         }
     }

@@ -113,12 +113,8 @@ pub(super) fn decode(checkpoint: &Checkpoint, prefix: &str, (n, k): (usize, usiz
     }
     let map = checkpoint.require(&name(".quant_map"), &[16])?;
     map.expect_dtype(Dtype::F32)?;
-    let mut table: [f32; 16] = numbers(map)?.0.try_into().map_err(|_| map.error("expected 16 numbers"))?;
+    let table: [f32; 16] = numbers(map)?.0.try_into().map_err(|_| map.error("expected 16 numbers"))?;
     check_table(map, described, &table)?;
-    if described.name.ends_with("fp4") {
-        // The sign bit of zero, which the stored table lacks and the writer's own dequantizer has.
-        table[8] = -0.0;
-    }
     let absmax = absmax(checkpoint, &name, &state, elements.div_ceil(state.block))?;
 
     // Blocks run over the flattened matrix. Where rows are not whole blocks, the largest piece that never crosses a block

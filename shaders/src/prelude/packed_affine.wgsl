@@ -1,5 +1,6 @@
 // Axis packed = affine: codes of BITS bits, the code of input k at bit k * BITS of its row. A weight is (q - o) * s, or
 // q * s + o with FLAG_OFFSET_IS_BIAS; a group has a word of f16 s (low) and o (high), or two words of f32 with FLAG_WIDE.
+// FLAG_BF16 and FLAG_ROUND_PRODUCTS round them as the software does that defines them.
 
 const MASK: u32 = (1u << BITS) - 1u;
 
@@ -44,8 +45,18 @@ fn weights8(n: u32, k: u32) -> Weights8 {
     let lo = vec4<u32>(field(first, next, 0u), field(first, next, 1u), field(first, next, 2u), field(first, next, 3u));
     let hi = vec4<u32>(field(first, next, 4u), field(first, next, 5u), field(first, next, 6u), field(first, next, 7u));
     let so = group_numbers(n, k);
-    if ((params.flags & FLAG_OFFSET_IS_BIAS) != 0u) {
-        return Weights8(vec4<f32>(lo) * so.x + so.y, vec4<f32>(hi) * so.x + so.y);
+    var w = Weights8(vec4<f32>(lo), vec4<f32>(hi));
+    if ((params.flags & FLAG_OFFSET_IS_BIAS) == 0u) {
+        w = Weights8((w.lo - so.y) * so.x, (w.hi - so.y) * so.x);
+    } else {
+        w = Weights8(w.lo * so.x, w.hi * so.x);
+        if ((params.flags & FLAG_ROUND_PRODUCTS) != 0u) {
+            w = Weights8(to_bf16(w.lo), to_bf16(w.hi));
+        }
+        w = Weights8(w.lo + so.y, w.hi + so.y);
     }
-    return Weights8((vec4<f32>(lo) - so.y) * so.x, (vec4<f32>(hi) - so.y) * so.x);
+    if ((params.flags & FLAG_BF16) != 0u) {
+        return Weights8(to_bf16(w.lo), to_bf16(w.hi));
+    }
+    return w;
 }

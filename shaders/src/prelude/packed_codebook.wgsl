@@ -4,7 +4,11 @@
 // Four weights from the low nibbles of the bytes of `nibbles`.
 fn looked_up(nibbles: vec4<u32>, absmax: f32) -> vec4<f32> {
     let words = vec4<u32>(group_params[nibbles.x], group_params[nibbles.y], group_params[nibbles.z], group_params[nibbles.w]);
-    return bitcast<vec4<f32>>(words) * absmax;
+    let weights = bitcast<vec4<f32>>(words) * absmax;
+    if ((params.flags & FLAG_BF16) != 0u) {
+        return to_bf16(weights);
+    }
+    return weights;
 }
 
 // Weights of output `n` for inputs k..k+8; k is a multiple of 8.

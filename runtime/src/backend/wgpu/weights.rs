@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use awqua_shaders::{FLAG_OFFSET_IS_BIAS, FLAG_SUMS, FLAG_WIDE, Packed, w4};
+use awqua_shaders::{FLAG_BF16, FLAG_OFFSET_IS_BIAS, FLAG_ROUND_PRODUCTS, FLAG_SUMS, FLAG_WIDE, Packed, w4};
 use wgpu::BufferUsages;
 
 use super::device::{Gpu, SLICE};
@@ -88,6 +88,10 @@ pub(super) struct DensePart {
 /// Bytes that a weight takes on the device.
 pub(super) fn bytes(shape: &WeightShape) -> u64 {
     let size = |bytes: usize| super::device::buffer_size(bytes as u64);
+    if let Some(layout) = PackedLayout::of(shape) {
+        let (codes, numbers) = (layout.packed.code_words(layout.n, layout.k), layout.number_words(layout.n));
+        return size(codes.saturating_mul(4)).saturating_add(size(numbers.saturating_mul(4)));
+    }
     match *shape {
         WeightShape::W4 { n, k, group_size, .. } => {
             let shape = w4::Shape { n, k, group_size };
@@ -96,10 +100,7 @@ pub(super) fn bytes(shape: &WeightShape) -> u64 {
         WeightShape::Dense { n, k, dtype } => {
             size(n.saturating_mul((k.saturating_mul(dtype.size())).next_multiple_of(ROW_BYTES)))
         }
-        WeightShape::Packed { .. } | WeightShape::Blocks { .. } => PackedLayout::of(shape).map_or(0, |layout| {
-            size(layout.packed.code_words(layout.n, layout.k).saturating_mul(4))
-                .saturating_add(size(layout.number_words(layout.n).saturating_mul(4)))
-        }),
+        WeightShape::Packed { .. } | WeightShape::Blocks { .. } => 0,
         WeightShape::Vector { len } | WeightShape::Order { len } => size(len.saturating_mul(4)),
     }
 }
@@ -119,17 +120,32 @@ struct PackedLayout {
 }
 
 impl PackedLayout {
-    /// `None` for other forms, and for widths without a kernel.
+    /// `None` for forms that lie otherwise, and for widths without a kernel.
     fn of(shape: &WeightShape) -> Option<Self> {
+        let flag = |condition: bool, flag: u32| if condition { flag } else { 0 };
+        let affine = |offset: Offset, rounding: DenseType| {
+            let bf16 = rounding == DenseType::BF16;
+            flag(offset.is_bias(), FLAG_OFFSET_IS_BIAS)
+                | flag(bf16, FLAG_BF16)
+                | flag(bf16 && offset.rounds_products(), FLAG_ROUND_PRODUCTS)
+        };
         match *shape {
+            // Sums of codes can not be rounded as these weights are, and that would be seen in logits.
+            WeightShape::W4 { n, k, group_size, offset: offset @ Offset::RoundedBiasBf16 } => {
+                let flags = affine(offset, DenseType::BF16);
+                let row_numbers = k / group_size;
+                Some(Self { packed: Packed::Affine4, n, k, group_size, table: 0, row_numbers, flags, is_half: true })
+            }
             WeightShape::Packed { n, k, bits, group_size, levels, rounding } => {
                 let groups = k.div_ceil(group_size);
-                let bias = |offset: Offset| if offset.is_bias() { FLAG_OFFSET_IS_BIAS } else { 0 };
-                let affine = Packed::affine(bits);
                 let (packed, table, row_numbers, flags) = match levels {
-                    LevelsForm::Affine(offset) => (affine?, 0, groups, bias(offset)),
-                    LevelsForm::AffineWide(offset) => (affine?, 0, 2 * groups, bias(offset) | FLAG_WIDE),
-                    LevelsForm::Codebook => (Packed::Codebook, 16, groups, 0),
+                    LevelsForm::Affine(offset) => (Packed::affine(bits)?, 0, groups, affine(offset, rounding)),
+                    LevelsForm::AffineWide(offset) => {
+                        (Packed::affine(bits)?, 0, 2 * groups, affine(offset, rounding) | FLAG_WIDE)
+                    }
+                    LevelsForm::Codebook => {
+                        (Packed::Codebook, 16, groups, flag(rounding == DenseType::BF16, FLAG_BF16))
+                    }
                 };
                 let is_half = rounding == DenseType::F16 || matches!(levels, LevelsForm::Affine(_));
                 Some(Self { packed, n, k, group_size, table, row_numbers, flags, is_half })
@@ -160,6 +176,9 @@ impl GpuWeight {
     /// # Errors
     /// [`ErrorKind::OutOfMemory`], [`ErrorKind::Unsupported`] for shapes beyond 32 bits, or a device error.
     pub(super) fn reserve(gpu: &Gpu, name: &str, shape: &WeightShape) -> Result<Self> {
+        if let Some(layout) = PackedLayout::of(shape) {
+            return GpuPacked::reserve(gpu, name, &layout).map(Self::Packed);
+        }
         match *shape {
             WeightShape::W4 { n, k, group_size, offset } => {
                 let shape = w4::Shape { n, k, group_size };
@@ -204,7 +223,8 @@ impl GpuWeight {
                 }))
             }
             WeightShape::Packed { .. } | WeightShape::Blocks { .. } => {
-                GpuPacked::reserve(gpu, name, shape).map(Self::Packed)
+                let message = format!("no kernel for {shape:?}");
+                Err(Error::new(ErrorKind::Unsupported, message).in_tensor(name))
             }
             WeightShape::Vector { len } => {
                 Ok(Self::Vector { len: dimension(len)?, buffer: weight_buffer(gpu, name, 4 * len)? })
@@ -250,6 +270,7 @@ impl GpuWeight {
             }
             (Self::Packed(to), rows) if to.takes(&rows.shape()) => match rows {
                 Weight::Packed(rows) => to.fill(gpu, first, rows),
+                Weight::W4(rows) => to.fill_words(gpu, first, rows.n, &rows.qweight, &[], &rows.group_params),
                 Weight::Blocks(rows) => to.fill_blocks(gpu, first, rows),
                 _ => Err(other()),
             },
@@ -309,10 +330,8 @@ impl GpuW4 {
 }
 
 impl GpuPacked {
-    fn reserve(gpu: &Gpu, name: &str, shape: &WeightShape) -> Result<Self> {
-        let layout = PackedLayout::of(shape)
-            .ok_or_else(|| Error::new(ErrorKind::Unsupported, format!("no kernel for {shape:?}")).in_tensor(name))?;
-        let PackedLayout { packed, n, k, .. } = layout;
+    fn reserve(gpu: &Gpu, name: &str, layout: &PackedLayout) -> Result<Self> {
+        let PackedLayout { packed, n, k, .. } = *layout;
         let row_words = packed.row_words(k);
         // A word behind the last row, a table in front of the numbers.
         let row_bytes = 4 * (row_words + 1).max(layout.row_numbers + layout.table);
@@ -354,9 +373,22 @@ impl GpuPacked {
             Levels::AffineWide(_, params) => (&[], bytemuck::cast_slice(params)),
             Levels::Codebook(table, absmax) => (bytemuck::cast_slice(table.as_slice()), bytemuck::cast_slice(absmax)),
         };
-        let (row_words, row_numbers) = (rows.row_words(), numbers.len() / rows.n);
-        for (part, range, before) in self.pieces(first, rows.n) {
-            let codes = &rows.codes[range.start * row_words..range.end * row_words];
+        self.fill_words(gpu, first, rows.n, &rows.codes, table, numbers)
+    }
+
+    /// Writes `n` rows of codes and numbers, and the table in front of the numbers of their parts.
+    fn fill_words(
+        &self,
+        gpu: &Gpu,
+        first: usize,
+        n: usize,
+        codes: &[u32],
+        table: &[u32],
+        numbers: &[u32],
+    ) -> Result<()> {
+        let (row_words, row_numbers) = (codes.len() / n, numbers.len() / n);
+        for (part, range, before) in self.pieces(first, n) {
+            let codes = &codes[range.start * row_words..range.end * row_words];
             gpu.write(&part.codes, (4 * before * row_words) as u64, bytemuck::cast_slice(codes))?;
             if !table.is_empty() {
                 gpu.write(&part.group_params, 0, bytemuck::cast_slice(table))?;
