@@ -17,7 +17,7 @@ mod program;
 mod rope;
 mod weights;
 
-pub use config::ModelConfig;
+pub use config::{LayerConfig, ModelConfig};
 pub use generation::GenerationConfig;
 pub use rope::{Rope, RopeScaling};
 
