@@ -380,9 +380,7 @@ impl Reader<'_> {
         let on = match arch.window {
             Window::Never => false,
             Window::EveryLayer | Window::Pattern(_) => true,
-            Window::FromLayer | Window::WithoutRope => {
-                self.flag("use_sliding_window")?.unwrap_or(false)
-            }
+            Window::FromLayer | Window::WithoutRope => self.flag("use_sliding_window")?.unwrap_or(false),
         };
         if !on {
             return Ok(vec![None; layers]);
