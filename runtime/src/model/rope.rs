@@ -254,7 +254,8 @@ impl Rope {
     /// Whether the rows of a position are the same in sequences of `a` and of `b` tokens.
     pub fn same_rows(&self, a: usize, b: usize) -> bool {
         match self.scaling {
-            RopeScaling::Dynamic { original, .. } => (a as f64).max(original) == (b as f64).max(original),
+            // Beyond the original length every token has frequencies of its own.
+            RopeScaling::Dynamic { original, .. } => a as f64 <= original && b as f64 <= original,
             RopeScaling::LongRope { original, .. } => (a as f64 > original) == (b as f64 > original),
             _ => true,
         }
