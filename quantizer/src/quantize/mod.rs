@@ -25,6 +25,7 @@ mod assemble;
 mod block;
 mod package;
 mod state;
+pub mod tune;
 
 pub use block::{BlockReport, LinearReport};
 pub use package::Format;
@@ -102,6 +103,8 @@ pub struct QuantizeReport {
     pub bits_per_weight: f64,
     /// Blocks in order.
     pub blocks: Vec<BlockReport>,
+    /// How tuning went, where the recipe has it.
+    pub tuning: Option<tune::TuneReport>,
     /// Blocks that were taken over from an interrupted run.
     pub resumed: usize,
     /// Bytes of the source's weight files.
@@ -134,8 +137,7 @@ pub fn plan(source: &Path, calibration: &Calibration, options: &QuantizeOptions,
     let length = calibration.sequences.iter().map(Vec::len).max().unwrap_or(0);
     let decoder = Decoder::new(&checkpoint, length, threads)?;
     let recipe = options.recipe.clone().unwrap_or_else(|| options.method.recipe(options.bits));
-    let uses_tokens = recipe.scale || recipe.clip || recipe.compensate.is_some() || recipe.learn.is_some();
-    if uses_tokens {
+    if recipe.uses_tokens() {
         calibration.check(decoder.config.vocab_size)?;
     }
     let shapes: Vec<(Slot, (usize, usize))> = Slot::ALL.iter().map(|&slot| (slot, decoder.shape(slot))).collect();
@@ -224,7 +226,7 @@ pub fn quantize(
     progress: &mut dyn FnMut(Progress) -> Result<()>,
 ) -> Result<QuantizeReport> {
     let plan = plan(source, calibration, options, threads)?;
-    let (decoder, recipe) = (&plan.decoder, &plan.recipe);
+    let (decoder, recipe, seed) = (&plan.decoder, &plan.recipe, options.seed);
     let layers = decoder.config.num_hidden_layers;
     // Refuses an output that cannot be used before the work, not after it.
     let writer = crate::write::FolderWriter::create(out)?;
@@ -232,13 +234,12 @@ pub fn quantize(
     let resumed = state.finished().min(layers);
     let total = layers + 1;
 
-    let uses_tokens = recipe.scale || recipe.clip || recipe.compensate.is_some() || recipe.learn.is_some();
     let mut sets = match resumed {
         0 => {
             let start = || -> Result<block::Streams> {
                 calibration.sequences.iter().map(|ids| decoder.embed(&plan.checkpoint, ids)).collect()
             };
-            match (uses_tokens, recipe.learn.is_some()) {
+            match (recipe.uses_tokens(), recipe.follows_exact()) {
                 (false, _) => vec![],
                 (true, false) => vec![start()?],
                 (true, true) => vec![start()?, start()?],
@@ -272,6 +273,17 @@ pub fn quantize(
         state.store(&finished, &sets.iter().collect::<Vec<_>>())?;
     }
     drop(sets);
+    let tuned = match (recipe.tune, state.tuning()) {
+        (None, _) => None,
+        (Some(_), Some(report)) => Some(report),
+        (Some(options), None) => {
+            let sequences = &calibration.sequences;
+            let mut beat = |_, _| progress(Progress { done: layers, total });
+            let report = tune::tune(decoder, &plan.checkpoint, &state, sequences, &options, seed, &mut beat)?;
+            state.finish_tuning(&report)?;
+            Some(report)
+        }
+    };
     progress(Progress { done: layers, total })?;
     if identity(&plan.checkpoint)? != plan.identity {
         return Err(Error::new(ErrorKind::InvalidFile, "the source changed while it was read").in_file(source));
@@ -292,6 +304,7 @@ pub fn quantize(
         group_size: plan.group_size,
         bits_per_weight: bits / f64::max(weights, 1.0),
         blocks,
+        tuning: tuned,
         resumed,
         source_bytes: plan.checkpoint.bytes_on_disk(),
         packed_bytes,

@@ -15,16 +15,19 @@ use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde_json::{Value, json};
 
 use super::block::{BlockReport, Finished, Streams};
-use crate::decoder::Slot;
+use super::tune::TuneReport;
+use crate::decoder::{Block, Slot};
 
 pub(super) struct State {
     dir: PathBuf,
+    /// Whether blocks are read as [`State::store_tuned`] left them, once it did.
+    tuned: std::cell::Cell<bool>,
 }
 
 /// A block as it was stored.
 pub(super) struct Stored {
     pub packed: Vec<Option<AffineMatrix>>,
-    /// Norm and bias tensors by the rest of their name.
+    /// Norms, biases and weights that are not packed, by the rest of their name.
     pub vectors: Vec<(String, Vec<f32>)>,
     pub report: BlockReport,
 }
@@ -37,7 +40,7 @@ impl State {
         let mut folder = std::ffi::OsString::from(".");
         folder.push(name);
         folder.push(".resume");
-        let state = Self { dir: out.with_file_name(folder) };
+        let state = Self { dir: out.with_file_name(folder), tuned: false.into() };
         let run = state.dir.join("run");
         if fs::read(&run).ok().as_deref() != Some(fingerprint.as_bytes()) {
             state.remove()?;
@@ -87,41 +90,72 @@ impl State {
         });
         self.write_tensors(&streams_file(layer + 1), streams.collect(), None)?;
 
-        let mut tensors = Vec::new();
-        for (slot, matrix) in Slot::ALL.iter().zip(&finished.packed) {
-            if let Some(matrix) = matrix {
-                let scales: Vec<u8> = matrix.scales.iter().flat_map(|s| s.to_le_bytes()).collect();
-                let module = slot.module();
-                tensors.push((format!("{module}.codes"), Dtype::U8, matrix.codes.len(), matrix.codes.clone()));
-                tensors.push((format!("{module}.scales"), Dtype::F16, matrix.scales.len(), scales));
-                tensors.push((format!("{module}.zeros"), Dtype::U8, matrix.zeros.len(), matrix.zeros.clone()));
-            }
-        }
-        let block = &finished.block;
-        let mut vector = |name: String, values: &[f32]| {
-            tensors.push((format!("vector.{name}"), Dtype::F32, values.len(), bytes(values)));
-        };
-        vector("input_layernorm.weight".into(), &block.input_norm);
-        vector("post_attention_layernorm.weight".into(), &block.post_norm);
-        for slot in Slot::ALL {
-            if let Some(bias) = &block.linear(slot).bias {
-                vector(format!("{}.bias", slot.module()), bias);
-            }
-        }
-        let shapes: Vec<Value> = finished
-            .packed
-            .iter()
-            .map(|m| m.as_ref().map_or(Value::Null, |m| json!([m.n, m.k, m.bits, m.group_size])))
-            .collect();
-        let about = json!({ "report": finished.report, "shapes": shapes }).to_string();
-        self.write_tensors(&block_file(layer), tensors, Some(about))?;
+        self.write_block(&block_file(layer), &finished.block, &finished.packed, &finished.report)?;
         let _ = fs::remove_file(self.dir.join(streams_file(layer)));
         Ok(())
     }
 
+    /// Stores a block with the parameters that tuning gave it.
+    pub fn store_tuned(&self, block: &Block, stored: &Stored) -> Result<()> {
+        self.write_block(&tuned_file(block.layer), block, &stored.packed, &stored.report)
+    }
+
+    /// Reads tuned blocks from now on. `report` is kept for a run that resumes here.
+    pub fn finish_tuning(&self, report: &TuneReport) -> Result<()> {
+        self.write(TUNED, json!(report).to_string().as_bytes())?;
+        self.tuned.set(true);
+        Ok(())
+    }
+
+    /// The report of tuning, if that is finished.
+    pub fn tuning(&self) -> Option<TuneReport> {
+        let report = serde_json::from_slice(&fs::read(self.dir.join(TUNED)).ok()?).ok()?;
+        self.tuned.set(true);
+        Some(report)
+    }
+
+    fn write_block(
+        &self,
+        file: &str,
+        block: &Block,
+        packed: &[Option<AffineMatrix>],
+        report: &BlockReport,
+    ) -> Result<()> {
+        let mut tensors = Vec::new();
+        let mut vectors: Vec<(String, &[f32])> = vec![
+            ("input_layernorm.weight".into(), &block.input_norm),
+            ("post_attention_layernorm.weight".into(), &block.post_norm),
+        ];
+        for (&slot, matrix) in Slot::ALL.iter().zip(packed) {
+            let (module, linear) = (slot.module(), block.linear(slot));
+            if let Some(bias) = &linear.bias {
+                vectors.push((format!("{module}.bias"), bias));
+            }
+            match matrix {
+                Some(matrix) => {
+                    let scales: Vec<u8> = matrix.scales.iter().flat_map(|s| s.to_le_bytes()).collect();
+                    tensors.push((format!("{module}.codes"), Dtype::U8, matrix.codes.len(), matrix.codes.clone()));
+                    tensors.push((format!("{module}.scales"), Dtype::F16, matrix.scales.len(), scales));
+                    tensors.push((format!("{module}.zeros"), Dtype::U8, matrix.zeros.len(), matrix.zeros.clone()));
+                }
+                // Scaling may have changed modules that are not packed.
+                None => vectors.push((format!("{module}.weight"), &linear.weight)),
+            }
+        }
+        for (name, values) in vectors {
+            tensors.push((format!("vector.{name}"), Dtype::F32, values.len(), bytes(values)));
+        }
+        let shapes: Vec<Value> = packed
+            .iter()
+            .map(|m| m.as_ref().map_or(Value::Null, |m| json!([m.n, m.k, m.bits, m.group_size])))
+            .collect();
+        let about = json!({ "report": report, "shapes": shapes }).to_string();
+        self.write_tensors(file, tensors, Some(about))
+    }
+
     /// Reads a finished block.
     pub fn load(&self, layer: usize) -> Result<Stored> {
-        let path = self.dir.join(block_file(layer));
+        let path = self.dir.join(if self.tuned.get() { tuned_file(layer) } else { block_file(layer) });
         let bytes = fs::read(&path).map_err(|e| Error::io(&path, &e))?;
         let tensors = SafeTensors::deserialize(&bytes).map_err(|e| damaged(&path, &e))?;
         let (_, metadata) = SafeTensors::read_metadata(&bytes).map_err(|e| damaged(&path, &e))?;
@@ -181,6 +215,34 @@ impl State {
         };
         write().map_err(|e| Error::io(&path, &e))
     }
+}
+
+/// Written when all blocks are tuned.
+const TUNED: &str = "tuned";
+
+impl Stored {
+    /// Gives `block` the norms, biases and unpacked weights of the stored one.
+    pub fn apply(&self, block: &mut Block) {
+        for (name, values) in &self.vectors {
+            match name.as_str() {
+                "input_layernorm.weight" => block.input_norm.clone_from(values),
+                "post_attention_layernorm.weight" => block.post_norm.clone_from(values),
+                _ => {
+                    let Some((module, part)) = name.rsplit_once('.') else { continue };
+                    let Some(slot) = Slot::ALL.into_iter().find(|slot| slot.module() == module) else { continue };
+                    let linear = block.linear_mut(slot);
+                    match part {
+                        "bias" => linear.bias = Some(values.clone()),
+                        _ => linear.weight.clone_from(values),
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn tuned_file(layer: usize) -> String {
+    format!("tuned-{layer:04}.safetensors")
 }
 
 fn block_file(layer: usize) -> String {
