@@ -196,7 +196,7 @@ pub fn quantize_rtn(
         digests: HashMap::new(),
         packed: Vec::new(),
         done: 0,
-        total: 2 * checkpoint.tensors().map(|tensor| tensor.bytes.len() as u64).sum::<u64>(),
+        total: 2 * checkpoint.tensors().map(|tensor| tensor.byte_len() as u64).sum::<u64>(),
         progress,
     };
 
@@ -366,7 +366,7 @@ impl Job<'_> {
         let matrix =
             quantize_matrix(&dense, group_size).map_err(|error| error.in_file(&tensor.file).in_tensor(weight))?;
         let relative_error = relative_error(&dense, &matrix);
-        tensor.bytes.release();
+        tensor.release();
         self.packed.push(PackedModule { name: module.to_owned(), shape: [n, k], relative_error });
         self.digests.insert(module.to_owned(), matrix_digest(&matrix));
         awq::encode_gemm(&matrix)
@@ -384,7 +384,7 @@ impl Job<'_> {
             let dtype = tensor.dense_type()?;
             let mut values = vec![0.0; 1 << 16];
             let mut converted = Vec::with_capacity(2 << 16);
-            for bytes in tensor.bytes.chunks(dtype.size() << 16) {
+            for bytes in tensor.bytes()?.chunks(dtype.size() << 16) {
                 let values = &mut values[..bytes.len() / dtype.size()];
                 dtype.widen(bytes, values);
                 converted.clear();
@@ -398,9 +398,9 @@ impl Job<'_> {
                 write(&converted)?;
             }
         } else {
-            write(&tensor.bytes)?;
+            write(&tensor.bytes()?)?;
         }
-        tensor.bytes.release();
+        tensor.release();
         self.digests.insert(name.to_owned(), digest.finalize().into());
         Ok(())
     }
@@ -429,11 +429,11 @@ impl Job<'_> {
                 }
             } else {
                 let found = written.require(name, &tensor.shape)?;
-                let digest: [u8; 32] = Sha256::digest(&*found.bytes).into();
+                let digest: [u8; 32] = Sha256::digest(&*found.bytes()?).into();
                 if self.digests.get(name) != Some(&digest) {
                     return Err(differs(name));
                 }
-                found.bytes.release();
+                found.release();
                 kept.push(name.to_owned());
             }
         }
@@ -443,7 +443,7 @@ impl Job<'_> {
     /// Reports progress before `tensor` is worked on.
     fn report(&mut self, tensor: &TensorView) -> Result<()> {
         let result = (self.progress)(Progress { done: self.done, total: self.total, tensor: &tensor.name });
-        self.done += tensor.bytes.len() as u64;
+        self.done += tensor.byte_len() as u64;
         result
     }
 }

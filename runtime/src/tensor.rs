@@ -59,7 +59,7 @@ impl DenseType {
     }
 }
 
-/// A range of bytes in a memory-mapped file or in an owned allocation; cloning shares the storage.
+/// A range of bytes in a mapped file, an owned allocation or somebody's memory; cloning shares the storage.
 #[derive(Clone)]
 pub struct Bytes {
     storage: Storage,
@@ -70,6 +70,7 @@ pub struct Bytes {
 enum Storage {
     Mapped(Arc<Mmap>),
     Owned(Arc<Vec<u8>>),
+    Shared(Arc<dyn AsRef<[u8]> + Send + Sync>),
 }
 
 impl Bytes {
@@ -84,6 +85,12 @@ impl Bytes {
         Self { storage: Storage::Owned(Arc::new(bytes)), range }
     }
 
+    /// The whole of somebody's memory, which stays where and as it is while `owner` lives.
+    pub fn shared(owner: Arc<dyn AsRef<[u8]> + Send + Sync>) -> Self {
+        let range = 0..(*owner).as_ref().len();
+        Self { storage: Storage::Shared(owner), range }
+    }
+
     /// The sub-range `range`, relative to this one, or `None` if it leaves it.
     pub fn slice(&self, range: Range<usize>) -> Option<Self> {
         if range.start > range.end || range.end > self.range.len() {
@@ -94,7 +101,7 @@ impl Bytes {
     }
 
     /// Tells the system that mapped pages of this range will not be read soon, so that they stop counting as
-    /// resident; reading them again stays valid and brings them back from the file. Owned bytes are untouched.
+    /// resident; reading them again stays valid and brings them back from the file. Other bytes are untouched.
     pub fn release(&self) {
         #[cfg(unix)]
         if let Storage::Mapped(map) = &self.storage {
@@ -109,6 +116,14 @@ impl Bytes {
             }
         }
     }
+
+    /// Tells the system that mapped pages of this range will be read soon, so that it fetches them meanwhile.
+    pub fn prefetch(&self) {
+        #[cfg(unix)]
+        if let Storage::Mapped(map) = &self.storage {
+            let _ = map.advise_range(memmap2::Advice::WillNeed, self.range.start, self.range.len());
+        }
+    }
 }
 
 impl Deref for Bytes {
@@ -118,6 +133,7 @@ impl Deref for Bytes {
         let all: &[u8] = match &self.storage {
             Storage::Mapped(map) => map,
             Storage::Owned(bytes) => bytes,
+            Storage::Shared(owner) => (**owner).as_ref(),
         };
         &all[self.range.clone()]
     }
@@ -217,7 +233,67 @@ impl W4Matrix {
     }
 }
 
-/// A weight on its way to a backend.
+/// Form and size of a weight, known before its bytes are read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum WeightShape {
+    /// See [`W4Matrix`].
+    W4 {
+        /// Output features.
+        n: usize,
+        /// Input features.
+        k: usize,
+        /// Input features of a group.
+        group_size: usize,
+        /// Meaning of the second number of a group.
+        offset: Offset,
+    },
+    /// See [`DenseMatrix`].
+    Dense {
+        /// Rows.
+        n: usize,
+        /// Columns.
+        k: usize,
+        /// Element type.
+        dtype: DenseType,
+    },
+    /// Elements of a norm weight or bias.
+    Vector {
+        /// Elements.
+        len: usize,
+    },
+}
+
+impl WeightShape {
+    /// Rows by which a weight is handed over: output features, or elements of a vector.
+    pub fn rows(&self) -> usize {
+        match *self {
+            Self::W4 { n, .. } | Self::Dense { n, .. } => n,
+            Self::Vector { len } => len,
+        }
+    }
+
+    /// Bytes of `rows` rows in the form that [`Weight`] has them.
+    pub fn bytes(&self, rows: usize) -> u64 {
+        let row = match *self {
+            Self::W4 { k, group_size, .. } => k / 2 + 4 * (k / group_size.max(1)),
+            Self::Dense { k, dtype, .. } => k.saturating_mul(dtype.size()),
+            Self::Vector { .. } => 4,
+        };
+        (rows as u64).saturating_mul(row as u64)
+    }
+
+    /// The same form with `rows` rows.
+    #[must_use]
+    pub fn with_rows(mut self, rows: usize) -> Self {
+        match &mut self {
+            Self::W4 { n, .. } | Self::Dense { n, .. } => *n = rows,
+            Self::Vector { len } => *len = rows,
+        }
+        self
+    }
+}
+
+/// A weight on its way to a backend, or some rows of one.
 #[derive(Debug, Clone)]
 pub enum Weight {
     /// Packed 4-bit matrix.
@@ -226,4 +302,40 @@ pub enum Weight {
     Dense(DenseMatrix),
     /// Norm weight or bias, widened to f32.
     Vector(Vec<f32>),
+}
+
+impl Weight {
+    /// Its form and size.
+    pub fn shape(&self) -> WeightShape {
+        match self {
+            Self::W4(m) => WeightShape::W4 { n: m.n, k: m.k, group_size: m.group_size, offset: m.offset },
+            Self::Dense(m) => WeightShape::Dense { n: m.n, k: m.k, dtype: m.dtype },
+            Self::Vector(v) => WeightShape::Vector { len: v.len() },
+        }
+    }
+
+    /// Puts `rows` behind the rows of this one.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`] if they are of another form.
+    pub fn append(&mut self, rows: Self) -> Result<()> {
+        let (mine, theirs) = (self.shape(), rows.shape());
+        if mine.with_rows(0) != theirs.with_rows(0) {
+            return Err(Error::new(ErrorKind::InvalidInput, format!("rows of {theirs:?} do not continue {mine:?}")));
+        }
+        match (self, rows) {
+            (Self::W4(all), Self::W4(rows)) => {
+                all.n += rows.n;
+                all.qweight.extend_from_slice(&rows.qweight);
+                all.group_params.extend_from_slice(&rows.group_params);
+            }
+            (Self::Dense(all), Self::Dense(rows)) => {
+                all.n += rows.n;
+                all.bytes = Bytes::owned([&*all.bytes, &*rows.bytes].concat());
+            }
+            (Self::Vector(all), Self::Vector(rows)) => all.extend_from_slice(&rows),
+            _ => {}
+        }
+        Ok(())
+    }
 }

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use awqua::ErrorKind;
 use awqua::backend::wgpu::{WgpuBackend, WgpuOptions, adapters};
 use awqua::backend::{
-    AttentionShape, Backend, BufferDesc, BufferId, KvType, LogitsRows, Op, Program, Rows, Runner, RunnerConfig, Span,
-    Step, WeightId,
+    AttentionShape, Backend, BufferDesc, BufferId, KvType, LogitsRows, Op, Program, ROW_STEP, Rows, Runner,
+    RunnerConfig, Span, Step, WeightId,
 };
 use awqua::session::sampler::{SampleRequest, Sampling, pick};
 use awqua::tensor::{Bytes, DenseMatrix, DenseType, Offset, W4Matrix, Weight};
@@ -310,13 +310,47 @@ fn config() -> RunnerConfig {
     }
 }
 
+/// Every other weight arrives in pieces.
 fn upload(options: &WgpuOptions, model: &Model) -> Arc<WgpuBackend> {
     let mut backend = WgpuBackend::open(options).expect("the adapter opens");
     for (i, weight) in model.weights.iter().enumerate() {
-        let id = backend.upload(&format!("weight {i}"), weight.clone()).expect("the weight fits");
+        let name = format!("weight {i}");
+        let id = if i % 2 == 0 {
+            backend.upload(&name, weight.clone()).expect("the weight fits")
+        } else {
+            let id = backend.reserve(&name, &weight.shape()).expect("the weight fits");
+            let rows = weight.shape().rows();
+            for first in (0..rows).step_by(ROW_STEP) {
+                let part = cut(weight, first..rows.min(first + ROW_STEP));
+                backend.fill(id, part).expect("the rows fit");
+            }
+            id
+        };
         assert_eq!(id, WeightId(i as u32));
+        let refused = backend.fill(id, cut(weight, 0..1)).expect_err("the weight is full");
+        assert_eq!(refused.kind(), ErrorKind::InvalidInput);
+    }
+    while !backend.upload_is_settled().expect("the device works") {
+        backend.wait().expect("the device works");
     }
     Arc::new(backend)
+}
+
+fn cut(weight: &Weight, rows: std::ops::Range<usize>) -> Weight {
+    match weight {
+        Weight::W4(m) => Weight::W4(W4Matrix {
+            n: rows.len(),
+            qweight: m.qweight[rows.start * m.k / 8..rows.end * m.k / 8].to_vec(),
+            group_params: m.group_params[rows.start * m.groups()..rows.end * m.groups()].to_vec(),
+            ..*m
+        }),
+        Weight::Dense(m) => {
+            let bytes =
+                m.bytes.slice(rows.start * m.row_bytes()..rows.end * m.row_bytes()).expect("rows of the matrix");
+            Weight::Dense(DenseMatrix { n: rows.len(), bytes, ..*m })
+        }
+        Weight::Vector(v) => Weight::Vector(v[rows].to_vec()),
+    }
 }
 
 fn runner(options: &WgpuOptions, model: &Model, kv: KvType) -> (Arc<WgpuBackend>, Box<dyn Runner>) {

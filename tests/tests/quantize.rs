@@ -276,7 +276,7 @@ fn changed(folder: &Folder, arch: &str, change: impl Fn(&mut Vec<u8>, &Checkpoin
 
 /// Where the data of a tensor is in the file.
 fn position(bytes: &[u8], checkpoint: &Checkpoint, name: &str) -> usize {
-    let tensor = &checkpoint.tensor(name).unwrap().bytes;
+    let tensor = &checkpoint.tensor(name).unwrap().bytes().unwrap();
     bytes.windows(64).position(|window| *window == tensor[..64]).unwrap()
 }
 

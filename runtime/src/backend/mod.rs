@@ -10,7 +10,9 @@ use std::time::{Duration, Instant};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::session::sampler::SampleRequest;
-use crate::tensor::Weight;
+use crate::tensor::{Weight, WeightShape};
+
+pub use crate::quant::ROW_STEP;
 
 pub mod cpu;
 #[cfg(feature = "wgpu")]
@@ -384,11 +386,40 @@ pub trait Backend: Send + Sync {
     /// Name, device, variant and memory.
     fn info(&self) -> BackendInfo;
 
-    /// Takes a weight; `name` is the tensor's, for messages.
+    /// Makes room for a weight, whose rows [`Self::fill`] brings; `name` is the tensor's, for messages. Ids count up
+    /// from 0.
     ///
     /// # Errors
     /// [`ErrorKind::OutOfMemory`], [`ErrorKind::Unsupported`] or a device error.
-    fn upload(&mut self, name: &str, weight: Weight) -> Result<WeightId>;
+    fn reserve(&mut self, name: &str, shape: &WeightShape) -> Result<WeightId>;
+
+    /// Takes the next rows of the weight reserved last: all of them, or multiples of [`ROW_STEP`] but for the last ones. Does not wait
+    /// for the device, see [`Self::upload_is_settled`].
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`] for rows of another form or too many of them, or a device error.
+    fn fill(&mut self, id: WeightId, rows: Weight) -> Result<()>;
+
+    /// Takes a whole weight, and waits for the device.
+    ///
+    /// # Errors
+    /// As [`Self::reserve`] and [`Self::fill`].
+    fn upload(&mut self, name: &str, weight: Weight) -> Result<WeightId> {
+        let id = self.reserve(name, &weight.shape())?;
+        self.fill(id, weight)?;
+        while !self.upload_is_settled()? {
+            self.wait()?;
+        }
+        Ok(id)
+    }
+
+    /// Bytes that a weight takes where it is computed with.
+    fn weight_bytes(&self, shape: &WeightShape) -> u64;
+
+    /// Whether dense weights are computed with where they are, so that a view of a file is best handed over whole.
+    fn keeps_views(&self) -> bool {
+        false
+    }
 
     /// Makes the per-session side: activations, KV cache, everything a step needs.
     ///
@@ -412,6 +443,14 @@ pub trait Backend: Send + Sync {
     /// A device error.
     fn upload_is_settled(&self) -> Result<bool> {
         Ok(true)
+    }
+
+    /// Blocks until the device finished something, so that a waiting call can go on; at once if nothing is queued.
+    ///
+    /// # Errors
+    /// A device error.
+    fn wait(&self) -> Result<()> {
+        Ok(())
     }
 
     /// Compiled kernels of this device and driver for [`crate::LoadOptions::pipeline_cache`] of a later start, if the

@@ -1,15 +1,12 @@
 //! Reading and mapping the files of a checkpoint with bounds on their size and on what they may be.
 
 use std::fs::File;
-use std::io::Read;
 use std::path::Path;
 use std::sync::Arc;
 
-use memmap2::Mmap;
-use serde_json::Value;
-
 use crate::error::{Error, ErrorKind, Result};
 use crate::tensor::Bytes;
+use memmap2::Mmap;
 
 /// Largest configuration-like JSON file, bytes; real ones are kilobytes.
 pub(crate) const MAX_JSON: u64 = 8 << 20;
@@ -54,25 +51,4 @@ pub(crate) fn map(file: &File, path: &Path) -> Result<Bytes> {
     let length = map.len();
     Bytes::mapped(Arc::new(map), 0..length)
         .ok_or_else(|| Error::new(ErrorKind::Io, "mapping is shorter than the file").in_file(path))
-}
-
-/// The content of a file of at most `limit` bytes, or `None` if nothing has that name.
-pub(crate) fn read_bounded(path: &Path, limit: u64) -> Result<Option<Vec<u8>>> {
-    let Some((file, length)) = open_regular(path)? else { return Ok(None) };
-    let mut bytes = Vec::with_capacity(usize::try_from(length.min(limit)).unwrap_or(0));
-    // The file may grow after its length was asked, so the limit is enforced on what is read.
-    file.take(limit + 1).read_to_end(&mut bytes).map_err(|error| Error::io(path, &error))?;
-    if bytes.len() as u64 > limit {
-        let message = format!("expected at most {limit} bytes, found {}", length.max(bytes.len() as u64));
-        return Err(Error::new(ErrorKind::InvalidFile, message).in_file(path));
-    }
-    Ok(Some(bytes))
-}
-
-/// A JSON file of at most [`MAX_JSON`] bytes, or `None` if nothing has that name.
-pub(crate) fn read_json(path: &Path) -> Result<Option<Value>> {
-    let Some(bytes) = read_bounded(path, MAX_JSON)? else { return Ok(None) };
-    serde_json::from_slice(&bytes)
-        .map(Some)
-        .map_err(|error| Error::new(ErrorKind::InvalidFile, format!("not valid JSON: {error}")).in_file(path))
 }

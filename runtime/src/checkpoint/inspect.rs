@@ -123,7 +123,7 @@ pub fn inspect(checkpoint: &Checkpoint) -> Result<Inspection> {
         if kind == TensorKind::Head || kind == TensorKind::Linear && in_layer {
             unquantized_linears.push(tensor.name.trim_end_matches(".weight").to_owned());
         }
-        let bytes = tensor.bytes.len() as u64;
+        let bytes = tensor.byte_len() as u64;
         let on_device = match (kind, tensor.dtype) {
             (TensorKind::Codes, _) => packed_device_bytes(quantization.as_ref(), tensor),
             _ if quantized => 0,
@@ -175,7 +175,7 @@ pub fn verify(checkpoint: &Checkpoint) -> Result<Vec<Finding>> {
             Some((module, _)) if is_packed(checkpoint, module) => {}
             _ => check_dense(tensor, &mut findings),
         }
-        tensor.bytes.release();
+        tensor.release();
     }
     for (module, codes) in modules {
         match verify_packed(checkpoint, quantization.as_ref(), module, codes) {
@@ -188,7 +188,7 @@ pub fn verify(checkpoint: &Checkpoint) -> Result<Vec<Finding>> {
             }
             Ok(None) => {}
         }
-        codes.bytes.release();
+        codes.release();
     }
     if let Some(q) = &quantization {
         for tensor in checkpoint.tensors() {
@@ -222,9 +222,13 @@ fn verify_packed(
 
 fn check_dense(tensor: &TensorView, findings: &mut Vec<Finding>) {
     let Ok(dtype) = tensor.dense_type() else { return };
+    let bytes = match tensor.bytes() {
+        Ok(bytes) => bytes,
+        Err(error) => return findings.push(finding(&error)),
+    };
     // In pieces: a widened embedding of a large model does not have to fit in memory.
     let mut values = vec![0.0; 1 << 16];
-    for (i, bytes) in tensor.bytes.chunks(dtype.size() << 16).enumerate() {
+    for (i, bytes) in bytes.chunks(dtype.size() << 16).enumerate() {
         let values = &mut values[..bytes.len() / dtype.size()];
         dtype.widen(bytes, values);
         if let Some(at) = values.iter().position(|value| !value.is_finite()) {

@@ -1,6 +1,6 @@
 //! Which bytes: a folder or file on disk as validated views of tensors.
 //!
-//! [`Checkpoint::open`] maps the weight files of a Hugging Face style folder and checks everything that can be checked
+//! [`Checkpoint::open`] reads the headers of a Hugging Face style folder and checks everything that can be checked
 //! without touching tensor data: after it, a [`TensorView`] has exactly the bytes that its dtype and shape ask for.
 //! Files are hostile until proven otherwise; what the packed bits *mean* is the business of [`crate::quant`].
 //!
@@ -8,7 +8,7 @@
 //! library can turn into an error. Writers that replace files by renaming (this project's, and `safetensors`) are safe.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 pub use ::safetensors::Dtype;
@@ -22,14 +22,18 @@ pub mod gguf;
 mod inspect;
 mod safetensors;
 mod shards;
+pub mod source;
 
 pub use files::map_file;
 pub use inspect::{Finding, Inspection, Severity, TensorInfo, TensorKind, inspect, verify};
+pub use source::Source;
+
+use source::Extent;
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 
-/// One tensor of a checkpoint: its description and its bytes in the mapped file.
+/// One tensor of a checkpoint: its description, and where its bytes are.
 #[derive(Debug, Clone)]
 pub struct TensorView {
     /// Name in the file.
@@ -38,13 +42,67 @@ pub struct TensorView {
     pub dtype: Dtype,
     /// Dimensions, outermost first.
     pub shape: Vec<usize>,
-    /// Row-major little-endian elements, exactly as many as `shape` and `dtype` say; no alignment is promised.
-    pub bytes: Bytes,
     /// File that holds it.
     pub file: Arc<Path>,
+    extent: Extent,
 }
 
 impl TensorView {
+    /// Row-major little-endian elements, exactly as many as `shape` and `dtype` say; no alignment is promised. A view
+    /// of the file where the source has one, else a copy.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`] or [`ErrorKind::OutOfMemory`] where the source has to be read.
+    pub fn bytes(&self) -> Result<Bytes> {
+        self.extent.bytes().map_err(|error| error.in_tensor(&self.name))
+    }
+
+    /// Bytes of the tensor.
+    pub fn byte_len(&self) -> usize {
+        self.extent.len()
+    }
+
+    /// Where the bytes are, to read a part of them.
+    pub fn extent(&self) -> &Extent {
+        &self.extent
+    }
+
+    /// Tells the system that its pages will be read soon; see [`Bytes::prefetch`].
+    pub fn prefetch(&self) {
+        self.extent.prefetch();
+    }
+
+    /// Tells the system that its pages will not be read soon; see [`Bytes::release`].
+    pub fn release(&self) {
+        self.extent.release();
+    }
+
+    /// The elements `range` of dimension `axis` (0 or 1) of a matrix, as a tensor of its own; `None` where it is no
+    /// such matrix, or would have to be read piece by piece.
+    pub(crate) fn cut(&self, axis: usize, range: std::ops::Range<usize>) -> Option<Self> {
+        let &[rows, columns] = self.shape.as_slice() else { return None };
+        let row_bytes = self.byte_len().checked_div(rows)?;
+        let element = row_bytes.checked_div(columns)?;
+        if range.start > range.end || range.end > self.shape[axis] || element * columns != row_bytes {
+            return None;
+        }
+        let mut cut = self.clone();
+        cut.shape[axis] = range.len();
+        cut.extent = match axis {
+            0 => self.extent.slice(range.start * row_bytes..range.end * row_bytes)?,
+            _ => {
+                let view = self.extent.view()?;
+                let mut bytes = Vec::new();
+                bytes.try_reserve_exact(rows * range.len() * element).ok()?;
+                for row in view.chunks_exact(row_bytes) {
+                    bytes.extend_from_slice(&row[range.start * element..range.end * element]);
+                }
+                Extent::whole(Arc::new(Bytes::owned(bytes)), self.file.clone())
+            }
+        };
+        Some(cut)
+    }
+
     /// An [`ErrorKind::InvalidTensor`] error about this tensor.
     pub fn error(&self, message: impl Into<String>) -> Error {
         Error::new(ErrorKind::InvalidTensor, message).in_file(&self.file).in_tensor(&self.name)
@@ -88,13 +146,13 @@ impl TensorView {
     /// All elements widened to f32, in file order.
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidTensor`] if the type is not F16, BF16 or F32, [`ErrorKind::OutOfMemory`].
+    /// [`ErrorKind::InvalidTensor`] if the type is not F16, BF16 or F32, [`ErrorKind::OutOfMemory`], [`ErrorKind::Io`].
     pub fn to_f32(&self) -> Result<Vec<f32>> {
         let dtype = self.dense_type()?;
-        let len = self.bytes.len() / dtype.size();
+        let len = self.byte_len() / dtype.size();
         let mut values = self.reserve(len)?;
         values.resize(len, 0.0);
-        dtype.widen(&self.bytes, &mut values);
+        dtype.widen(&self.bytes()?, &mut values);
         Ok(values)
     }
 
@@ -110,10 +168,10 @@ impl TensorView {
     }
 }
 
-/// An open checkpoint folder: configuration and memory-mapped tensors. Cheap to keep; tensor data stays on disk.
+/// An open checkpoint: configuration and tensors. Cheap to keep; tensor data stays where it is.
 #[derive(Debug)]
 pub struct Checkpoint {
-    dir: PathBuf,
+    source: Source,
     config: Value,
     tensors: BTreeMap<String, TensorView>,
     unlisted: Vec<String>,
@@ -127,27 +185,33 @@ impl Checkpoint {
     /// [`ErrorKind::Io`] if a file is missing or unreadable, [`ErrorKind::InvalidFile`] if one breaks its format,
     /// [`ErrorKind::Unsupported`] if the weights are there in a format that is not read.
     pub fn open(dir: &Path) -> Result<Self> {
-        let metadata = std::fs::metadata(dir).map_err(|error| Error::io(dir, &error))?;
-        if !metadata.is_dir() {
-            return Err(Error::new(ErrorKind::Io, "expected a checkpoint folder, found a file").in_file(dir));
+        Self::open_source(Source::path(dir)?)
+    }
+
+    /// As [`Self::open`], from anywhere.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn open_source(source: Source) -> Result<Self> {
+        if let Some(file) = source.whole() {
+            return Err(Error::new(ErrorKind::Io, "expected a checkpoint folder, found a file").in_file(file.path()));
         }
-        let config_path = dir.join("config.json");
-        let config = files::read_json(&config_path)?.ok_or_else(|| missing(&config_path))?;
+        let config_path = source.place().join("config.json");
+        let config = source.json("config.json")?.ok_or_else(|| missing(&config_path))?;
         if !config.is_object() {
             return Err(Error::new(ErrorKind::InvalidFile, "expected a JSON object").in_file(&config_path));
         }
 
-        let mut checkpoint =
-            Self { dir: dir.to_path_buf(), config, tensors: BTreeMap::new(), unlisted: Vec::new(), bytes_on_disk: 0 };
-        if !checkpoint.add_file(&dir.join(SINGLE))? {
+        let mut checkpoint = Self { source, config, tensors: BTreeMap::new(), unlisted: Vec::new(), bytes_on_disk: 0 };
+        if !checkpoint.add_file(SINGLE)? {
             checkpoint.add_shards()?;
         }
         Ok(checkpoint)
     }
 
-    /// The folder.
+    /// Where it was opened, as messages call it.
     pub fn dir(&self) -> &Path {
-        &self.dir
+        self.source.place()
     }
 
     /// `config.json` as it is.
@@ -163,6 +227,12 @@ impl Checkpoint {
     /// Every tensor, sorted by name.
     pub fn tensors(&self) -> impl ExactSizeIterator<Item = &TensorView> {
         self.tensors.values()
+    }
+
+    /// The tensors whose names begin with `prefix`, sorted.
+    pub(crate) fn tensors_of<'a>(&'a self, prefix: &'a str) -> impl Iterator<Item = &'a TensorView> {
+        let from = self.tensors.range::<str, _>((std::ops::Bound::Included(prefix), std::ops::Bound::Unbounded));
+        from.map(|(_, tensor)| tensor).take_while(move |tensor| tensor.name.starts_with(prefix))
     }
 
     /// Tensors that are in a shard although the index does not list them, sorted.
@@ -181,7 +251,7 @@ impl Checkpoint {
     /// [`ErrorKind::InvalidTensor`].
     pub fn get(&self, name: &str) -> Result<&TensorView> {
         self.tensor(name).ok_or_else(|| {
-            Error::new(ErrorKind::InvalidTensor, "missing from the checkpoint").in_file(&self.dir).in_tensor(name)
+            Error::new(ErrorKind::InvalidTensor, "missing from the checkpoint").in_file(self.dir()).in_tensor(name)
         })
     }
 
@@ -195,14 +265,39 @@ impl Checkpoint {
         Ok(tensor)
     }
 
-    /// The floating-point matrix `name` of shape (n, k), without copying.
+    /// The floating-point matrix `name` of shape (n, k), without copying where the source offers views.
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidTensor`] if it is missing or has another shape or type. Values are not looked at.
+    /// [`ErrorKind::InvalidTensor`] if it is missing or has another shape or type; [`ErrorKind::Io`]. Values are not
+    /// looked at.
     pub fn dense_matrix(&self, name: &str, n: usize, k: usize) -> Result<DenseMatrix> {
         let tensor = self.require(name, &[n, k])?;
-        DenseMatrix::new(n, k, tensor.dense_type()?, tensor.bytes.clone())
+        DenseMatrix::new(n, k, tensor.dense_type()?, tensor.bytes()?)
             .map_err(|error| error.in_file(&tensor.file).in_tensor(name))
+    }
+
+    /// Rows `rows` of the floating-point matrix `name` of shape (n, k), as [`Self::dense_matrix`].
+    ///
+    /// # Errors
+    /// As [`Self::dense_matrix`], and [`ErrorKind::InvalidInput`] for rows that are not there.
+    pub fn dense_rows(&self, name: &str, n: usize, k: usize, rows: std::ops::Range<usize>) -> Result<DenseMatrix> {
+        let tensor = self.require(name, &[n, k])?;
+        let part = tensor.cut(0, rows.clone()).ok_or_else(|| {
+            Error::new(ErrorKind::InvalidInput, format!("rows {rows:?} of {n}")).in_file(&tensor.file).in_tensor(name)
+        })?;
+        DenseMatrix::new(rows.len(), k, tensor.dense_type()?, part.bytes()?)
+            .map_err(|error| error.in_file(&tensor.file).in_tensor(name))
+    }
+
+    /// The same checkpoint with no other tensors than `tensors`.
+    pub(crate) fn with_tensors(&self, tensors: Vec<TensorView>) -> Self {
+        Self {
+            source: self.source.clone(),
+            config: Value::Null,
+            tensors: tensors.into_iter().map(|tensor| (tensor.name.clone(), tensor)).collect(),
+            unlisted: Vec::new(),
+            bytes_on_disk: 0,
+        }
     }
 
     /// The floating-point vector `name` of `len` elements, widened to f32.
@@ -223,7 +318,7 @@ impl Checkpoint {
     /// # Errors
     /// [`ErrorKind::Io`] or [`ErrorKind::InvalidFile`].
     pub fn json(&self, file_name: &str) -> Result<Option<Value>> {
-        files::read_json(&self.dir.join(file_name))
+        self.source.json(file_name)
     }
 
     /// The content of the file `file_name` of the folder if it has at most `limit` bytes, or `None` if there is none.
@@ -231,19 +326,18 @@ impl Checkpoint {
     /// # Errors
     /// [`ErrorKind::Io`] or [`ErrorKind::InvalidFile`].
     pub fn read(&self, file_name: &str, limit: u64) -> Result<Option<Vec<u8>>> {
-        files::read_bounded(&self.dir.join(file_name), limit)
+        self.source.read(file_name, limit)
     }
 
     fn add_shards(&mut self) -> Result<()> {
-        let index_path = self.dir.join(INDEX);
-        let Some(bytes) = files::read_bounded(&index_path, shards::MAX_INDEX)? else {
+        let index_path = self.dir().join(INDEX);
+        let Some(bytes) = self.source.read(INDEX, shards::MAX_INDEX)? else {
             return Err(self.no_weights());
         };
         let index = shards::Index::parse(&bytes).map_err(|error| error.in_file(&index_path))?;
         for file in index.files() {
-            let path = self.dir.join(file);
-            if !self.add_file(&path)? {
-                return Err(missing(&path));
+            if !self.add_file(file)? {
+                return Err(missing(&self.dir().join(file)));
             }
         }
         for (name, file) in &index.weight_map {
@@ -258,21 +352,20 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// Maps a weight file and adds its tensors; `false` if it does not exist.
-    fn add_file(&mut self, path: &Path) -> Result<bool> {
-        let Some((file, _)) = files::open_regular(path)? else { return Ok(false) };
-        let whole = files::map(&file, path)?;
-        let path: Arc<Path> = path.into();
-        for (name, entry) in safetensors::read_header(&whole).map_err(|error| error.in_file(&path))? {
+    /// Adds the tensors of the weight file `name`; `false` if it does not exist.
+    fn add_file(&mut self, name: &str) -> Result<bool> {
+        let Some(whole) = self.source.open(name)? else { return Ok(false) };
+        let path = whole.path();
+        for (name, entry) in safetensors::read_header(&whole).map_err(|error| error.in_file(path))? {
             if let Some(other) = self.tensors.get(&name) {
                 let message = format!("also in {}", other.file.display());
-                return Err(Error::new(ErrorKind::InvalidFile, message).in_file(&path).in_tensor(name));
+                return Err(Error::new(ErrorKind::InvalidFile, message).in_file(path).in_tensor(name));
             }
-            let bytes = whole.slice(entry.range).ok_or_else(|| {
-                Error::new(ErrorKind::InvalidFile, "range leaves the file").in_file(&path).in_tensor(&name)
+            let extent = whole.slice(entry.range).ok_or_else(|| {
+                Error::new(ErrorKind::InvalidFile, "range leaves the file").in_file(path).in_tensor(&name)
             })?;
             let view =
-                TensorView { name: name.clone(), dtype: entry.dtype, shape: entry.shape, bytes, file: path.clone() };
+                TensorView { name: name.clone(), dtype: entry.dtype, shape: entry.shape, file: path.clone(), extent };
             self.tensors.insert(name, view);
         }
         self.bytes_on_disk += whole.len() as u64;
@@ -286,11 +379,11 @@ impl Checkpoint {
             ("pytorch_model.bin.index.json", "PyTorch pickle weights are not read; convert them to safetensors"),
             ("consolidated.safetensors", "consolidated weights are not read; use the Hugging Face form"),
         ] {
-            if self.dir.join(name).exists() {
-                return Error::new(ErrorKind::Unsupported, what).in_file(self.dir.join(name));
+            if matches!(self.source.open(name), Ok(Some(_))) {
+                return Error::new(ErrorKind::Unsupported, what).in_file(self.dir().join(name));
             }
         }
-        Error::new(ErrorKind::Io, format!("found neither {SINGLE} nor {INDEX}")).in_file(&self.dir)
+        Error::new(ErrorKind::Io, format!("found neither {SINGLE} nor {INDEX}")).in_file(self.dir())
     }
 }
 

@@ -12,6 +12,8 @@ use serde::de::{DeserializeSeed, Error as _, IgnoredAny, MapAccess, Visitor};
 
 use crate::error::{Error, ErrorKind, Result};
 
+use super::source::Extent;
+
 /// Largest header, bytes: the limit of the format's reference implementation.
 const MAX_HEADER: u64 = 100_000_000;
 /// Most tensors of a file; bounds what a header of that size can cost in memory.
@@ -34,15 +36,15 @@ pub(crate) struct Entry {
     pub range: std::ops::Range<usize>,
 }
 
-/// Reads the header of a whole file in memory (or mapped): every entry's byte range lies inside `file`, has the length
-/// its dtype and shape ask for, and the ranges tile the data without overlap or gap.
+/// Reads the header of a whole file: every entry's byte range lies inside `file`, has the length its dtype and shape
+/// ask for, and the ranges tile the data without overlap or gap.
 ///
 /// # Errors
-/// [`ErrorKind::InvalidFile`] with the tensor where one is to blame; the caller adds the file.
-pub(crate) fn read_header(file: &[u8]) -> Result<BTreeMap<String, Entry>> {
+/// [`ErrorKind::InvalidFile`] with the tensor where one is to blame; the caller adds the file. [`ErrorKind::Io`].
+pub(crate) fn read_header(file: &Extent) -> Result<BTreeMap<String, Entry>> {
     let header = header_bytes(file)?;
     let data = LENGTH_FIELD + header.len();
-    let text = std::str::from_utf8(header).map_err(|error| invalid(format!("header is not UTF-8: {error}")))?;
+    let text = std::str::from_utf8(&header).map_err(|error| invalid(format!("header is not UTF-8: {error}")))?;
 
     let mut current = String::new();
     let mut deserializer = serde_json::Deserializer::from_str(text);
@@ -63,18 +65,20 @@ pub(crate) fn read_header(file: &[u8]) -> Result<BTreeMap<String, Entry>> {
     Ok(entries)
 }
 
-fn header_bytes(file: &[u8]) -> Result<&[u8]> {
-    let Some((length, rest)) = file.split_first_chunk::<LENGTH_FIELD>() else {
+fn header_bytes(file: &Extent) -> Result<Vec<u8>> {
+    let mut length = [0; LENGTH_FIELD];
+    let Some(rest) = file.slice(LENGTH_FIELD..file.len()) else {
         return Err(invalid(format!("expected at least {LENGTH_FIELD} bytes, found {}", file.len())));
     };
-    let length = u64::from_le_bytes(*length);
+    file.read(0, &mut length)?;
+    let length = u64::from_le_bytes(length);
     if length > MAX_HEADER {
         return Err(invalid(format!("header claims {length} bytes, at most {MAX_HEADER} are accepted")));
     }
-    usize::try_from(length)
-        .ok()
-        .and_then(|length| rest.get(..length))
-        .ok_or_else(|| invalid(format!("truncated: header claims {length} bytes, found {}", rest.len())))
+    match usize::try_from(length).ok().and_then(|length| rest.slice(0..length)) {
+        Some(header) => header.copy(),
+        None => Err(invalid(format!("truncated: header claims {length} bytes, found {}", rest.len()))),
+    }
 }
 
 /// Checks one entry by itself and moves its range from the data section to the file.

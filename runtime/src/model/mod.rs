@@ -103,7 +103,22 @@ impl Model {
         let chat_template = ChatTemplate::from_checkpoint(&checkpoint)?;
 
         let mut backend = open_backend(options)?;
-        let weights = weights::load(&checkpoint, &config, &mut *backend, progress)?;
+        let (plan, weights) = weights::plan(&checkpoint, &config)?;
+        let total = plan.bytes(&*backend);
+        let (mut upload, mut done) = (weights::Upload::default(), 0);
+        let mut report = |done: u64| match progress(LoadProgress { done: done.min(total), total }) {
+            ControlFlow::Continue(()) => Ok(()),
+            ControlFlow::Break(()) => Err(Error::new(ErrorKind::Cancelled, "loading was cancelled")),
+        };
+        report(0)?;
+        while !upload.is_complete(&plan) {
+            done += upload.advance(&plan, &checkpoint, &mut *backend, 4 << 20)?;
+            while !backend.upload_is_settled()? {
+                backend.wait()?;
+            }
+            report(done)?;
+        }
+        report(total)?;
         let program = Arc::new(program::build(&config, &weights));
         Ok(Arc::new(Self {
             config,

@@ -1,14 +1,14 @@
-//! Reads every weight of a decoder, checks its shape and hands it to the backend, one tensor at a time.
+//! Every weight of a decoder: first a list of what goes to the backend, made from headers alone; then its rows, a
+//! bounded number at a time.
 
-use std::ops::ControlFlow;
+use std::ops::Range;
 
-use super::LoadProgress;
 use super::config::ModelConfig;
-use crate::backend::{Backend, WeightId};
+use crate::backend::{Backend, ROW_STEP, WeightId};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, ErrorKind, Result};
 use crate::quant::{self, Quantization};
-use crate::tensor::{W4Matrix, Weight};
+use crate::tensor::{Weight, WeightShape};
 
 /// A linear layer on the backend.
 #[derive(Debug, Clone, Copy)]
@@ -43,55 +43,37 @@ pub(super) struct ModelWeights {
     pub(super) head: WeightId,
 }
 
-/// Uploads the whole model.
-pub(super) fn load(
-    checkpoint: &Checkpoint,
-    config: &ModelConfig,
-    backend: &mut dyn Backend,
-    progress: &mut dyn FnMut(LoadProgress) -> ControlFlow<()>,
-) -> Result<ModelWeights> {
+/// Lists the weights of the whole model and checks their shapes; no tensor is read.
+pub(super) fn plan(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<(UploadPlan, ModelWeights)> {
     let quantization = Quantization::of(checkpoint)?;
-    let total = config.num_hidden_layers as u64 + 2;
-    let mut loader = Loader { checkpoint, quantization, config, backend };
-    let mut report = |done: u64| match progress(LoadProgress { done, total }) {
-        ControlFlow::Continue(()) => Ok(()),
-        ControlFlow::Break(()) => Err(Error::new(ErrorKind::Cancelled, "loading was cancelled")),
-    };
-    report(0)?;
-    let embedding = loader.dense("model.embed_tokens.weight", config.vocab_size, config.hidden_size)?;
-    report(1)?;
-    let layers = (0..config.num_hidden_layers)
-        .map(|layer| {
-            let weights = loader.layer(layer)?;
-            report(layer as u64 + 2)?;
-            Ok(weights)
-        })
-        .collect::<Result<Vec<_>>>()?;
-    let norm = loader.vector("model.norm.weight", config.hidden_size)?;
+    let mut planner = Planner { checkpoint, quantization, config, items: Vec::new() };
+    let embedding = planner.dense("model.embed_tokens.weight", config.vocab_size, config.hidden_size)?;
+    let layers = (0..config.num_hidden_layers).map(|layer| planner.layer(layer)).collect::<Result<Vec<_>>>()?;
+    let norm = planner.vector("model.norm.weight", config.hidden_size)?;
     let head = if config.tie_word_embeddings {
         embedding
     } else {
-        loader.linear("lm_head", config.vocab_size, config.hidden_size, false)?.weight
+        planner.linear("lm_head", config.vocab_size, config.hidden_size, false)?.weight
     };
-    report(total)?;
-    Ok(ModelWeights { embedding, layers, norm, head })
+    let Planner { quantization, items, .. } = planner;
+    Ok((UploadPlan { quantization, items }, ModelWeights { embedding, layers, norm, head }))
 }
 
-struct Loader<'a> {
+struct Planner<'a> {
     checkpoint: &'a Checkpoint,
     quantization: Option<Quantization>,
     config: &'a ModelConfig,
-    backend: &'a mut dyn Backend,
+    items: Vec<Item>,
 }
 
-impl Loader<'_> {
+impl Planner<'_> {
     fn layer(&mut self, layer: usize) -> Result<LayerWeights> {
         let c = self.config;
         let (hidden, inter) = (c.hidden_size, c.intermediate_size);
         let (q, kv) = (c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim);
         let name = |rest: &str| format!("model.layers.{layer}.{rest}");
-        let qk_norm = |loader: &mut Self, rest: &str| match c.arch.qk_norm {
-            true => loader.vector(&name(rest), c.head_dim).map(Some),
+        let qk_norm = |planner: &mut Self, rest: &str| match c.arch.qk_norm {
+            true => planner.vector(&name(rest), c.head_dim).map(Some),
             false => Ok(None),
         };
         Ok(LayerWeights {
@@ -115,31 +97,52 @@ impl Loader<'_> {
     }
 
     fn dense(&mut self, name: &str, n: usize, k: usize) -> Result<WeightId> {
-        let matrix = self.checkpoint.dense_matrix(name, n, k)?;
-        self.upload(name, Weight::Dense(matrix))
+        let dtype = self.checkpoint.require(name, &[n, k])?.dense_type()?;
+        let tensor = name.to_owned();
+        let part = Part::new(name, n, move |input, rows| {
+            input.checkpoint.dense_rows(&tensor, n, k, rows).map(|matrix| Some(Weight::Dense(matrix)))
+        });
+        Ok(self.push(name, WeightShape::Dense { n, k, dtype }, vec![part]))
     }
 
     fn vector(&mut self, name: &str, len: usize) -> Result<WeightId> {
-        let vector = self.checkpoint.vector(name, len)?;
-        self.upload(name, Weight::Vector(vector))
+        let part = self.vector_part(name, len)?;
+        Ok(self.push(name, WeightShape::Vector { len }, vec![part]))
+    }
+
+    fn vector_part(&self, name: &str, len: usize) -> Result<Part> {
+        self.checkpoint.require(name, &[len])?.dense_type()?;
+        let tensor = name.to_owned();
+        Ok(Part::new(name, len, move |input, rows| match rows.len() == len {
+            true => input.checkpoint.vector(&tensor, len).map(|vector| Some(Weight::Vector(vector))),
+            false => Ok(None),
+        }))
     }
 
     fn linear(&mut self, prefix: &str, n: usize, k: usize, bias: bool) -> Result<Projection> {
-        let weight = quant::load_linear(self.checkpoint, self.quantization.as_ref(), prefix, n, k)?;
+        let shape = quant::linear_shape(self.checkpoint, self.quantization.as_ref(), prefix, n, k)?;
         let bias = self.bias(prefix, n, bias)?;
-        self.project(prefix, weight, bias, 0)
+        Ok(self.project(prefix, shape, vec![linear_part(prefix, n, k)], bias.into_iter().collect(), 0))
     }
 
-    fn project(&mut self, prefix: &str, weight: Weight, bias: Option<Vec<f32>>, offset: usize) -> Result<Projection> {
-        let weight = self.upload(prefix, weight)?;
-        let bias = bias.map(|bias| self.upload(&format!("{prefix}.bias"), Weight::Vector(bias))).transpose()?;
-        Ok(Projection { weight, bias, offset: offset as u32 })
+    fn project(
+        &mut self,
+        prefix: &str,
+        shape: WeightShape,
+        parts: Vec<Part>,
+        bias: Vec<Part>,
+        offset: usize,
+    ) -> Projection {
+        let weight = self.push(prefix, shape, parts);
+        let len = bias.iter().map(|part| part.rows).sum();
+        let bias = (len > 0).then(|| self.push(&format!("{prefix}.bias"), WeightShape::Vector { len }, bias));
+        Projection { weight, bias, offset: offset as u32 }
     }
 
-    fn bias(&self, prefix: &str, n: usize, expected: bool) -> Result<Option<Vec<f32>>> {
+    fn bias(&self, prefix: &str, n: usize, expected: bool) -> Result<Option<Part>> {
         let name = format!("{prefix}.bias");
         if expected {
-            return self.checkpoint.vector(&name, n).map(Some);
+            return self.vector_part(&name, n).map(Some);
         }
         match self.checkpoint.tensor(&name) {
             None => Ok(None),
@@ -150,49 +153,197 @@ impl Loader<'_> {
     /// Projections of one input, stacked along their outputs if all are 4-bit of the same kind: one launch instead of
     /// several. Others stay apart; stacking them would copy what is mapped.
     fn stacked(&mut self, parts: &[(String, usize)], k: usize, bias: bool) -> Result<Vec<Projection>> {
-        let mut weights = Vec::with_capacity(parts.len());
+        let mut shapes = Vec::with_capacity(parts.len());
         let mut biases = Vec::with_capacity(parts.len());
         for (prefix, n) in parts {
-            weights.push(quant::load_linear(self.checkpoint, self.quantization.as_ref(), prefix, *n, k)?);
+            shapes.push(quant::linear_shape(self.checkpoint, self.quantization.as_ref(), prefix, *n, k)?);
             biases.push(self.bias(prefix, *n, bias)?);
         }
-        match stack(weights) {
-            Ok(stacked) => {
-                let bias: Vec<f32> = biases.into_iter().flatten().flatten().collect();
-                let bias = Some(bias).filter(|b| !b.is_empty());
-                let prefix = parts.iter().map(|(prefix, _)| prefix.as_str()).collect::<Vec<_>>().join(" + ");
-                Ok(vec![self.project(&prefix, Weight::W4(stacked), bias, 0)?])
-            }
-            Err(weights) => {
-                let mut offset = 0;
-                let mut projections = Vec::with_capacity(parts.len());
-                for (((prefix, n), weight), bias) in parts.iter().zip(weights).zip(biases) {
-                    projections.push(self.project(prefix, weight, bias, offset)?);
-                    offset += n;
-                }
-                Ok(projections)
-            }
+        if let Some(shape) = stack(&shapes) {
+            let prefix = parts.iter().map(|(prefix, _)| prefix.as_str()).collect::<Vec<_>>().join(" + ");
+            let parts = parts.iter().map(|(prefix, n)| linear_part(prefix, *n, k)).collect();
+            return Ok(vec![self.project(&prefix, shape, parts, biases.into_iter().flatten().collect(), 0)]);
         }
+        let mut offset = 0;
+        let mut projections = Vec::with_capacity(parts.len());
+        for (((prefix, n), shape), bias) in parts.iter().zip(shapes).zip(biases) {
+            let part = vec![linear_part(prefix, *n, k)];
+            projections.push(self.project(prefix, shape, part, bias.into_iter().collect(), offset));
+            offset += n;
+        }
+        Ok(projections)
     }
 
-    fn upload(&mut self, name: &str, weight: Weight) -> Result<WeightId> {
-        self.backend.upload(name, weight).map_err(|e| e.in_file(self.checkpoint.dir()).in_tensor(name))
+    fn push(&mut self, name: &str, shape: WeightShape, parts: Vec<Part>) -> WeightId {
+        self.items.push(Item { name: name.to_owned(), shape, parts });
+        WeightId(self.items.len() as u32 - 1)
     }
 }
 
-/// One matrix with the rows of all, or the matrices back if they differ in kind.
-fn stack(weights: Vec<Weight>) -> Result<W4Matrix, Vec<Weight>> {
-    let Some(Weight::W4(first)) = weights.first() else { return Err(weights) };
-    let (group_size, offset) = (first.group_size, first.offset);
-    if !weights.iter().all(|w| matches!(w, Weight::W4(m) if m.group_size == group_size && m.offset == offset)) {
-        return Err(weights);
+fn linear_part(prefix: &str, n: usize, k: usize) -> Part {
+    let module = prefix.to_owned();
+    Part::new(prefix, n, move |input, rows| {
+        quant::load_rows(input.checkpoint, input.quantization, &module, (n, k), rows)
+    })
+}
+
+/// The shape of one matrix with the rows of all, if they are packed in the same way.
+fn stack(shapes: &[WeightShape]) -> Option<WeightShape> {
+    let first = shapes.first().filter(|shape| matches!(shape, WeightShape::W4 { .. }))?;
+    let same = shapes.iter().all(|shape| shape.with_rows(0) == first.with_rows(0));
+    same.then(|| first.with_rows(shapes.iter().map(WeightShape::rows).sum()))
+}
+
+/// The weights of a model in the order of their ids, and how to read them. Used again when weights come back.
+pub(super) struct UploadPlan {
+    quantization: Option<Quantization>,
+    items: Vec<Item>,
+}
+
+/// One weight.
+struct Item {
+    name: String,
+    shape: WeightShape,
+    /// In the order of their rows.
+    parts: Vec<Part>,
+}
+
+/// Rows of a weight that are stored together.
+struct Part {
+    /// The tensors they are stored in begin with it.
+    prefix: String,
+    rows: usize,
+    read: ReadRows,
+}
+
+/// What rows are read from.
+struct Input<'a> {
+    checkpoint: &'a Checkpoint,
+    quantization: Option<&'a Quantization>,
+}
+
+/// Reads some rows of a part; `None` where it can only be read as a whole.
+type ReadRows = Box<dyn Fn(&Input<'_>, Range<usize>) -> Result<Option<Weight>> + Send + Sync>;
+
+impl Part {
+    fn new(
+        prefix: &str,
+        rows: usize,
+        read: impl Fn(&Input<'_>, Range<usize>) -> Result<Option<Weight>> + Send + Sync + 'static,
+    ) -> Self {
+        Self { prefix: prefix.to_owned(), rows, read: Box::new(read) }
     }
-    let mut parts = weights.into_iter().filter_map(|w| if let Weight::W4(m) = w { Some(m) } else { None });
-    let Some(mut all) = parts.next() else { return Err(Vec::new()) };
-    for part in parts {
-        all.n += part.n;
-        all.qweight.extend_from_slice(&part.qweight);
-        all.group_params.extend_from_slice(&part.group_params);
+}
+
+impl UploadPlan {
+    /// Form and size of every weight.
+    pub(super) fn shapes(&self) -> impl Iterator<Item = &WeightShape> {
+        self.items.iter().map(|item| &item.shape)
     }
-    Ok(all)
+
+    /// Bytes that all weights take on `backend`.
+    pub(super) fn bytes(&self, backend: &dyn Backend) -> u64 {
+        self.shapes().map(|shape| backend.weight_bytes(shape)).sum()
+    }
+}
+
+/// How far the weights of a plan are on their way to a backend.
+#[derive(Default)]
+pub(super) struct Upload {
+    item: usize,
+    part: usize,
+    /// Next row of the part.
+    row: usize,
+    id: Option<WeightId>,
+    /// Rows that do not fill a step yet, because the next ones are stored elsewhere.
+    held: Option<Weight>,
+}
+
+impl Upload {
+    /// Whether everything has been handed over.
+    pub(super) fn is_complete(&self, plan: &UploadPlan) -> bool {
+        self.item == plan.items.len()
+    }
+
+    /// Hands over about `most` bytes (at least [`ROW_STEP`] rows) of the next weight; returns how many bytes of the
+    /// backend's memory they fill.
+    ///
+    /// # Errors
+    /// Those of reading the tensors and of the backend, naming the tensor.
+    pub(super) fn advance(
+        &mut self,
+        plan: &UploadPlan,
+        checkpoint: &Checkpoint,
+        backend: &mut dyn Backend,
+        most: u64,
+    ) -> Result<u64> {
+        let Some(item) = plan.items.get(self.item) else { return Ok(0) };
+        let done = self.advance_item(item, plan, checkpoint, backend, most);
+        done.map_err(|e| e.in_file(checkpoint.dir()).in_tensor(&item.name))
+    }
+
+    fn advance_item(
+        &mut self,
+        item: &Item,
+        plan: &UploadPlan,
+        checkpoint: &Checkpoint,
+        backend: &mut dyn Backend,
+        most: u64,
+    ) -> Result<u64> {
+        let input = Input { checkpoint, quantization: plan.quantization.as_ref() };
+        let id = match self.id {
+            Some(id) => id,
+            None => {
+                if let Some(next) = plan.items.get(self.item + 1) {
+                    prefetch(checkpoint, next);
+                }
+                *self.id.insert(backend.reserve(&item.name, &item.shape)?)
+            }
+        };
+        let Some(part) = item.parts.get(self.part) else {
+            return Err(Error::new(ErrorKind::InvalidTensor, "the weight has no rows"));
+        };
+        // What is computed with in place is not cut up.
+        let in_place = backend.keeps_views() && matches!(item.shape, WeightShape::Dense { .. });
+        let whole = in_place && tensors(checkpoint, part).any(|tensor| tensor.extent().view().is_some());
+        let step = (most / item.shape.bytes(1).max(1)) as usize / ROW_STEP * ROW_STEP;
+        let end = if whole { part.rows } else { part.rows.min(self.row.saturating_add(step.max(ROW_STEP))) };
+        let (rows, end) = match (part.read)(&input, self.row..end)? {
+            Some(rows) => (rows, end),
+            None => {
+                let all = (part.read)(&input, self.row..part.rows)?;
+                (all.ok_or_else(|| Error::new(ErrorKind::Unsupported, "the rows can not be read"))?, part.rows)
+            }
+        };
+        self.row = end;
+        if self.row == part.rows {
+            (self.part, self.row) = (self.part + 1, 0);
+        }
+        let last = self.part == item.parts.len();
+        let rows = match self.held.take() {
+            None => rows,
+            Some(mut held) => {
+                held.append(rows)?;
+                held
+            }
+        };
+        let count = rows.shape().rows();
+        if !last && !matches!(rows, Weight::Vector(_)) && !count.is_multiple_of(ROW_STEP) {
+            self.held = Some(rows);
+            return Ok(0);
+        }
+        backend.fill(id, rows)?;
+        if last {
+            *self = Self { item: self.item + 1, ..Self::default() };
+        }
+        Ok(backend.weight_bytes(&item.shape.with_rows(count)))
+    }
+}
+
+fn tensors<'a>(checkpoint: &'a Checkpoint, part: &'a Part) -> impl Iterator<Item = &'a crate::checkpoint::TensorView> {
+    checkpoint.tensors_of(&part.prefix)
+}
+
+fn prefetch(checkpoint: &Checkpoint, item: &Item) {
+    item.parts.iter().flat_map(|part| tensors(checkpoint, part)).for_each(|tensor| tensor.prefetch());
 }

@@ -47,7 +47,7 @@ pub(super) fn decode_gemm(checkpoint: &Checkpoint, prefix: &str, shape: Shape) -
 
     let mut group_params = qzeros.reserve(n * groups)?;
     group_params.resize(n * groups, 0);
-    for (i, word) in words(&qzeros.bytes).enumerate() {
+    for (i, word) in words(&qzeros.bytes()?).enumerate() {
         let (group, c) = (i / (n / 8), i % (n / 8));
         for (t, column) in GEMM_ORDER.iter().enumerate() {
             let row = 8 * c + column;
@@ -57,7 +57,7 @@ pub(super) fn decode_gemm(checkpoint: &Checkpoint, prefix: &str, shape: Shape) -
     }
     let mut codes = qweight.reserve(n * (k / 8))?;
     codes.resize(n * (k / 8), 0);
-    repack_gemm(&qweight.bytes, n, k, &mut codes);
+    repack_gemm(&qweight.bytes()?, n, k, &mut codes);
     release(&[qweight, qzeros, scales]);
     W4Matrix::new((n, k), group_size, codes, group_params, Offset::Zero)
 }
@@ -72,14 +72,15 @@ pub(super) fn decode_gemv(checkpoint: &Checkpoint, prefix: &str, shape: Shape) -
     let scale_values = read_f16(scales)?;
 
     let mut group_params = qzeros.reserve(n * groups)?;
-    for (scales, zeros) in scale_values.chunks_exact(8 * zeros_width).zip(qzeros.bytes.chunks_exact(4 * zeros_width)) {
+    for (scales, zeros) in scale_values.chunks_exact(8 * zeros_width).zip(qzeros.bytes()?.chunks_exact(4 * zeros_width))
+    {
         // Eight zero points a word; what lies past the last group is padding.
         let zeros = words(zeros).flat_map(|word| (0..8).map(move |t| word >> (4 * t) & 15));
         let pairs = scales.iter().zip(zeros).take(groups);
         group_params.extend(pairs.map(|(&scale, zero)| pack_params(scale, f16::from_f32(zero as f32))));
     }
     let mut codes = qweight.reserve(n * (k / 8))?;
-    codes.extend(words(&qweight.bytes));
+    codes.extend(words(&qweight.bytes()?));
     release(&[qweight, qzeros, scales]);
     W4Matrix::new((n, k), group_size, codes, group_params, Offset::Zero)
 }
@@ -104,7 +105,7 @@ pub(super) fn decode_gemv_fast(checkpoint: &Checkpoint, prefix: &str, shape: Sha
     let mut codes: Vec<u32> = qweight.reserve(n * (k / 8))?;
     codes.resize(n * (k / 8), 0);
     // A band is 4 rows, i.e. 4 * k / 8 words; a block of it 4 rows of 64 input features, 8 words a row.
-    for (band, codes) in qweight.bytes.chunks_exact(2 * k).zip(codes.chunks_exact_mut(k / 2)) {
+    for (band, codes) in qweight.bytes()?.chunks_exact(2 * k).zip(codes.chunks_exact_mut(k / 2)) {
         for (block, bytes) in band.chunks_exact(128).enumerate() {
             for (row, bytes) in bytes.chunks_exact(32).enumerate() {
                 let out = &mut codes[row * (k / 8) + 8 * block..][..8];

@@ -4,7 +4,7 @@ use half::{bf16, f16};
 
 use crate::checkpoint::{Dtype, TensorView};
 use crate::error::{Error, ErrorKind, Result};
-use crate::tensor::{Bytes, Offset, W4Matrix};
+use crate::tensor::{Offset, W4Matrix};
 
 impl W4Matrix {
     /// A matrix from its parts; see the fields for shapes.
@@ -92,7 +92,8 @@ fn unpack_params(word: u32) -> (f16, f16) {
 ///
 /// bfloat16 values that leave the range of half precision are an error; those below its smallest step become zero.
 pub(crate) fn read_f16(tensor: &TensorView) -> Result<Vec<f16>> {
-    let pairs = tensor.bytes.chunks_exact(2).map(|b| [b[0], b[1]]);
+    let bytes = tensor.bytes()?;
+    let pairs = bytes.chunks_exact(2).map(|b| [b[0], b[1]]);
     let mut values: Vec<f16> = tensor.reserve(pairs.len())?;
     match tensor.dtype {
         Dtype::F16 => values.extend(pairs.map(f16::from_le_bytes)),
@@ -101,7 +102,7 @@ pub(crate) fn read_f16(tensor: &TensorView) -> Result<Vec<f16>> {
     }
     if let Some(i) = values.iter().position(|v| !v.is_finite()) {
         let found = match tensor.dtype {
-            Dtype::BF16 => bf16::from_le_bytes([tensor.bytes[2 * i], tensor.bytes[2 * i + 1]]).to_f32(),
+            Dtype::BF16 => bf16::from_le_bytes([bytes[2 * i], bytes[2 * i + 1]]).to_f32(),
             _ => values[i].to_f32(),
         };
         return Err(tensor.error(format!("expected finite half-precision values, found {found} at element {i}")));
@@ -111,5 +112,5 @@ pub(crate) fn read_f16(tensor: &TensorView) -> Result<Vec<f16>> {
 
 /// Gives the pages of packed tensors back once they have been repacked.
 pub(crate) fn release(tensors: &[&TensorView]) {
-    tensors.iter().map(|tensor| &tensor.bytes).for_each(Bytes::release);
+    tensors.iter().for_each(|tensor| tensor.release());
 }

@@ -85,7 +85,7 @@ pub(super) fn decode_affine(
     }
     let mut codes = packed.reserve(n * k)?;
     codes.resize(n * k, 0);
-    for (row, run) in codes.chunks_exact_mut(k).zip(packed.bytes.chunks_exact(4 * k_words)) {
+    for (row, run) in codes.chunks_exact_mut(k).zip(packed.bytes()?.chunks_exact(4 * k_words)) {
         unpack(words(run), bits, dense, row);
     }
     let mut zeros = vec![1u8 << (bits - 1); n * groups];
@@ -95,7 +95,7 @@ pub(super) fn decode_affine(
         let Some((n_words, dense)) = runs(n).into_iter().find(|&(words, _)| stored.shape == [words, groups]) else {
             return Err(stored.error(format!("expected shape [{}, {groups}], found {:?}", runs(n)[0].0, stored.shape)));
         };
-        let rows: Vec<u32> = words(&stored.bytes).collect();
+        let rows: Vec<u32> = words(&stored.bytes()?).collect();
         let mut columns = vec![0; n * groups];
         for (column, run) in columns.chunks_exact_mut(n).zip(transpose(&rows, groups).chunks_exact(n_words)) {
             unpack(run.iter().copied(), bits, dense, column);
@@ -119,8 +119,8 @@ pub(super) fn decode(checkpoint: &Checkpoint, prefix: &str, shape: Shape, symmet
     if let Some(stated) = checkpoint.tensor(&name("weight_shape")) {
         stated.expect_dtype(Dtype::I64)?;
         stated.expect_shape(&[2])?;
-        let bytes = stated.bytes.chunks_exact(8).map(|b| <[u8; 8]>::try_from(b).map_or(0, i64::from_le_bytes));
-        let found: Vec<i64> = bytes.collect();
+        let bytes = stated.bytes()?;
+        let found: Vec<i64> = bytes.as_chunks().0.iter().map(|b| i64::from_le_bytes(*b)).collect();
         if found != [n as i64, k as i64] {
             return Err(stated.error(format!("expected values [{n}, {k}], found {found:?}")));
         }
@@ -133,14 +133,14 @@ pub(super) fn decode(checkpoint: &Checkpoint, prefix: &str, shape: Shape, symmet
     let zeros: Option<Vec<u32>> = match (symmetric, zero_points) {
         (true, None) => None,
         // Some writers store the constant zero points of symmetric weights, as int8 zeros.
-        (true, Some(stored)) if stored.dtype == Dtype::I8 && stored.bytes.iter().all(|&z| z == 0) => None,
+        (true, Some(stored)) if stored.dtype == Dtype::I8 && stored.bytes()?.iter().all(|&z| z == 0) => None,
         (true, Some(stored)) => return Err(stored.error("expected no zero points, the configuration says symmetric")),
         (false, _) => {
             let stored = checkpoint.get(&name("weight_zero_point"))?;
             stored.expect_dtype(Dtype::I32)?;
             stored.expect_shape(&[n.div_ceil(8), groups])?;
-            let mut zeros = stored.reserve(stored.bytes.len() / 4)?;
-            zeros.extend(words(&stored.bytes));
+            let mut zeros = stored.reserve(stored.byte_len() / 4)?;
+            zeros.extend(words(&stored.bytes()?));
             Some(zeros)
         }
     };
@@ -155,7 +155,7 @@ pub(super) fn decode(checkpoint: &Checkpoint, prefix: &str, shape: Shape, symmet
         );
     }
     let mut codes = packed.reserve(n * (k / 8))?;
-    codes.extend(words(&packed.bytes));
+    codes.extend(words(&packed.bytes()?));
     release(&[packed, scales]);
     W4Matrix::new((n, k), group_size, codes, group_params, Offset::Zero)
 }

@@ -75,19 +75,19 @@ pub(super) fn decode(
     if let Some(g_idx) = checkpoint.tensor(&name("g_idx")) {
         g_idx.expect_dtype(Dtype::I32)?;
         g_idx.expect_shape(&[k])?;
-        if words(&g_idx.bytes).enumerate().any(|(i, group)| group as usize != i / group_size) {
+        if words(&g_idx.bytes()?).enumerate().any(|(i, group)| group as usize != i / group_size) {
             return Err(g_idx.error("groups in another order than that of the input features are not read"));
         }
     }
     let mut columns: Vec<u32> = qweight.reserve(k_words * n)?;
-    columns.extend(words(&qweight.bytes));
+    columns.extend(words(&qweight.bytes()?));
     let mut codes = qweight.reserve(n * k)?;
     codes.resize(n * k, 0);
     for (row, column) in codes.chunks_exact_mut(k).zip(transpose(&columns, n).chunks_exact(k_words)) {
         unpack(column.iter().copied(), bits, true, row);
     }
     let mut zeros = vec![0; groups * n];
-    for (zeros, packed) in zeros.chunks_exact_mut(n).zip(qzeros.bytes.chunks_exact(4 * n_words)) {
+    for (zeros, packed) in zeros.chunks_exact_mut(n).zip(qzeros.bytes()?.chunks_exact(4 * n_words)) {
         unpack(words(packed), bits, true, zeros);
     }
     let matrix = AffineMatrix {

@@ -14,9 +14,11 @@ mod canonical;
 pub mod compressed;
 mod config;
 pub mod gptq;
+mod rows;
 
 pub use affine::AffineMatrix;
 pub use config::{Dialect, Quantization, Scheme};
+pub use rows::{ROW_STEP, linear_shape, load_rows};
 
 /// Loads the weight of the linear module `prefix` (its name without `.weight`) of `n` outputs and `k` inputs.
 ///
@@ -34,7 +36,12 @@ pub fn load_linear(
     n: usize,
     k: usize,
 ) -> Result<Weight> {
-    match scheme_of_stored(checkpoint, quantization, prefix)? {
+    load_module(checkpoint, scheme_of_stored(checkpoint, quantization, prefix)?, prefix, n, k)
+}
+
+/// As [`load_linear`], for a module whose scheme is known.
+fn load_module(checkpoint: &Checkpoint, scheme: Option<Scheme>, prefix: &str, n: usize, k: usize) -> Result<Weight> {
+    match scheme {
         Some(scheme) if scheme.bits == 4 && scheme.dialect != Dialect::GptqV2 => {
             load_packed(checkpoint, scheme, prefix, n, k).map(Weight::W4)
         }
@@ -50,11 +57,7 @@ pub fn load_linear(
 /// # Errors
 /// As [`load_linear`].
 pub fn load_packed(checkpoint: &Checkpoint, scheme: Scheme, prefix: &str, n: usize, k: usize) -> Result<W4Matrix> {
-    let shape = Shape::new(n, k, scheme).map_err(|error| {
-        let codes = format!("{prefix}.{}", scheme.dialect.codes_suffix());
-        let file = checkpoint.tensor(&codes).map_or(checkpoint.dir(), |tensor| &tensor.file);
-        error.in_file(file).in_tensor(codes)
-    })?;
+    let shape = Shape::of(checkpoint, prefix, (n, k), scheme)?;
     match scheme.dialect {
         Dialect::AwqGemm => awq::decode_gemm(checkpoint, prefix, shape),
         Dialect::AwqGemv => awq::decode_gemv(checkpoint, prefix, shape),
@@ -147,6 +150,15 @@ pub(crate) struct Shape {
 }
 
 impl Shape {
+    /// Geometry of the packed module `prefix`.
+    fn of(checkpoint: &Checkpoint, prefix: &str, (n, k): (usize, usize), scheme: Scheme) -> Result<Self> {
+        Self::new(n, k, scheme).map_err(|error| {
+            let codes = format!("{prefix}.{}", scheme.dialect.codes_suffix());
+            let file = checkpoint.tensor(&codes).map_or(checkpoint.dir(), |tensor| &tensor.file);
+            error.in_file(file).in_tensor(codes)
+        })
+    }
+
     fn new(n: usize, k: usize, scheme: Scheme) -> Result<Self> {
         let group_size = scheme.group_size.unwrap_or(k);
         if n == 0 || k == 0 || !k.is_multiple_of(8) {

@@ -9,7 +9,7 @@ use super::{
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::session::sampler::{self, SampleRequest};
-use crate::tensor::Weight;
+use crate::tensor::{Bytes, Weight, WeightShape};
 use kernels::Kernels;
 use pool::Pool;
 
@@ -22,11 +22,14 @@ mod x86;
 
 /// An empty CPU backend.
 pub fn open() -> Box<dyn Backend> {
-    Box::new(Cpu { weights: Vec::new(), weight_bytes: 0, kernels: kernels::best().into() })
+    Box::new(Cpu { weights: Vec::new(), filling: None, weight_bytes: 0, kernels: kernels::best().into() })
 }
 
 struct Cpu {
+    /// Those reserved and not filled have no rows yet.
     weights: Vec<Weight>,
+    /// The weight whose rows are coming, and the shape it will have.
+    filling: Option<(usize, WeightShape, Partial)>,
     weight_bytes: u64,
     kernels: Arc<dyn Kernels>,
 }
@@ -43,20 +46,106 @@ impl Backend for Cpu {
         }
     }
 
-    fn upload(&mut self, name: &str, weight: Weight) -> Result<WeightId> {
+    fn reserve(&mut self, name: &str, shape: &WeightShape) -> Result<WeightId> {
         let id = u32::try_from(self.weights.len())
             .map_err(|_| Error::new(ErrorKind::Unsupported, "more than 2^32 weights").in_tensor(name))?;
-        self.weight_bytes += match &weight {
-            Weight::W4(m) => 4 * (m.qweight.len() + m.group_params.len()) as u64,
-            Weight::Dense(m) => m.bytes.len() as u64,
-            Weight::Vector(v) => 4 * v.len() as u64,
-        };
-        self.weights.push(weight);
+        self.weight_bytes += self.weight_bytes(shape);
+        self.weights.push(Weight::Vector(Vec::new()));
+        self.filling = Some((id as usize, *shape, Partial::Nothing));
         Ok(WeightId(id))
+    }
+
+    fn fill(&mut self, id: WeightId, rows: Weight) -> Result<()> {
+        let at = id.0 as usize;
+        let Some((_, shape, partial)) = self.filling.as_mut().filter(|(filling, ..)| *filling == at) else {
+            return Err(Error::new(ErrorKind::InvalidInput, format!("weight {at} takes no rows")));
+        };
+        partial.push(shape, rows)?;
+        if partial.rows() == shape.rows() {
+            self.weights[at] = partial.finish(shape)?;
+            self.filling = None;
+        }
+        Ok(())
+    }
+
+    fn weight_bytes(&self, shape: &WeightShape) -> u64 {
+        shape.bytes(shape.rows())
+    }
+
+    fn keeps_views(&self) -> bool {
+        true
     }
 
     fn runner(self: Arc<Self>, program: &Arc<Program>, config: &RunnerConfig) -> Result<Box<dyn Runner>> {
         Ok(Box::new(CpuRunner::new(self, Arc::clone(program), config)?))
+    }
+}
+
+/// Rows of a weight so far.
+enum Partial {
+    Nothing,
+    Whole(Weight),
+    /// Rows of a dense matrix, copied.
+    Dense(usize, Vec<u8>),
+}
+
+impl Partial {
+    fn rows(&self) -> usize {
+        match self {
+            Self::Nothing => 0,
+            Self::Whole(weight) => weight.shape().rows(),
+            Self::Dense(rows, _) => *rows,
+        }
+    }
+
+    fn push(&mut self, shape: &WeightShape, rows: Weight) -> Result<()> {
+        let count = rows.shape().rows();
+        if rows.shape() != shape.with_rows(count) || self.rows() + count > shape.rows() {
+            let message = format!("{:?} does not continue {} rows of {shape:?}", rows.shape(), self.rows());
+            return Err(Error::new(ErrorKind::InvalidInput, message));
+        }
+        let bytes = usize::try_from(shape.bytes(shape.rows())).ok();
+        match (&mut *self, rows) {
+            (Self::Nothing, rows) if count == shape.rows() => *self = Self::Whole(rows),
+            (Self::Nothing, Weight::Dense(rows)) => {
+                let mut all = Vec::new();
+                let bytes = fitting(bytes, "a weight")?;
+                all.try_reserve_exact(bytes).map_err(|_| out_of_memory("a weight", bytes))?;
+                all.extend_from_slice(&rows.bytes);
+                *self = Self::Dense(count, all);
+            }
+            (Self::Nothing, mut rows) => {
+                let bytes = fitting(bytes, "a weight")?;
+                let more = shape.rows() - count;
+                let reserved = match &mut rows {
+                    Weight::W4(m) => m
+                        .qweight
+                        .try_reserve_exact(more * (m.k / 8))
+                        .and_then(|()| m.group_params.try_reserve_exact(more * (m.k / m.group_size))),
+                    Weight::Vector(v) => v.try_reserve_exact(more),
+                    Weight::Dense(_) => Ok(()),
+                };
+                reserved.map_err(|_| out_of_memory("a weight", bytes))?;
+                *self = Self::Whole(rows);
+            }
+            (Self::Whole(all), rows) => all.append(rows)?,
+            (Self::Dense(n, all), Weight::Dense(rows)) => {
+                all.extend_from_slice(&rows.bytes);
+                *n += count;
+            }
+            (Self::Dense(..), _) => return Err(mismatch("a dense matrix")),
+        }
+        Ok(())
+    }
+
+    fn finish(&mut self, shape: &WeightShape) -> Result<Weight> {
+        match (std::mem::replace(self, Self::Nothing), *shape) {
+            (Self::Whole(weight), _) => Ok(weight),
+            (Self::Dense(_, bytes), WeightShape::Dense { n, k, dtype }) => {
+                crate::tensor::DenseMatrix::new(n, k, dtype, Bytes::owned(bytes)).map(Weight::Dense)
+            }
+            _ => Err(mismatch("a whole weight")),
+        }
     }
 }
 

@@ -290,7 +290,7 @@ impl Gpu {
     /// # Errors
     /// [`ErrorKind::OutOfMemory`] naming `what` and the bytes, also for sizes above the device's limits.
     pub(super) fn buffer(&self, what: &str, bytes: u64, usage: wgpu::BufferUsages) -> Result<wgpu::Buffer> {
-        let size = bytes.max(16).checked_next_multiple_of(16).unwrap_or(u64::MAX);
+        let size = buffer_size(bytes);
         let bound = usage.contains(wgpu::BufferUsages::STORAGE);
         if size > self.limits.max_buffer_size || (bound && size > self.limits.max_storage_buffer_binding_size) {
             let limit = self.limits.max_buffer_size.min(self.limits.max_storage_buffer_binding_size);
@@ -301,19 +301,43 @@ impl Gpu {
         self.scoped(what, bytes, || self.device.create_buffer(&descriptor))
     }
 
-    /// Writes `data`, whole words, to `buffer` from byte `offset` on, a bounded slice at a time.
+    /// Writes `data`, whole words, to `buffer` from byte `offset` on. Waits for the device between slices, so that
+    /// what is on its way stays bounded, but not for the last one.
     ///
     /// # Errors
     /// As [`Gpu::wait`].
     pub(super) fn write(&self, buffer: &wgpu::Buffer, offset: u64, data: &[u8]) -> Result<()> {
         let mut at = offset;
+        let mut before = None;
         for slice in data.chunks(SLICE) {
+            if let Some(ticket) = before.take() {
+                self.wait(&ticket)?;
+            }
             self.queue.write_buffer(buffer, at, slice);
             at += slice.len() as u64;
             // Writes wait in staging memory for the next submission.
-            self.wait(&self.submit(None))?;
+            before = Some(self.submit(None));
         }
-        Ok(())
+        self.check()
+    }
+
+    /// Whether everything submitted is finished.
+    ///
+    /// # Errors
+    /// What the device reported meanwhile.
+    pub(super) fn is_idle(&self) -> Result<bool> {
+        let submitted = *lock(&self.submitted);
+        Ok(self.finished()? >= submitted)
+    }
+
+    /// Waits until at least one more submission is finished, if one is not.
+    ///
+    /// # Errors
+    /// As [`Gpu::wait`].
+    pub(super) fn wait_for_any(&self) -> Result<()> {
+        let seen = self.finished()?;
+        let submitted = *lock(&self.submitted);
+        self.wait_until(None, || seen >= submitted || self.finished.load(Ordering::Acquire) > seen)
     }
 
     /// Fails early if `bytes` of `what` can never fit; devices without memory of their own hand out more than there is.
@@ -452,6 +476,11 @@ fn select(adapters: &[AdapterSummary], wanted: Option<&str>) -> Result<usize> {
         Some(reason) => none(format!("`{}` can not be used: {reason}", found.name)),
         None => Ok(found.index),
     }
+}
+
+/// Bytes of a buffer for `bytes`: whole words of every kernel, at least one.
+pub(super) fn buffer_size(bytes: u64) -> u64 {
+    bytes.max(16).checked_next_multiple_of(16).unwrap_or(u64::MAX)
 }
 
 /// The value behind a mutex whose other users can not leave it half-changed.

@@ -11,7 +11,7 @@ use awqua_shaders::{Elem, Reduce, Size};
 
 use super::{Backend, BackendInfo, KvType, Program, Runner, RunnerConfig, WeightId};
 use crate::error::{Error, ErrorKind, Result};
-use crate::tensor::Weight;
+use crate::tensor::{Weight, WeightShape};
 
 mod device;
 mod memory;
@@ -65,6 +65,8 @@ pub struct WgpuBackend {
     coop: bool,
     variant: String,
     weights: Vec<GpuWeight>,
+    /// Rows of the last weight that came so far.
+    filled: usize,
     weight_bytes: u64,
 }
 
@@ -86,6 +88,7 @@ impl WgpuBackend {
             coop: choice.coop,
             variant: choice.reason,
             weights: Vec::new(),
+            filled: 0,
             weight_bytes: 0,
         })
     }
@@ -113,13 +116,38 @@ impl Backend for WgpuBackend {
         }
     }
 
-    fn upload(&mut self, name: &str, weight: Weight) -> Result<WeightId> {
+    fn reserve(&mut self, name: &str, shape: &WeightShape) -> Result<WeightId> {
         let id = u32::try_from(self.weights.len())
             .map_err(|_| Error::new(ErrorKind::Unsupported, "too many weights".to_owned()))?;
-        let (weight, bytes) = weights::upload(&self.gpu, name, &weight)?;
-        self.weights.push(weight);
-        self.weight_bytes += bytes;
+        self.weights.push(GpuWeight::reserve(&self.gpu, name, shape)?);
+        self.filled = 0;
+        self.weight_bytes += weights::bytes(shape);
         Ok(WeightId(id))
+    }
+
+    fn fill(&mut self, id: WeightId, rows: Weight) -> Result<()> {
+        let last = self.weights.len().checked_sub(1);
+        let count = rows.shape().rows();
+        match self.weights.get_mut(id.0 as usize) {
+            Some(weight) if last == Some(id.0 as usize) && self.filled + count <= weight.rows() => {
+                weight.fill(&self.gpu, self.filled, &rows)?;
+                self.filled += count;
+                Ok(())
+            }
+            _ => Err(Error::new(ErrorKind::InvalidInput, format!("weight {} takes no {count} rows", id.0))),
+        }
+    }
+
+    fn weight_bytes(&self, shape: &WeightShape) -> u64 {
+        weights::bytes(shape)
+    }
+
+    fn upload_is_settled(&self) -> Result<bool> {
+        self.gpu.is_idle()
+    }
+
+    fn wait(&self) -> Result<()> {
+        self.gpu.wait_for_any()
     }
 
     fn runner(self: Arc<Self>, program: &Arc<Program>, config: &RunnerConfig) -> Result<Box<dyn Runner>> {

@@ -8,7 +8,7 @@ use wgpu::BufferUsages;
 
 use super::device::{Gpu, SLICE};
 use crate::error::{Error, ErrorKind, Result};
-use crate::tensor::{DenseMatrix, DenseType, Offset, W4Matrix, Weight};
+use crate::tensor::{DenseMatrix, DenseType, Offset, W4Matrix, Weight, WeightShape};
 
 /// A kernel loads four words of a dense row at once; rows are padded with zeros to multiples of this many bytes.
 const ROW_BYTES: usize = 16;
@@ -56,89 +56,157 @@ pub(super) struct DensePart {
     pub(super) words: wgpu::Buffer,
 }
 
-/// Copies `weight` to the device; also returns the bytes it takes there.
-///
-/// # Errors
-/// [`ErrorKind::OutOfMemory`], [`ErrorKind::Unsupported`] for shapes beyond 32 bits, or a device error.
-pub(super) fn upload(gpu: &Gpu, name: &str, weight: &Weight) -> Result<(GpuWeight, u64)> {
-    match weight {
-        Weight::W4(matrix) => upload_w4(gpu, name, matrix),
-        Weight::Dense(matrix) => upload_dense(gpu, name, matrix),
-        Weight::Vector(values) => {
-            let bytes: &[u8] = bytemuck::cast_slice(values);
-            let buffer = weight_buffer(gpu, name, bytes.len())?;
-            write(gpu, &buffer, bytes, bytes.len(), bytes.len())?;
-            Ok((GpuWeight::Vector { len: dimension(values.len())?, buffer }, bytes.len() as u64))
+/// Bytes that a weight takes on the device.
+pub(super) fn bytes(shape: &WeightShape) -> u64 {
+    let size = |bytes: usize| super::device::buffer_size(bytes as u64);
+    match *shape {
+        WeightShape::W4 { n, k, group_size, .. } => {
+            let shape = w4::Shape { n, k, group_size };
+            size(shape.words(n).saturating_mul(4)).saturating_add(size(shape.params(n).saturating_mul(4)))
+        }
+        WeightShape::Dense { n, k, dtype } => {
+            size(n.saturating_mul((k.saturating_mul(dtype.size())).next_multiple_of(ROW_BYTES)))
+        }
+        WeightShape::Vector { len } => size(len.saturating_mul(4)),
+    }
+}
+
+impl GpuWeight {
+    /// Makes the buffers for a weight of `shape`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::OutOfMemory`], [`ErrorKind::Unsupported`] for shapes beyond 32 bits, or a device error.
+    pub(super) fn reserve(gpu: &Gpu, name: &str, shape: &WeightShape) -> Result<Self> {
+        match *shape {
+            WeightShape::W4 { n, k, group_size, offset } => {
+                let shape = w4::Shape { n, k, group_size };
+                let tile_bytes = 4 * shape.words(1).max(shape.params(1));
+                let parts = split(gpu, name, n.div_ceil(w4::TILE_N), tile_bytes)?
+                    .into_iter()
+                    .map(|tiles| {
+                        let rows = tiles.start * w4::TILE_N..n.min(tiles.end * w4::TILE_N);
+                        Ok(W4Part {
+                            first_row: dimension(rows.start)?,
+                            rows: dimension(rows.len())?,
+                            qweight: weight_buffer(gpu, name, shape.words(rows.len()) * 4)?,
+                            group_params: weight_buffer(gpu, name, shape.params(rows.len()) * 4)?,
+                        })
+                    })
+                    .collect::<Result<_>>()?;
+                Ok(Self::W4(GpuW4 {
+                    n: dimension(n)?,
+                    k: dimension(k)?,
+                    group_size: dimension(group_size)?,
+                    groups: dimension(shape.groups())?,
+                    chunks: dimension(shape.chunks())?,
+                    flags: match offset {
+                        Offset::Bias => FLAG_OFFSET_IS_BIAS | FLAG_SUMS,
+                        Offset::Zero => 0,
+                    },
+                    parts,
+                }))
+            }
+            WeightShape::Dense { n, k, dtype } => {
+                let padded = (k * dtype.size()).next_multiple_of(ROW_BYTES);
+                let parts = split(gpu, name, n, padded)?
+                    .into_iter()
+                    .map(|rows| {
+                        let words = weight_buffer(gpu, name, rows.len() * padded)?;
+                        Ok(DensePart { first_row: dimension(rows.start)?, rows: dimension(rows.len())?, words })
+                    })
+                    .collect::<Result<_>>()?;
+                Ok(Self::Dense(GpuDense {
+                    n: dimension(n)?,
+                    k: dimension(k)?,
+                    dtype,
+                    row_words: dimension(padded / 4)?,
+                    parts,
+                }))
+            }
+            WeightShape::Vector { len } => {
+                Ok(Self::Vector { len: dimension(len)?, buffer: weight_buffer(gpu, name, 4 * len)? })
+            }
+        }
+    }
+
+    /// Rows of the whole weight.
+    pub(super) fn rows(&self) -> usize {
+        match self {
+            Self::W4(m) => m.n as usize,
+            Self::Dense(m) => m.n as usize,
+            Self::Vector { len, .. } => *len as usize,
+        }
+    }
+
+    /// Hands `rows`, which begin at row `first`, to the driver. Does not wait for the device.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`] if they are of another form, or a device error.
+    pub(super) fn fill(&mut self, gpu: &Gpu, first: usize, rows: &Weight) -> Result<()> {
+        let other = || Error::new(ErrorKind::InvalidInput, format!("{:?} are rows of another weight", rows.shape()));
+        match (self, rows) {
+            (Self::W4(to), Weight::W4(rows)) if rows.k == to.k as usize && first.is_multiple_of(w4::TILE_N) => {
+                to.fill(gpu, first, rows)
+            }
+            (Self::Dense(to), Weight::Dense(rows)) if rows.k == to.k as usize && rows.dtype == to.dtype => {
+                to.fill(gpu, first, rows)
+            }
+            (Self::Vector { buffer, .. }, Weight::Vector(values)) => {
+                gpu.write(buffer, first as u64 * 4, bytemuck::cast_slice(values))
+            }
+            _ => Err(other()),
         }
     }
 }
 
-fn upload_w4(gpu: &Gpu, name: &str, matrix: &W4Matrix) -> Result<(GpuWeight, u64)> {
-    let shape = w4::Shape { n: matrix.n, k: matrix.k, group_size: matrix.group_size };
-    let (columns, groups) = (matrix.k / 8, matrix.groups());
-    let tile_bytes = 4 * shape.words(1).max(shape.params(1));
-    let mut parts = Vec::new();
-    let mut total = 0;
-    for tiles in split(gpu, name, matrix.n.div_ceil(w4::TILE_N), tile_bytes)? {
-        let rows = tiles.start * w4::TILE_N..matrix.n.min(tiles.end * w4::TILE_N);
-        let qweight = weight_buffer(gpu, name, shape.words(rows.len()) * 4)?;
-        let group_params = weight_buffer(gpu, name, shape.params(rows.len()) * 4)?;
-        // A bounded number of tiles at a time.
-        let (mut codes_at, mut params_at) = (0, 0);
-        for first in rows.clone().step_by((SLICE / tile_bytes).max(1) * w4::TILE_N) {
-            let last = rows.end.min(first + (SLICE / tile_bytes).max(1) * w4::TILE_N);
-            let codes = &matrix.qweight[first * columns..last * columns];
-            let (words, params) = shape.tile(codes, &matrix.group_params[first * groups..last * groups]);
-            gpu.write(&qweight, codes_at, bytemuck::cast_slice(&words))?;
-            gpu.write(&group_params, params_at, bytemuck::cast_slice(&params))?;
-            codes_at += words.len() as u64 * 4;
-            params_at += params.len() as u64 * 4;
+impl GpuW4 {
+    fn fill(&mut self, gpu: &Gpu, first: usize, rows: &W4Matrix) -> Result<()> {
+        let shape = w4::Shape { n: rows.n, k: rows.k, group_size: rows.group_size };
+        let (columns, groups) = (rows.k / 8, rows.groups());
+        if rows.offset == Offset::Zero && !rows.group_params.iter().all(|params| is_code(*params)) {
+            self.flags |= FLAG_SUMS;
         }
-        total += qweight.size() + group_params.size();
-        parts.push(W4Part { first_row: dimension(rows.start)?, rows: dimension(rows.len())?, qweight, group_params });
+        for part in &self.parts {
+            let (part_first, part_end) = (part.first_row as usize, (part.first_row + part.rows) as usize);
+            let (from, to) = (first.max(part_first), (first + rows.n).min(part_end));
+            // A bounded number of tiles at a time.
+            let tile_bytes = 4 * shape.words(1).max(shape.params(1));
+            for start in (from..to).step_by((SLICE / tile_bytes).max(1) * w4::TILE_N) {
+                let end = to.min(start + (SLICE / tile_bytes).max(1) * w4::TILE_N);
+                let (codes, params) = (
+                    &rows.qweight[(start - first) * columns..(end - first) * columns],
+                    &rows.group_params[(start - first) * groups..(end - first) * groups],
+                );
+                let (words, params) = shape.tile(codes, params);
+                let before = start - part_first;
+                gpu.write(&part.qweight, shape.words(before) as u64 * 4, bytemuck::cast_slice(&words))?;
+                gpu.write(&part.group_params, shape.params(before) as u64 * 4, bytemuck::cast_slice(&params))?;
+            }
+        }
+        Ok(())
     }
-    let flags = match matrix.offset {
-        Offset::Bias => FLAG_OFFSET_IS_BIAS | FLAG_SUMS,
-        Offset::Zero if matrix.group_params.iter().all(|params| is_code(*params)) => 0,
-        Offset::Zero => FLAG_SUMS,
-    };
-    let weight = GpuW4 {
-        n: dimension(matrix.n)?,
-        k: dimension(matrix.k)?,
-        group_size: dimension(matrix.group_size)?,
-        groups: dimension(groups)?,
-        chunks: dimension(shape.chunks())?,
-        flags,
-        parts,
-    };
-    Ok((GpuWeight::W4(weight), total))
+}
+
+impl GpuDense {
+    fn fill(&self, gpu: &Gpu, first: usize, rows: &DenseMatrix) -> Result<()> {
+        let row_bytes = rows.row_bytes();
+        let padded = row_bytes.next_multiple_of(ROW_BYTES);
+        for part in &self.parts {
+            let (part_first, part_end) = (part.first_row as usize, (part.first_row + part.rows) as usize);
+            let (from, to) = (first.max(part_first), (first + rows.n).min(part_end));
+            if from < to {
+                let data = &rows.bytes[(from - first) * row_bytes..(to - first) * row_bytes];
+                write(gpu, &part.words, ((from - part_first) * padded) as u64, data, row_bytes, padded)?;
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Whether the zero point of a group is one of the codes.
 fn is_code(params: u32) -> bool {
     let zero = half::f16::from_bits((params >> 16) as u16).to_f32();
     (0.0..=15.0).contains(&zero) && zero.fract() == 0.0
-}
-
-fn upload_dense(gpu: &Gpu, name: &str, matrix: &DenseMatrix) -> Result<(GpuWeight, u64)> {
-    let row_bytes = matrix.row_bytes();
-    let padded = row_bytes.next_multiple_of(ROW_BYTES);
-    let mut parts = Vec::new();
-    let mut total = 0;
-    for rows in split(gpu, name, matrix.n, padded)? {
-        let words = weight_buffer(gpu, name, rows.len() * padded)?;
-        write(gpu, &words, &matrix.bytes[rows.start * row_bytes..rows.end * row_bytes], row_bytes, padded)?;
-        total += words.size();
-        parts.push(DensePart { first_row: dimension(rows.start)?, rows: dimension(rows.len())?, words });
-    }
-    let weight = GpuDense {
-        n: dimension(matrix.n)?,
-        k: dimension(matrix.k)?,
-        dtype: matrix.dtype,
-        row_words: dimension(padded / 4)?,
-        parts,
-    };
-    Ok((GpuWeight::Dense(weight), total))
 }
 
 fn dimension(value: usize) -> Result<u32> {
@@ -167,13 +235,13 @@ fn weight_buffer(gpu: &Gpu, name: &str, bytes: usize) -> Result<wgpu::Buffer> {
         .map_err(|e| e.in_tensor(name))
 }
 
-/// Writes rows of `row_bytes` each at multiples of `padded` bytes, a bounded slice at a time.
-fn write(gpu: &Gpu, buffer: &wgpu::Buffer, data: &[u8], row_bytes: usize, padded: usize) -> Result<()> {
+/// Writes rows of `row_bytes` each at multiples of `padded` bytes from byte `offset` on, a bounded slice at a time.
+fn write(gpu: &Gpu, buffer: &wgpu::Buffer, offset: u64, data: &[u8], row_bytes: usize, padded: usize) -> Result<()> {
     if row_bytes == padded {
-        return gpu.write(buffer, 0, data);
+        return gpu.write(buffer, offset, data);
     }
     let mut scratch = Vec::new();
-    let mut at = 0;
+    let mut at = offset;
     let rows = (SLICE / padded).max(1);
     for block in data.chunks(rows * row_bytes) {
         scratch.clear();
