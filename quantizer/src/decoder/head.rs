@@ -94,6 +94,27 @@ impl Head {
         (sum, d_x)
     }
 
+    /// Sums over rows of KL(teacher || candidate) for several candidates' residual streams, (rows, hidden) each.
+    pub(crate) fn divergences(&self, decoder: &Decoder, teacher: &[f32], candidates: &[Vec<f32>]) -> Vec<f64> {
+        let (vocab, hidden) = (self.table.n, self.table.k);
+        let mut sums = vec![0.0; candidates.len()];
+        for first in (0..teacher.len()).step_by(ROWS * hidden) {
+            let end = teacher.len().min(first + ROWS * hidden);
+            let p = self.logits(decoder, &teacher[first..end]);
+            for (sum, candidate) in sums.iter_mut().zip(candidates) {
+                let mut q = self.logits(decoder, &candidate[first..end]);
+                let mut pairs: Vec<(f64, &mut [f32])> = q.chunks_exact_mut(vocab).map(|q| (0.0, q)).collect();
+                decoder.threads.rows(&mut pairs, 1, |row, pairs| {
+                    for (i, (loss, q)) in pairs.iter_mut().enumerate() {
+                        *loss = vectorized(|| softmax_difference(&p[(row + i) * vocab..][..vocab], q));
+                    }
+                });
+                *sum += pairs.iter().map(|(loss, _)| loss).sum::<f64>();
+            }
+        }
+        sums
+    }
+
     /// Calls `work(first entry, rows of the table)` on runs of vocabulary entries.
     fn panels(&self, decoder: &Decoder, mut work: impl FnMut(usize, &[f32])) {
         let (vocab, hidden) = (self.table.n, self.table.k);

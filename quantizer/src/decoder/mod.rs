@@ -68,6 +68,16 @@ impl Site {
     /// Every site.
     pub const ALL: [Self; 4] = [Self::Attention, Self::Attended, Self::Mlp, Self::Activated];
 
+    /// Name in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Attention => "attention",
+            Self::Attended => "attended",
+            Self::Mlp => "mlp",
+            Self::Activated => "activated",
+        }
+    }
+
     /// The linear modules that read it.
     pub fn slots(self) -> &'static [Slot] {
         match self {

@@ -232,7 +232,7 @@ impl Judge<'_> {
         }
         let (alpha, scales) = best.1.unzip();
         let relative_error = if plain > 0.0 { best.0 / plain } else { 1.0 };
-        (scales, SiteScale { site: format!("{:?}", self.site).to_lowercase(), alpha, relative_error })
+        (scales, SiteScale { site: self.site.name().to_owned(), alpha, relative_error })
     }
 
     /// For every input channel, the mean over rows of |w| relative to the largest of its group.

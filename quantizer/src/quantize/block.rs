@@ -28,6 +28,16 @@ pub(super) struct Finished {
     /// Codes of each slot, in the order of [`Slot::ALL`]; `None` where it stays as it is.
     pub packed: Vec<Option<AffineMatrix>>,
     pub report: BlockReport,
+    /// Of each [`Site`] that calibration was looked at; see [`SpreadHalves`].
+    pub spread: Vec<SpreadHalves>,
+}
+
+/// Root mean square of every feature at a site, over the even and over the odd calibration sequences: what later text is
+/// compared with, and how much two samples of the same text differ.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct SpreadHalves {
+    pub site: Site,
+    pub halves: [Vec<f32>; 2],
 }
 
 /// What happened to a block.
@@ -92,6 +102,7 @@ impl Task<'_> {
             packed: vec![None; Slot::ALL.len()],
             damp: vec![None; Slot::ALL.len()],
             meant: vec![None; Slot::ALL.len()],
+            spread: Vec::new(),
         };
         let staged = self.recipe.clip || self.recipe.compensate.is_some();
         if staged {
@@ -104,7 +115,7 @@ impl Task<'_> {
                 self.advance(&scaled, exact);
             }
         }
-        let Rounding { mut block, mut packed, damp, meant, .. } = rounding;
+        let Rounding { mut block, mut packed, damp, meant, spread, .. } = rounding;
 
         if let (Some(options), Some(inputs), Some(targets)) = (&self.recipe.learn, entered, exact) {
             let meant: Vec<&[f32]> = Slot::ALL
@@ -133,7 +144,7 @@ impl Task<'_> {
             self.advance(&scaled, &mut exact);
             learn::output_error(self.decoder, &block, &inputs, &exact)
         });
-        Finished { report: BlockReport { layer: block.layer, output_error, scales, linears }, block, packed }
+        Finished { report: BlockReport { layer: block.layer, output_error, scales, linears }, block, packed, spread }
     }
 
     fn advance(&self, block: &Block, streams: &mut Streams) {
@@ -176,12 +187,16 @@ struct Rounding<'a> {
     damp: Vec<Option<f32>>,
     /// Corrected weights before rounding, where learning needs them.
     meant: Vec<Option<Vec<f32>>>,
+    spread: Vec<SpreadHalves>,
 }
 
 /// What the calibration shows of the input of a site.
 struct Seen {
     moments: Moments,
     cross: Option<Cross>,
+    /// Sums of squares of the features, and tokens, of even and of odd sequences.
+    squares: [(Vec<f64>, usize); 2],
+    sequences: usize,
 }
 
 impl Rounding<'_> {
@@ -287,11 +302,20 @@ impl Rounding<'_> {
             Site::Attention | Site::Mlp => Cross::Input(vec![0.0; k * k]),
             Site::Attended | Site::Activated => Cross::Output(vec![0.0; self.task.decoder.config.hidden_size * k]),
         });
-        Seen { moments: Moments::new(k, if k.is_multiple_of(block) { block } else { k }), cross }
+        Seen {
+            moments: Moments::new(k, if k.is_multiple_of(block) { block } else { k }),
+            cross,
+            squares: std::array::from_fn(|_| (vec![0.0; k], 0)),
+            sequences: 0,
+        }
     }
 
     fn site(&mut self, site: Site, seen: Seen) {
         let threads = self.task.decoder.threads;
+        let rms = |(squares, tokens): &(Vec<f64>, usize)| {
+            squares.iter().map(|sum| (sum / (*tokens).max(1) as f64).sqrt() as f32).collect()
+        };
+        self.spread.push(SpreadHalves { site, halves: std::array::from_fn(|half| rms(&seen.squares[half])) });
         let slots: Vec<Slot> = site.slots().iter().copied().filter(|&slot| (self.task.grid)(slot).is_some()).collect();
         if slots.is_empty() {
             return;
@@ -334,7 +358,7 @@ impl Rounding<'_> {
 }
 
 impl Seen {
-    /// Notes rows of the input; `error` is what the cross moments are of.
+    /// Notes the input of one sequence; `error` is what the cross moments are of.
     fn add(
         &mut self,
         threads: Threads,
@@ -343,6 +367,12 @@ impl Seen {
         error: impl FnOnce() -> Option<Vec<f32>>,
     ) {
         self.moments.add(threads, x, weights);
+        let (squares, tokens) = &mut self.squares[self.sequences % 2];
+        for row in x.chunks_exact(self.moments.k) {
+            squares.iter_mut().zip(row).for_each(|(sum, &x)| *sum += f64::from(x * x));
+            *tokens += 1;
+        }
+        self.sequences += 1;
         if let Some(cross) = &mut self.cross
             && let Some(error) = error()
         {

@@ -42,6 +42,21 @@ pub enum GroupSize {
     Channel,
 }
 
+impl GroupSize {
+    /// Input features that share a scale in this model; `None`: all of a row.
+    pub(crate) fn resolve(self, decoder: &Decoder) -> Result<Option<usize>> {
+        let fits = |size: usize| Slot::ALL.iter().all(|&slot| decoder.shape(slot).1.is_multiple_of(size));
+        match self {
+            Self::Channel => Ok(None),
+            Self::Features(size) => Ok(Some(size)),
+            Self::Auto => [128, 64, 32].into_iter().find(|&size| fits(size)).map(Some).ok_or_else(|| {
+                let message = "none of 128, 64 and 32 divides the input features of every linear; try one group a row";
+                Error::new(ErrorKind::Unsupported, message)
+            }),
+        }
+    }
+}
+
 /// What [`quantize`] does.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct QuantizeOptions {
@@ -141,15 +156,7 @@ pub fn plan(source: &Path, calibration: &Calibration, options: &QuantizeOptions,
         calibration.check(decoder.config.vocab_size)?;
     }
     let shapes: Vec<(Slot, (usize, usize))> = Slot::ALL.iter().map(|&slot| (slot, decoder.shape(slot))).collect();
-    let fits = |size: usize| shapes.iter().all(|(_, (_, k))| k.is_multiple_of(size));
-    let group_size = match options.group_size {
-        GroupSize::Channel => None,
-        GroupSize::Features(size) => Some(size),
-        GroupSize::Auto => Some([128, 64, 32].into_iter().find(|&size| fits(size)).ok_or_else(|| {
-            let message = "none of 128, 64 and 32 divides the input features of every linear; try one group a row";
-            Error::new(ErrorKind::Unsupported, message).in_file(source)
-        })?),
-    };
+    let group_size = options.group_size.resolve(&decoder).map_err(|error| error.in_file(source))?;
     let plan =
         Plan { identity: identity(&checkpoint)?, checkpoint, decoder, group_size, recipe, options: options.clone() };
     for layer in 0..plan.decoder.config.num_hidden_layers {
@@ -180,6 +187,31 @@ impl Plan {
         let streams = tokens * (4 * c.hidden_size + widest.max(2 * c.hidden_size + self.decoder.q_width()));
         let one = longest * (3 * c.intermediate_size + 8 * c.hidden_size) + 2 * longest * longest;
         4 * (copies * weights + gram + streams + one) as u64
+    }
+
+    /// Bytes of the weight files that will be written.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`] if the size overflows.
+    pub fn packed_bytes(&self) -> Result<u64> {
+        crate::write::weight_bytes(&assemble::layout(self).specs, self.options.shard_bytes)
+    }
+
+    /// Bytes of the tensors of the linear module `name` packed with `bits` bits, or left as it is with 16.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`] if there is no such module.
+    pub fn module_bytes(&self, name: &str, bits: u32) -> Result<u64> {
+        let (_, slot) = self.slot_of(name).ok_or_else(|| {
+            let message = format!("`{name}` is not a linear module of a decoder layer");
+            Error::new(ErrorKind::InvalidInput, message)
+        })?;
+        let (n, k) = self.decoder.shape(slot);
+        if bits >= 16 {
+            return Ok(2 * (n * k) as u64);
+        }
+        let grid = Grid { bits, group_size: self.group_size, symmetric: self.options.symmetric };
+        self.options.format.specs(name, (n, k), grid).iter().map(crate::write::TensorSpec::bytes).sum()
     }
 
     /// How a module is packed; `None` leaves it as it is.

@@ -14,9 +14,9 @@ use half::f16;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde_json::{Value, json};
 
-use super::block::{BlockReport, Finished, Streams};
+use super::block::{BlockReport, Finished, SpreadHalves, Streams};
 use super::tune::TuneReport;
-use crate::decoder::{Block, Slot};
+use crate::decoder::{Block, Site, Slot};
 
 pub(super) struct State {
     dir: PathBuf,
@@ -30,6 +30,7 @@ pub(super) struct Stored {
     /// Norms, biases and weights that are not packed, by the rest of their name.
     pub vectors: Vec<(String, Vec<f32>)>,
     pub report: BlockReport,
+    pub spread: Vec<SpreadHalves>,
 }
 
 impl State {
@@ -90,14 +91,14 @@ impl State {
         });
         self.write_tensors(&streams_file(layer + 1), streams.collect(), None)?;
 
-        self.write_block(&block_file(layer), &finished.block, &finished.packed, &finished.report)?;
+        self.write_block(&block_file(layer), &finished.block, &finished.packed, &finished.report, &finished.spread)?;
         let _ = fs::remove_file(self.dir.join(streams_file(layer)));
         Ok(())
     }
 
     /// Stores a block with the parameters that tuning gave it.
     pub fn store_tuned(&self, block: &Block, stored: &Stored) -> Result<()> {
-        self.write_block(&tuned_file(block.layer), block, &stored.packed, &stored.report)
+        self.write_block(&tuned_file(block.layer), block, &stored.packed, &stored.report, &stored.spread)
     }
 
     /// Reads tuned blocks from now on. `report` is kept for a run that resumes here.
@@ -120,6 +121,7 @@ impl State {
         block: &Block,
         packed: &[Option<AffineMatrix>],
         report: &BlockReport,
+        spread: &[SpreadHalves],
     ) -> Result<()> {
         let mut tensors = Vec::new();
         let mut vectors: Vec<(String, &[f32])> = vec![
@@ -144,6 +146,11 @@ impl State {
         }
         for (name, values) in vectors {
             tensors.push((format!("vector.{name}"), Dtype::F32, values.len(), bytes(values)));
+        }
+        for SpreadHalves { site, halves } in spread {
+            for (i, half) in halves.iter().enumerate() {
+                tensors.push((format!("spread.{}.{i}", site.name()), Dtype::F32, half.len(), bytes(half)));
+            }
         }
         let shapes: Vec<Value> = packed
             .iter()
@@ -183,7 +190,12 @@ impl State {
             .iter()
             .filter_map(|(name, tensor)| Some((name.strip_prefix("vector.")?.to_owned(), floats(tensor.data()))));
         let vectors = vectors.collect();
-        Ok(Stored { packed, vectors, report })
+        let spread = Site::ALL.into_iter().filter_map(|site| {
+            let half = |i: usize| Some(floats(tensors.tensor(&format!("spread.{}.{i}", site.name())).ok()?.data()));
+            Some(SpreadHalves { site, halves: [half(0)?, half(1)?] })
+        });
+        let spread = spread.collect();
+        Ok(Stored { packed, vectors, report, spread })
     }
 
     fn write_tensors(
