@@ -194,7 +194,8 @@ impl Sensitivity {
         let mut chosen = vec![0; self.units.len()];
         let mut spent: f64 = self.units.iter().map(|unit| cost(unit, WIDTHS[0])).sum();
         if spent > budget {
-            let message = format!("{} bits for every module cost {spent:.0}, more than the budget {budget:.0}", WIDTHS[0]);
+            let message =
+                format!("{} bits for every module cost {spent:.0}, more than the budget {budget:.0}", WIDTHS[0]);
             return Err(Error::new(ErrorKind::InvalidInput, message));
         }
         // Steps along the lower hull of each unit's losses, the one that saves most for its cost first.

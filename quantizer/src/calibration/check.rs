@@ -86,7 +86,8 @@ fn read(checkpoint: &Checkpoint, decoder: &Decoder) -> Result<Vec<Halves>> {
     let path = checkpoint.dir().join(FILE);
     let damaged = |message: String| Error::new(ErrorKind::InvalidFile, message).in_file(&path);
     let bytes = checkpoint.read(FILE, MAX_BYTES)?.ok_or_else(|| {
-        let message = "the checkpoint has no record of its calibration; it was packed without one or by another program";
+        let message =
+            "the checkpoint has no record of its calibration; it was packed without one or by another program";
         Error::new(ErrorKind::Unsupported, message).in_file(&path)
     })?;
     let tensors = SafeTensors::deserialize(&bytes).map_err(|error| damaged(error.to_string()))?;

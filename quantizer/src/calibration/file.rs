@@ -17,9 +17,8 @@ use serde_json::Value;
 /// [`ErrorKind::Template`] for conversations without a template or that it refuses.
 pub fn read_texts(path: &Path, template: Option<&ChatTemplate>) -> Result<Vec<String>> {
     let bytes = std::fs::read(path).map_err(|error| Error::io(path, &error))?;
-    let text = String::from_utf8(bytes).map_err(|error| {
-        Error::new(ErrorKind::InvalidFile, format!("expected UTF-8 text: {error}")).in_file(path)
-    })?;
+    let text = String::from_utf8(bytes)
+        .map_err(|error| Error::new(ErrorKind::InvalidFile, format!("expected UTF-8 text: {error}")).in_file(path))?;
     let by_line = path.extension().is_some_and(|e| e.eq_ignore_ascii_case("jsonl") || e.eq_ignore_ascii_case("ndjson"));
     if !by_line {
         return Ok(vec![text]);
@@ -27,9 +26,8 @@ pub fn read_texts(path: &Path, template: Option<&ChatTemplate>) -> Result<Vec<St
     let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
     lines
         .map(|(i, line)| {
-            let at = |error: Error| {
-                Error::new(error.kind(), format!("line {}: {}", i + 1, error.message())).in_file(path)
-            };
+            let at =
+                |error: Error| Error::new(error.kind(), format!("line {}: {}", i + 1, error.message())).in_file(path);
             let value = serde_json::from_str(line)
                 .map_err(|error| at(Error::new(ErrorKind::InvalidFile, format!("expected JSON: {error}"))))?;
             text_of(&value, template).map_err(at)

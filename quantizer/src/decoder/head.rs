@@ -63,10 +63,8 @@ impl Head {
     pub(crate) fn divergence(&self, decoder: &Decoder, teacher: &[f32], x: &[f32]) -> (f64, Vec<f32>) {
         let (vocab, hidden) = (self.table.n, self.table.k);
         let (mut sum, mut d_x) = (0.0, vec![0.0; x.len()]);
-        for ((teacher, x), d_x) in teacher
-            .chunks(ROWS * hidden)
-            .zip(x.chunks(ROWS * hidden))
-            .zip(d_x.chunks_mut(ROWS * hidden))
+        for ((teacher, x), d_x) in
+            teacher.chunks(ROWS * hidden).zip(x.chunks(ROWS * hidden)).zip(d_x.chunks_mut(ROWS * hidden))
         {
             let p = self.logits(decoder, teacher);
             let mut q = self.logits(decoder, x);

@@ -91,14 +91,7 @@ fn comparison(out: &mut String, c: &Comparison) {
         );
     }
     let bins = c.histogram.iter().map(|bin| (bin.log10_kl, bin.tokens as f64)).collect();
-    *out += &chart(
-        "How divergences are spread",
-        "log10 of KL, nats",
-        "tokens",
-        false,
-        Mark::Bar,
-        vec![("", bins)],
-    );
+    *out += &chart("How divergences are spread", "log10 of KL, nats", "tokens", false, Mark::Bar, vec![("", bins)]);
     let windows = vec![
         ("reference", indexed(c.windows.iter().map(|w| w.reference_nll).collect())),
         ("this", indexed(c.windows.iter().map(|w| w.candidate_nll).collect())),

@@ -85,9 +85,8 @@ pub fn read_requests(path: &Path, limit: usize) -> Result<Vec<Request>> {
         if line.trim().is_empty() {
             continue;
         }
-        let at = |message: String| {
-            Error::new(ErrorKind::InvalidFile, format!("line {}: {message}", i + 1)).in_file(path)
-        };
+        let at =
+            |message: String| Error::new(ErrorKind::InvalidFile, format!("line {}: {message}", i + 1)).in_file(path);
         let value: Value = serde_json::from_str(&line).map_err(|e| at(format!("expected JSON: {e}")))?;
         let body = if value["request"].is_object() { &value["request"] } else { &value };
         let text = |key: &str| {
@@ -302,7 +301,10 @@ mod tests {
             ("{", "line 1: expected JSON"),
             (r#"{"context": "x"}"#, "line 1: expected a text `continuation`"),
             (r#"{"context": "x", "continuation": ""}"#, "line 1: the continuation is empty"),
-            ("{\"context\":\"x\",\"continuation\":\"a\"}\n{\"context\":\"x\",\"continuation\":\"b\"}", "question 1 has 2"),
+            (
+                "{\"context\":\"x\",\"continuation\":\"a\"}\n{\"context\":\"x\",\"continuation\":\"b\"}",
+                "question 1 has 2",
+            ),
             ("\n", "no requests"),
         ];
         for (content, part) in cases {
@@ -316,7 +318,8 @@ mod tests {
         let requests = read_requests(&file("count.jsonl", OLMO, false), usize::MAX).unwrap();
         let score = |log_likelihood: f64, greedy| Score { log_likelihood, greedy };
         // The right answer is longer and less likely, but gains more from the question.
-        let scores = [score(-2.0, false), score(-2.5, true), score(-1.0, false), score(-3.0, false), score(-9.0, false)];
+        let scores =
+            [score(-2.0, false), score(-2.5, true), score(-1.0, false), score(-3.0, false), score(-9.0, false)];
         let found = summarize("t", &requests, &scores);
         assert_eq!((found.questions, found.requests, found.greedy), (2, 5, 0.5));
         assert_eq!((found.accuracy, found.accuracy_per_byte), (Some(0.0), Some(1.0)));

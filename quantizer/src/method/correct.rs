@@ -7,8 +7,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::gptq::{self, Factor};
 use super::Moments;
+use super::gptq::{self, Factor};
 use super::moments::weigh;
 use crate::decoder::Linear;
 use crate::math::{Threads, View, gemm};

@@ -80,9 +80,7 @@ pub(crate) fn learn(
     let hidden = decoder.config.hidden_size;
     let mut learners: Vec<Learner> = Slot::ALL
         .iter()
-        .filter_map(|&slot| {
-            Some(Learner::new(slot, packed[slot as usize].take()?, problem.meant[slot as usize]))
-        })
+        .filter_map(|&slot| Some(Learner::new(slot, packed[slot as usize].take()?, problem.meant[slot as usize])))
         .collect();
     let mut norms = [NormLearner::new(&block.input_norm), NormLearner::new(&block.post_norm)];
     let mut random = Random::new(seed);

@@ -78,13 +78,9 @@ impl Method {
             Self::Awq => Recipe { scale: true, clip: true, ..none },
             Self::Gptq => Recipe { compensate, ..none },
             Self::AwqGptq => Recipe { scale: true, clip: true, compensate, ..none },
-            Self::Learned => Recipe {
-                scale: true,
-                clip: true,
-                compensate,
-                learn: Some(learn::Options::for_bits(bits)),
-                ..none
-            },
+            Self::Learned => {
+                Recipe { scale: true, clip: true, compensate, learn: Some(learn::Options::for_bits(bits)), ..none }
+            }
         }
     }
 

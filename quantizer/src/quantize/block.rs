@@ -211,9 +211,8 @@ impl Rounding<'_> {
 
         let mut seen = self.nothing_seen(Site::Attention, corrects);
         let normed: Streams = streams.iter().map(|x| decoder.attention_input(&self.block, x)).collect();
-        let meant: Option<Streams> = exact
-            .as_deref()
-            .map(|exact| exact.iter().map(|x| decoder.attention_input(scaled, x)).collect());
+        let meant: Option<Streams> =
+            exact.as_deref().map(|exact| exact.iter().map(|x| decoder.attention_input(scaled, x)).collect());
         for (i, x) in normed.iter().enumerate() {
             seen.add(threads, x, None, || meant.as_ref().map(|meant| difference(&meant[i], x)));
         }
@@ -244,9 +243,7 @@ impl Rounding<'_> {
         let mut seen = self.nothing_seen(Site::Mlp, corrects);
         let normed: Streams = streams.iter().map(|x| decoder.mlp_input(&self.block, x)).collect();
         for (i, x) in normed.iter().enumerate() {
-            seen.add(threads, x, None, || {
-                Some(difference(&decoder.mlp_input(scaled, &exact.as_deref()?[i]), x))
-            });
+            seen.add(threads, x, None, || Some(difference(&decoder.mlp_input(scaled, &exact.as_deref()?[i]), x)));
         }
         self.site(Site::Mlp, seen);
 
@@ -359,13 +356,7 @@ impl Rounding<'_> {
 
 impl Seen {
     /// Notes the input of one sequence; `error` is what the cross moments are of.
-    fn add(
-        &mut self,
-        threads: Threads,
-        x: &[f32],
-        weights: Option<&[f32]>,
-        error: impl FnOnce() -> Option<Vec<f32>>,
-    ) {
+    fn add(&mut self, threads: Threads, x: &[f32], weights: Option<&[f32]>, error: impl FnOnce() -> Option<Vec<f32>>) {
         self.moments.add(threads, x, weights);
         let (squares, tokens) = &mut self.squares[self.sequences % 2];
         for row in x.chunks_exact(self.moments.k) {

@@ -108,6 +108,31 @@ impl State {
         Ok(())
     }
 
+    /// Notes where tuning is: its losses so far, and all it would need to go on.
+    pub fn save_tuning(&self, losses: &[f64], values: &[f32]) -> Result<()> {
+        let losses = losses.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
+        let tensors = vec![
+            ("losses".to_owned(), Dtype::F64, losses.len() / 8, losses),
+            ("values".to_owned(), Dtype::F32, values.len(), bytes(values)),
+        ];
+        self.write_tensors(TUNING, tensors, None)
+    }
+
+    /// What [`State::save_tuning`] noted.
+    pub fn load_tuning(&self) -> Result<Option<(Vec<f64>, Vec<f32>)>> {
+        let path = self.dir.join(TUNING);
+        let bytes = match fs::read(&path) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(Error::io(&path, &error)),
+        };
+        let tensors = SafeTensors::deserialize(&bytes).map_err(|e| damaged(&path, &e))?;
+        let losses = tensors.tensor("losses").map_err(|e| damaged(&path, &e))?;
+        let losses = losses.data().as_chunks().0.iter().map(|&b| f64::from_le_bytes(b)).collect();
+        let values = tensors.tensor("values").map_err(|e| damaged(&path, &e))?;
+        Ok(Some((losses, floats(values.data()))))
+    }
+
     /// The report of tuning, if that is finished.
     pub fn tuning(&self) -> Option<TuneReport> {
         let report = serde_json::from_slice(&fs::read(self.dir.join(TUNED)).ok()?).ok()?;
@@ -231,6 +256,9 @@ impl State {
 
 /// Written when all blocks are tuned.
 const TUNED: &str = "tuned";
+
+/// Where tuning is.
+const TUNING: &str = "tuning.safetensors";
 
 impl Stored {
     /// Gives `block` the norms, biases and unpacked weights of the stored one.

@@ -6,8 +6,8 @@
 //! the second phase of EfficientQAT (Chen et al. 2024) with the source as the teacher, and of norm tweaking (Li et al.
 //! 2023).
 
-use awqua::Result;
 use awqua::checkpoint::Checkpoint;
+use awqua::{Error, ErrorKind, Result};
 use half::f16;
 use serde::{Deserialize, Serialize};
 
@@ -39,6 +39,9 @@ impl Options {
         }
     }
 }
+
+/// Steps between two saves of where tuning is.
+const SAVE_STEPS: usize = 16;
 
 /// Loss of the tuning, of the first and of the last tenth of the steps.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
@@ -120,9 +123,10 @@ impl Layer {
     fn new(decoder: &Decoder, checkpoint: &Checkpoint, layer: usize, stored: Stored) -> Result<Self> {
         let mut block = decoder.load(checkpoint, None, layer)?;
         stored.apply(&mut block);
-        let scales = stored.packed.iter().map(|matrix| {
-            matrix.as_ref().map(|m| Trained::each(m.scales.iter().map(|s| s.to_f32()).collect()))
-        });
+        let scales = stored
+            .packed
+            .iter()
+            .map(|matrix| matrix.as_ref().map(|m| Trained::each(m.scales.iter().map(|s| s.to_f32()).collect())));
         let scales = scales.collect();
         // Packed weights are written out when the block is computed.
         for (slot, matrix) in Slot::ALL.iter().zip(&stored.packed) {
@@ -150,7 +154,7 @@ impl Layer {
 
     fn step(&mut self, decoder: &Decoder, gradients: &Gradients, step: usize, options: &Options, left: f32) {
         for slot in 0..Slot::ALL.len() {
-            if let (Some(scales), Some(matrix)) = (&mut self.scales[slot], &mut self.stored.packed[slot]) {
+            if let (Some(scales), Some(matrix)) = (&mut self.scales[slot], &self.stored.packed[slot]) {
                 let group = matrix.group_size;
                 let weights = &gradients.weights[slot];
                 let slopes = decoder.threads.map(matrix.scales.len(), |g| {
@@ -159,26 +163,60 @@ impl Layer {
                     pairs.map(|(&code, &d)| d * (f32::from(code) - zero)).sum::<f32>()
                 });
                 scales.step(&slopes, step, options.scale_rate * left);
-                for (half, scale) in matrix.scales.iter_mut().zip(&scales.values) {
-                    *half = f16::from_f32(half_scale(*scale));
-                }
             }
             if let Some(bias) = &mut self.biases[slot] {
                 bias.step(&gradients.biases[slot], step, options.vector_rate * left);
-                self.block.linears[slot].bias = Some(halves(&bias.values));
             }
         }
-        let vectors = [(&gradients.input_norm, &mut self.block.input_norm), (&gradients.post_norm, &mut self.block.post_norm)];
-        for (norm, (gradient, weight)) in self.norms.iter_mut().zip(vectors) {
+        for (norm, gradient) in self.norms.iter_mut().zip([&gradients.input_norm, &gradients.post_norm]) {
             norm.step(gradient, step, options.vector_rate * left);
-            *weight = halves(&norm.values);
         }
+        self.refresh();
     }
 
     /// All that changes, in one order.
     fn parameters(&mut self) -> impl Iterator<Item = &mut Trained> {
         self.scales.iter_mut().flatten().chain(&mut self.norms).chain(self.biases.iter_mut().flatten())
     }
+
+    /// Brings what is computed with in line with the parameters.
+    fn refresh(&mut self) {
+        for slot in 0..Slot::ALL.len() {
+            if let (Some(scales), Some(matrix)) = (&self.scales[slot], &mut self.stored.packed[slot]) {
+                for (half, scale) in matrix.scales.iter_mut().zip(&scales.values) {
+                    *half = f16::from_f32(half_scale(*scale));
+                }
+            }
+            if let Some(bias) = &self.biases[slot] {
+                self.block.linears[slot].bias = Some(halves(&bias.values));
+            }
+        }
+        self.block.input_norm = halves(&self.norms[0].values);
+        self.block.post_norm = halves(&self.norms[1].values);
+    }
+}
+
+/// Values and both moments of every parameter, one after the other.
+fn flatten(model: &mut [Layer]) -> Vec<f32> {
+    let parameters = model.iter_mut().flat_map(Layer::parameters);
+    parameters.flat_map(|p| p.values.iter().chain(&p.adam.first).chain(&p.adam.second).copied()).collect()
+}
+
+fn restore(model: &mut [Layer], values: &[f32]) -> Result<()> {
+    let mut rest = values;
+    for parameter in model.iter_mut().flat_map(Layer::parameters) {
+        for part in [&mut parameter.values, &mut parameter.adam.first, &mut parameter.adam.second] {
+            let (own, after) = rest.split_at_checked(part.len()).ok_or_else(too_short)?;
+            part.copy_from_slice(own);
+            rest = after;
+        }
+    }
+    model.iter_mut().for_each(Layer::refresh);
+    Ok(())
+}
+
+fn too_short() -> Error {
+    Error::new(ErrorKind::InvalidFile, "the saved state of tuning is too short")
 }
 
 fn halves(values: &[f32]) -> Vec<f32> {
@@ -201,17 +239,15 @@ pub(super) fn tune(
     let steps = ((options.epochs * pieces.len() as f32).round() as usize).max(1);
 
     // What the source makes of every piece; it does not change.
-    let mut targets: Vec<Vec<f32>> =
-        pieces.iter().map(|ids| decoder.embed(checkpoint, ids)).collect::<Result<_>>()?;
+    let mut targets: Vec<Vec<f32>> = pieces.iter().map(|ids| decoder.embed(checkpoint, ids)).collect::<Result<_>>()?;
     let layers = decoder.config.num_hidden_layers;
     for layer in 0..layers {
         progress(0, steps)?;
         let block = decoder.load(checkpoint, None, layer)?;
         targets.iter_mut().for_each(|x| decoder.forward(&block, x, &mut |_, _| {}));
     }
-    let mut model: Vec<Layer> = (0..layers)
-        .map(|layer| Layer::new(decoder, checkpoint, layer, state.load(layer)?))
-        .collect::<Result<_>>()?;
+    let mut model: Vec<Layer> =
+        (0..layers).map(|layer| Layer::new(decoder, checkpoint, layer, state.load(layer)?)).collect::<Result<_>>()?;
     let mut random = Random::new(seed);
     let order: Vec<usize> = std::iter::repeat_with(|| {
         let mut order: Vec<usize> = (0..pieces.len()).collect();
@@ -223,10 +259,17 @@ pub(super) fn tune(
     .take(steps)
     .collect();
 
-    let mut losses = Vec::with_capacity(steps);
+    let mut losses: Vec<f64> = Vec::with_capacity(steps);
+    if let Some((saved, values)) = state.load_tuning()? {
+        restore(&mut model, &values)?;
+        losses = saved;
+    }
     let mut gradients: Option<Gradients> = None;
-    for (step, &piece) in order.iter().enumerate() {
+    for (step, &piece) in order.iter().enumerate().skip(losses.len()) {
         progress(step, steps)?;
+        if step > 0 && step % SAVE_STEPS == 0 {
+            state.save_tuning(&losses, &flatten(&mut model))?;
+        }
         let mut x = decoder.embed(checkpoint, pieces[piece])?;
         let mut traces: Vec<Trace> = Vec::with_capacity(layers);
         for layer in &model {

@@ -116,8 +116,7 @@ fn compare(args: &Args, tokenizer: Option<&Tokenizer>, threads: Threads) -> Outc
             (reference, Streams::compute(&args.dir, &windows, threads, &mut progress)?, None)
         }
         None => {
-            let (a, b, layers) =
-                Streams::compute_pair(&args.reference, &args.dir, &windows, threads, &mut progress)?;
+            let (a, b, layers) = Streams::compute_pair(&args.reference, &args.dir, &windows, threads, &mut progress)?;
             (a, b, Some(layers))
         }
     };

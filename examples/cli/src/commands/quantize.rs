@@ -221,9 +221,8 @@ fn sensitivity(
     if let Some(file) = &args.target.sensitivity
         && let Ok(bytes) = std::fs::read(file)
     {
-        let known: Sensitivity = serde_json::from_slice(&bytes).map_err(|e| {
-            Error::new(ErrorKind::InvalidFile, format!("not what rounding costs: {e}")).in_file(file)
-        })?;
+        let known: Sensitivity = serde_json::from_slice(&bytes)
+            .map_err(|e| Error::new(ErrorKind::InvalidFile, format!("not what rounding costs: {e}")).in_file(file))?;
         let alone = known.units.iter().all(|unit| unit.modules.len() == 1);
         if known.calibration != calibration.sha256() || alone != args.target.per_module {
             let message = "measured with another calibration or granularity; give another file, or remove it";
