@@ -38,6 +38,8 @@ pub enum ErrorKind {
     DeviceLost,
     /// The caller cancelled.
     Cancelled,
+    /// The weights were evicted; the model has to be restored first.
+    Evicted,
 }
 
 impl ErrorKind {
@@ -58,6 +60,7 @@ impl ErrorKind {
             Self::Device => "device",
             Self::DeviceLost => "device_lost",
             Self::Cancelled => "cancelled",
+            Self::Evicted => "evicted",
         }
     }
 }

@@ -35,13 +35,16 @@
 
 pub mod backend;
 pub mod checkpoint;
+mod checksum;
+pub mod engine;
 mod error;
 pub mod model;
 pub mod quant;
 pub mod session;
 pub mod tensor;
 
+pub use engine::{BackendChoice, DeviceChoice, Engine, EngineOptions};
 pub use error::{Error, ErrorKind, Result};
-pub use model::{BackendChoice, LoadOptions, LoadProgress, Model, ModelConfig};
+pub use model::{Estimate, Load, LoadBudget, LoadOptions, LoadProgress, LoadStage, Model, ModelConfig};
 pub use session::sampler::Sampling;
 pub use session::{CancelToken, GenerateOptions, Generation, Session, SessionOptions, StopReason};

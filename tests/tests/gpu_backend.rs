@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use awqua::ErrorKind;
-use awqua::backend::wgpu::{WgpuBackend, WgpuOptions, adapters};
+use awqua::backend::wgpu::{DeviceChoice, WgpuBackend, WgpuOptions, adapters};
 use awqua::backend::{
     AttentionShape, Backend, BufferDesc, BufferId, KvType, LogitsRows, Op, Program, ROW_STEP, Rows, Runner,
     RunnerConfig, Span, Step, WeightId,
@@ -379,7 +379,7 @@ fn options() -> Vec<WgpuOptions> {
     for adapter in adapters {
         for (force_f32, force_no_subgroup) in [(false, false), (true, false), (false, true), (true, true)] {
             if (force_f32 || adapter.f16) && (force_no_subgroup || adapter.subgroup.is_some()) {
-                let device = Some(adapter.index.to_string());
+                let device = DeviceChoice::Named(adapter.index.to_string());
                 all.push(WgpuOptions { device, force_f32, force_no_subgroup, ..WgpuOptions::default() });
             }
         }
@@ -614,7 +614,7 @@ fn bad_steps_are_refused() {
 
 #[test]
 fn an_unknown_adapter_is_no_device() {
-    let options = WgpuOptions { device: Some("no such adapter".into()), ..WgpuOptions::default() };
+    let options = WgpuOptions { device: DeviceChoice::Named("no such adapter".into()), ..WgpuOptions::default() };
     assert_eq!(WgpuBackend::open(&options).err().expect("there is none").kind(), ErrorKind::NoDevice);
 }
 

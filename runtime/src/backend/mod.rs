@@ -5,6 +5,7 @@
 //! a [`Runner`] owns the activations and the KV cache of one session. A new operation is a new [`Op`] variant: the
 //! exhaustive matches of the backends then point at every place that has to learn it.
 
+use std::any::Any;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -382,7 +383,7 @@ pub struct BackendInfo {
 }
 
 /// The weights of one loaded model on one device; shared by the sessions on it.
-pub trait Backend: Send + Sync {
+pub trait Backend: Any + Send + Sync {
     /// Name, device, variant and memory.
     fn info(&self) -> BackendInfo;
 
@@ -416,8 +417,14 @@ pub trait Backend: Send + Sync {
     /// Bytes that a weight takes where it is computed with.
     fn weight_bytes(&self, shape: &WeightShape) -> u64;
 
-    /// Whether dense weights are computed with where they are, so that a view of a file is best handed over whole.
-    fn keeps_views(&self) -> bool {
+    /// Whether weights are in host memory, and dense ones computed with where they are: a view of a file is best handed
+    /// over whole then.
+    fn is_host(&self) -> bool {
+        false
+    }
+
+    /// Whether the device is gone.
+    fn is_lost(&self) -> bool {
         false
     }
 
@@ -427,13 +434,16 @@ pub trait Backend: Send + Sync {
     /// [`ErrorKind::OutOfMemory`] or a device error; never a panic for large capacities.
     fn runner(self: Arc<Self>, program: &Arc<Program>, config: &RunnerConfig) -> Result<Box<dyn Runner>>;
 
-    /// Compiles at most `most` of the kernels that sessions on `program` will need, so that making a session is quick;
-    /// returns how many are left. Backends without compilation have none.
+    /// Bytes that a runner will take at most, in host memory on a host and else on the device.
+    fn runner_bytes(&self, program: &Program, config: &RunnerConfig) -> u64;
+
+    /// Compiles at most `most` of the kernels that runners of this kind will need, so that making one is quick; returns
+    /// how many are left. Backends without compilation have none.
     ///
     /// # Errors
     /// A device error.
-    fn prepare(&self, program: &Program, most: u32) -> Result<u32> {
-        let _ = (program, most);
+    fn prepare(&self, program: &Program, config: &RunnerConfig, most: u32) -> Result<u32> {
+        let _ = (program, config, most);
         Ok(0)
     }
 
@@ -453,15 +463,49 @@ pub trait Backend: Send + Sync {
         Ok(())
     }
 
-    /// Compiled kernels of this device and driver for [`crate::LoadOptions::pipeline_cache`] of a later start, if the
-    /// device offers that.
+    /// Gives the memory of the weights back at once. What computes with them fails with [`ErrorKind::Evicted`] from now
+    /// on, until [`Runner::rebind`].
+    fn evict(&self);
+}
+
+/// A place that models are loaded onto: a GPU, or the CPU.
+pub trait Device: Send + Sync {
+    /// A backend without weights on it.
+    fn backend(&self) -> Box<dyn Backend>;
+
+    /// Whether it is gone; everything on it fails with [`ErrorKind::DeviceLost`] then.
+    fn is_lost(&self) -> bool {
+        false
+    }
+
+    /// Takes note that the device is gone, if somebody else heard of it first.
+    fn note_loss(&self, reason: &str) {
+        let _ = reason;
+    }
+
+    /// Loses the device on purpose, for tests.
+    fn force_loss(&self) {}
+
+    /// Compiled kernels for [`crate::EngineOptions::pipeline_cache`] of a later start on the same device and driver, if
+    /// it gives them out.
     fn pipeline_cache(&self) -> Option<Vec<u8>> {
         None
     }
+}
 
-    /// Loses the device on purpose, for tests: everything on it fails with [`ErrorKind::DeviceLost`] from now on.
-    /// Backends without a device do nothing.
-    fn force_loss(&self) {}
+/// A device on its way, opened in pieces.
+pub trait Opening: Send {
+    /// Does pieces until the budget is over or the device has to be waited for; the device once it is ready.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NoDevice`] if there is none, [`ErrorKind::Device`] if its driver fails or computes wrongly.
+    fn advance(&mut self, budget: &Budget) -> Result<Option<Arc<dyn Device>>>;
+
+    /// Blocks until there is something to do again.
+    ///
+    /// # Errors
+    /// A device error.
+    fn wait(&mut self) -> Result<()>;
 }
 
 /// Most tokens that [`Runner::sample_ahead`] runs in front of [`Runner::take`]: one that is computed and one behind it,
@@ -575,6 +619,13 @@ pub trait Runner: Send {
         let _ = step;
         Err(Error::new(ErrorKind::Unsupported, "this backend does not time its operations"))
     }
+
+    /// Goes on with the same weights on another backend, because those were evicted and came back. False, with nothing
+    /// changed, if that is on another device: then a new runner has to be made.
+    ///
+    /// # Errors
+    /// [`ErrorKind::OutOfMemory`] or a device error.
+    fn rebind(&mut self, backend: Arc<dyn Backend>) -> Result<bool>;
 
     /// Element type of the KV cache.
     fn kv_type(&self) -> KvType;

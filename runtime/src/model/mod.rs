@@ -4,8 +4,8 @@ use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::backend::{self, Backend, BackendInfo, Program};
-use crate::checkpoint::Checkpoint;
+use crate::backend::{Backend, BackendInfo, KvType, Program};
+use crate::engine::{BackendChoice, DeviceChoice, Engine, EngineOptions};
 use crate::error::{Error, ErrorKind, Result};
 use crate::session::chat::ChatTemplate;
 use crate::session::tokenizer::Tokenizer;
@@ -13,60 +13,56 @@ use crate::session::tokenizer::Tokenizer;
 mod arch;
 mod config;
 mod generation;
+mod load;
 mod program;
+mod residence;
 mod rope;
 mod weights;
 
 pub use config::ModelConfig;
 pub use generation::GenerationConfig;
+pub use load::{Estimate, Load};
+pub use residence::{LoadBudget, LoadProgress, LoadStage};
 pub use rope::{Rope, RopeScaling};
 
-/// Which backend loads a model.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum BackendChoice {
-    /// A GPU if there is a usable one, else the CPU. A software GPU is not chosen on its own.
-    #[default]
-    Auto,
-    /// The CPU.
-    Cpu,
-    /// A GPU through wgpu, software ones included; an error if there is none.
-    Wgpu,
-}
+use residence::{Cargo, Residence};
 
-/// How to load a model.
+/// How to load a single model; [`EngineOptions`] has all there is to choose.
 #[derive(Debug, Clone, Default)]
 pub struct LoadOptions {
     /// Which backend.
     pub backend: BackendChoice,
     /// Part of the adapter's name, in any letter case; the first adapter that has it is used.
     pub device: Option<String>,
-    /// Never use f16 arithmetic or subgroup operations on the GPU, whatever the adapter offers.
+    /// See [`EngineOptions::portable_kernels`].
     pub portable_kernels: bool,
 }
 
-/// How far loading is; `done / total` is the share.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct LoadProgress {
-    /// Parts loaded.
-    pub done: u64,
-    /// Parts of the model.
-    pub total: u64,
+impl From<&LoadOptions> for EngineOptions {
+    fn from(options: &LoadOptions) -> Self {
+        Self {
+            backend: options.backend,
+            device: options.device.clone().map_or(DeviceChoice::Best, DeviceChoice::Named),
+            portable_kernels: options.portable_kernels,
+            ..Self::default()
+        }
+    }
 }
 
 /// A loaded model: weights on a device, program, tokenizer. Sessions share it.
 pub struct Model {
     config: ModelConfig,
     generation: GenerationConfig,
-    backend: Arc<dyn Backend>,
-    program: Arc<Program>,
     tokenizer: Option<Tokenizer>,
     chat_template: Option<ChatTemplate>,
-    folder: std::path::PathBuf,
+    identity: u64,
+    cargo: Cargo,
+    residence: residence::Shared,
 }
 
 impl std::fmt::Debug for Model {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Model").field("folder", &self.folder).field("config", &self.config).finish_non_exhaustive()
+        f.debug_struct("Model").field("folder", &self.folder()).field("config", &self.config).finish_non_exhaustive()
     }
 }
 
@@ -74,13 +70,12 @@ impl Model {
     /// Opens a Hugging Face style folder and uploads its weights.
     ///
     /// # Errors
-    /// Every way a folder can be wrong, unsupported or too large has its [`ErrorKind`]; the message names the file,
-    /// the tensor, what was expected and what was found.
+    /// As [`Load::tick`].
     pub fn open(dir: impl AsRef<Path>, options: &LoadOptions) -> Result<Arc<Self>> {
         Self::open_with_progress(dir, options, &mut |_| ControlFlow::Continue(()))
     }
 
-    /// As [`Self::open`]; `progress` is called after each part and can stop loading with `Break`.
+    /// As [`Self::open`]; `progress` is called after each piece and can stop loading with `Break`.
     ///
     /// # Errors
     /// As [`Self::open`], and [`ErrorKind::Cancelled`].
@@ -89,46 +84,55 @@ impl Model {
         options: &LoadOptions,
         progress: &mut dyn FnMut(LoadProgress) -> ControlFlow<()>,
     ) -> Result<Arc<Self>> {
-        let dir = dir.as_ref();
-        let checkpoint = Checkpoint::open(dir)?;
-        let in_config = |e: Error| e.in_file(dir.join("config.json"));
-        let config = ModelConfig::from_json(checkpoint.config()).map_err(in_config)?;
-        let generation = GenerationConfig::from_json(
-            checkpoint.json("generation_config.json")?.as_ref(),
-            checkpoint.config(),
-            config.vocab_size,
-        )
-        .map_err(|e| e.in_file(dir.join("generation_config.json")))?;
-        let tokenizer = Tokenizer::from_checkpoint(&checkpoint, config.vocab_size)?;
-        let chat_template = ChatTemplate::from_checkpoint(&checkpoint)?;
+        Load::path(&Engine::new(options.into()), dir.as_ref()).run(progress)
+    }
 
-        let mut backend = open_backend(options)?;
-        let (plan, weights) = weights::plan(&checkpoint, &config)?;
-        let total = plan.bytes(&*backend);
-        let (mut upload, mut done) = (weights::Upload::default(), 0);
-        let mut report = |done: u64| match progress(LoadProgress { done: done.min(total), total }) {
-            ControlFlow::Continue(()) => Ok(()),
-            ControlFlow::Break(()) => Err(Error::new(ErrorKind::Cancelled, "loading was cancelled")),
-        };
-        report(0)?;
-        while !upload.is_complete(&plan) {
-            done += upload.advance(&plan, &checkpoint, &mut *backend, 4 << 20)?;
-            while !backend.upload_is_settled()? {
-                backend.wait()?;
-            }
-            report(done)?;
+    /// The engine it runs on.
+    pub fn engine(&self) -> &Arc<Engine> {
+        &self.cargo.engine
+    }
+
+    /// A number that tells this model's weights from others': of names, shapes and a part of the values of all tensors.
+    pub fn identity(&self) -> u64 {
+        self.identity
+    }
+
+    /// Gives the memory of the weights back. Sessions keep their caches but fail with [`ErrorKind::Evicted`] until
+    /// [`Self::restore`]; the checkpoint stays open, so that the weights can come back.
+    pub fn evict(&self) {
+        self.residence.lock().evict();
+    }
+
+    /// Begins to bring evicted weights back; [`Self::tick`], or the ticks of its sessions, go on. Nothing happens if
+    /// they are there.
+    pub fn restore(&self) {
+        self.residence.lock().restore();
+    }
+
+    /// Goes on bringing weights back after [`Self::restore`], or after a lost device was recovered: true once they are
+    /// there. False also while another thread is at it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Evicted`] before [`Self::restore`], [`ErrorKind::DeviceLost`] before [`Engine::recover`], or those
+    /// of [`Load::tick`]; after one of these the next call starts over.
+    pub fn tick(&self, budget: &LoadBudget) -> Result<bool> {
+        match self.residence.try_lock() {
+            Some(mut residence) => residence.advance(&self.cargo, budget),
+            None => Ok(false),
         }
-        report(total)?;
-        let program = Arc::new(program::build(&config, &weights));
-        Ok(Arc::new(Self {
-            config,
-            generation,
-            backend: backend.into(),
-            program,
-            tokenizer,
-            chat_template,
-            folder: dir.to_path_buf(),
-        }))
+    }
+
+    /// Blocks until [`Self::tick`] has something to do.
+    ///
+    /// # Errors
+    /// A device error.
+    pub fn wait(&self) -> Result<()> {
+        self.residence.lock().wait(&self.cargo)
+    }
+
+    /// How far the weights are.
+    pub fn progress(&self) -> LoadProgress {
+        self.residence.lock().progress(&self.cargo)
     }
 
     /// Hyper-parameters.
@@ -141,9 +145,22 @@ impl Model {
         &self.generation
     }
 
-    /// Device, kernel variant and weight memory.
+    /// Device, kernel variant and weight memory; the backend is `none` while the weights are away.
     pub fn backend_info(&self) -> BackendInfo {
-        self.backend.info()
+        let Residence::Here(backend, _) = &*self.residence.lock() else {
+            return BackendInfo {
+                backend: "none",
+                device: String::new(),
+                variant: String::new(),
+                default_kv: KvType::F32,
+                weight_bytes: 0,
+            };
+        };
+        let mut info = backend.info();
+        if let Some(reason) = self.cargo.engine.given_up() {
+            info.variant += &format!("; the GPU is not used: {reason}");
+        }
+        info
     }
 
     /// The tokenizer.
@@ -153,7 +170,7 @@ impl Model {
     pub fn tokenizer(&self) -> Result<&Tokenizer> {
         self.tokenizer
             .as_ref()
-            .ok_or_else(|| Error::new(ErrorKind::Tokenizer, "the folder has no tokenizer.json").in_file(&self.folder))
+            .ok_or_else(|| Error::new(ErrorKind::Tokenizer, "the folder has no tokenizer.json").in_file(self.folder()))
     }
 
     /// The chat template, if the model has one.
@@ -161,38 +178,27 @@ impl Model {
         self.chat_template.as_ref()
     }
 
-    pub(crate) fn backend(&self) -> &Arc<dyn Backend> {
-        &self.backend
+    /// The backend with the weights on it; `None` while they are coming or another thread works on that.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Evicted`] or [`ErrorKind::DeviceLost`].
+    pub(crate) fn backend(&self) -> Result<Option<Arc<dyn Backend>>> {
+        match self.residence.try_lock().as_deref() {
+            None | Some(Residence::Coming(_)) => Ok(None),
+            Some(Residence::Away) => Err(residence::evicted()),
+            Some(Residence::Here(backend, _)) if !backend.is_lost() => Ok(Some(backend.clone())),
+            Some(Residence::Here(..)) if self.cargo.engine.is_lost() => {
+                Err(Error::new(ErrorKind::DeviceLost, "the device was lost and not recovered yet"))
+            }
+            Some(Residence::Here(..)) => Ok(None),
+        }
     }
 
     pub(crate) fn program(&self) -> &Arc<Program> {
-        &self.program
+        &self.cargo.program
     }
-}
 
-#[cfg(feature = "wgpu")]
-fn open_backend(options: &LoadOptions) -> Result<Box<dyn Backend>> {
-    let wgpu = backend::wgpu::WgpuOptions {
-        device: options.device.clone(),
-        force_f32: options.portable_kernels,
-        force_no_subgroup: options.portable_kernels,
-        ..Default::default()
-    };
-    match options.backend {
-        BackendChoice::Cpu => Ok(backend::cpu::open()),
-        BackendChoice::Wgpu => backend::wgpu::open(&wgpu),
-        BackendChoice::Auto => {
-            let hardware = backend::wgpu::adapters().iter().any(|a| a.kind != "cpu" && a.unusable.is_none());
-            // Naming a device is asking for it.
-            if hardware || options.device.is_some() { backend::wgpu::open(&wgpu) } else { Ok(backend::cpu::open()) }
-        }
-    }
-}
-
-#[cfg(not(feature = "wgpu"))]
-fn open_backend(options: &LoadOptions) -> Result<Box<dyn Backend>> {
-    match options.backend {
-        BackendChoice::Cpu | BackendChoice::Auto if options.device.is_none() => Ok(backend::cpu::open()),
-        _ => Err(Error::new(ErrorKind::NoDevice, "this build has no GPU backend (feature `wgpu`)")),
+    fn folder(&self) -> &Path {
+        self.cargo.checkpoint.dir()
     }
 }

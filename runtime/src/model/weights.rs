@@ -6,6 +6,7 @@ use std::ops::Range;
 use super::config::ModelConfig;
 use crate::backend::{Backend, ROW_STEP, WeightId};
 use crate::checkpoint::Checkpoint;
+use crate::checksum::Checksum;
 use crate::error::{Error, ErrorKind, Result};
 use crate::quant::{self, Quantization};
 use crate::tensor::{Weight, WeightShape};
@@ -208,6 +209,17 @@ struct Item {
     parts: Vec<Part>,
 }
 
+impl Item {
+    /// Whether a host computes with it where a file has it.
+    fn is_view(&self, checkpoint: &Checkpoint) -> bool {
+        let [part] = self.parts.as_slice() else { return false };
+        matches!(self.shape, WeightShape::Dense { .. })
+            && tensors(checkpoint, part).any(|tensor| {
+                tensor.byte_len() as u64 == self.shape.bytes(self.shape.rows()) && tensor.extent().view().is_some()
+            })
+    }
+}
+
 /// Rows of a weight that are stored together.
 struct Part {
     /// The tensors they are stored in begin with it.
@@ -241,9 +253,33 @@ impl UploadPlan {
         self.items.iter().map(|item| &item.shape)
     }
 
-    /// Bytes that all weights take on `backend`.
-    pub(super) fn bytes(&self, backend: &dyn Backend) -> u64 {
-        self.shapes().map(|shape| backend.weight_bytes(shape)).sum()
+    /// Bytes of all weights as they are handed over.
+    pub(super) fn bytes(&self) -> u64 {
+        self.shapes().map(|shape| shape.bytes(shape.rows())).sum()
+    }
+
+    /// Sum of `bytes` over the weights that are not computed with where a file has them.
+    pub(super) fn copied_bytes(&self, checkpoint: &Checkpoint, bytes: impl Fn(&WeightShape) -> u64) -> u64 {
+        let copied = self.items.iter().filter(|item| !item.is_view(checkpoint));
+        copied.map(|item| bytes(&item.shape)).sum()
+    }
+
+    /// A number that tells these weights from others: of the names, types and shapes of all tensors, and of a part of
+    /// their values.
+    pub(super) fn identity(&self, checkpoint: &Checkpoint) -> Result<u64> {
+        /// Bytes looked at in the middle of a tensor, where no padding is.
+        const SAMPLE: usize = 64;
+        let mut sum = Checksum::default();
+        sum.add(checkpoint.config().to_string().as_bytes());
+        let mut sample = [0; SAMPLE];
+        for tensor in checkpoint.tensors() {
+            sum.add(tensor.name.as_bytes());
+            sum.add(format!("{} {:?}", tensor.dtype, tensor.shape).as_bytes());
+            let len = SAMPLE.min(tensor.byte_len());
+            tensor.extent().read((tensor.byte_len() - len) / 2, &mut sample[..len])?;
+            sum.add(&sample[..len]);
+        }
+        Ok(sum.finish())
     }
 }
 
@@ -265,8 +301,8 @@ impl Upload {
         self.item == plan.items.len()
     }
 
-    /// Hands over about `most` bytes (at least [`ROW_STEP`] rows) of the next weight; returns how many bytes of the
-    /// backend's memory they fill.
+    /// Hands over about `most` bytes (at least [`ROW_STEP`] rows) of the next weight; returns how many bytes
+    /// those were.
     ///
     /// # Errors
     /// Those of reading the tensors and of the backend, naming the tensor.
@@ -304,8 +340,7 @@ impl Upload {
             return Err(Error::new(ErrorKind::InvalidTensor, "the weight has no rows"));
         };
         // What is computed with in place is not cut up.
-        let in_place = backend.keeps_views() && matches!(item.shape, WeightShape::Dense { .. });
-        let whole = in_place && tensors(checkpoint, part).any(|tensor| tensor.extent().view().is_some());
+        let whole = backend.is_host() && item.is_view(checkpoint);
         let step = (most / item.shape.bytes(1).max(1)) as usize / ROW_STEP * ROW_STEP;
         let end = if whole { part.rows } else { part.rows.min(self.row.saturating_add(step.max(ROW_STEP))) };
         let (rows, end) = match (part.read)(&input, self.row..end)? {
@@ -336,7 +371,7 @@ impl Upload {
         if last {
             *self = Self { item: self.item + 1, ..Self::default() };
         }
-        Ok(backend.weight_bytes(&item.shape.with_rows(count)))
+        Ok(item.shape.bytes(count))
     }
 }
 

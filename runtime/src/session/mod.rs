@@ -3,9 +3,10 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::backend::{KvType, LogitsRows, OpTime, Runner, RunnerConfig, Step};
+use crate::backend::{Backend, KvType, LogitsRows, OpTime, Runner, RunnerConfig, Step};
+use crate::engine::{Bytes, Engine, Lease};
 use crate::error::{Error, ErrorKind, Result};
-use crate::model::Model;
+use crate::model::{Model, ModelConfig};
 
 pub mod chat;
 mod generate;
@@ -62,10 +63,46 @@ pub struct SessionOptions {
     pub chunk: Option<u32>,
 }
 
+impl SessionOptions {
+    /// What they mean for a model of this configuration.
+    pub(crate) fn runner_config(&self, model: &ModelConfig, engine: &Engine) -> Result<RunnerConfig> {
+        let trained = u32::try_from(model.rope.positions(model.max_position_embeddings)).unwrap_or(u32::MAX);
+        let context = self.context.unwrap_or(trained.min(DEFAULT_CONTEXT));
+        let chunk = self.chunk.unwrap_or(DEFAULT_CHUNK).min(context);
+        let threads = self.threads.or(engine.options().threads);
+        for (name, value) in [("context", context), ("chunk", chunk), ("threads", threads.unwrap_or(1) as u32)] {
+            if value == 0 {
+                return Err(Error::new(ErrorKind::InvalidInput, format!("`{name}` is 0")));
+            }
+        }
+        Ok(RunnerConfig {
+            max_tokens: chunk,
+            max_logits_rows: chunk.min(MAX_LOGITS_ROWS),
+            context,
+            kv_type: self.kv_type,
+            threads,
+            jobs: engine.options().jobs.clone(),
+        })
+    }
+}
+
+/// A runner within the engine's memory budget.
+fn new_runner(model: &Model, backend: Arc<dyn Backend>, config: &RunnerConfig) -> Result<(Box<dyn Runner>, Lease)> {
+    let host = backend.is_host();
+    let memory = |bytes| if host { Bytes { host: bytes, device: 0 } } else { Bytes { host: 0, device: bytes } };
+    let most = backend.runner_bytes(model.program(), config);
+    let mut lease = model.engine().ledger().lease("a session", memory(most))?;
+    let runner = backend.runner(model.program(), config)?;
+    lease.resize("a session", memory(runner.bytes()))?;
+    Ok((runner, lease))
+}
+
 /// One conversation with a model: its KV cache and everything a step needs. Sessions on one model are independent.
 pub struct Session {
     model: Arc<Model>,
     runner: Box<dyn Runner>,
+    #[expect(dead_code, reason = "held as long as the runner")]
+    lease: Lease,
     /// Tokens whose keys and values are in the cache.
     tokens: Vec<u32>,
     /// Whether the last run left logits of the last token.
@@ -93,28 +130,14 @@ impl Session {
     /// [`ErrorKind::InvalidInput`] for a zero capacity, [`ErrorKind::OutOfMemory`] naming the needed bytes if the
     /// context doesn't fit, or a device error.
     pub fn new(model: &Arc<Model>, options: &SessionOptions) -> Result<Self> {
-        let config = model.config();
-        let trained = u32::try_from(config.rope.positions(config.max_position_embeddings)).unwrap_or(u32::MAX);
-        let context = options.context.unwrap_or(trained.min(DEFAULT_CONTEXT));
-        let chunk = options.chunk.unwrap_or(DEFAULT_CHUNK).min(context);
-        for (name, value) in [("context", context), ("chunk", chunk), ("threads", options.threads.unwrap_or(1) as u32)]
-        {
-            if value == 0 {
-                return Err(Error::new(ErrorKind::InvalidInput, format!("`{name}` is 0")));
-            }
-        }
-        let config = RunnerConfig {
-            max_tokens: chunk,
-            max_logits_rows: chunk.min(MAX_LOGITS_ROWS),
-            context,
-            kv_type: options.kv_type,
-            threads: options.threads,
-            jobs: None,
-        };
-        let runner = Arc::clone(model.backend()).runner(model.program(), &config)?;
+        let config = options.runner_config(model.config(), model.engine())?;
+        let (context, chunk) = (config.context, config.max_tokens);
+        let backend = model.backend()?.ok_or_else(|| Error::new(ErrorKind::Evicted, "the weights are on their way"))?;
+        let (runner, lease) = new_runner(model, backend, &config)?;
         Ok(Self {
             model: Arc::clone(model),
             runner,
+            lease,
             tokens: Vec::new(),
             has_logits: false,
             rope_rows: 0,

@@ -65,14 +65,15 @@ pub fn run(args: &Args) -> Outcome {
 
 #[cfg(feature = "wgpu")]
 fn adapters() -> Vec<Adapter> {
-    use awqua::backend::wgpu::{self, WgpuOptions};
+    use awqua::backend::wgpu::{self, DeviceChoice, WgpuOptions};
     wgpu::adapters()
         .into_iter()
         .map(|a| {
             let variant = match a.unusable.clone() {
                 Some(reason) => format!("none: {reason}"),
                 None => {
-                    let options = WgpuOptions { device: Some(a.index.to_string()), ..Default::default() };
+                    let device = DeviceChoice::Named(a.index.to_string());
+                    let options = WgpuOptions { device, ..Default::default() };
                     wgpu::open(&options).map_or_else(|e| format!("none: {e}"), |backend| backend.info().variant)
                 }
             };

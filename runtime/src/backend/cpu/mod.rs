@@ -1,11 +1,12 @@
 //! CPU backend: weights stay in their canonical or mapped form; a step is computed in pieces that a deadline can part.
 
-use std::sync::{Arc, Mutex};
+use std::any::Any;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::{
-    Backend, BackendInfo, Budget, BufferId, KvType, LogitsRows, Op, Program, Progress, Rows, Runner, RunnerConfig,
-    Span, Step, WeightId,
+    Backend, BackendInfo, Budget, BufferId, Device, KvType, LogitsRows, Op, Program, Progress, Rows, Runner,
+    RunnerConfig, Span, Step, WeightId,
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::session::sampler::{self, SampleRequest};
@@ -22,16 +23,82 @@ mod x86;
 
 /// An empty CPU backend.
 pub fn open() -> Box<dyn Backend> {
-    Box::new(Cpu { weights: Vec::new(), filling: None, weight_bytes: 0, kernels: kernels::best().into() })
+    Processor::default().backend()
+}
+
+/// The processor as a device.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Processor {
+    /// Compute without wide instructions, so that every processor of this family gets the same bits.
+    pub portable: bool,
+}
+
+impl Device for Processor {
+    fn backend(&self) -> Box<dyn Backend> {
+        let kernels =
+            if self.portable { Box::new(kernels::Portable) as Box<dyn kernels::Kernels> } else { kernels::best() };
+        Box::new(Cpu {
+            weights: Mutex::new(Some(Arc::default())),
+            filling: None,
+            weight_bytes: 0,
+            kernels: kernels.into(),
+        })
+    }
+}
+
+/// Bytes of host memory that a session takes.
+pub(crate) fn runner_bytes(program: &Program, config: &RunnerConfig) -> u64 {
+    let rows = |logits_rows| u64::from(if logits_rows { config.max_logits_rows } else { config.max_tokens });
+    let activations = program.buffers.iter().map(|desc| rows(desc.logits_rows).saturating_mul(u64::from(desc.width)));
+    let ropes = u64::from(program.rope_tables) * u64::from(config.context) * u64::from(program.attention.rotary_dim);
+    let (weights, sums) = scratch(program, config);
+    let threads = config.jobs.as_ref().map_or(config.threads.unwrap_or(1), |jobs| jobs.0.threads()).max(1);
+    // The row that sampling changes, and its candidates of two words each.
+    let sampling = 3 * u64::from(program.vocab_size);
+    let floats = activations.fold(ropes + sampling, u64::saturating_add);
+    let floats = floats.saturating_add((weights as u64).saturating_add(sums as u64).saturating_mul(threads as u64));
+    let kv = super::kv_bytes(program, config.kv_type.unwrap_or(KvType::F32), config.context);
+    floats.saturating_mul(4).saturating_add(kv)
+}
+
+/// Elements of the two parts of [`Scratch`].
+fn scratch(program: &Program, config: &RunnerConfig) -> (usize, usize) {
+    let shape = &program.attention;
+    (
+        matmul::scratch_weights().max(attention::scratch_rows(shape)),
+        matmul::scratch_sums(config.max_tokens as usize).max(attention::scratch_scores(shape, config.context as usize)),
+    )
 }
 
 struct Cpu {
-    /// Those reserved and not filled have no rows yet.
-    weights: Vec<Weight>,
+    /// Those reserved and not filled have no rows yet; `None` once they were evicted.
+    weights: Mutex<Option<Weights>>,
     /// The weight whose rows are coming, and the shape it will have.
     filling: Option<(usize, WeightShape, Partial)>,
     weight_bytes: u64,
     kernels: Arc<dyn Kernels>,
+}
+
+type Weights = Arc<Vec<Weight>>;
+
+impl Cpu {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Option<Weights>> {
+        self.weights.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The weights, which stay in memory as long as somebody holds them.
+    fn weights(&self) -> Result<Weights> {
+        self.lock().clone().ok_or_else(|| Error::new(ErrorKind::Evicted, "the weights were evicted"))
+    }
+
+    /// The weights while they are loaded and nobody else has them.
+    fn loading(&mut self) -> Result<&mut Vec<Weight>> {
+        let weights = self.weights.get_mut().unwrap_or_else(PoisonError::into_inner);
+        weights
+            .as_mut()
+            .and_then(Arc::get_mut)
+            .ok_or_else(|| Error::new(ErrorKind::Evicted, "the weights were evicted"))
+    }
 }
 
 impl Backend for Cpu {
@@ -47,10 +114,11 @@ impl Backend for Cpu {
     }
 
     fn reserve(&mut self, name: &str, shape: &WeightShape) -> Result<WeightId> {
-        let id = u32::try_from(self.weights.len())
+        let weights = self.loading()?;
+        let id = u32::try_from(weights.len())
             .map_err(|_| Error::new(ErrorKind::Unsupported, "more than 2^32 weights").in_tensor(name))?;
+        weights.push(Weight::Vector(Vec::new()));
         self.weight_bytes += self.weight_bytes(shape);
-        self.weights.push(Weight::Vector(Vec::new()));
         self.filling = Some((id as usize, *shape, Partial::Nothing));
         Ok(WeightId(id))
     }
@@ -62,8 +130,9 @@ impl Backend for Cpu {
         };
         partial.push(shape, rows)?;
         if partial.rows() == shape.rows() {
-            self.weights[at] = partial.finish(shape)?;
+            let whole = partial.finish(shape)?;
             self.filling = None;
+            self.loading()?[at] = whole;
         }
         Ok(())
     }
@@ -72,8 +141,16 @@ impl Backend for Cpu {
         shape.bytes(shape.rows())
     }
 
-    fn keeps_views(&self) -> bool {
+    fn is_host(&self) -> bool {
         true
+    }
+
+    fn runner_bytes(&self, program: &Program, config: &RunnerConfig) -> u64 {
+        runner_bytes(program, config)
+    }
+
+    fn evict(&self) {
+        *self.lock() = None;
     }
 
     fn runner(self: Arc<Self>, program: &Arc<Program>, config: &RunnerConfig) -> Result<Box<dyn Runner>> {
@@ -262,10 +339,7 @@ impl CpuRunner {
             Some(jobs) => Pool::on(jobs.clone()),
             None => Pool::new(config.threads.unwrap_or(1)),
         };
-        let (weights, sums) = (
-            matmul::scratch_weights().max(attention::scratch_rows(&shape)),
-            matmul::scratch_sums(max_tokens).max(attention::scratch_scores(&shape, context)),
-        );
+        let (weights, sums) = scratch(&program, config);
         let scratch = (0..pool.threads())
             .map(|_| {
                 Ok(Mutex::new(Scratch {
@@ -302,7 +376,7 @@ impl CpuRunner {
 
     /// Units that operation `op` of the step under way can be parted into, multiplications a unit about, and its kind
     /// for [`Cursor::pace`].
-    fn units(&self, op: &Op) -> (usize, usize, usize) {
+    fn units(&self, weights: &[Weight], op: &Op) -> (usize, usize, usize) {
         let n_tokens = self.cursor.tokens.len();
         let count = |rows: Rows| self.rows(rows).len();
         match *op {
@@ -311,7 +385,7 @@ impl CpuRunner {
             Op::SiluMul { out, .. } => (n_tokens, self.width(out), 1),
             Op::RopeAppend { qkv, .. } => (n_tokens, self.width(qkv), 0),
             Op::Linear { x, weight, rows, .. } => {
-                let n = match &self.backend.weights[weight.0 as usize] {
+                let n = match &weights[weight.0 as usize] {
                     Weight::W4(m) => m.n,
                     Weight::Dense(m) => m.n,
                     Weight::Vector(_) => 1,
@@ -345,18 +419,19 @@ impl CpuRunner {
     }
 
     /// Computes the units `part` of an operation of the step under way.
-    fn run_op(&mut self, op: &Op, part: std::ops::Range<usize>) -> Result<()> {
+    fn run_op(&mut self, weights: &[Weight], op: &Op, part: std::ops::Range<usize>) -> Result<()> {
         let n_tokens = self.cursor.tokens.len();
         let position = self.cursor.position as usize;
         match *op {
-            Op::Embed { table, out } => self.embed(table, out, part),
+            Op::Embed { table, out } => self.embed(&weights[table.0 as usize], out, part),
             Op::RmsNorm { x, weight, out, dim, segments, eps, rows } => {
                 let first = self.rows(rows).start;
-                self.rms_norm(x, weight, out, (dim as usize, segments as usize), eps, first, part)
+                self.rms_norm(x, &weights[weight.0 as usize], out, (dim as usize, segments as usize), eps, first, part)
             }
             Op::Linear { x, weight, bias, out, accumulate, rows } => {
                 let range = self.rows(rows);
-                self.linear(x, weight, bias, out, accumulate, range, part)
+                let bias = bias.map(|bias| &weights[bias.0 as usize]);
+                self.linear(x, &weights[weight.0 as usize], bias, out, accumulate, range, part)
             }
             Op::RopeAppend { qkv, layer, rope } => {
                 let width = self.width(qkv);
@@ -403,10 +478,10 @@ impl CpuRunner {
         }
     }
 
-    fn embed(&mut self, table: WeightId, out: BufferId, part: std::ops::Range<usize>) -> Result<()> {
+    fn embed(&mut self, table: &Weight, out: BufferId, part: std::ops::Range<usize>) -> Result<()> {
         let width = self.width(out);
         let backend = Arc::clone(&self.backend);
-        let Weight::Dense(table) = &backend.weights[table.0 as usize] else { return Err(mismatch("a dense matrix")) };
+        let Weight::Dense(table) = table else { return Err(mismatch("a dense matrix")) };
         let rows = self.buffers[out.0 as usize].chunks_exact_mut(width).skip(part.start);
         for (&token, out) in self.cursor.tokens[part].iter().zip(rows) {
             let row = &table.bytes[token as usize * table.row_bytes()..][..table.row_bytes()];
@@ -419,7 +494,7 @@ impl CpuRunner {
     fn rms_norm(
         &mut self,
         x: Span,
-        weight: WeightId,
+        weight: &Weight,
         out: Span,
         (dim, segments): (usize, usize),
         eps: f32,
@@ -428,8 +503,7 @@ impl CpuRunner {
     ) -> Result<()> {
         let (x_width, out_width) = (self.width(x.buffer), self.width(out.buffer));
         let in_place = x.buffer == out.buffer;
-        let backend = Arc::clone(&self.backend);
-        let Weight::Vector(weight) = &backend.weights[weight.0 as usize] else { return Err(mismatch("a vector")) };
+        let Weight::Vector(weight) = weight else { return Err(mismatch("a vector")) };
         let mut output = std::mem::take(&mut self.buffers[out.buffer.0 as usize]);
         for to in part {
             let from = first + to;
@@ -457,8 +531,8 @@ impl CpuRunner {
     fn linear(
         &mut self,
         x: BufferId,
-        weight: WeightId,
-        bias: Option<WeightId>,
+        weight: &Weight,
+        bias: Option<&Weight>,
         out: Span,
         accumulate: bool,
         rows: std::ops::Range<usize>,
@@ -468,10 +542,8 @@ impl CpuRunner {
         let x_width = self.width(x);
         let backend = Arc::clone(&self.backend);
         let bias = match bias {
-            Some(id) => match &backend.weights[id.0 as usize] {
-                Weight::Vector(v) => Some(&v[..]),
-                _ => return Err(mismatch("a vector")),
-            },
+            Some(Weight::Vector(v)) => Some(&v[..]),
+            Some(_) => return Err(mismatch("a vector")),
             None => None,
         };
         let mut output = std::mem::take(&mut self.buffers[out.buffer.0 as usize]);
@@ -479,7 +551,7 @@ impl CpuRunner {
             &mut self.pool,
             &self.scratch,
             &*backend.kernels,
-            &backend.weights[weight.0 as usize],
+            weight,
             part,
             &self.buffers[x.0 as usize][rows.start * x_width..rows.end * x_width],
             rows.len(),
@@ -539,8 +611,13 @@ impl Runner for CpuRunner {
 
     fn advance(&mut self, budget: &Budget) -> Result<Progress> {
         let program = Arc::clone(&self.program);
+        if self.cursor.op == program.ops.len() {
+            return Ok(Progress::Done);
+        }
+        // Held only while computing, so that they can be evicted between two calls.
+        let weights = self.backend.weights()?;
         while let Some(op) = program.ops.get(self.cursor.op) {
-            let (units, work, kind) = self.units(op);
+            let (units, work, kind) = self.units(&weights, op);
             while self.cursor.unit < units {
                 let left = units - self.cursor.unit;
                 let mut n = left;
@@ -557,7 +634,7 @@ impl Runner for CpuRunner {
                     };
                     n = n.max(self.pool.threads()).min(left);
                 }
-                let result = self.run_op(op, self.cursor.unit..self.cursor.unit + n);
+                let result = self.run_op(&weights, op, self.cursor.unit..self.cursor.unit + n);
                 if let Err(error) = result {
                     self.abandon();
                     return Err(error);
@@ -648,17 +725,19 @@ impl Runner for CpuRunner {
         Ok(Box::new(fork))
     }
 
+    fn rebind(&mut self, backend: Arc<dyn Backend>) -> Result<bool> {
+        let backend: Arc<dyn Any + Send + Sync> = backend;
+        let Ok(backend) = backend.downcast::<Cpu>() else { return Ok(false) };
+        self.abandon();
+        self.backend = backend;
+        Ok(true)
+    }
+
     fn kv_type(&self) -> KvType {
         self.kv_type
     }
 
     fn bytes(&self) -> u64 {
-        let floats = self.buffers.iter().chain(&self.ropes).map(Vec::len).sum::<usize>() + self.sample_row.len();
-        let kv = self.program.layers as u64
-            * 2
-            * u64::from(self.config.context)
-            * u64::from(self.program.attention.kv_heads * self.program.attention.head_dim)
-            * self.kv_type.size() as u64;
-        4 * floats as u64 + kv
+        runner_bytes(&self.program, &RunnerConfig { kv_type: Some(self.kv_type), ..self.config.clone() })
     }
 }

@@ -1,157 +1,22 @@
-//! The device: which adapters exist, opening one, and turning everything it reports into typed errors.
+//! An open device, and everything it reports as typed errors.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use wgpu::{Backends, DeviceType, Features, Limits};
+use wgpu::{Features, Limits};
 
-use super::WgpuOptions;
+use super::adapters::{AdapterSummary, has_matrix_units, summary};
+use super::{SharedGpu, WgpuOptions};
 use crate::error::{Error, ErrorKind, Result};
 
-/// Storage buffers that one dispatch binds at most.
-const STORAGE_BUFFERS: u32 = 8;
-/// Workgroup memory that a kernel uses at most, in bytes.
-const WORKGROUP_BYTES: u32 = 16 << 10;
-/// Invocations of a workgroup at most.
-const INVOCATIONS: u32 = 256;
 /// A device that finishes no submission for this long has failed.
 const WATCHDOG: Duration = Duration::from_secs(30);
 /// How long one poll blocks; the watchdog and the lost flag are looked at between polls.
 const POLL: Duration = Duration::from_millis(500);
 /// Bytes handed to the driver before waiting for it; bounds the memory of its staging copies.
 pub(super) const SLICE: usize = 16 << 20;
-/// Share of the memory budget, in percent, above which the driver is not asked for more.
-const BUDGET_PERCENT: u8 = 97;
-
-/// What an adapter is and offers, for people and for choosing one.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct AdapterSummary {
-    /// Number by which [`WgpuOptions::device`] can name it.
-    pub index: usize,
-    /// Name the driver gives it.
-    pub name: String,
-    /// Graphics interface in use: `vulkan`, `metal` or `dx12`.
-    pub api: &'static str,
-    /// `discrete`, `integrated`, `virtual`, `cpu` or `other`.
-    pub kind: &'static str,
-    /// Driver and its version.
-    pub driver: String,
-    /// Whether shaders can compute in half precision.
-    pub f16: bool,
-    /// Smallest and largest subgroup, if subgroup operations are offered.
-    pub subgroup: Option<(u32, u32)>,
-    /// Largest buffer, in bytes.
-    pub max_buffer_bytes: u64,
-    /// Largest part of a buffer that a kernel sees, in bytes; larger weights are split.
-    pub max_binding_bytes: u64,
-    /// Workgroup memory, in bytes.
-    pub workgroup_bytes: u32,
-    /// Why the adapter can not be used, if so.
-    pub unusable: Option<String>,
-}
-
-/// All adapters, the preferred one first; empty if there is no driver.
-pub fn adapters() -> Vec<AdapterSummary> {
-    enumerate().iter().enumerate().map(|(index, adapter)| summary(index, adapter)).collect()
-}
-
-fn summary(index: usize, adapter: &wgpu::Adapter) -> AdapterSummary {
-    let info = adapter.get_info();
-    let limits = adapter.limits();
-    let features = adapter.features();
-    AdapterSummary {
-        index,
-        driver: format!("{} {}", info.driver, info.driver_info).trim().to_owned(),
-        api: info.backend.to_str(),
-        kind: match info.device_type {
-            DeviceType::DiscreteGpu => "discrete",
-            DeviceType::IntegratedGpu => "integrated",
-            DeviceType::VirtualGpu => "virtual",
-            DeviceType::Cpu => "cpu",
-            DeviceType::Other => "other",
-        },
-        f16: features.contains(Features::SHADER_F16),
-        subgroup: features.contains(Features::SUBGROUP).then_some((info.subgroup_min_size, info.subgroup_max_size)),
-        max_buffer_bytes: limits.max_buffer_size,
-        max_binding_bytes: limits.max_storage_buffer_binding_size,
-        workgroup_bytes: limits.max_compute_workgroup_storage_size,
-        unusable: unusable(adapter),
-        name: info.name,
-    }
-}
-
-/// Whether the adapter multiplies 16x16x16 matrices in half precision with sums in f32, in subgroups of 32.
-fn has_matrix_units(adapter: &wgpu::Adapter) -> bool {
-    use awqua_shaders::gemm_w4_coop;
-    let info = adapter.get_info();
-    let limits = adapter.limits();
-    let needed = Features::EXPERIMENTAL_COOPERATIVE_MATRIX | Features::SHADER_F16;
-    adapter.features().contains(needed)
-        && (info.subgroup_min_size, info.subgroup_max_size) == (32, 32)
-        && limits.max_compute_workgroup_storage_size >= gemm_w4_coop::MEMORY
-        && adapter.cooperative_matrix_properties().iter().any(|p| {
-            (p.m_size, p.n_size, p.k_size) == (16, 16, 16)
-                && p.ab_type == wgpu::CooperativeScalarType::F16
-                && p.cr_type == wgpu::CooperativeScalarType::F32
-        })
-}
-
-/// Why the kernels can not run there, if so.
-fn unusable(adapter: &wgpu::Adapter) -> Option<String> {
-    let limits = adapter.limits();
-    let capabilities = adapter.get_downlevel_capabilities();
-    if !capabilities.flags.contains(wgpu::DownlevelFlags::COMPUTE_SHADERS) {
-        return Some("it offers no compute shaders".to_owned());
-    }
-    let needs = [
-        ("storage buffers", limits.max_storage_buffers_per_shader_stage, STORAGE_BUFFERS),
-        ("bytes of workgroup memory", limits.max_compute_workgroup_storage_size, WORKGROUP_BYTES),
-        ("invocations a workgroup", limits.max_compute_invocations_per_workgroup, INVOCATIONS),
-    ];
-    needs
-        .iter()
-        .find(|(_, has, needed)| has < needed)
-        .map(|(what, has, needed)| format!("it offers {has} {what}, {needed} are needed"))
-}
-
-/// The instance of the process, made on first use; `None` where no graphics interface is compiled in. It is shared and
-/// never dropped: a driver may give out only some dozens of them in the life of a process (NVIDIA 580 on Linux finds no
-/// adapter after about forty), and unloading one at exit is where drivers crash.
-fn instance() -> Option<&'static wgpu::Instance> {
-    static INSTANCE: OnceLock<wgpu::Instance> = OnceLock::new();
-    // Creating an instance without any compiled-in graphics interface panics.
-    if wgpu::Instance::enabled_backend_features().is_empty() {
-        return None;
-    }
-    Some(INSTANCE.get_or_init(|| {
-        let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle();
-        descriptor.backends = Backends::PRIMARY;
-        // The debug layers cost time and print; our own errors come through scopes and the handler.
-        descriptor.flags = wgpu::InstanceFlags::VALIDATION_INDIRECT_CALL;
-        descriptor.memory_budget_thresholds.for_resource_creation = Some(BUDGET_PERCENT);
-        wgpu::Instance::new(descriptor)
-    }))
-}
-
-fn enumerate() -> Vec<wgpu::Adapter> {
-    let Some(instance) = instance() else { return Vec::new() };
-    let mut adapters = pollster::block_on(instance.enumerate_adapters(Backends::PRIMARY));
-    adapters.sort_by_key(|adapter| {
-        let info = adapter.get_info();
-        let kind = match info.device_type {
-            DeviceType::DiscreteGpu => 0,
-            DeviceType::IntegratedGpu => 1,
-            DeviceType::VirtualGpu => 2,
-            DeviceType::Other => 3,
-            DeviceType::Cpu => 4,
-        };
-        // The same GPU appears once per interface on Windows; Vulkan has the more complete shader features.
-        (kind, info.backend == wgpu::Backend::Dx12)
-    });
-    adapters
-}
 
 /// An open device, its queue, and what went wrong on it so far.
 pub(super) struct Gpu {
@@ -162,9 +27,13 @@ pub(super) struct Gpu {
     pub(super) features: Features,
     /// Estimated multiplications and additions after which a submission ends.
     pub(super) submission_flops: u64,
+    /// Whether the device is the host's: its handlers stay, and it is never destroyed.
+    shared: bool,
     faults: Arc<Faults>,
     submitted: Mutex<u64>,
     finished: Arc<AtomicU64>,
+    /// How many submissions were finished when it was last looked at, and when that number was first seen.
+    seen: Mutex<(u64, Instant)>,
 }
 
 /// A submission that can be waited for.
@@ -187,28 +56,16 @@ struct Faults {
 }
 
 impl Gpu {
-    /// Opens the adapter that `options` name, or the preferred usable one.
+    /// Opens the adapter.
     ///
     /// # Errors
-    /// [`ErrorKind::NoDevice`] if none fits, [`ErrorKind::Device`] if the driver refuses.
-    pub(super) fn open(options: &WgpuOptions) -> Result<Self> {
-        let adapters = enumerate();
-        let summaries: Vec<_> = adapters.iter().enumerate().map(|(i, a)| summary(i, a)).collect();
-        let index = select(&summaries, options.device.as_deref())?;
-        let adapter = &adapters[index];
-
+    /// [`ErrorKind::Device`] if the driver refuses.
+    pub(super) fn open(adapter: &wgpu::Adapter, summary: AdapterSummary, options: &WgpuOptions) -> Result<Self> {
         let mut limits = adapter.limits();
         if let Some(bytes) = options.limit_binding {
             limits.max_storage_buffer_binding_size = limits.max_storage_buffer_binding_size.min(bytes.max(256));
         }
-        let wanted = Features::SHADER_F16
-            | Features::SUBGROUP
-            | Features::TIMESTAMP_QUERY
-            | Features::TIMESTAMP_QUERY_INSIDE_PASSES;
-        let mut features = adapter.features() & wanted;
-        if has_matrix_units(adapter) && !options.force_f32 && !options.force_no_subgroup {
-            features |= Features::EXPERIMENTAL_COOPERATIVE_MATRIX;
-        }
+        let features = wanted_features(adapter, options);
         let request = adapter.request_device(&wgpu::DeviceDescriptor {
             label: Some("awqua"),
             required_features: features,
@@ -222,34 +79,82 @@ impl Gpu {
             memory_hints: wgpu::MemoryHints::Performance,
             trace: wgpu::Trace::Off,
         });
-        let (device, queue) = pollster::block_on(request).map_err(|e| {
-            Error::new(ErrorKind::Device, format!("`{}` can not be opened: {e}", summaries[index].name))
-        })?;
-
-        let faults = Arc::new(Faults::default());
-        let on_error = faults.clone();
-        device.on_uncaptured_error(Arc::new(move |error| on_error.report(&error)));
-        let on_loss = faults.clone();
-        device.set_device_lost_callback(move |reason, message| {
+        let (device, queue) = pollster::block_on(request)
+            .map_err(|e| Error::new(ErrorKind::Device, format!("`{}` can not be opened: {e}", summary.name)))?;
+        let gpu = Self::new(device, queue, summary, (features, limits), options, false);
+        let on_error = gpu.faults.clone();
+        gpu.device.on_uncaptured_error(Arc::new(move |error| on_error.report(&error)));
+        let on_loss = gpu.faults.clone();
+        gpu.device.set_device_lost_callback(move |reason, message| {
             let _ = on_loss.lost.set(format!("{reason:?}: {message}"));
         });
-        let submission_flops = match summaries[index].kind {
+        Ok(gpu)
+    }
+
+    /// Uses the host's device.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NoDevice`] if it was made with less than the kernels need.
+    pub(super) fn share(shared: &SharedGpu, options: &WgpuOptions) -> Result<Self> {
+        let summary = summary(0, &shared.adapter);
+        let (features, mut limits) = (shared.device.features(), shared.device.limits());
+        if let Some(reason) = super::adapters::lacks(&limits) {
+            let message = format!("the shared device `{}` can not be used: {reason}", summary.name);
+            return Err(Error::new(ErrorKind::NoDevice, message));
+        }
+        if let Some(bytes) = options.limit_binding {
+            limits.max_storage_buffer_binding_size = limits.max_storage_buffer_binding_size.min(bytes.max(256));
+        }
+        let features = features & wanted_features(&shared.adapter, options);
+        Ok(Self::new(shared.device.clone(), shared.queue.clone(), summary, (features, limits), options, true))
+    }
+
+    fn new(
+        device: wgpu::Device,
+        queue: wgpu::Queue,
+        summary: AdapterSummary,
+        (features, limits): (Features, Limits),
+        options: &WgpuOptions,
+        shared: bool,
+    ) -> Self {
+        let submission_flops = match summary.kind {
             "discrete" => 200_000_000_000,
             "cpu" => 2_000_000_000,
             _ => 20_000_000_000,
         };
-        let summary = summaries.into_iter().nth(index).expect("select returns an index of the list");
-        Ok(Self {
+        Self {
             device,
             queue,
             summary,
             limits,
             features,
             submission_flops: options.submission_flops.unwrap_or(submission_flops),
-            faults,
+            shared,
+            faults: Arc::default(),
             submitted: Mutex::new(0),
             finished: Arc::new(AtomicU64::new(0)),
+            seen: Mutex::new((0, Instant::now())),
+        }
+    }
+
+    /// Collects what goes wrong on a shared device until the result is dropped, so that the host's handler does not
+    /// hear of our mistakes; nothing to do on a device of our own, whose handler is ours.
+    pub(super) fn watch(&self) -> Option<Watch> {
+        self.shared.then(|| Watch {
+            faults: self.faults.clone(),
+            scopes: [wgpu::ErrorFilter::Internal, wgpu::ErrorFilter::Validation, wgpu::ErrorFilter::OutOfMemory]
+                .map(|filter| Some(self.device.push_error_scope(filter))),
         })
+    }
+
+    /// Whether the device is gone.
+    pub(super) fn is_lost(&self) -> bool {
+        self.faults.lost.get().is_some()
+    }
+
+    /// Takes note that the device is gone, for whoever finds out first.
+    pub(super) fn lose(&self, reason: &str) {
+        let _ = self.faults.lost.set(reason.to_owned());
     }
 
     /// Fails with what the device reported since the last check; a lost device fails every check.
@@ -391,7 +296,20 @@ impl Gpu {
             }
         }
         self.check()?;
-        Ok(self.finished.load(Ordering::Acquire))
+        let finished = self.finished.load(Ordering::Acquire);
+        let submitted = *lock(&self.submitted);
+        let mut seen = lock(&self.seen);
+        if finished != seen.0 || finished == submitted {
+            *seen = (finished, Instant::now());
+        } else if seen.1.elapsed() > WATCHDOG {
+            return Err(self.stuck());
+        }
+        Ok(finished)
+    }
+
+    fn stuck(&self) -> Error {
+        let message = format!("`{}` finished nothing for {} s", self.summary.name, WATCHDOG.as_secs());
+        Error::new(ErrorKind::Device, message)
     }
 
     /// Waits until `done`, which a callback of submission `index` (the latest one if `None`) makes true.
@@ -408,14 +326,17 @@ impl Gpu {
             if finished != seen {
                 (seen, since) = (finished, Instant::now());
             } else if since.elapsed() > WATCHDOG {
-                let message = format!("`{}` finished nothing for {} s", self.summary.name, WATCHDOG.as_secs());
-                return Err(Error::new(ErrorKind::Device, message));
+                return Err(self.stuck());
             }
         }
     }
 
-    /// Destroys the device; everything from here on fails with [`ErrorKind::DeviceLost`].
+    /// Destroys the device; everything from here on fails with [`ErrorKind::DeviceLost`]. A shared device stays, but
+    /// counts as lost here.
     pub(super) fn destroy(&self) {
+        if self.shared {
+            return self.lose("on request");
+        }
         self.device.destroy();
         // The loss is reported once the work in flight has ended; the check in between then ends the wait.
         let _ = self.wait_until(None, || false);
@@ -443,6 +364,37 @@ impl Gpu {
     }
 }
 
+/// The features that the kernels make use of, of those that the adapter has.
+pub(super) fn wanted_features(adapter: &wgpu::Adapter, options: &WgpuOptions) -> Features {
+    let wanted = Features::SHADER_F16
+        | Features::SUBGROUP
+        | Features::TIMESTAMP_QUERY
+        | Features::TIMESTAMP_QUERY_INSIDE_PASSES
+        | Features::PIPELINE_CACHE;
+    let mut features = adapter.features() & wanted;
+    if has_matrix_units(adapter) && !options.force_f32 && !options.force_no_subgroup {
+        features |= Features::EXPERIMENTAL_COOPERATIVE_MATRIX;
+    }
+    features
+}
+
+/// Errors collected on a shared device.
+pub(super) struct Watch {
+    faults: Arc<Faults>,
+    /// In the order in which they were pushed.
+    scopes: [Option<wgpu::ErrorScopeGuard>; 3],
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        for scope in self.scopes.iter_mut().rev() {
+            if let Some(error) = scope.take().and_then(|scope| pollster::block_on(scope.pop())) {
+                self.faults.report(&error);
+            }
+        }
+    }
+}
+
 impl Faults {
     fn report(&self, error: &wgpu::Error) {
         let (kind, message) = match error {
@@ -450,31 +402,6 @@ impl Faults {
             other => (ErrorKind::Device, other.to_string()),
         };
         lock(&self.first).get_or_insert((kind, message));
-    }
-}
-
-fn select(adapters: &[AdapterSummary], wanted: Option<&str>) -> Result<usize> {
-    let none = |message: String| Err(Error::new(ErrorKind::NoDevice, message));
-    if adapters.is_empty() {
-        return none("no GPU adapter found; is a Vulkan, Metal or Direct3D 12 driver installed?".to_owned());
-    }
-    let found = match wanted {
-        None => adapters.iter().find(|a| a.unusable.is_none()).or(adapters.first()),
-        Some(text) => match text.parse::<usize>() {
-            Ok(index) => adapters.get(index),
-            Err(_) => {
-                let text = text.to_lowercase();
-                adapters.iter().find(|a| a.name.to_lowercase().contains(&text))
-            }
-        },
-    };
-    let Some(found) = found else {
-        let names: Vec<_> = adapters.iter().map(|a| format!("{}: `{}`", a.index, a.name)).collect();
-        return none(format!("no adapter matches `{}`; found [{}]", wanted.unwrap_or_default(), names.join(", ")));
-    };
-    match &found.unusable {
-        Some(reason) => none(format!("`{}` can not be used: {reason}", found.name)),
-        None => Ok(found.index),
     }
 }
 

@@ -3,44 +3,55 @@
 use awqua_shaders::{attention, attention_coop};
 use wgpu::BufferUsages;
 
-use super::device::Gpu;
-use crate::backend::{KvType, Op, Program, RunnerConfig};
+use super::device::{Gpu, buffer_size};
+use crate::backend::{BufferDesc, KvType, Op, Program, RunnerConfig};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Kernels read activations four elements at a time.
 const ROW_ELEMENTS: u32 = 4;
 
 /// An activation buffer: (rows, stride), f32.
-pub(super) struct Activation {
-    pub(super) buffer: wgpu::Buffer,
+pub(super) struct Activation<B> {
+    pub(super) buffer: B,
     /// Elements from one row to the next.
     pub(super) stride: u32,
 }
 
-/// The buffers of one session.
-pub(super) struct Memory {
+/// The buffers of one session, or whatever `B` stands for them while it is only planned.
+pub(super) struct Memory<B = wgpu::Buffer> {
     /// By buffer id.
-    pub(super) activations: Vec<Activation>,
+    pub(super) activations: Vec<Activation<B>>,
     /// (max_tokens) u32.
-    pub(super) tokens: wgpu::Buffer,
+    pub(super) tokens: B,
     /// The step uniform.
-    pub(super) step: wgpu::Buffer,
+    pub(super) step: B,
     /// Unnormalised attention of the splits.
-    pub(super) partial_out: wgpu::Buffer,
+    pub(super) partial_out: B,
     /// Largest score and sum of the splits.
-    pub(super) partial_ml: wgpu::Buffer,
+    pub(super) partial_ml: B,
     /// Bound where a kernel reads nothing.
-    pub(super) dummy: wgpu::Buffer,
+    pub(super) dummy: B,
     /// Bound where a kernel writes nothing.
-    pub(super) unread: wgpu::Buffer,
+    pub(super) unread: B,
     /// Keys and values by layer: (kv_heads, context, head_dim) each.
-    caches: Vec<(wgpu::Buffer, wgpu::Buffer)>,
+    caches: Vec<(B, B)>,
     /// By rotary table: (context, rotary_dim / 2, 2) f32.
-    ropes: Vec<wgpu::Buffer>,
+    ropes: Vec<B>,
     pub(super) context: u32,
     pub(super) kv_type: KvType,
     /// Bytes of all of them.
     pub(super) bytes: u64,
+}
+
+/// Bytes that [`Memory::new`] allocates.
+pub(super) fn bytes(program: &Program, config: &RunnerConfig) -> u64 {
+    let mut total = 0u64;
+    let counted = Memory::layout(program, config, &mut |_, bytes, _| {
+        total = total.saturating_add(buffer_size(bytes));
+        Ok(())
+    });
+    // The closure never fails, and nothing else does.
+    counted.map_or(u64::MAX, |_| total)
 }
 
 impl Memory {
@@ -49,28 +60,60 @@ impl Memory {
     /// # Errors
     /// [`ErrorKind::OutOfMemory`] naming the buffer and its bytes, or a device error.
     pub(super) fn new(gpu: &Gpu, program: &Program, config: &RunnerConfig) -> Result<Self> {
-        let kv_type = config.kv_type.unwrap_or(KvType::F16);
-        let shape = program.attention;
-        let size = |factors: &[u32], bytes: u64| factors.iter().fold(bytes, |p, f| p.saturating_mul(u64::from(*f)));
-        // Kernels on matrix units read whole spans of positions, beyond the last one too.
-        let cache_bytes = size(&[shape.kv_heads, config.context, shape.head_dim], kv_type.size() as u64)
-            .saturating_add(size(&[attention_coop::SPAN, shape.head_dim], kv_type.size() as u64));
-        gpu.has_room("the KV cache", cache_bytes.saturating_mul(2).saturating_mul(u64::from(program.layers)))?;
-
+        let cache = cache_bytes(program, config);
+        gpu.has_room("the KV cache", cache.saturating_mul(2).saturating_mul(u64::from(program.layers)))?;
         let mut total = 0;
-        let mut storage = |what: &str, bytes: u64| {
-            let usage = BufferUsages::STORAGE | BufferUsages::COPY_DST | BufferUsages::COPY_SRC;
-            let buffer = gpu.buffer(what, bytes, usage)?;
+        let mut memory = Self::layout(program, config, &mut |what, bytes, usage| {
+            let buffer = gpu.buffer(what, bytes, usage | BufferUsages::COPY_DST)?;
             total += buffer.size();
-            Ok::<_, Error>(buffer)
-        };
-        let mut activations = Vec::new();
-        for desc in &program.buffers {
-            let rows = if desc.logits_rows { config.max_logits_rows } else { config.max_tokens };
-            let stride = desc.width.checked_next_multiple_of(ROW_ELEMENTS).unwrap_or(u32::MAX);
-            let buffer = storage(&format!("activation buffer `{}`", desc.name), size(&[rows, stride], 4))?;
-            activations.push(Activation { buffer, stride });
-        }
+            Ok(buffer)
+        })?;
+        memory.bytes = total;
+        Ok(memory)
+    }
+
+    /// As [`Self::new`], with one small buffer in the place of all: enough to plan with.
+    ///
+    /// # Errors
+    /// A device error.
+    pub(super) fn placeholder(gpu: &Gpu, program: &Program, config: &RunnerConfig) -> Result<Self> {
+        let dummy = gpu.buffer("a placeholder", 16, BufferUsages::STORAGE | BufferUsages::UNIFORM)?;
+        Self::layout(program, config, &mut |_, _, _| Ok(dummy.clone()))
+    }
+
+    /// Keys and values of `layer`.
+    pub(super) fn cache(&self, layer: u32) -> Result<(&wgpu::Buffer, &wgpu::Buffer)> {
+        let cache = self.caches.get(layer as usize).map(|(keys, values)| (keys, values));
+        cache.ok_or_else(|| Error::new(ErrorKind::InvalidInput, format!("the program has no layer {layer}")))
+    }
+
+    /// Rotary table `table`.
+    pub(super) fn rope(&self, table: u32) -> Result<&wgpu::Buffer> {
+        let rope = self.ropes.get(table as usize);
+        rope.ok_or_else(|| Error::new(ErrorKind::InvalidInput, format!("the program has no rotary table {table}")))
+    }
+}
+
+impl<B> Memory<B> {
+    /// Every buffer with its name, bytes and usage, made by `buffer`.
+    fn layout(
+        program: &Program,
+        config: &RunnerConfig,
+        buffer: &mut dyn FnMut(&str, u64, BufferUsages) -> Result<B>,
+    ) -> Result<Self> {
+        let shape = program.attention;
+        let mut storage = |what: &str, bytes: u64| buffer(what, bytes, BufferUsages::STORAGE | BufferUsages::COPY_SRC);
+        let activations = program
+            .buffers
+            .iter()
+            .map(|desc| {
+                let rows = if desc.logits_rows { config.max_logits_rows } else { config.max_tokens };
+                let stride = stride(desc);
+                let what = format!("activation buffer `{}`", desc.name);
+                Ok(Activation { buffer: storage(&what, size(&[rows, stride], 4))?, stride })
+            })
+            .collect::<Result<_>>()?;
+        let cache_bytes = cache_bytes(program, config);
         let caches = (0..program.layers)
             .map(|layer| {
                 let what = format!("the KV cache of {} tokens in layer {layer}", config.context);
@@ -101,24 +144,30 @@ impl Memory {
             partial_ml: storage("sums of the splits", partials.saturating_mul(8))?,
             dummy: storage("a placeholder", 16)?,
             unread: storage("a placeholder", 16)?,
-            step: gpu.buffer("the step", 16, BufferUsages::UNIFORM | BufferUsages::COPY_DST)?,
+            step: buffer("the step", 16, BufferUsages::UNIFORM)?,
             caches,
             ropes,
             context: config.context,
-            kv_type,
-            bytes: total,
+            kv_type: config.kv_type.unwrap_or(KvType::F16),
+            bytes: 0,
         })
     }
+}
 
-    /// Keys and values of `layer`.
-    pub(super) fn cache(&self, layer: u32) -> Result<(&wgpu::Buffer, &wgpu::Buffer)> {
-        let cache = self.caches.get(layer as usize).map(|(keys, values)| (keys, values));
-        cache.ok_or_else(|| Error::new(ErrorKind::InvalidInput, format!("the program has no layer {layer}")))
-    }
+/// Bytes of the keys of one layer, and of its values. Kernels on matrix units read whole spans of positions, beyond the
+/// last one too.
+fn cache_bytes(program: &Program, config: &RunnerConfig) -> u64 {
+    let shape = program.attention;
+    let element = config.kv_type.unwrap_or(KvType::F16).size() as u64;
+    size(&[shape.kv_heads, config.context, shape.head_dim], element)
+        .saturating_add(size(&[attention_coop::SPAN, shape.head_dim], element))
+}
 
-    /// Rotary table `table`.
-    pub(super) fn rope(&self, table: u32) -> Result<&wgpu::Buffer> {
-        let rope = self.ropes.get(table as usize);
-        rope.ok_or_else(|| Error::new(ErrorKind::InvalidInput, format!("the program has no rotary table {table}")))
-    }
+fn size(factors: &[u32], bytes: u64) -> u64 {
+    factors.iter().fold(bytes, |product, factor| product.saturating_mul(u64::from(*factor)))
+}
+
+/// Elements from one row of an activation to the next.
+fn stride(desc: &BufferDesc) -> u32 {
+    desc.width.checked_next_multiple_of(ROW_ELEMENTS).unwrap_or(u32::MAX)
 }

@@ -1,18 +1,21 @@
 //! Any GPU through wgpu: Vulkan, Metal or Direct3D 12.
 //!
-//! `device` opens an adapter and turns its failures into errors, `pipelines` compiles kernels, `weights` lays matrices
-//! out, `memory` is what a session holds there,
-//! `pace` estimates how long work takes, `plan` turns a program into bind groups and uniform blocks once, `run` encodes and submits one step of it,
-//! and `sampling` picks tokens without reading logits back. `selftest` decides which kernel variants can be trusted.
+//! `adapters` says what there is, `device` is an open one and turns its failures into errors, `selftest` decides which
+//! kernel variants can be trusted, `pipelines` compiles kernels, `weights` lays matrices out, `memory` is what a session
+//! holds there, `pace` estimates how long work takes, `plan` turns a program into bind groups and uniform blocks once,
+//! `run` encodes and submits one step of it, and `sampling` picks tokens without reading logits back.
 
+use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use awqua_shaders::{Elem, Reduce, Size};
+use awqua_shaders::{Elem, Reduce, Size, Variant};
 
-use super::{Backend, BackendInfo, KvType, Program, Runner, RunnerConfig, WeightId};
+use super::{Backend, BackendInfo, Budget, Device, KvType, Opening, Program, Runner, RunnerConfig, WeightId};
 use crate::error::{Error, ErrorKind, Result};
 use crate::tensor::{Weight, WeightShape};
 
+mod adapters;
 mod device;
 mod memory;
 mod pace;
@@ -23,19 +26,72 @@ mod readback;
 mod run;
 mod sampling;
 mod selftest;
+#[cfg(any(windows, target_os = "linux", target_os = "android", target_os = "freebsd"))]
+mod vulkan;
 mod weights;
 
-pub use device::{AdapterSummary, adapters};
+pub use adapters::{AdapterSummary, DeviceIds, adapters};
 
 use device::Gpu;
 use pipelines::Pipelines;
+use selftest::SelfTest;
 use weights::GpuWeight;
 
+/// Which device is meant.
+#[derive(Debug, Clone, Default)]
+pub enum DeviceChoice {
+    /// The preferred one: dedicated before integrated, software last.
+    #[default]
+    Best,
+    /// The first whose name has this part, in any letter case; or the one with this number in [`adapters`].
+    Named(String),
+    /// The one with this `deviceUUID`.
+    Uuid([u8; 16]),
+    /// The one with this `deviceLUID`.
+    Luid([u8; 8]),
+    /// The host's own.
+    Shared(SharedGpu),
+}
+
+impl fmt::Display for DeviceChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let hex = |f: &mut fmt::Formatter<'_>, id: &[u8]| id.iter().try_for_each(|byte| write!(f, "{byte:02x}"));
+        match self {
+            Self::Best => f.write_str("the preferred one"),
+            Self::Named(name) => write!(f, "`{name}`"),
+            Self::Uuid(id) => f.write_str("UUID ").and_then(|()| hex(f, id)),
+            Self::Luid(id) => f.write_str("LUID ").and_then(|()| hex(f, id)),
+            Self::Shared(_) => f.write_str("the shared one"),
+        }
+    }
+}
+
+/// A device that the host made and goes on using, with the adapter it is of.
+///
+/// Make it with the features of [`features_for_sharing`] and the adapter's own limits, or at least the limits that are
+/// refused by name otherwise. Its error and device-lost handlers stay the host's; our own errors are caught in scopes.
+/// Work is submitted to `queue` in pieces, only inside calls that the host makes.
+#[derive(Debug, Clone)]
+pub struct SharedGpu {
+    /// The adapter.
+    pub adapter: wgpu::Adapter,
+    /// The device.
+    pub device: wgpu::Device,
+    /// Its queue.
+    pub queue: wgpu::Queue,
+}
+
+/// Features of `adapter` that make the kernels faster; a shared device works without any of them. The cooperative
+/// matrix feature is experimental in wgpu and has to be enabled as such.
+pub fn features_for_sharing(adapter: &wgpu::Adapter) -> wgpu::Features {
+    device::wanted_features(adapter, &WgpuOptions::default())
+}
+
 /// What to open and which kernel variants to allow.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default)]
 pub struct WgpuOptions {
-    /// Part of the adapter's name, or its number in [`adapters`]; `None` takes the preferred one.
-    pub device: Option<String>,
+    /// Which device.
+    pub device: DeviceChoice,
     /// Compute in single precision even where half precision is offered.
     pub force_f32: bool,
     /// Do without subgroup operations even where they are offered.
@@ -45,6 +101,8 @@ pub struct WgpuOptions {
     /// Multiplications and additions after which a submission ends, so that others get their turn on the device;
     /// `None` takes some tens of milliseconds' worth.
     pub submission_flops: Option<u64>,
+    /// What [`Device::pipeline_cache`] gave at an earlier start.
+    pub pipeline_cache: Option<Arc<Vec<u8>>>,
 }
 
 /// Opens the adapter that `options` name, or the preferred one, and checks its arithmetic.
@@ -55,16 +113,129 @@ pub fn open(options: &WgpuOptions) -> Result<Box<dyn Backend>> {
     Ok(Box::new(WgpuBackend::open(options)?))
 }
 
+/// Bytes that a weight takes on a GPU.
+pub(crate) fn weight_bytes(shape: &WeightShape) -> u64 {
+    weights::bytes(shape)
+}
+
+/// Bytes of device memory that a session takes at most.
+pub(crate) fn runner_bytes(program: &Program, config: &RunnerConfig) -> u64 {
+    run::bytes(program, config)
+}
+
+/// Begins to open what `options` mean.
+pub fn begin_open(options: WgpuOptions) -> Box<dyn Opening> {
+    Box::new(WgpuOpening { options, testing: None })
+}
+
+/// A device on its way: driver, then trials of the kernels.
+struct WgpuOpening {
+    options: WgpuOptions,
+    testing: Option<(Arc<Gpu>, Arc<Pipelines>, SelfTest)>,
+}
+
+impl WgpuOpening {
+    fn piece(&mut self) -> Result<Option<WgpuDevice>> {
+        let Some((gpu, pipelines, test)) = &mut self.testing else {
+            let gpu = match &self.options.device {
+                DeviceChoice::Shared(shared) => Gpu::share(shared, &self.options)?,
+                choice => {
+                    let adapters = adapters::enumerate();
+                    let mut summaries: Vec<_> =
+                        adapters.iter().enumerate().map(|(i, a)| adapters::summary(i, a)).collect();
+                    let index = adapters::select(&summaries, choice)?;
+                    Gpu::open(&adapters[index], summaries.swap_remove(index), &self.options)?
+                }
+            };
+            let saved = self.options.pipeline_cache.as_ref().map(|saved| saved.as_slice());
+            let (pipelines, test) = (Pipelines::new(&gpu, saved), SelfTest::new(&gpu, &self.options));
+            self.testing = Some((Arc::new(gpu), Arc::new(pipelines), test));
+            return Ok(None);
+        };
+        let _watch = gpu.watch();
+        let choice = test.advance(gpu, pipelines)?;
+        Ok(choice.map(|choice| WgpuDevice { gpu: gpu.clone(), pipelines: pipelines.clone(), choice }))
+    }
+}
+
+impl Opening for WgpuOpening {
+    fn advance(&mut self, budget: &Budget) -> Result<Option<Arc<dyn Device>>> {
+        loop {
+            if let Some(device) = self.piece()? {
+                return Ok(Some(Arc::new(device)));
+            }
+            if budget.is_over() || self.testing.as_ref().is_some_and(|(.., test)| test.is_waiting()) {
+                return Ok(None);
+            }
+        }
+    }
+
+    fn wait(&mut self) -> Result<()> {
+        match &self.testing {
+            Some((gpu, _, test)) if test.is_waiting() => gpu.wait_for_any(),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// An open GPU with the kernel variants it is trusted with.
+struct WgpuDevice {
+    gpu: Arc<Gpu>,
+    pipelines: Arc<Pipelines>,
+    choice: selftest::Choice,
+}
+
+impl WgpuDevice {
+    fn backend(&self) -> WgpuBackend {
+        WgpuBackend {
+            gpu: self.gpu.clone(),
+            pipelines: self.pipelines.clone(),
+            elem: self.choice.elem,
+            reduce: self.choice.reduce,
+            size: self.choice.size,
+            coop: self.choice.coop,
+            variant: self.choice.reason.clone(),
+            weights: Vec::new(),
+            evicted: AtomicBool::new(false),
+            filled: 0,
+            weight_bytes: 0,
+        }
+    }
+}
+
+impl Device for WgpuDevice {
+    fn backend(&self) -> Box<dyn Backend> {
+        Box::new(self.backend())
+    }
+
+    fn is_lost(&self) -> bool {
+        self.gpu.is_lost()
+    }
+
+    fn note_loss(&self, reason: &str) {
+        self.gpu.lose(reason);
+    }
+
+    fn force_loss(&self) {
+        self.gpu.destroy();
+    }
+
+    fn pipeline_cache(&self) -> Option<Vec<u8>> {
+        self.pipelines.save()
+    }
+}
+
 /// The weights of one model on one GPU.
 pub struct WgpuBackend {
-    gpu: Gpu,
-    pipelines: Pipelines,
+    gpu: Arc<Gpu>,
+    pipelines: Arc<Pipelines>,
     elem: Elem,
     reduce: Reduce,
     size: Size,
     coop: bool,
     variant: String,
     weights: Vec<GpuWeight>,
+    evicted: AtomicBool,
     /// Rows of the last weight that came so far.
     filled: usize,
     weight_bytes: u64,
@@ -76,26 +247,26 @@ impl WgpuBackend {
     /// # Errors
     /// As [`open`].
     pub fn open(options: &WgpuOptions) -> Result<Self> {
-        let gpu = Gpu::open(options)?;
-        let pipelines = Pipelines::default();
-        let choice = selftest::choose(&gpu, &pipelines, options)?;
-        Ok(Self {
-            gpu,
-            pipelines,
-            elem: choice.elem,
-            reduce: choice.reduce,
-            size: choice.size,
-            coop: choice.coop,
-            variant: choice.reason,
-            weights: Vec::new(),
-            filled: 0,
-            weight_bytes: 0,
-        })
+        let mut opening = WgpuOpening { options: options.clone(), testing: None };
+        loop {
+            if let Some(device) = opening.piece()? {
+                return Ok(device.backend());
+            }
+            opening.wait()?;
+        }
     }
 
     /// Destroys the device and frees its memory at once; the sessions on it fail with [`ErrorKind::DeviceLost`].
     pub fn destroy(&self) {
         self.gpu.destroy();
+    }
+
+    /// Fails if the weights are gone.
+    fn check(&self) -> Result<()> {
+        match self.evicted.load(Ordering::Acquire) {
+            false => self.gpu.check(),
+            true => Err(Error::new(ErrorKind::Evicted, "the weights were evicted")),
+        }
     }
 
     fn weight(&self, id: WeightId) -> Result<&GpuWeight> {
@@ -142,6 +313,25 @@ impl Backend for WgpuBackend {
         weights::bytes(shape)
     }
 
+    fn is_lost(&self) -> bool {
+        self.gpu.is_lost()
+    }
+
+    fn runner_bytes(&self, program: &Program, config: &RunnerConfig) -> u64 {
+        runner_bytes(program, config)
+    }
+
+    fn prepare(&self, program: &Program, config: &RunnerConfig, most: u32) -> Result<u32> {
+        let _watch = self.gpu.watch();
+        let mut kernels = plan::Plan::kernels(self, program, config)?;
+        kernels.extend(sampling::KERNELS.map(|kernel| (kernel, Variant::default())));
+        kernels.retain(|&(kernel, variant)| !self.pipelines.has(kernel, variant));
+        for &(kernel, variant) in kernels.iter().take(most as usize) {
+            self.pipelines.get(&self.gpu, kernel, variant)?;
+        }
+        Ok((kernels.len() as u32).saturating_sub(most))
+    }
+
     fn upload_is_settled(&self) -> Result<bool> {
         self.gpu.is_idle()
     }
@@ -150,11 +340,12 @@ impl Backend for WgpuBackend {
         self.gpu.wait_for_any()
     }
 
-    fn runner(self: Arc<Self>, program: &Arc<Program>, config: &RunnerConfig) -> Result<Box<dyn Runner>> {
-        Ok(Box::new(run::WgpuRunner::new(self, program, config)?))
+    fn evict(&self) {
+        self.evicted.store(true, Ordering::Release);
+        self.weights.iter().for_each(GpuWeight::destroy);
     }
 
-    fn force_loss(&self) {
-        self.destroy();
+    fn runner(self: Arc<Self>, program: &Arc<Program>, config: &RunnerConfig) -> Result<Box<dyn Runner>> {
+        Ok(Box::new(run::WgpuRunner::new(self, program, config)?))
     }
 }

@@ -7,6 +7,7 @@ use awqua_shaders::catalogue::{Binding, BindingKind};
 use awqua_shaders::{ENTRY_POINT, Kernel, Variant, compose};
 
 use super::device::{Gpu, lock};
+use crate::checksum::Checksum;
 use crate::error::Result;
 
 /// A kernel variant ready to dispatch.
@@ -17,13 +18,44 @@ pub(super) struct Pipeline {
     label: String,
 }
 
+/// First bytes of a saved cache; the checksum of the rest follows.
+const SAVED: &[u8; 8] = b"awqpipe1";
+
 /// The pipelines of one device.
-#[derive(Default)]
 pub(super) struct Pipelines {
     made: Mutex<HashMap<(&'static str, Variant), Arc<Pipeline>>>,
+    cache: Option<wgpu::PipelineCache>,
 }
 
 impl Pipelines {
+    /// None yet; `saved` is what [`Self::save`] gave at an earlier start, and ignored if it is anything else.
+    pub(super) fn new(gpu: &Gpu, saved: Option<&[u8]>) -> Self {
+        let data = saved.and_then(|saved| {
+            let rest = saved.strip_prefix(SAVED)?;
+            let (sum, data) = rest.split_first_chunk()?;
+            (u64::from_le_bytes(*sum) == checksum(data)).then_some(data)
+        });
+        let cache = gpu.features.contains(wgpu::Features::PIPELINE_CACHE).then(|| {
+            let descriptor = wgpu::PipelineCacheDescriptor { label: Some("awqua"), data, fallback: true };
+            // SAFETY: the data comes from `get_data`, as far as its mark and checksum can tell, which are there to catch
+            // accidents; that nobody forges them is what `LoadOptions::pipeline_cache` asks for. wgpu checks device and
+            // driver itself.
+            gpu.scoped("the pipeline cache", 0, || unsafe { gpu.device.create_pipeline_cache(&descriptor) }).ok()
+        });
+        Self { made: Mutex::default(), cache: cache.flatten() }
+    }
+
+    /// The compiled pipelines for a later start, if the device gives them out.
+    pub(super) fn save(&self) -> Option<Vec<u8>> {
+        let data = self.cache.as_ref()?.get_data()?;
+        Some([&SAVED[..], &checksum(&data).to_le_bytes(), &data].concat())
+    }
+
+    /// Whether the pipeline is compiled.
+    pub(super) fn has(&self, kernel: &'static Kernel, variant: Variant) -> bool {
+        lock(&self.made).contains_key(&(kernel.name, kernel.canonical(variant)))
+    }
+
     /// The pipeline of `kernel`, compiled now if nobody asked before.
     ///
     /// # Errors
@@ -34,7 +66,7 @@ impl Pipelines {
         if let Some(pipeline) = made.get(&(kernel.name, variant)) {
             return Ok(pipeline.clone());
         }
-        let pipeline = Arc::new(compile(gpu, kernel, variant)?);
+        let pipeline = Arc::new(compile(gpu, kernel, variant, self.cache.as_ref())?);
         made.insert((kernel.name, variant), pipeline.clone());
         Ok(pipeline)
     }
@@ -76,7 +108,12 @@ impl Pipeline {
     }
 }
 
-fn compile(gpu: &Gpu, kernel: &'static Kernel, variant: Variant) -> Result<Pipeline> {
+fn compile(
+    gpu: &Gpu,
+    kernel: &'static Kernel,
+    variant: Variant,
+    cache: Option<&wgpu::PipelineCache>,
+) -> Result<Pipeline> {
     let bindings = kernel.catalogue().bindings;
     let label = kernel.label(variant);
     let entries: Vec<_> = bindings.iter().map(layout_entry).collect();
@@ -108,7 +145,7 @@ fn compile(gpu: &Gpu, kernel: &'static Kernel, variant: Variant) -> Result<Pipel
                 zero_initialize_workgroup_memory: false,
                 ..Default::default()
             },
-            cache: None,
+            cache,
         });
         (compute, layout)
     })
@@ -131,4 +168,10 @@ fn layout_entry(binding: &Binding) -> wgpu::BindGroupLayoutEntry {
         },
         count: None,
     }
+}
+
+fn checksum(data: &[u8]) -> u64 {
+    let mut sum = Checksum::default();
+    sum.add(data);
+    sum.finish()
 }

@@ -18,7 +18,7 @@ use super::WgpuBackend;
 use super::memory::Memory;
 use super::pipelines::Pipeline;
 use super::weights::{GpuDense, GpuWeight};
-use crate::backend::{BufferId, KvType, Op, Program, Rows, Span, WeightId};
+use crate::backend::{BufferId, KvType, Op, Program, Rows, RunnerConfig, Span, WeightId};
 use crate::error::{Error, ErrorKind, Result};
 use crate::tensor::DenseType;
 use linear::{Linear, gemv_rows};
@@ -84,47 +84,45 @@ impl Plan {
     /// [`ErrorKind::Unsupported`] or [`ErrorKind::InvalidTensor`] where weights do not fit the program, or a device
     /// error.
     pub(super) fn new(backend: &WgpuBackend, program: &Program, memory: &Memory, max_tokens: u32) -> Result<Self> {
-        let mut planner = Planner {
-            backend,
-            program,
-            memory,
-            uniforms: Vec::new(),
-            few_rows: gemv_rows(backend.gpu.summary.kind).min(max_tokens),
-            staged: HashMap::new(),
-            half_buffers: HashMap::new(),
-            max_tokens,
-            staged_bytes: 0,
-            ready: None,
-        };
-        let mut drafts = Vec::new();
-        let mut ops = program.ops.as_slice();
-        while let Some(op) = ops.first() {
-            let (draft, count) = match planner.fused(ops)? {
-                Some(fused) => fused,
-                None => (planner.op(op, &ops[1..])?, 1),
-            };
-            drafts.push(draft);
-            ops = &ops[count..];
-        }
-
+        let mut planner = Planner::new(backend, program, memory, max_tokens, false);
+        let drafts = planner.drafts()?;
         let gpu = &backend.gpu;
         let uniform_bytes = planner.uniforms.len() as u64;
         let bytes = uniform_bytes + planner.staged_bytes;
         let usage = BufferUsages::UNIFORM | BufferUsages::COPY_DST;
         let uniforms = gpu.buffer("uniform blocks", uniform_bytes, usage)?;
         gpu.queue.write_buffer(&uniforms, 0, &planner.uniforms);
-        let finish =
-            |drafts: Vec<Draft>| drafts.into_iter().map(|d| d.finish(backend, &uniforms, &memory.step)).collect();
-        let ops = gpu.scoped("bind groups", 0, || {
-            drafts
-                .into_iter()
-                .map(|draft| PlannedOp {
-                    rows: draft.rows,
-                    levels: draft.levels.into_iter().map(|(most, drafts)| (most, finish(drafts))).collect(),
-                })
-                .collect()
-        })?;
+        let finish = |drafts: Vec<Draft>| {
+            drafts.into_iter().map(|d| d.finish(backend, &uniforms, &memory.step)).collect::<Result<_>>()
+        };
+        let finish_op = |draft: DraftOp| {
+            let levels = draft.levels.into_iter().map(|(most, drafts)| Ok((most, finish(drafts)?)));
+            Ok(PlannedOp { rows: draft.rows, levels: levels.collect::<Result<_>>()? })
+        };
+        let ops = gpu.scoped("bind groups", 0, || drafts.into_iter().map(finish_op).collect::<Result<_>>())??;
         Ok(Self { ops, bytes })
+    }
+
+    /// The kernels that a plan for sessions of this kind needs; nothing is compiled or allocated for them.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub(super) fn kernels(
+        backend: &WgpuBackend,
+        program: &Program,
+        config: &RunnerConfig,
+    ) -> Result<Vec<(&'static Kernel, Variant)>> {
+        let memory = Memory::placeholder(&backend.gpu, program, config)?;
+        let drafts = Planner::new(backend, program, &memory, config.max_tokens, true).drafts()?;
+        let drafts = drafts.into_iter().flat_map(|op| op.levels).flat_map(|(_, drafts)| drafts);
+        let mut kernels = Vec::new();
+        for (kernel, variant) in drafts.map(|draft| draft.kernel) {
+            let variant = kernel.canonical(variant);
+            if !kernels.iter().any(|(other, v): &(&Kernel, Variant)| other.name == kernel.name && *v == variant) {
+                kernels.push((kernel, variant));
+            }
+        }
+        Ok(kernels)
     }
 }
 
@@ -147,21 +145,22 @@ impl DraftOp {
 }
 
 struct Draft {
-    pipeline: Arc<Pipeline>,
+    kernel: (&'static Kernel, Variant),
     uniform: std::ops::Range<u64>,
     storage: Vec<wgpu::Buffer>,
     launch: LaunchFn,
 }
 
 impl Draft {
-    fn finish(self, backend: &WgpuBackend, uniforms: &wgpu::Buffer, step: &wgpu::Buffer) -> Dispatch {
+    fn finish(self, backend: &WgpuBackend, uniforms: &wgpu::Buffer, step: &wgpu::Buffer) -> Result<Dispatch> {
+        let pipeline = backend.pipelines.get(&backend.gpu, self.kernel.0, self.kernel.1)?;
         let params = wgpu::BufferBinding {
             buffer: uniforms,
             offset: self.uniform.start,
             size: wgpu::BufferSize::new(self.uniform.end - self.uniform.start),
         };
-        let bind_group = self.pipeline.bind(&backend.gpu, params, step, &self.storage);
-        Dispatch { pipeline: self.pipeline, bind_group, launch: self.launch }
+        let bind_group = pipeline.bind(&backend.gpu, params, step, &self.storage);
+        Ok(Dispatch { pipeline, bind_group, launch: self.launch })
     }
 }
 
@@ -178,11 +177,54 @@ struct Planner<'a> {
     half_buffers: HashMap<u32, (wgpu::Buffer, wgpu::Buffer)>,
     max_tokens: u32,
     staged_bytes: u64,
+    /// Only find out which kernels it takes.
+    dry: bool,
     /// The buffer whose staged form the last operation left up to date, for few rows.
     ready: Option<BufferId>,
 }
 
 impl<'a> Planner<'a> {
+    fn new(backend: &'a WgpuBackend, program: &'a Program, memory: &'a Memory, max_tokens: u32, dry: bool) -> Self {
+        Self {
+            backend,
+            program,
+            memory,
+            uniforms: Vec::new(),
+            few_rows: gemv_rows(backend.gpu.summary.kind).min(max_tokens),
+            staged: HashMap::new(),
+            half_buffers: HashMap::new(),
+            max_tokens,
+            staged_bytes: 0,
+            dry,
+            ready: None,
+        }
+    }
+
+    /// Plans the whole program.
+    fn drafts(&mut self) -> Result<Vec<DraftOp>> {
+        let mut drafts = Vec::new();
+        let mut ops = self.program.ops.as_slice();
+        while let Some(op) = ops.first() {
+            let (draft, count) = match self.fused(ops)? {
+                Some(fused) => fused,
+                None => (self.op(op, &ops[1..])?, 1),
+            };
+            drafts.push(draft);
+            ops = &ops[count..];
+        }
+        Ok(drafts)
+    }
+
+    /// A buffer of the plan's own.
+    fn storage(&mut self, what: &str, bytes: u64) -> Result<wgpu::Buffer> {
+        if self.dry {
+            return Ok(self.memory.dummy.clone());
+        }
+        let buffer = self.backend.gpu.buffer(what, bytes, BufferUsages::STORAGE | BufferUsages::COPY_DST)?;
+        self.staged_bytes += buffer.size();
+        Ok(buffer)
+    }
+
     /// Plans one operation; `rest` are those that follow.
     fn op(&mut self, op: &Op, rest: &[Op]) -> Result<DraftOp> {
         let ready = self.ready.take();
@@ -328,13 +370,12 @@ impl<'a> Planner<'a> {
         storage: Vec<wgpu::Buffer>,
         launch: impl Fn(&Step) -> Launch + Send + Sync + 'static,
     ) -> Result<Draft> {
-        let pipeline = self.backend.pipelines.get(&self.backend.gpu, kernel, variant)?;
         let align = self.backend.gpu.limits.min_uniform_buffer_offset_alignment as usize;
         let start = self.uniforms.len().next_multiple_of(align);
         self.uniforms.resize(start, 0);
         self.uniforms.extend_from_slice(uniform_bytes(params));
         let uniform = start as u64..self.uniforms.len() as u64;
-        Ok(Draft { pipeline, uniform, storage, launch: Box::new(launch) })
+        Ok(Draft { kernel: (kernel, variant), uniform, storage, launch: Box::new(launch) })
     }
 
     fn variant(&self) -> Variant {

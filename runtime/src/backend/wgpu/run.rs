@@ -1,5 +1,6 @@
 //! One step of a program: writes the step's numbers, encodes the planned dispatches, submits them in bounded pieces.
 
+use std::any::Any;
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,20 +10,41 @@ use awqua_shaders::RowMode;
 
 use super::WgpuBackend;
 use super::device::Ticket;
-use super::memory::Memory;
+use super::memory::{self, Memory};
 use super::pace::{self, Pace};
 use super::plan::{Plan, PlannedOp};
 use super::profile;
 use super::readback::Readback;
-use super::sampling::Sampler;
+use super::sampling::{self, Sampler};
 use crate::backend::{
-    Budget, BufferId, KvType, LogitsRows, MAX_AHEAD, OpTime, Program, Progress, Runner, RunnerConfig, Step, check_kv,
+    Backend, Budget, BufferId, KvType, LogitsRows, MAX_AHEAD, OpTime, Program, Progress, Runner, RunnerConfig, Step,
+    check_kv,
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::session::sampler::{SampleRequest, Sampling, pick_in};
 
 /// Bytes of logits read back at once, unless one row is larger.
 const READ_BYTES: u64 = 8 << 20;
+
+/// Bytes of the readback buffer for logits of `row_bytes` a row and `all` bytes.
+fn readback_bytes(row_bytes: u64, all: u64) -> u64 {
+    (READ_BYTES / row_bytes.max(1) * row_bytes).clamp(row_bytes, all.max(row_bytes))
+}
+
+/// Bytes of device memory that a session takes, from above: what is staged between kernels depends on the weights.
+pub(super) fn bytes(program: &Program, config: &RunnerConfig) -> u64 {
+    let vocab = u64::from(program.vocab_size);
+    let readback = readback_bytes(vocab * 4, vocab * 4 * u64::from(config.max_logits_rows));
+    let widths = program.buffers.iter().map(|desc| u64::from(desc.width)).sum::<u64>();
+    // Staged rows of few tokens in f32 with their sums, halves of many, and a uniform block for every dispatch.
+    let staged = widths.saturating_mul(5 * 32 + 2 * u64::from(config.max_tokens.next_multiple_of(128)));
+    let uniforms = 256 * 8 * program.ops.len() as u64;
+    memory::bytes(program, config)
+        .saturating_add(sampling::bytes(program.vocab_size, config.context))
+        .saturating_add(readback)
+        .saturating_add(staged)
+        .saturating_add(uniforms)
+}
 
 /// Most dispatches of a submission: the device begins with the first ones while the host encodes the next.
 const DISPATCHES: u32 = 128;
@@ -100,8 +122,7 @@ impl WgpuRunner {
         let plan = Plan::new(&backend, program, &memory, config.max_tokens)?;
         let logits = &memory.activations[program.logits.0 as usize];
         let sampler = Sampler::new(&backend, program.vocab_size, config.context)?;
-        let row_bytes = u64::from(logits.stride) * 4;
-        let readback = Readback::new(gpu, (READ_BYTES / row_bytes * row_bytes).clamp(row_bytes, logits.buffer.size()))?;
+        let readback = Readback::new(gpu, readback_bytes(u64::from(logits.stride) * 4, logits.buffer.size()))?;
         Ok(Self {
             program: program.clone(),
             config,
@@ -233,7 +254,8 @@ impl Runner for WgpuRunner {
     }
 
     fn begin(&mut self, step: &Step<'_>) -> Result<()> {
-        self.backend.gpu.check()?;
+        let _watch = self.backend.gpu.watch();
+        self.backend.check()?;
         step.check(&self.program, &self.config)?;
         self.forget();
         let gpu = &self.backend.gpu;
@@ -254,6 +276,8 @@ impl Runner for WgpuRunner {
     }
 
     fn advance(&mut self, budget: &Budget) -> Result<Progress> {
+        let _watch = self.backend.gpu.watch();
+        self.backend.check()?;
         let finished = self.backend.gpu.finished()?;
         self.pace.settle(finished);
         while self.next.0 < self.plan.ops.len() {
@@ -489,6 +513,20 @@ impl Runner for WgpuRunner {
         gpu.submit(Some(encoder.finish()));
         gpu.check()?;
         Ok(Box::new(fork))
+    }
+
+    fn rebind(&mut self, backend: Arc<dyn Backend>) -> Result<bool> {
+        let backend: Arc<dyn Any + Send + Sync> = backend;
+        let Some(backend) = backend.downcast::<WgpuBackend>().ok().filter(|b| Arc::ptr_eq(&b.gpu, &self.backend.gpu))
+        else {
+            return Ok(false);
+        };
+        let _watch = backend.gpu.watch();
+        self.abandon();
+        self.plan = Plan::new(&backend, &self.program, &self.memory, self.config.max_tokens)?;
+        self.next = (self.plan.ops.len(), 0);
+        self.backend = backend;
+        Ok(true)
     }
 
     fn kv_type(&self) -> KvType {

@@ -21,6 +21,10 @@ const ARGMAX_SLOT: u64 = 1;
 const ARGMAX_REDUCE_SLOT: u64 = 2;
 const TOP_K_SLOT: u64 = 3;
 
+/// Every kernel of this file.
+pub(super) static KERNELS: [&Kernel; 5] =
+    [&penalize::KERNEL, &argmax::KERNEL, &argmax_reduce::KERNEL, &top_k::KERNEL, &sample::KERNEL];
+
 /// The sampling kernels bound to buffers of one session.
 pub(super) struct Sampler {
     vocab: u32,
@@ -54,10 +58,10 @@ impl Sampler {
             gpu.buffer(what, size, BufferUsages::STORAGE | BufferUsages::COPY_DST | BufferUsages::COPY_SRC)
         };
         let recent_capacity = vocab.min(context);
-        let scores = storage("scores", u64::from(vocab) * 4)?;
-        let recent = storage("recent tokens", u64::from(recent_capacity) * 8)?;
-        let most = top_k::kept(vocab, sample::MAX_TOP_K).max(argmax::blocks(vocab));
-        let candidates = [storage("candidates", u64::from(most) * 8)?, storage("candidates", u64::from(most) * 8)?];
+        let [score_bytes, recent_bytes, candidate_bytes] = sizes(vocab, context);
+        let scores = storage("scores", score_bytes)?;
+        let recent = storage("recent tokens", recent_bytes)?;
+        let candidates = [storage("candidates", candidate_bytes)?, storage("candidates", candidate_bytes)?];
         let result = storage("the chosen token", 16)?;
 
         let passes = top_k::passes(vocab, 0, sample::MAX_TOP_K).len() as u64;
@@ -209,4 +213,16 @@ impl Sampler {
     fn write(&self, gpu: &Gpu, slot: u64, bytes: &[u8]) {
         gpu.queue.write_buffer(&self.uniforms, slot * self.slot_bytes, bytes);
     }
+}
+
+/// Bytes of the scores, of the recent tokens and of one buffer of candidates.
+fn sizes(vocab: u32, context: u32) -> [u64; 3] {
+    let most = top_k::kept(vocab, sample::MAX_TOP_K).max(argmax::blocks(vocab));
+    [u64::from(vocab) * 4, u64::from(vocab.min(context)) * 8, u64::from(most) * 8]
+}
+
+/// Bytes that a sampler takes, but for some uniform blocks.
+pub(super) fn bytes(vocab: u32, context: u32) -> u64 {
+    let [scores, recent, candidates] = sizes(vocab, context);
+    scores + recent + 2 * candidates
 }

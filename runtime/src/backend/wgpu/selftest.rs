@@ -3,6 +3,8 @@
 //! Drivers do offer half precision or subgroup operations that go wrong in some shader; a model that talks nonsense
 //! is the worst way to find out.
 
+use std::collections::VecDeque;
+
 use awqua_shaders::{
     Elem, Kernel, Reduce, Rng, Size, Trial, Variant, attention, attention_coop, gemm_w4, gemm_w4_coop, gemv_w4,
     rms_norm, uniform_bytes,
@@ -29,95 +31,166 @@ pub(super) struct Choice {
     pub(super) reason: String,
 }
 
-/// Chooses the fastest variants that the device offers, `options` allow and the trials confirm.
-///
-/// # Errors
-/// [`ErrorKind::Device`] if even the plainest variant computes wrongly, or a device error.
-pub(super) fn choose(gpu: &Gpu, pipelines: &Pipelines, options: &WgpuOptions) -> Result<Choice> {
-    let f16 = gpu.features.contains(Features::SHADER_F16) && !options.force_f32;
-    let subgroup = gpu.features.contains(Features::SUBGROUP) && !options.force_no_subgroup;
-    let candidates = [
-        (f16 && subgroup, Elem::F16, Reduce::Subgroup),
-        (subgroup, Elem::F32, Reduce::Subgroup),
-        (f16, Elem::F16, Reduce::Workgroup),
-        (true, Elem::F32, Reduce::Workgroup),
-    ];
-    // Elsewhere nobody has measured yet that large workgroups pay.
-    let fits = |size: &Size| size.invocations() <= gpu.limits.max_compute_invocations_per_workgroup;
-    let size = match gpu.summary.kind {
-        "discrete" => [Size::Large, Size::Medium].into_iter().find(fits).unwrap_or(Size::Small),
-        _ => Size::Small,
-    };
-    let mut refused = String::new();
-    for (_, elem, reduce) in candidates.into_iter().filter(|(offered, ..)| *offered) {
+/// The choice in the making: a sequence of trials, each of which may have to wait for the device.
+pub(super) struct SelfTest {
+    /// Variants still to be tried, the preferred one first.
+    candidates: VecDeque<(Elem, Reduce)>,
+    size: Size,
+    /// Why earlier candidates were refused.
+    refused: String,
+    /// Kernels and trials of the candidate still to be run.
+    kernels: VecDeque<&'static Kernel>,
+    trials: VecDeque<(&'static Kernel, Trial)>,
+    flight: Option<Flight>,
+    /// The candidate passed, and its kernels on matrix units are tried.
+    coop: bool,
+}
+
+impl SelfTest {
+    /// Nothing tried yet.
+    pub(super) fn new(gpu: &Gpu, options: &WgpuOptions) -> Self {
+        let f16 = gpu.features.contains(Features::SHADER_F16) && !options.force_f32;
+        let subgroup = gpu.features.contains(Features::SUBGROUP) && !options.force_no_subgroup;
+        let candidates = [
+            (f16 && subgroup, Elem::F16, Reduce::Subgroup),
+            (subgroup, Elem::F32, Reduce::Subgroup),
+            (f16, Elem::F16, Reduce::Workgroup),
+            (true, Elem::F32, Reduce::Workgroup),
+        ];
+        // Elsewhere nobody has measured yet that large workgroups pay.
+        let fits = |size: &Size| size.invocations() <= gpu.limits.max_compute_invocations_per_workgroup;
+        let size = match gpu.summary.kind {
+            "discrete" => [Size::Large, Size::Medium].into_iter().find(fits).unwrap_or(Size::Small),
+            _ => Size::Small,
+        };
+        let offered = candidates.into_iter().filter(|(offered, ..)| *offered);
+        Self {
+            candidates: offered.map(|(_, elem, reduce)| (elem, reduce)).collect(),
+            size,
+            refused: String::new(),
+            kernels: KERNELS.into(),
+            trials: VecDeque::new(),
+            flight: None,
+            coop: false,
+        }
+    }
+
+    /// Compiles a kernel, starts a trial or judges one; the choice once it is made. `None` is a piece of work done, or,
+    /// where [`Self::is_waiting`], none yet to do.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Device`] if even the plainest variant computes wrongly, or a device error.
+    pub(super) fn advance(&mut self, gpu: &Gpu, pipelines: &Pipelines) -> Result<Option<Choice>> {
+        let Some(&(elem, reduce)) = self.candidates.front() else {
+            let message = format!("`{}` fails the self-test{}", gpu.summary.name, self.refused);
+            return Err(Error::new(ErrorKind::Device, message));
+        };
         let name = match (elem, reduce) {
             (Elem::F16, Reduce::Subgroup) => "f16 with subgroups",
             (Elem::F32, Reduce::Subgroup) => "f32 with subgroups",
             (Elem::F16, Reduce::Workgroup) => "f16",
             (Elem::F32, Reduce::Workgroup) => "f32",
         };
-        let variant = Variant { elem, reduce, size, ..Variant::default() };
-        match KERNELS.iter().try_for_each(|kernel| check(gpu, pipelines, kernel, variant)) {
-            Ok(()) => {
-                let mut coop = elem == Elem::F16 && gpu.features.contains(Features::EXPERIMENTAL_COOPERATIVE_MATRIX);
-                let kernels = [&gemm_w4_coop::KERNEL, &attention_coop::KERNEL];
-                if coop && let Err(error) = kernels.iter().try_for_each(|kernel| check(gpu, pipelines, kernel, variant))
-                {
-                    coop = false;
-                    refused += &format!("; matrix units refused: {}", error.message());
-                }
-                let units = if coop { " and matrix units" } else { "" };
-                return Ok(Choice { elem, reduce, size, coop, reason: format!("{name}{units}{refused}") });
-            }
+        let variant = Variant { elem, reduce, size: self.size, ..Variant::default() };
+        let (finished, coop) = match self.piece(gpu, pipelines, variant) {
+            Ok(false) => return Ok(None),
+            Ok(true) => (true, self.coop),
             Err(error) if error.kind() == ErrorKind::DeviceLost => return Err(error),
-            Err(error) => refused += &format!("; {name} refused: {}", error.message()),
+            Err(error) => {
+                self.trials.clear();
+                self.flight = None;
+                if !self.coop {
+                    self.refused += &format!("; {name} refused: {}", error.message());
+                    self.candidates.pop_front();
+                    self.kernels = KERNELS.into();
+                    return Ok(None);
+                }
+                self.refused += &format!("; matrix units refused: {}", error.message());
+                (true, false)
+            }
+        };
+        let offered = elem == Elem::F16 && gpu.features.contains(Features::EXPERIMENTAL_COOPERATIVE_MATRIX);
+        if finished && offered && !self.coop {
+            self.coop = true;
+            self.kernels = [&gemm_w4_coop::KERNEL, &attention_coop::KERNEL].into();
+            return Ok(None);
         }
+        let units = if coop { " and matrix units" } else { "" };
+        let reason = format!("{name}{units}{}", self.refused);
+        Ok(Some(Choice { elem, reduce, size: self.size, coop, reason }))
     }
-    let message = format!("`{}` fails the self-test{refused}", gpu.summary.name);
-    Err(Error::new(ErrorKind::Device, message))
+
+    /// Whether the next piece has to wait for the device.
+    pub(super) fn is_waiting(&self) -> bool {
+        self.flight.as_ref().is_some_and(|flight| !flight.readback.arrived())
+    }
+
+    /// One piece of the trials of `variant`; true after the last one.
+    fn piece(&mut self, gpu: &Gpu, pipelines: &Pipelines, variant: Variant) -> Result<bool> {
+        gpu.finished()?;
+        if let Some(flight) = &mut self.flight {
+            match flight.advance(gpu)? {
+                Step::Waiting | Step::Next => return Ok(false),
+                Step::Done => self.flight = None,
+            }
+        } else if let Some((kernel, trial)) = self.trials.pop_front() {
+            self.flight = Some(Flight::begin(gpu, pipelines, kernel, variant, trial)?);
+            return Ok(false);
+        } else if let Some(kernel) = self.kernels.pop_front() {
+            pipelines.get(gpu, kernel, variant)?;
+            let fits = |trial: &Trial| {
+                let bytes = trial.storage.iter().map(|words| words.len() as u64 * 4).max().unwrap_or(0);
+                bytes <= gpu.limits.max_storage_buffer_binding_size
+            };
+            let trials = (kernel.trials)(variant, &mut Rng::new(1)).into_iter().filter(fits);
+            self.trials.extend(trials.map(|trial| (kernel, trial)));
+        }
+        Ok(self.kernels.is_empty() && self.trials.is_empty() && self.flight.is_none())
+    }
 }
 
-/// Runs the trials of `kernel` and compares.
-fn check(gpu: &Gpu, pipelines: &Pipelines, kernel: &'static Kernel, variant: Variant) -> Result<()> {
-    let fits = |trial: &Trial| {
-        let bytes = trial.storage.iter().map(|words| words.len() as u64 * 4).max().unwrap_or(0);
-        bytes <= gpu.limits.max_storage_buffer_binding_size
-    };
-    for trial in (kernel.trials)(variant, &mut Rng::new(1)).into_iter().filter(fits) {
-        if let Some(mismatch) = run(gpu, pipelines, kernel, variant, &trial)? {
-            let message = format!("{}, {}: {mismatch}", kernel.label(variant), trial.label);
-            return Err(Error::new(ErrorKind::Device, message));
-        }
-    }
-    Ok(())
+/// A trial on the device.
+struct Flight {
+    label: String,
+    trial: Trial,
+    storage: Vec<wgpu::Buffer>,
+    readback: Readback,
+    /// Which of the expected outputs is on its way.
+    at: usize,
 }
 
-/// Runs one trial; returns the first difference from what its twin expects.
-fn run(
-    gpu: &Gpu,
-    pipelines: &Pipelines,
-    kernel: &'static Kernel,
-    variant: Variant,
-    trial: &Trial,
-) -> Result<Option<String>> {
-    let pipeline = pipelines.get(gpu, kernel, variant)?;
-    let filled = |bytes: &[u8], usage| {
-        let buffer = gpu.buffer("a trial", bytes.len() as u64, usage | BufferUsages::COPY_DST)?;
-        gpu.queue.write_buffer(&buffer, 0, bytes);
-        Ok::<_, Error>(buffer)
-    };
-    let params = filled(&trial.params, BufferUsages::UNIFORM)?;
-    let step = filled(uniform_bytes(&trial.step), BufferUsages::UNIFORM)?;
-    let usage = BufferUsages::STORAGE | BufferUsages::COPY_SRC;
-    let storage: Vec<_> =
-        trial.storage.iter().map(|words| filled(bytemuck::cast_slice(words), usage)).collect::<Result<_>>()?;
-    let largest = trial.storage.iter().map(|words| words.len() as u64 * 4).max().unwrap_or(0);
-    let readback = Readback::new(gpu, largest)?;
+enum Step {
+    /// The output is not there yet.
+    Waiting,
+    /// The next output was asked for.
+    Next,
+    /// All outputs are as expected.
+    Done,
+}
 
-    let mut dispatched = false;
-    for expected in &trial.expected {
+impl Flight {
+    fn begin(
+        gpu: &Gpu,
+        pipelines: &Pipelines,
+        kernel: &'static Kernel,
+        variant: Variant,
+        trial: Trial,
+    ) -> Result<Self> {
+        let pipeline = pipelines.get(gpu, kernel, variant)?;
+        let filled = |bytes: &[u8], usage| {
+            let buffer = gpu.buffer("a trial", bytes.len() as u64, usage | BufferUsages::COPY_DST)?;
+            gpu.queue.write_buffer(&buffer, 0, bytes);
+            Ok::<_, Error>(buffer)
+        };
+        let params = filled(&trial.params, BufferUsages::UNIFORM)?;
+        let step = filled(uniform_bytes(&trial.step), BufferUsages::UNIFORM)?;
+        let usage = BufferUsages::STORAGE | BufferUsages::COPY_SRC;
+        let storage: Vec<_> =
+            trial.storage.iter().map(|words| filled(bytemuck::cast_slice(words), usage)).collect::<Result<_>>()?;
+        let largest = trial.storage.iter().map(|words| words.len() as u64 * 4).max().unwrap_or(0);
+        let readback = Readback::new(gpu, largest)?;
         let mut encoder = gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor { label: Some("trial") });
-        if !dispatched {
+        {
             let params = params.as_entire_buffer_binding();
             let bind_group = gpu.scoped("a trial", 0, || pipeline.bind(gpu, params, &step, &storage))?;
             let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
@@ -125,19 +198,41 @@ fn run(
             pass.set_bind_group(0, &bind_group, &[]);
             let [x, y, z] = trial.grid;
             pass.dispatch_workgroups(x, y, z);
-            dispatched = true;
         }
+        let mut flight = Self { label: kernel.label(variant), trial, storage, readback, at: 0 };
+        flight.ask(gpu, encoder)?;
+        Ok(flight)
+    }
+
+    /// Asks for output `at`.
+    fn ask(&mut self, gpu: &Gpu, encoder: wgpu::CommandEncoder) -> Result<()> {
         // Storage bindings start at 2.
-        let Some(at) = (expected.binding as usize).checked_sub(2).filter(|at| *at < storage.len()) else { continue };
-        let bytes = trial.storage[at].len() as u64 * 4;
-        let mut mismatch = None;
-        readback.submit_and_read(gpu, encoder, (&storage[at], 0), bytes, |found| {
+        let binding = self.trial.expected.get(self.at).and_then(|expected| (expected.binding as usize).checked_sub(2));
+        let output = binding.and_then(|at| self.storage.get(at).zip(self.trial.storage.get(at)));
+        let (buffer, words) = output
+            .ok_or_else(|| Error::new(ErrorKind::Device, format!("{}: a trial without an output", self.label)))?;
+        self.readback.begin(gpu, encoder, &[(buffer, 0, words.len() as u64 * 4)])
+    }
+
+    fn advance(&mut self, gpu: &Gpu) -> Result<Step> {
+        let (expected, mut mismatch) = (&self.trial.expected[self.at], None);
+        let there = self.readback.poll(gpu, |found| {
             let words: Vec<u32> = found.as_chunks().0.iter().map(|b| u32::from_le_bytes(*b)).collect();
             mismatch = expected.mismatch(&words);
         })?;
-        if mismatch.is_some() {
-            return Ok(mismatch);
+        if let Some(mismatch) = mismatch {
+            let message = format!("{}, {}: {mismatch}", self.label, self.trial.label);
+            return Err(Error::new(ErrorKind::Device, message));
         }
+        if !there {
+            return Ok(Step::Waiting);
+        }
+        self.at += 1;
+        if self.at == self.trial.expected.len() {
+            return Ok(Step::Done);
+        }
+        let encoder = gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor { label: Some("trial") });
+        self.ask(gpu, encoder)?;
+        Ok(Step::Next)
     }
-    Ok(None)
 }

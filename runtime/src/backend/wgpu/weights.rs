@@ -157,6 +157,18 @@ impl GpuWeight {
             _ => Err(other()),
         }
     }
+
+    /// Gives its memory back at once, also where bind groups still name it.
+    pub(super) fn destroy(&self) {
+        match self {
+            Self::W4(m) => m.parts.iter().for_each(|part| {
+                part.qweight.destroy();
+                part.group_params.destroy();
+            }),
+            Self::Dense(m) => m.parts.iter().for_each(|part| part.words.destroy()),
+            Self::Vector { buffer, .. } => buffer.destroy(),
+        }
+    }
 }
 
 impl GpuW4 {

@@ -223,13 +223,10 @@ impl<'a> Planner<'a> {
             return Ok(made.clone());
         }
         let rows = u64::from(self.max_tokens.next_multiple_of(gemm_w4_coop::TILE));
-        let gpu = &self.backend.gpu;
-        let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST;
         let made = (
-            gpu.buffer("half precision inputs", rows * u64::from(chunks) * 64, usage)?,
-            gpu.buffer("scales of half precision inputs", rows * 4, usage)?,
+            self.storage("half precision inputs", rows * u64::from(chunks) * 64)?,
+            self.storage("scales of half precision inputs", rows * 4)?,
         );
-        self.staged_bytes += made.0.size() + made.1.size();
         self.half_buffers.insert(chunks, made.clone());
         Ok(made)
     }
@@ -271,10 +268,12 @@ impl<'a> Planner<'a> {
     }
 
     /// A buffer with the first `bytes` of two others, one behind the other.
-    fn joined(&self, a: &wgpu::Buffer, b: &wgpu::Buffer, bytes: u64) -> Result<wgpu::Buffer> {
+    fn joined(&mut self, a: &wgpu::Buffer, b: &wgpu::Buffer, bytes: u64) -> Result<wgpu::Buffer> {
+        let buffer = self.storage("a bias with a norm", 2 * bytes)?;
+        if self.dry {
+            return Ok(buffer);
+        }
         let gpu = &self.backend.gpu;
-        let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST;
-        let buffer = gpu.buffer("a bias with a norm", 2 * bytes, usage)?;
         let mut encoder = gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor { label: Some("join") });
         encoder.copy_buffer_to_buffer(a, 0, &buffer, 0, bytes);
         encoder.copy_buffer_to_buffer(b, 0, &buffer, bytes, bytes);

@@ -2,7 +2,6 @@
 
 use awqua_shaders::staged::Layout;
 use awqua_shaders::{FLAG_NORM, RowMode, Step, stage};
-use wgpu::BufferUsages;
 
 use super::super::weights::GpuWeight;
 use super::fuse::Norm;
@@ -38,8 +37,7 @@ impl Planner<'_> {
         }
         let bytes = u64::from(self.few_rows) * self.layout(buffer)?.words() as u64 * 4;
         let what = format!("staged inputs `{}`", self.program.buffers[buffer.0 as usize].name);
-        let staged = self.backend.gpu.buffer(&what, bytes, BufferUsages::STORAGE | BufferUsages::COPY_DST)?;
-        self.staged_bytes += staged.size();
+        let staged = self.storage(&what, bytes)?;
         self.staged.insert(buffer, staged.clone());
         Ok(staged)
     }

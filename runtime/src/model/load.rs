@@ -1,0 +1,211 @@
+//! Loading as a sequence of bounded calls, from the first file to the last kernel.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use super::config::ModelConfig;
+use super::generation::GenerationConfig;
+use super::residence::{Bring, Cargo, LoadBudget, LoadProgress, LoadStage, Residence, Shared};
+use super::{Model, program, weights};
+use crate::backend;
+use crate::checkpoint::{Checkpoint, Source};
+use crate::engine::{self, Bytes, Engine};
+use crate::error::{Error, ErrorKind, Result};
+use crate::session::SessionOptions;
+use crate::session::chat::ChatTemplate;
+use crate::session::tokenizer::Tokenizer;
+
+/// A model on its way, loaded in pieces by [`Load::tick`]. Dropping it, or [`Load::restart`], cancels it in any state.
+///
+/// Pieces are small but for three, which nobody can cut: opening the driver, compiling one GPU kernel, and reading
+/// `tokenizer.json` (some 0.2 s for a vocabulary of 150,000).
+pub struct Load {
+    engine: Arc<Engine>,
+    from: From,
+    stage: Stage,
+}
+
+enum From {
+    Path(PathBuf),
+    Source(Source),
+}
+
+enum Stage {
+    Open,
+    Tokenizer(Box<Files>),
+    Plan(Box<Files>),
+    Bring(Box<Model>),
+}
+
+/// Memory that something will take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Estimate {
+    /// The weights. On the CPU without dense ones of a file that is mapped, which are computed with where they are.
+    pub weights: Bytes,
+    /// One session: KV cache, activations, sampling.
+    pub session: Bytes,
+}
+
+/// What the files say.
+struct Files {
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    generation: GenerationConfig,
+    tokenizer: Option<Tokenizer>,
+    chat_template: Option<ChatTemplate>,
+}
+
+impl std::fmt::Debug for Load {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Load").field("progress", &self.progress()).finish_non_exhaustive()
+    }
+}
+
+impl Load {
+    /// Begins to load the Hugging Face style folder at `path`; nothing is opened before the first tick.
+    pub fn path(engine: &Arc<Engine>, path: impl Into<PathBuf>) -> Self {
+        Self { engine: engine.clone(), from: From::Path(path.into()), stage: Stage::Open }
+    }
+
+    /// As [`Self::path`], from anywhere.
+    pub fn source(engine: &Arc<Engine>, source: Source) -> Self {
+        Self { engine: engine.clone(), from: From::Source(source), stage: Stage::Open }
+    }
+
+    /// Goes on loading within the budget, without waiting for a device; the model once it is ready. At least one piece
+    /// is done. After an error the next call starts over.
+    ///
+    /// # Errors
+    /// Every way a folder can be wrong, unsupported or too large has its [`ErrorKind`]; the message names the file,
+    /// the tensor, what was expected and what was found.
+    pub fn tick(&mut self, budget: &LoadBudget) -> Result<Option<Arc<Model>>> {
+        let time = budget.deadline();
+        loop {
+            match std::mem::replace(&mut self.stage, Stage::Open) {
+                Stage::Open => self.stage = Stage::Tokenizer(Box::new(self.open()?)),
+                Stage::Tokenizer(mut files) => {
+                    files.tokenizer = Tokenizer::from_checkpoint(&files.checkpoint, files.config.vocab_size)?;
+                    files.chat_template = ChatTemplate::from_checkpoint(&files.checkpoint)?;
+                    self.stage = Stage::Plan(files);
+                }
+                Stage::Plan(files) => self.stage = Stage::Bring(Box::new(self.plan(*files)?)),
+                Stage::Bring(model) => {
+                    if model.residence.lock().advance(&model.cargo, budget)? {
+                        return Ok(Some(Arc::from(model)));
+                    }
+                    self.stage = Stage::Bring(model);
+                    return Ok(None);
+                }
+            }
+            if time.is_over() {
+                return Ok(None);
+            }
+        }
+    }
+
+    /// Blocks until [`Self::tick`] has something to do.
+    ///
+    /// # Errors
+    /// A device error.
+    pub fn wait(&mut self) -> Result<()> {
+        match &self.stage {
+            Stage::Bring(model) => model.residence.lock().wait(&model.cargo),
+            _ => Ok(()),
+        }
+    }
+
+    /// How far it is.
+    pub fn progress(&self) -> LoadProgress {
+        match &self.stage {
+            Stage::Bring(model) => model.residence.lock().progress(&model.cargo),
+            _ => LoadProgress { stage: LoadStage::Files, done: 0, total: 0 },
+        }
+    }
+
+    /// Gives back everything loaded so far; the next tick starts over.
+    pub fn restart(&mut self) {
+        self.stage = Stage::Open;
+    }
+
+    /// Memory that the model and a session on it will take, from headers alone. Known exactly for weights; sessions take
+    /// at most as much.
+    ///
+    /// # Errors
+    /// As [`Self::tick`].
+    pub fn estimate(&self, session: &SessionOptions) -> Result<Estimate> {
+        let checkpoint = self.checkpoint()?;
+        let (config, _) = configs(&checkpoint)?;
+        let (plan, weights) = weights::plan(&checkpoint, &config)?;
+        let program = program::build(&config, &weights);
+        let runner = session.runner_config(&config, &self.engine)?;
+        let host = |bytes| Bytes { host: bytes, device: 0 };
+        let device = |bytes| Bytes { host: 0, device: bytes };
+        Ok(match self.engine.is_host() {
+            true => Estimate {
+                weights: host(plan.copied_bytes(&checkpoint, |shape| shape.bytes(shape.rows()))),
+                session: host(backend::cpu::runner_bytes(&program, &runner)),
+            },
+            false => Estimate {
+                weights: device(plan.shapes().map(engine::weight_bytes).sum()),
+                session: device(engine::runner_bytes(&program, &runner)),
+            },
+        })
+    }
+
+    fn checkpoint(&self) -> Result<Checkpoint> {
+        Checkpoint::open_source(match &self.from {
+            From::Path(path) => Source::path(path)?,
+            From::Source(source) => source.clone(),
+        })
+    }
+
+    fn open(&self) -> Result<Files> {
+        let checkpoint = self.checkpoint()?;
+        let (config, generation) = configs(&checkpoint)?;
+        Ok(Files { checkpoint, config, generation, tokenizer: None, chat_template: None })
+    }
+
+    fn plan(&self, files: Files) -> Result<Model> {
+        let Files { checkpoint, config, generation, tokenizer, chat_template } = files;
+        let (plan, weights) = weights::plan(&checkpoint, &config)?;
+        let program = Arc::new(program::build(&config, &weights));
+        let identity = plan.identity(&checkpoint)?;
+        let session = SessionOptions::default().runner_config(&config, &self.engine)?;
+        let cargo = Cargo { engine: self.engine.clone(), checkpoint, plan, program, config: session };
+        let residence = Shared::new(Residence::Coming(Bring::Device));
+        Ok(Model { config, generation, tokenizer, chat_template, identity, cargo, residence })
+    }
+}
+
+/// What configuration and generation configuration say.
+pub(super) fn configs(checkpoint: &Checkpoint) -> Result<(ModelConfig, GenerationConfig)> {
+    let dir = checkpoint.dir();
+    let in_config = |e: Error| e.in_file(dir.join("config.json"));
+    let config = ModelConfig::from_json(checkpoint.config()).map_err(in_config)?;
+    let generation = GenerationConfig::from_json(
+        checkpoint.json("generation_config.json")?.as_ref(),
+        checkpoint.config(),
+        config.vocab_size,
+    )
+    .map_err(|e| e.in_file(dir.join("generation_config.json")))?;
+    Ok((config, generation))
+}
+
+impl Load {
+    /// Loads to the end; `progress` is called after each piece and can stop it with `Break`.
+    ///
+    /// # Errors
+    /// As [`Self::tick`], and [`ErrorKind::Cancelled`].
+    pub fn run(mut self, progress: &mut dyn FnMut(LoadProgress) -> std::ops::ControlFlow<()>) -> Result<Arc<Model>> {
+        let budget = LoadBudget { bytes: Some(256 << 10), kernels: Some(1), ..LoadBudget::default() };
+        loop {
+            if let Some(model) = self.tick(&budget)? {
+                return Ok(model);
+            }
+            if progress(self.progress()).is_break() {
+                return Err(Error::new(ErrorKind::Cancelled, "loading was cancelled"));
+            }
+            self.wait()?;
+        }
+    }
+}
