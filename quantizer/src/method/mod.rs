@@ -65,6 +65,9 @@ pub enum Method {
     AwqGptq,
     /// `AwqGptq`, then learned rounding of the family of AutoRound (Cheng et al. 2023).
     Learned,
+    /// `AwqGptq` with weights corrected for what earlier rounding did to their inputs, then scales, norms and biases
+    /// trained end to end.
+    Tuned,
 }
 
 impl Method {
@@ -81,6 +84,14 @@ impl Method {
             Self::Learned => {
                 Recipe { scale: true, clip: true, compensate, learn: Some(learn::Options::for_bits(bits)), ..none }
             }
+            Self::Tuned => Recipe {
+                scale: true,
+                clip: true,
+                compensate,
+                correct: Some(correct::Options::default()),
+                tune: Some(tune::Options::for_bits(bits)),
+                ..none
+            },
         }
     }
 
@@ -92,6 +103,7 @@ impl Method {
             Self::Gptq => "gptq",
             Self::AwqGptq => "awq-gptq",
             Self::Learned => "learned",
+            Self::Tuned => "tuned",
         }
     }
 }

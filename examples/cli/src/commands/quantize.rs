@@ -69,8 +69,10 @@ enum MethodArg {
     Gptq,
     /// Activation-aware scales and clipping, then error compensation
     AwqGptq,
-    /// awq-gptq, then rounding learned block by block: best, and slow
+    /// awq-gptq, then rounding learned block by block; slow
     Learned,
+    /// awq-gptq corrected for earlier rounding, then scales and norms trained end to end; slow, best for 2 and 3 bits
+    Tuned,
 }
 
 #[derive(clap::ValueEnum, Debug, Clone, Copy)]
@@ -252,6 +254,7 @@ pub fn run(args: &Args) -> Outcome {
         MethodArg::Gptq => Method::Gptq,
         MethodArg::AwqGptq => Method::AwqGptq,
         MethodArg::Learned => Method::Learned,
+        MethodArg::Tuned => Method::Tuned,
     };
     let mut options = QuantizeOptions::new(method, args.bits);
     if let Some(recipe) = &args.recipe {
