@@ -17,6 +17,7 @@ mod forward;
 mod head;
 
 pub use backward::Gradients;
+pub(crate) use backward::Trace;
 pub use head::Head;
 
 /// The linear modules of a block, in the order of [`Block::linears`].
@@ -66,6 +67,16 @@ pub enum Site {
 impl Site {
     /// Every site.
     pub const ALL: [Self; 4] = [Self::Attention, Self::Attended, Self::Mlp, Self::Activated];
+
+    /// Name in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Attention => "attention",
+            Self::Attended => "attended",
+            Self::Mlp => "mlp",
+            Self::Activated => "activated",
+        }
+    }
 
     /// The linear modules that read it.
     pub fn slots(self) -> &'static [Slot] {
@@ -252,6 +263,18 @@ impl Decoder {
 }
 
 impl Block {
+    /// Everything but the linear modules.
+    pub(crate) fn without_linears(&self) -> Self {
+        Self {
+            layer: self.layer,
+            input_norm: self.input_norm.clone(),
+            post_norm: self.post_norm.clone(),
+            q_norm: self.q_norm.clone(),
+            k_norm: self.k_norm.clone(),
+            linears: Vec::new(),
+        }
+    }
+
     /// The linear module in a slot.
     pub fn linear(&self, slot: Slot) -> &Linear {
         &self.linears[slot as usize]
