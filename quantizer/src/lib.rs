@@ -12,6 +12,8 @@ pub mod grid;
 pub mod import;
 pub mod math;
 pub mod method;
+pub mod mixed;
+pub mod plot;
 pub mod quantize;
 pub mod random;
 pub mod rtn;

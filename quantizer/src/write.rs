@@ -212,6 +212,18 @@ fn plan_shards(tensors: &[TensorSpec], limit: u64) -> Result<Vec<&[TensorSpec]>>
     Ok(shards)
 }
 
+/// Bytes of the weight files that [`FolderWriter::write_tensors`] writes.
+///
+/// # Errors
+/// [`ErrorKind::InvalidInput`] if the size overflows.
+pub fn weight_bytes(tensors: &[TensorSpec], shard_bytes: u64) -> Result<u64> {
+    let shards = plan_shards(tensors, shard_bytes)?;
+    shards.into_iter().try_fold(0u64, |sum, shard| {
+        let data = shard.iter().map(TensorSpec::bytes).sum::<Result<u64>>()?;
+        Ok(sum + header(shard)?.len() as u64 + data)
+    })
+}
+
 fn write_shard(
     path: &Path,
     tensors: &[TensorSpec],

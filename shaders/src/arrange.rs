@@ -28,7 +28,7 @@ params! {
 pub static KERNEL: Kernel = Kernel {
     name: "arrange",
     body: include_str!("arrange.wgsl"),
-    preludes: &[Prelude::Step, Prelude::Flags],
+    preludes: &[Prelude::Step],
     constants: &[("WG", WG)],
     sizes: &[],
     params: Params::FIELDS,

@@ -1,4 +1,4 @@
-// out[t, i] = table[tokens[t], i] for the rows first_row..first_row + n of the packed table (axis packed) that this part
+// out[t, i] = scale * table[tokens[t], i] for the rows first_row..first_row + n of the packed table (axis packed) that this part
 // holds.
 //
 // Mapping: an invocation expands eight elements; grid x numbers blocks of WG runs, z rows.
@@ -13,6 +13,7 @@ struct Params {
     first_row: u32,
     out_stride: u32,
     flags: u32,
+    scale: f32,
 }
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(2) var<storage, read> tokens: array<u32>;           // (n_tokens)
@@ -35,9 +36,9 @@ fn main(@builtin(global_invocation_id) id: vec3<u32>) {
     let w = weights8(row, k);
     let start = token * params.out_stride + k;
     for (var i = 0u; i < 4u && k + i < params.k; i++) {
-        out[start + i] = w.lo[i];
+        out[start + i] = params.scale * w.lo[i];
     }
     for (var i = 4u; i < 8u && k + i < params.k; i++) {
-        out[start + i] = w.hi[i - 4u];
+        out[start + i] = params.scale * w.hi[i - 4u];
     }
 }

@@ -53,14 +53,15 @@ pub mod gemv_packed;
 pub mod gemv_w4;
 pub mod gemv_w4_rope;
 pub mod gemv_w4_swiglu;
+pub mod glu;
 pub mod halve;
 pub mod head_norm;
+pub mod norm;
 pub mod packed;
 pub mod penalize;
-pub mod rms_norm;
 pub mod rope_append;
 pub mod sample;
-pub mod silu_mul;
+pub mod scale;
 pub mod stage;
 pub mod staged;
 pub mod top_k;
@@ -90,16 +91,20 @@ pub const FLAG_NORM: u32 = 16;
 pub const FLAG_STAGE: u32 = 32;
 /// Staged outputs are weighted for a norm (bit of a matmul's `flags`).
 pub const FLAG_STAGE_NORM: u32 = 64;
+/// The mean is subtracted first (bit of a norm's `flags`).
+pub const FLAG_CENTER: u32 = 128;
+/// Every segment has weights of its own (bit of a norm's `flags`).
+pub const FLAG_SEGMENTS: u32 = 256;
 /// Scales and offsets are single precision, a word each (bit of a matmul's `flags`).
-pub const FLAG_WIDE: u32 = 128;
-/// Weights are rounded to bfloat16 (bit of a matmul's `flags`).
-pub const FLAG_BF16: u32 = 1024;
-/// Products of codes and scales are rounded, too, before a bias is added (bit of a matmul's `flags`).
-pub const FLAG_ROUND_PRODUCTS: u32 = 2048;
+pub const FLAG_WIDE: u32 = 512;
 /// Columns are taken in another order (bit of `flags`).
-pub const FLAG_ORDER: u32 = 256;
+pub const FLAG_ORDER: u32 = 1024;
 /// Columns are multiplied with factors (bit of `flags`).
-pub const FLAG_FACTORS: u32 = 512;
+pub const FLAG_FACTORS: u32 = 2048;
+/// Weights are rounded to bfloat16 (bit of a matmul's `flags`).
+pub const FLAG_BF16: u32 = 4096;
+/// Products of codes and scales are rounded, too, before a bias is added (bit of a matmul's `flags`).
+pub const FLAG_ROUND_PRODUCTS: u32 = 8192;
 
 /// The flags by the names they have in shaders.
 const FLAGS: Constants = &[
@@ -110,6 +115,8 @@ const FLAGS: Constants = &[
     ("FLAG_NORM", FLAG_NORM),
     ("FLAG_STAGE", FLAG_STAGE),
     ("FLAG_STAGE_NORM", FLAG_STAGE_NORM),
+    ("FLAG_CENTER", FLAG_CENTER),
+    ("FLAG_SEGMENTS", FLAG_SEGMENTS),
     ("FLAG_WIDE", FLAG_WIDE),
     ("FLAG_BF16", FLAG_BF16),
     ("FLAG_ROUND_PRODUCTS", FLAG_ROUND_PRODUCTS),
@@ -162,6 +169,61 @@ impl RowMode {
             _ => Self::All,
         }
     }
+}
+
+/// The function on the gate of a gated MLP.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[repr(u32)]
+pub enum Activation {
+    /// v / (1 + exp(-v))
+    Silu = 0,
+    /// v / 2 * (1 + tanh(sqrt(2 / pi) * (v + 0.044715 * v^3)))
+    GeluTanh = 1,
+    /// v / 2 * (1 + erf(v / sqrt(2)))
+    Gelu = 2,
+}
+
+impl Activation {
+    /// The activation with this number, `Silu` for an unknown one.
+    pub fn from_u32(activation: u32) -> Self {
+        match activation {
+            1 => Self::GeluTanh,
+            2 => Self::Gelu,
+            _ => Self::Silu,
+        }
+    }
+
+    /// Its value.
+    pub fn of(self, v: f64) -> f64 {
+        match self {
+            Self::Silu => v / (1.0 + (-v).exp()),
+            // 1 + tanh(z) is 2 / (1 + exp(-2 z)).
+            Self::GeluTanh => {
+                v / (1.0 + (-2.0 * (2.0 / std::f64::consts::PI).sqrt() * (v + 0.044715 * v.powi(3))).exp())
+            }
+            Self::Gelu => 0.5 * v * (1.0 + erf(v * std::f64::consts::FRAC_1_SQRT_2)),
+        }
+    }
+}
+
+/// The error function, to about 1e-12.
+fn erf(v: f64) -> f64 {
+    let x = v.abs();
+    if x > 6.0 {
+        return v.signum();
+    }
+    if x > 2.5 {
+        // The continued fraction of erfc.
+        let fraction = (1..=60).rev().fold(x, |below, k| x + f64::from(k) / 2.0 / below);
+        return v.signum() * (1.0 - (-x * x).exp() / (std::f64::consts::PI.sqrt() * fraction));
+    }
+    // erf(x) = 2 / sqrt(pi) * exp(-x^2) * sum_n 2^n x^(2n + 1) / (2n + 1)!!
+    let (mut term, mut sum) = (x, x);
+    for n in 1..60 {
+        term *= 2.0 * x * x / f64::from(2 * n + 1);
+        sum += term;
+    }
+    v.signum() * std::f64::consts::FRAC_2_SQRT_PI * (-x * x).exp() * sum
 }
 
 /// Element type that a W4 matmul dequantises and multiplies in.
@@ -363,8 +425,6 @@ pub enum Prelude {
     Packed,
     /// What `weights8` returns.
     Weights8,
-    /// The bits of `flags`, which other preludes bring along.
-    Flags,
     /// The tiled matrix product, given `weights8`.
     Gemm,
     /// The product of a packed matrix with one row of staged inputs.
@@ -377,6 +437,10 @@ pub enum Prelude {
     Coop,
     /// Total order of scores with their ids.
     Order,
+    /// The function on the gate of a gated MLP.
+    Activation,
+    /// Bounded scores.
+    Softcap,
 }
 
 /// A kernel: its body, the preludes it needs and the numbers shared with its twin.
@@ -478,12 +542,12 @@ impl Kernel {
 }
 
 /// Every kernel.
-pub static ALL: [&Kernel; 27] = [
+pub static ALL: [&Kernel; 28] = [
     &embed::KERNEL,
     &embed_packed::KERNEL,
     &arrange::KERNEL,
     &stage::KERNEL,
-    &rms_norm::KERNEL,
+    &norm::KERNEL,
     &head_norm::KERNEL,
     &gemv_w4::KERNEL,
     &gemv_w4_rope::KERNEL,
@@ -500,7 +564,8 @@ pub static ALL: [&Kernel; 27] = [
     &attention_few::KERNEL,
     &attention_coop::KERNEL,
     &attention_reduce::KERNEL,
-    &silu_mul::KERNEL,
+    &glu::KERNEL,
+    &scale::KERNEL,
     &penalize::KERNEL,
     &argmax::KERNEL,
     &argmax_reduce::KERNEL,
@@ -523,13 +588,8 @@ pub fn compose(kernel: &Kernel, variant: Variant) -> String {
         let value = sized.iter().find(|(other, _)| *other == name).map_or(value, |&(_, value)| value);
         source += &format!("const {name}: u32 = {value}u;\n");
     }
-    if [Prelude::W4, Prelude::Dense, Prelude::Stage, Prelude::Packed, Prelude::Flags]
-        .iter()
-        .any(|with_flags| kernel.preludes.contains(with_flags))
-    {
-        for &(name, value) in FLAGS {
-            source += &format!("const {name}: u32 = {value}u;\n");
-        }
+    for &(name, value) in FLAGS {
+        source += &format!("const {name}: u32 = {value}u;\n");
     }
     if kernel.preludes.contains(&Prelude::GemvW4) {
         source += &format!("const GROUPS: u32 = {}u;\n", variant.groups as u32);
@@ -557,7 +617,6 @@ pub fn compose(kernel: &Kernel, variant: Variant) -> String {
             (Prelude::Stage, _) => include_str!("prelude/stage.wgsl"),
             (Prelude::StageOut, _) => include_str!("prelude/stage_out.wgsl"),
             (Prelude::Gemm, _) => include_str!("prelude/gemm.wgsl"),
-            (Prelude::Flags, _) => "",
             (Prelude::Weights8, _) => include_str!("prelude/weights8.wgsl"),
             (Prelude::Packed, Variant { packed: Packed::W4, .. }) => {
                 concat!(include_str!("prelude/w4.wgsl"), include_str!("prelude/packed_w4.wgsl"))
@@ -574,6 +633,8 @@ pub fn compose(kernel: &Kernel, variant: Variant) -> String {
             (Prelude::Packed, Variant { packed: Packed::Q6K, .. }) => include_str!("prelude/packed_q6_k.wgsl"),
             (Prelude::Packed, _) => include_str!("prelude/packed_affine.wgsl"),
             (Prelude::Order, _) => include_str!("prelude/order.wgsl"),
+            (Prelude::Activation, _) => include_str!("prelude/activation.wgsl"),
+            (Prelude::Softcap, _) => include_str!("prelude/softcap.wgsl"),
         };
     }
     source + kernel.body

@@ -1,7 +1,7 @@
 //! A naive interpretation of a [`Program`]: every operation as its documentation spells it, in f64 where it sums.
 //! Slow and obvious on purpose; backends are compared with it.
 
-use awqua::backend::{BufferId, KvType, LogitsRows, Op, Program, Rows, Span};
+use awqua::backend::{Activation, BufferId, KvType, LogitsRows, NormKind, Op, Program, Rows, Span};
 use awqua::tensor::{DenseType, PackedMatrix, W4Matrix, Weight};
 use half::f16;
 
@@ -95,24 +95,33 @@ impl<'a> Oracle<'a> {
         let (heads, kv_heads) = (shape.heads as usize, shape.kv_heads as usize);
         let dim = shape.head_dim as usize;
         match *op {
-            Op::Embed { table, out } => {
+            Op::Embed { table, out, scale } => {
                 let width = self.width(out);
                 for (t, &token) in tokens.iter().enumerate() {
-                    let row = self.weights[table.0 as usize][token as usize * width..][..width].to_vec();
+                    let row = &self.weights[table.0 as usize][token as usize * width..][..width];
+                    let row: Vec<f32> = row.iter().map(|v| v * scale).collect();
                     self.put(out.into(), t, &row);
                 }
             }
-            Op::RmsNorm { x, weight, out, dim, segments, eps, rows } => {
+            Op::Norm { kind, x, weight, bias, out, dim, segments, eps, accumulate, rows } => {
                 for (from, to) in self.rows(rows, tokens.len(), &logits) {
                     for segment in 0..segments {
                         let shift = |s: Span| Span { offset: s.offset + segment * dim, ..s };
-                        let mut values = self.row(shift(x), from, dim as usize);
-                        let mean = values.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / f64::from(dim);
-                        let scale = 1.0 / (mean + f64::from(eps)).sqrt();
-                        for (v, w) in values.iter_mut().zip(&self.weights[weight.0 as usize]) {
-                            *v = (f64::from(*v) * scale * f64::from(*w)) as f32;
+                        let values: Vec<f64> =
+                            self.row(shift(x), from, dim as usize).into_iter().map(f64::from).collect();
+                        let mean = values.iter().sum::<f64>() / f64::from(dim);
+                        let center = if kind == NormKind::Layer { mean } else { 0.0 };
+                        let squares = values.iter().map(|v| (v - center).powi(2)).sum::<f64>() / f64::from(dim);
+                        let scale = 1.0 / (squares + f64::from(eps)).sqrt();
+                        let weight = &self.weights[weight.0 as usize];
+                        let own = if weight.len() > dim as usize { (segment * dim) as usize } else { 0 };
+                        let mut result = self.row(shift(out), to, dim as usize);
+                        for (i, r) in result.iter_mut().enumerate() {
+                            let mut v = (values[i] - center) * scale * f64::from(weight[own + i]);
+                            v += bias.map_or(0.0, |b| f64::from(self.weights[b.0 as usize][i]));
+                            *r = if accumulate { *r } else { 0.0 } + v as f32;
                         }
-                        self.put(shift(out), to, &values);
+                        self.put(shift(out), to, &result);
                     }
                 }
             }
@@ -149,7 +158,7 @@ impl<'a> Oracle<'a> {
                     }
                 }
             }
-            Op::Attention { qkv, out, layer, scale, window } => {
+            Op::Attention { qkv, out, layer, scale, softcap, window } => {
                 for t in 0..tokens.len() {
                     let last = position + t;
                     let first = window.map_or(0, |w| (last + 1).saturating_sub(w as usize));
@@ -161,7 +170,8 @@ impl<'a> Oracle<'a> {
                         let score = |j: usize| {
                             let key = &self.keys[layer as usize][row(j)];
                             let dot = |(a, b): (&f32, &f32)| f64::from(*a) * f64::from(*b);
-                            f64::from(scale) * q[h * dim..][..dim].iter().zip(key).map(dot).sum::<f64>()
+                            let score = f64::from(scale) * q[h * dim..][..dim].iter().zip(key).map(dot).sum::<f64>();
+                            bounded(score, softcap)
                         };
                         let scores: Vec<f64> = (first..=last).map(score).collect();
                         let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
@@ -190,12 +200,20 @@ impl<'a> Oracle<'a> {
                     self.put(out.into(), to, &moved);
                 }
             }
-            Op::SiluMul { x, out } => {
+            Op::Scale { x, scale, cap, rows } => {
+                for (from, to) in self.rows(rows, tokens.len(), &logits) {
+                    let row = self.row(x.into(), from, self.width(x));
+                    let row: Vec<f32> =
+                        row.iter().map(|v| bounded(f64::from(*v) * f64::from(scale), cap) as f32).collect();
+                    self.put(x.into(), to, &row);
+                }
+            }
+            Op::Glu { x, out, activation } => {
                 let width = self.width(out);
                 for t in 0..tokens.len() {
                     let row = self.row(x.into(), t, 2 * width);
-                    let silu = |v: f32| v / (1.0 + (-v).exp());
-                    let result: Vec<f32> = (0..width).map(|i| silu(row[i]) * row[width + i]).collect();
+                    let activate = |v: f32| activation_of(activation).of(f64::from(v)) as f32;
+                    let result: Vec<f32> = (0..width).map(|i| activate(row[i]) * row[width + i]).collect();
                     self.put(out.into(), t, &result);
                 }
             }
@@ -211,6 +229,19 @@ impl<'a> Oracle<'a> {
             head[i] = a * cos - b * sin;
             head[i + half] = b * cos + a * sin;
         }
+    }
+}
+
+fn bounded(value: f64, cap: Option<f32>) -> f64 {
+    cap.map_or(value, |cap| f64::from(cap) * (value / f64::from(cap)).tanh())
+}
+
+/// The definition that the kernels are tested with.
+fn activation_of(activation: Activation) -> awqua_shaders::Activation {
+    match activation {
+        Activation::Silu => awqua_shaders::Activation::Silu,
+        Activation::GeluTanh => awqua_shaders::Activation::GeluTanh,
+        Activation::Gelu => awqua_shaders::Activation::Gelu,
     }
 }
 

@@ -13,6 +13,9 @@ use awqua::{BackendChoice, CancelToken, GenerateOptions, LoadOptions, Model, Sam
 use serde_json::Value;
 
 const ARCHS: &[&str] = &[
+    "gemma2",
+    "gemma3-text",
+    "granite",
     "llama-dynamic",
     "llama-linear",
     "llama-llama3rope",
@@ -23,6 +26,9 @@ const ARCHS: &[&str] = &[
     "mistral",
     "mistral-awq-gemm-g64",
     "mistral-ct-asym-g32",
+    "olmo2",
+    "phi3",
+    "phi3-longrope",
     "qwen2",
     "qwen2-awq-gemm-g64",
     "qwen2-ct-asym-g32",
@@ -30,6 +36,8 @@ const ARCHS: &[&str] = &[
     "qwen3",
     "qwen3-awq-gemm-g64",
     "qwen3-ct-asym-g32",
+    "smollm3",
+    "stablelm",
 ];
 
 /// Greedy choices closer than this can go either way within rounding, so they prove nothing.

@@ -4,13 +4,16 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use awqua::checkpoint::{Checkpoint, verify};
+use awqua::session::tokenizer::Tokenizer;
 use awqua::{Error, ErrorKind};
-use awqua_quantizer::calibration::Calibration;
+use awqua_quantizer::calibration::{Calibration, check};
 use awqua_quantizer::decoder::{Decoder, Site, Slot};
-use awqua_quantizer::evaluate::{Comparison, Streams, compare};
+use awqua_quantizer::evaluate::tasks::{self, Request};
+use awqua_quantizer::evaluate::{Comparison, Evaluation, Streams, compare, html};
 use awqua_quantizer::math::Threads;
 use awqua_quantizer::method::{Method, scale};
-use awqua_quantizer::quantize::{Format, GroupSize, QuantizeOptions, quantize};
+use awqua_quantizer::mixed::{self, Granularity};
+use awqua_quantizer::quantize::{Format, GroupSize, QuantizeOptions, plan, quantize, tune};
 use awqua_quantizer::random::Random;
 use serde_json::Value;
 
@@ -144,7 +147,7 @@ fn every_method_and_dialect_gives_a_checkpoint_that_loads_and_resembles_its_sour
 fn each_step_up_in_effort_loses_less() {
     let folder = Folder::new();
     let mut losses = Vec::new();
-    for method in [Method::Rtn, Method::AwqGptq, Method::Learned] {
+    for method in [Method::Rtn, Method::AwqGptq, Method::Learned, Method::Tuned] {
         let out = folder.path().join(method.name());
         run(&fixture("qwen3"), &out, &options(method, 3)).unwrap();
         // The calibration tokens themselves: what the methods minimise.
@@ -185,6 +188,159 @@ fn threads_and_interruptions_do_not_change_a_byte() {
     }
     let left: Vec<_> = std::fs::read_dir(folder.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
     assert_eq!(left.len(), 2, "{left:?}");
+}
+
+#[test]
+fn tuning_goes_on_where_it_stopped() {
+    let folder = Folder::new();
+    let source = fixture("qwen2");
+    let mut options = options(Method::Tuned, 3);
+    let mut recipe = Method::Tuned.recipe(3);
+    recipe.tune = Some(tune::Options { epochs: 7.0, tokens: 20, scale_rate: 2e-3, vector_rate: 1e-3 });
+    options.recipe = Some(recipe);
+    let (whole, broken) = (folder.path().join("whole"), folder.path().join("broken"));
+    let mut calls = 0;
+    let report = quantize(&source, &whole, &calibration(), &options, Threads::new(2), &mut |_| {
+        calls += 1;
+        Ok(())
+    });
+    let tuning = report.unwrap().tuning.unwrap();
+    assert!(tuning.steps == 84 && tuning.last < tuning.first, "{tuning:?}");
+    // Every fortieth call of what reports progress ends the run.
+    let mut runs = 0;
+    loop {
+        let mut calls = 0;
+        let result = quantize(&source, &broken, &calibration(), &options, Threads::new(1), &mut |_| {
+            calls += 1;
+            if calls == 40 { Err(Error::new(ErrorKind::Cancelled, "enough")) } else { Ok(()) }
+        });
+        runs += 1;
+        match result {
+            Ok(_) => break,
+            Err(error) => assert!(error.kind() == ErrorKind::Cancelled && !broken.exists()),
+        }
+        assert!(runs < 40, "it gets nowhere");
+    }
+    assert!(runs > 2, "{runs} runs of {calls} calls");
+    for file in ["model.safetensors", "config.json", "awqua_report.json"] {
+        assert_eq!(std::fs::read(whole.join(file)).unwrap(), std::fs::read(broken.join(file)).unwrap(), "{file}");
+    }
+}
+
+#[test]
+fn a_module_that_stays_dense_keeps_its_function_when_scales_are_folded() {
+    let folder = Folder::new();
+    let out = folder.path().join("out");
+    let dense = ["self_attn.v_proj", "mlp.up_proj", "self_attn.k_proj"];
+    let bits_of = (0..3).flat_map(|layer| dense.map(|module| (format!("model.layers.{layer}.{module}"), 16))).collect();
+    run(&fixture("qwen2"), &out, &QuantizeOptions { bits_of, ..options(Method::Awq, 8) }).unwrap();
+    let found = evaluate(&fixture("qwen2"), &out, nll_ids("qwen2"));
+    assert!(found.kl_mean < 1e-3, "{}", found.kl_mean);
+}
+
+#[test]
+fn bits_follow_the_measured_loss_and_meet_the_budget() {
+    let folder = Folder::new();
+    let source = fixture("qwen3");
+    let group = GroupSize::Features(32);
+    let measure = |granularity, threads| {
+        mixed::measure(&source, &calibration(), group, granularity, Threads::new(threads), &mut |_, _| Ok(())).unwrap()
+    };
+    let sensitivity = measure(Granularity::Fused, 2);
+    assert_eq!(sensitivity, measure(Granularity::Fused, 1));
+    assert_eq!(sensitivity.units.len(), 3 * 4);
+    assert_eq!(measure(Granularity::Module, 2).units.len(), 3 * 7);
+    for unit in &sensitivity.units {
+        assert!(unit.losses.is_sorted_by(|a, b| a >= b) && unit.losses[0] > 0.0, "{unit:?}");
+    }
+    let mut losses = Vec::new();
+    for (i, target) in [3.0, 4.0].into_iter().enumerate() {
+        let allocation = sensitivity.for_mean_bits(target).unwrap();
+        assert!(allocation.mean_bits <= target + 1e-6);
+        let out = folder.path().join(format!("{i}"));
+        let format = if i == 0 { Format::PackQuantized } else { Format::GptqV2 };
+        let options = QuantizeOptions { bits_of: allocation.bits_of, format, ..options(Method::Gptq, 4) };
+        let plan = plan(&source, &calibration(), &options, Threads::new(1)).unwrap();
+        run(&source, &out, &options).unwrap();
+        let written = Checkpoint::open(&out).unwrap().bytes_on_disk();
+        assert_eq!(plan.packed_bytes().unwrap(), written);
+        losses.push(evaluate(&source, &out, nll_ids("qwen3")).kl_mean);
+        // Modules that engines fuse have the same bits.
+        let bits = |module: &str| options.bits_of[&format!("model.layers.1.{module}")];
+        assert_eq!(bits("self_attn.q_proj"), bits("self_attn.v_proj"));
+    }
+    assert!(losses[1] < losses[0], "{losses:?}");
+}
+
+#[test]
+fn a_text_unlike_the_calibration_is_told_from_one_like_it() {
+    let folder = Folder::new();
+    let out = folder.path().join("out");
+    let ids = |seed: u64, first: usize| -> Vec<Vec<u32>> {
+        let mut random = Random::new(seed);
+        (0..6).map(|_| (0..60).map(|_| (first + random.below(4)) as u32).collect()).collect()
+    };
+    let calibration = Calibration::of_ids("low", ids(1, 0));
+    quantize(&fixture("qwen2"), &out, &calibration, &options(Method::Awq, 4), Threads::new(2), &mut |_| Ok(()))
+        .unwrap();
+    let shift = |ids: Vec<Vec<u32>>| check::check(&out, &ids, Threads::new(2), &mut |_, _| Ok(())).unwrap();
+    let (like, unlike) = (shift(ids(2, 0)), shift(ids(3, 300)));
+    assert!(!like.differs && unlike.differs && unlike.ratio > 2.0 * like.ratio, "{} {}", like.ratio, unlike.ratio);
+    assert_eq!(like.sites.len(), 3 * 4);
+
+    std::fs::write(out.join(check::FILE), b"not a record").unwrap();
+    let check = || check::check(&out, &ids(2, 0), Threads::new(1), &mut |_, _| Ok(())).unwrap_err();
+    assert_eq!(check().kind(), ErrorKind::InvalidFile);
+    std::fs::remove_file(out.join(check::FILE)).unwrap();
+    assert_eq!(check().kind(), ErrorKind::Unsupported);
+}
+
+#[test]
+fn a_task_costs_the_bits_that_the_likelihood_says() {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/formats/fp16");
+    let checkpoint = Checkpoint::open(&dir).unwrap();
+    let tokenizer = Tokenizer::from_checkpoint(&checkpoint, 512).unwrap().unwrap();
+    let (context, continuation) = ("The borrow checker", " refuses two mutable references to one value.");
+    let request = |continuation: &str, question| Request {
+        context: context.into(),
+        continuation: continuation.into(),
+        question,
+        label: Some(0),
+    };
+    let requests = [request(continuation, 0), request(" zzzz", 0), request(continuation, 1)];
+    let threads = Threads::new(2);
+    let found = tasks::score(&dir, "t", &requests, &tokenizer, threads, &mut |_, _| Ok(())).unwrap();
+    assert_eq!((found.questions, found.requests, found.accuracy_unconditional), (2, 3, None));
+    assert!(found.accuracy.is_some());
+
+    let before = tokenizer.encode(context, false).unwrap().len();
+    let ids = tokenizer.encode(&format!("{context}{continuation}"), false).unwrap();
+    let nll = |ids: &[u32]| {
+        let windows = vec![ids.to_vec()];
+        let streams = Streams::compute(&dir, &windows, threads, &mut |_, _| Ok(())).unwrap();
+        let found = compare(&streams, &streams, &windows, 0, &mut |_, _| Ok(())).unwrap();
+        found.candidate.nll * (ids.len() - 1) as f64
+    };
+    let expected = (nll(&ids) - nll(&ids[..before])) / std::f64::consts::LN_2 / continuation.len() as f64;
+    assert!((found.bits_per_byte - expected).abs() < 1e-4, "{} {expected}", found.bits_per_byte);
+}
+
+#[test]
+fn layers_drift_apart_and_the_page_shows_it() {
+    let folder = Folder::new();
+    let out = folder.path().join("out");
+    let source = fixture("qwen2");
+    run(&source, &out, &options(Method::Rtn, 4)).unwrap();
+    let windows = vec![nll_ids("qwen2")];
+    let (a, b, layers) = Streams::compute_pair(&source, &out, &windows, Threads::new(2), &mut |_, _| Ok(())).unwrap();
+    assert_eq!(layers.len(), 3);
+    assert!(layers.iter().all(|l| l.relative_error > 1e-3 && l.relative_error < 1.0), "{layers:?}");
+    let mut found = compare(&a, &b, &windows, 2, &mut |_, _| Ok(())).unwrap();
+    found.layers = Some(layers);
+    let (candidate_dir, reference_dir) = ("<candidate>".to_owned(), "reference".to_owned());
+    let page = html(&Evaluation { candidate_dir, reference_dir, comparison: Some(found), tasks: vec![] }, None);
+    assert!(page.contains("&lt;candidate&gt;") && page.matches("<svg").count() == 5 && !page.contains("NaN"));
+    assert!(!page.contains("http://") || page.matches("http://").count() == page.matches("http://www.w3.org").count());
 }
 
 #[test]

@@ -6,8 +6,8 @@
 use std::sync::Arc;
 
 use awqua::backend::{
-    AttentionShape, Backend, BufferDesc, BufferId, KvType, LogitsRows, Op, Program, Rows, Runner, RunnerConfig, Step,
-    WeightId, cpu,
+    AttentionShape, Backend, BufferDesc, BufferId, KvType, LogitsRows, NormKind, Op, Program, Rows, Runner,
+    RunnerConfig, Step, WeightId, cpu,
 };
 use awqua::tensor::{
     BlockMatrix, Bytes, DenseType, GgmlType, Levels, Offset, PackedMatrix, W4Matrix, Weight, row_words,
@@ -136,17 +136,20 @@ fn model(make: Make, rng: &mut Rng) -> (Program, Vec<Weight>) {
         rows,
     };
     let ops = vec![
-        Op::Embed { table: id(0), out: hidden },
+        Op::Embed { table: id(0), out: hidden, scale: 1.5 },
         linear(hidden, 1, Some(id(2)), up, false, Rows::All),
         Op::Arrange { x: up, order: Some(id(5)), factors: Some(id(6)), out: moved, rows: Rows::All },
         linear(moved, 3, None, hidden, true, Rows::All),
-        Op::RmsNorm {
+        Op::Norm {
+            kind: NormKind::Rms,
             x: hidden.into(),
             weight: id(8),
+            bias: None,
             out: last.into(),
             dim: HIDDEN as u32,
             segments: 1,
             eps: 1e-6,
+            accumulate: false,
             rows: Rows::Logits,
         },
         Op::Arrange { x: last, order: Some(id(7)), factors: None, out: arranged, rows: Rows::Compacted },

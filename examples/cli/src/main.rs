@@ -60,6 +60,8 @@ enum Command {
     Import(commands::import::Args),
     /// Pack a floating-point checkpoint to 4 bits
     Quantize(commands::quantize::Args),
+    /// Compare a text's activations with those of a packed checkpoint's calibration
+    CalibCheck(commands::calibration::CheckArgs),
     /// Write a checkpoint of a real shape with random weights, for measurements
     Synth(commands::synth::Args),
 }
@@ -83,6 +85,7 @@ fn main() -> ExitCode {
         Command::Verify(args) => (args.json, commands::verify::run(&args)),
         Command::Import(args) => (args.json, commands::import::run(&args)),
         Command::Quantize(args) => (args.json, commands::quantize::run(&args)),
+        Command::CalibCheck(args) => (args.json, commands::calibration::run(&args)),
         Command::Synth(args) => (false, commands::synth::run(&args)),
     };
     match result {

@@ -309,6 +309,62 @@ fn quantize_makes_a_checkpoint_that_verifies_and_runs() {
 }
 
 #[test]
+fn eval_scores_texts_and_tasks_and_writes_a_page() {
+    let folder = scratch("eval");
+    let path = |name: &str| folder.join(name).to_str().unwrap().to_owned();
+    let source = fixture("formats/fp16");
+    let chats = concat!(
+        r#"{"text": "Ownership is how a program knows who frees a value, and borrowing lends it out for a while."}"#,
+        "\n\"A second text, which is as plain as the first one and a little longer, so that there is something to read.\"\n"
+    );
+    std::fs::write(path("calib.jsonl"), chats.repeat(8)).unwrap();
+    let out = path("packed");
+    let target = ["--target-bits", "3.5", "--curve", &path("curve.svg"), "--sensitivity", &path("loss.json")];
+    let mut args = vec!["quantize", &source, "--out", &out, "--method", "awq-gptq", "--group-size", "64", "--json"];
+    let calib = path("calib.jsonl");
+    args.extend(["--calib", &calib, "--calib-length", "64"]);
+    args.extend(target);
+    let report = json(&args);
+    let mean = report["allocation"]["mean_bits"].as_f64().unwrap();
+    assert!(mean > 2.5 && mean <= 3.5 + 1e-6, "{mean}");
+    assert!(std::fs::read_to_string(path("curve.svg")).unwrap().starts_with("<svg"));
+    assert!(std::fs::read_to_string(path("loss.json")).unwrap().contains("losses"));
+
+    let requests = concat!(
+        r#"{"context": "Ownership is how", "continuation": " a program", "label": true}"#,
+        "\n",
+        r#"{"context": "Ownership is how", "continuation": " zzzzz", "label": false}"#,
+    );
+    std::fs::write(path("task.jsonl"), requests).unwrap();
+    std::fs::write(path("text.txt"), "Ownership is how a program knows who frees a value. ".repeat(20)).unwrap();
+    let (text, task, page) = (path("text.txt"), path("task.jsonl"), path("page.html"));
+    let evaluate = ["eval", &out, "--reference", &source, "--text", &text, "--ctx", "64", "--task", &task];
+    let found = json(&[&evaluate[..], &["--html", &page, "--json"]].concat());
+    for key in ["kl_mean", "kl_p99", "kl_max", "agreement"] {
+        assert!(found[key].as_f64().is_some_and(|v| v >= 0.0), "{key}: {found}");
+    }
+    assert_eq!(found["layers"].as_array().unwrap().len(), 2);
+    assert_eq!(found["tasks"].as_array().unwrap().len(), 2, "both models");
+    let page = std::fs::read_to_string(page).unwrap();
+    assert!(page.contains("task.jsonl") && page.contains("<svg"));
+    let plain = output(&evaluate);
+    assert!(text_of(&plain).contains("KL mean") && text_of(&plain).contains("bits a byte"));
+
+    let shift = json(&["calib-check", &out, "--calib", &calib, "--calib-length", "64", "--json"]);
+    assert_eq!(shift["differs"], false, "{}", shift["ratio"]);
+    let (code, error) = failure(&["calib-check", &source, "--json"]);
+    assert_eq!((code, &error["kind"]), (4, &"unsupported".into()));
+    let (code, error) = failure(&["quantize", &source, "--out", &path("x"), "--target-size", "1kB", "--json"]);
+    assert_eq!((code, &error["kind"]), (1, &"invalid_input".into()), "{error}");
+    let (code, _) = failure(&["quantize", &source, "--out", &path("x"), "--calib-domain", "nonsense", "--json"]);
+    assert_eq!(code, 1);
+}
+
+fn text_of(output: &std::process::Output) -> &str {
+    text(&output.stdout)
+}
+
+#[test]
 fn demo_tells_a_story_when_nothing_can_be_downloaded() {
     let cache = scratch("demo");
     let demo = |args: &[&str]| awqua(args).env("AWQUA_CACHE", &cache).output().unwrap();

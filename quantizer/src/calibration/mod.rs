@@ -5,9 +5,15 @@ use awqua::{Error, ErrorKind, Result};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
+pub mod check;
+mod file;
 mod standard;
 
+pub use file::read_texts;
 pub use standard::{DOMAINS, Domain};
+
+/// Fewest tokens of a sequence that is cut from a text.
+pub const MIN_TOKENS: usize = 32;
 
 /// Sequences of tokens that a model is calibrated with.
 #[derive(Debug, Clone, Default)]
@@ -29,38 +35,40 @@ impl Calibration {
         Self { name: name.to_owned(), sequences }
     }
 
-    /// The set that comes with the quantizer, see [`DOMAINS`].
+    /// The set that comes with the quantizer, or only the named ones of its [`DOMAINS`].
     ///
     /// # Errors
-    /// As [`Self::of_texts`].
-    pub fn standard(tokenizer: &Tokenizer, count: usize, length: usize) -> Result<Self> {
-        let texts: Vec<String> = DOMAINS.iter().map(|domain| domain.text.to_owned()).collect();
-        Self::of_texts("standard", &texts, tokenizer, count, length)
+    /// As [`Self::of_texts`]; [`ErrorKind::InvalidInput`] for a domain that there is none of.
+    pub fn standard(tokenizer: &Tokenizer, domains: &[String], count: usize, length: usize) -> Result<Self> {
+        let chosen: Vec<&Domain> = match domains.is_empty() {
+            true => DOMAINS.iter().collect(),
+            false => domains.iter().map(|name| Domain::named(name)).collect::<Result<_>>()?,
+        };
+        let texts: Vec<String> = chosen.iter().map(|domain| domain.text.to_owned()).collect();
+        let name = if domains.is_empty() { "standard".to_owned() } else { domains.join(",") };
+        Self::of_texts(&name, &texts, tokenizer, count, length)
     }
 
-    /// Cuts texts into sequences of `length` tokens and takes `count` of them, spread evenly over all texts.
+    /// Cuts texts into sequences of `length` tokens and takes at most `count` of them, spread evenly over all texts. The
+    /// end of a text becomes a shorter sequence unless next to nothing is left.
     ///
     /// # Errors
-    /// [`ErrorKind::Tokenizer`], or [`ErrorKind::InvalidInput`] if there is not a single token.
+    /// [`ErrorKind::Tokenizer`], or [`ErrorKind::InvalidInput`] if no text has as many as [`MIN_TOKENS`] tokens.
     pub fn of_texts(name: &str, texts: &[String], tokenizer: &Tokenizer, count: usize, length: usize) -> Result<Self> {
-        let mut sequences = Vec::new();
+        let mut sequences: Vec<Vec<u32>> = Vec::new();
         for text in texts {
             let ids = tokenizer.encode(text, false)?;
-            let whole = ids.chunks_exact(length.max(2));
-            let rest = whole.remainder();
+            let whole = ids.chunks(length.max(MIN_TOKENS)).filter(|ids| ids.len() >= MIN_TOKENS);
             sequences.extend(whole.map(<[u32]>::to_vec));
-            // What does not fill a sequence still counts where a text is short.
-            if rest.len() >= 32 && ids.len() < length {
-                sequences.push(rest.to_vec());
-            }
         }
         if sequences.is_empty() {
-            let message = format!("`{name}` has less than 32 tokens in every text: nothing to calibrate with");
+            let message =
+                format!("`{name}` has less than {MIN_TOKENS} tokens in every text: nothing to calibrate with");
             return Err(Error::new(ErrorKind::InvalidInput, message));
         }
         let total = sequences.len();
         let taken = count.clamp(1, total);
-        let sequences = (0..taken).map(|i| sequences[i * total / taken].clone()).collect();
+        let sequences = (0..taken).map(|i| std::mem::take(&mut sequences[i * total / taken])).collect();
         Ok(Self { name: name.to_owned(), sequences })
     }
 

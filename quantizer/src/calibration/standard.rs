@@ -3,6 +3,8 @@
 //! All of it was written for this project, or is its own source code, and has its licence. Several domains, because a
 //! model calibrated with one does worse in the others.
 
+use awqua::{Error, ErrorKind, Result};
+
 /// A kind of text.
 #[derive(Debug, Clone, Copy)]
 pub struct Domain {
@@ -10,6 +12,20 @@ pub struct Domain {
     pub name: &'static str,
     /// The text.
     pub text: &'static str,
+}
+
+impl Domain {
+    /// The domain of this name.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`] listing the names.
+    pub fn named(name: &str) -> Result<&'static Self> {
+        DOMAINS.iter().find(|domain| domain.name == name).ok_or_else(|| {
+            let names: Vec<&str> = DOMAINS.iter().map(|domain| domain.name).collect();
+            let message = format!("no calibration domain `{name}`; there are {}", names.join(", "));
+            Error::new(ErrorKind::InvalidInput, message)
+        })
+    }
 }
 
 /// Every domain of the default set.

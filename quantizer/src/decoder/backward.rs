@@ -14,6 +14,8 @@ pub struct Gradients {
     pub input_norm: Vec<f32>,
     /// (hidden).
     pub post_norm: Vec<f32>,
+    /// (n) each, in the order of [`Slot::ALL`]; empty where there is none.
+    pub biases: Vec<Vec<f32>>,
 }
 
 /// What the forward pass of one sequence leaves for the backward pass.
@@ -71,14 +73,20 @@ impl Decoder {
         }
     }
 
-    /// Adds to `gradients` those of a loss whose gradient by the block's output is `d_out` (length, hidden).
-    pub(crate) fn backward(&self, block: &Block, trace: &Trace, d_out: &[f32], gradients: &mut Gradients) {
+    /// Adds to `gradients` those of a loss whose gradient by the block's output is `d_out` (length, hidden), and returns
+    /// the gradient by the block's input.
+    pub(crate) fn backward(&self, block: &Block, trace: &Trace, d_out: &[f32], gradients: &mut Gradients) -> Vec<f32> {
         let threads = self.threads;
         let eps = self.config.rms_norm_eps;
         let add = |slot: Slot, d: &[f32], x: &[f32], gradients: &mut Gradients| {
             let linear = block.linear(slot);
-            let (d, x) = (View::new(d, linear.n), View::new(x, linear.k));
+            let (rows, d, x) = (d, View::new(d, linear.n), View::new(x, linear.k));
             gemm(threads, 1.0, d.t(), x, 1.0, &mut gradients.weights[slot as usize], linear.k);
+            if linear.bias.is_some() {
+                for row in rows.chunks_exact(linear.n) {
+                    gradients.biases[slot as usize].iter_mut().zip(row).for_each(|(sum, d)| *sum += d);
+                }
+            }
         };
 
         let mut d_middle = d_out.to_vec();
@@ -104,7 +112,7 @@ impl Decoder {
         for (d, more) in d_normed.iter_mut().zip(through(threads, block, Slot::Up, &d_up)) {
             *d += more;
         }
-        norm_back(&trace.middle, &block.post_norm, eps, &d_normed, &mut gradients.post_norm, Some(&mut d_middle));
+        norm_back(&trace.middle, &block.post_norm, eps, &d_normed, &mut gradients.post_norm, &mut d_middle);
 
         add(Slot::O, &d_middle, &trace.attended, gradients);
         let d_attended = through(threads, block, Slot::O, &d_middle);
@@ -116,7 +124,7 @@ impl Decoder {
             if let Some(norm) = norm {
                 let mut through_norm = vec![0.0; d.len()];
                 // The norm itself is not learned.
-                norm_back(raw, norm, eps, d, &mut vec![0.0; norm.len()], Some(&mut through_norm));
+                norm_back(raw, norm, eps, d, &mut vec![0.0; norm.len()], &mut through_norm);
                 *d = through_norm;
             }
         }
@@ -129,7 +137,8 @@ impl Decoder {
             let (d, w) = (View::new(d, linear.n), View::new(&linear.weight, linear.k));
             gemm(threads, 1.0, d, w, 1.0, &mut d_normed, linear.k);
         }
-        norm_back(&trace.x, &block.input_norm, eps, &d_normed, &mut gradients.input_norm, None);
+        norm_back(&trace.x, &block.input_norm, eps, &d_normed, &mut gradients.input_norm, &mut d_middle);
+        d_middle
     }
 }
 
@@ -140,13 +149,14 @@ impl Gradients {
             weights: block.linears.iter().map(|linear| vec![0.0; linear.weight.len()]).collect(),
             input_norm: vec![0.0; block.input_norm.len()],
             post_norm: vec![0.0; block.post_norm.len()],
+            biases: block.linears.iter().map(|l| vec![0.0; l.bias.as_ref().map_or(0, Vec::len)]).collect(),
         }
     }
 
     /// Sets everything to zero.
     pub fn clear(&mut self) {
         let norms = [&mut self.input_norm, &mut self.post_norm];
-        self.weights.iter_mut().chain(norms).for_each(|gradient| gradient.fill(0.0));
+        self.weights.iter_mut().chain(&mut self.biases).chain(norms).for_each(|gradient| gradient.fill(0.0));
     }
 }
 
@@ -158,8 +168,8 @@ fn through(threads: Threads, block: &Block, slot: Slot, d: &[f32]) -> Vec<f32> {
     out
 }
 
-/// Gradients of a norm: `d_weight` of its weight, and added to `d_x`, if given, that of its input.
-fn norm_back(x: &[f32], weight: &[f32], eps: f32, d: &[f32], d_weight: &mut [f32], mut d_x: Option<&mut [f32]>) {
+/// Adds the gradients of a norm: to `d_weight` that of its weight, to `d_x` that of its input.
+pub(super) fn norm_back(x: &[f32], weight: &[f32], eps: f32, d: &[f32], d_weight: &mut [f32], d_x: &mut [f32]) {
     let dim = weight.len();
     for (row, (x, d)) in x.chunks_exact(dim).zip(d.chunks_exact(dim)).enumerate() {
         let factor = inverse_rms(x, eps);
@@ -168,11 +178,9 @@ fn norm_back(x: &[f32], weight: &[f32], eps: f32, d: &[f32], d_weight: &mut [f32
             *d_weight += d * x * factor;
             inner += d * w * x;
         }
-        if let Some(d_x) = d_x.as_deref_mut() {
-            let common = inner * factor * factor * factor / dim as f32;
-            for (((out, &x), &d), &w) in d_x[row * dim..].iter_mut().zip(x).zip(d).zip(weight) {
-                *out += d * w * factor - common * x;
-            }
+        let common = inner * factor * factor * factor / dim as f32;
+        for (((out, &x), &d), &w) in d_x[row * dim..].iter_mut().zip(x).zip(d).zip(weight) {
+            *out += d * w * factor - common * x;
         }
     }
 }
@@ -201,7 +209,7 @@ mod tests {
             decoder.forward(&block, &mut expected_out, &mut |_, _| {});
             assert!(trace.out.iter().zip(&expected_out).all(|(a, b)| (a - b).abs() < 1e-4));
             let mut gradients = Gradients::zeros(&block);
-            decoder.backward(&block, &trace, &d_out, &mut gradients);
+            let d_x = decoder.backward(&block, &trace, &d_out, &mut gradients);
 
             // Along a random direction in the weights of each module, the slope is the inner product.
             let check = |name: &str, gradient: &[f32], change: &dyn Fn(&mut Block, &[f32], f32)| {
@@ -222,6 +230,20 @@ mod tests {
                     add(&mut block.linear_mut(slot).weight, direction, step);
                 });
             }
+            let slope = |d_x: &[f32], direction: &[f32]| -> f64 {
+                d_x.iter().zip(direction).map(|(g, d)| f64::from(g * d)).sum()
+            };
+            let direction = Random::new(22).normals(x.len());
+            let at = |step: f32| {
+                let mut out: Vec<f32> = x.iter().zip(&direction).map(|(x, d)| x + step * d).collect();
+                decoder.forward(&block, &mut out, &mut |_, _| {});
+                out.iter().zip(&d_out).map(|(o, d)| f64::from(o * d)).sum::<f64>()
+            };
+            let (found, measured) = (slope(&d_x, &direction), (at(1e-3) - at(-1e-3)) / 2e-3);
+            assert!((found - measured).abs() < 0.02 * measured.abs().max(1.0), "input: {found} against {measured}");
+            check("bias", &gradients.biases[Slot::Q as usize], &|block, d, step| {
+                add(block.linear_mut(Slot::Q).bias.as_mut().unwrap(), d, step);
+            });
             check("input_norm", &gradients.input_norm, &|block, d, step| add(&mut block.input_norm, d, step));
             check("post_norm", &gradients.post_norm, &|block, d, step| add(&mut block.post_norm, d, step));
         }

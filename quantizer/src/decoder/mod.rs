@@ -16,6 +16,7 @@ mod forward;
 mod head;
 
 pub use backward::Gradients;
+pub(crate) use backward::Trace;
 pub use head::Head;
 
 /// The linear modules of a block, in the order of [`Block::linears`].
@@ -65,6 +66,16 @@ pub enum Site {
 impl Site {
     /// Every site.
     pub const ALL: [Self; 4] = [Self::Attention, Self::Attended, Self::Mlp, Self::Activated];
+
+    /// Name in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Attention => "attention",
+            Self::Attended => "attended",
+            Self::Mlp => "mlp",
+            Self::Activated => "activated",
+        }
+    }
 
     /// The linear modules that read it.
     pub fn slots(self) -> &'static [Slot] {
@@ -122,11 +133,12 @@ impl Decoder {
     /// The decoder of a checkpoint, for sequences of at most `length` tokens.
     ///
     /// # Errors
-    /// Those of [`ModelConfig::from_json`].
+    /// Those of [`ModelConfig::from_json`] and [`ModelConfig::require_plain`].
     pub fn new(checkpoint: &Checkpoint, length: usize, threads: Threads) -> Result<Self> {
         let config = ModelConfig::from_json(checkpoint.config())
+            .and_then(|config| config.require_plain().map(|()| config))
             .map_err(|error| error.in_file(checkpoint.dir().join("config.json")))?;
-        let rope = config.rope.rows(0, length, length);
+        let rope = config.ropes[0].rows(0, length, length);
         Ok(Self { config, threads, rope })
     }
 
@@ -240,6 +252,18 @@ impl Decoder {
 }
 
 impl Block {
+    /// Everything but the linear modules.
+    pub(crate) fn without_linears(&self) -> Self {
+        Self {
+            layer: self.layer,
+            input_norm: self.input_norm.clone(),
+            post_norm: self.post_norm.clone(),
+            q_norm: self.q_norm.clone(),
+            k_norm: self.k_norm.clone(),
+            linears: Vec::new(),
+        }
+    }
+
     /// The linear module in a slot.
     pub fn linear(&self, slot: Slot) -> &Linear {
         &self.linears[slot as usize]
@@ -261,7 +285,7 @@ pub(crate) fn tiny(seed: u64, head_norms: bool) -> (Decoder, Block) {
         "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 32, "rms_norm_eps": 1e-6,
     });
     let config = ModelConfig::from_json(&config).expect("a valid configuration");
-    let rope = config.rope.rows(0, 64, 64);
+    let rope = config.ropes[0].rows(0, 64, 64);
     let decoder = Decoder { config, threads: Threads::new(2), rope };
     let mut random = Random::new(seed);
     let mut around_one = |n: usize| random.normals(n).iter().map(|v| 1.0 + 0.2 * v).collect::<Vec<f32>>();

@@ -77,6 +77,68 @@ fn diagonal(rows: &mut [f32], start: usize, width: usize, k: usize) -> Result<()
     Ok(())
 }
 
+/// Overwrites every row of `b` (m, k) with its product with the inverse of R Rᵀ, R upper triangular as
+/// [`reverse_cholesky`] leaves it.
+///
+/// # Panics
+/// If the shapes do not fit.
+pub fn solve_rows(threads: Threads, r: &[f32], k: usize, b: &mut [f32]) {
+    const BLOCK: usize = 96;
+    assert!(r.len() == k * k && b.len().is_multiple_of(k), "whole rows of one width");
+    let starts: Vec<usize> = (0..k).step_by(BLOCK).collect();
+    let mut sums = vec![0.0; b.len() / k * BLOCK.min(k)];
+    // Y Rᵀ = B, from the last column to the first.
+    for &start in starts.iter().rev() {
+        let end = k.min(start + BLOCK);
+        let width = end - start;
+        let sums = &mut sums[..b.len() / k * width];
+        if end < k {
+            let right = View::strided(&r[start * k + end..(end - 1) * k + k], k - end, k);
+            gemm(threads, 1.0, View::strided(&b[end..], k - end, k), right.t(), 0.0, sums, width);
+        } else {
+            sums.fill(0.0);
+        }
+        let sums = &*sums;
+        threads.rows(b, k, |first, rows| {
+            for (row, sums) in rows.chunks_exact_mut(k).zip(sums[first * width..].chunks_exact(width)) {
+                for j in (0..width).rev() {
+                    let r = &r[(start + j) * k + start..][..width];
+                    let tail = dot(&row[start + j + 1..end], &r[j + 1..]);
+                    row[start + j] = (row[start + j] - sums[j] - tail) / r[j];
+                }
+            }
+        });
+    }
+    // Z R = Y, from the first column to the last.
+    for &start in &starts {
+        let end = k.min(start + BLOCK);
+        let width = end - start;
+        let sums = &mut sums[..b.len() / k * width];
+        if start > 0 {
+            let above = View::strided(&r[start..(start - 1) * k + end], width, k);
+            gemm(threads, 1.0, View::strided(b, start, k), above, 0.0, sums, width);
+        } else {
+            sums.fill(0.0);
+        }
+        let sums = &*sums;
+        threads.rows(b, k, |first, rows| {
+            for (row, sums) in rows.chunks_exact_mut(k).zip(sums[first * width..].chunks_exact(width)) {
+                for (value, sum) in row[start..end].iter_mut().zip(sums) {
+                    *value -= sum;
+                }
+                for j in 0..width {
+                    let r = &r[(start + j) * k + start..][..width];
+                    let z = row[start + j] / r[j];
+                    row[start + j] = z;
+                    for (value, r) in row[start + j + 1..end].iter_mut().zip(&r[j + 1..]) {
+                        *value -= z * r;
+                    }
+                }
+            }
+        });
+    }
+}
+
 /// Adds `damp` times the mean of the diagonal to the diagonal and factorises, ten times more for every failure.
 /// Returns the factor and the share that was added, or `None` if the matrix is not finite.
 pub(crate) fn damped_factor(threads: Threads, gram: &[f32], k: usize, damp: f32) -> Option<(Vec<f32>, f32)> {
@@ -123,6 +185,24 @@ mod tests {
             let worst = gram.iter().zip(&back).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
             assert!(worst < 1e-4 * (2 * k) as f32, "{k}: {worst}");
             assert!((0..k).all(|i| r[i * k..i * k + i].iter().all(|&v| v == 0.0)));
+        }
+    }
+
+    #[test]
+    fn solved_rows_times_the_matrix_are_the_rows() {
+        for k in [1, 96, 100, 230] {
+            let x = Random::new(k as u64).normals(3 * k * k);
+            let mut gram = vec![0.0; k * k];
+            add_gram(Threads::new(2), &x, k, &mut gram);
+            mirror(&mut gram, k);
+            let mut r = gram.clone();
+            reverse_cholesky(Threads::new(2), &mut r, k).unwrap();
+            let b = Random::new(5).normals(7 * k);
+            let mut z = b.clone();
+            solve_rows(Threads::new(2), &r, k, &mut z);
+            let mut back = vec![0.0; b.len()];
+            gemm(Threads::new(1), 1.0, View::new(&z, k), View::new(&gram, k), 0.0, &mut back, k);
+            assert!(b.iter().zip(&back).all(|(a, b)| (a - b).abs() < 1e-3), "{k}");
         }
     }
 

@@ -5,7 +5,7 @@
 mod cholesky;
 
 pub(crate) use cholesky::damped_factor;
-pub use cholesky::{NotPositive, reverse_cholesky};
+pub use cholesky::{NotPositive, reverse_cholesky, solve_rows};
 
 /// How many threads a computation may use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

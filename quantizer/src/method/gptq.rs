@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Moments;
 use crate::grid::{Grid, Step, extremes};
-use crate::math::{Threads, View, damped_factor, gemm, vectorized};
+use crate::math::{Threads, View, damped_factor, gemm, solve_rows, vectorized};
 
 /// How errors are compensated.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -60,6 +60,15 @@ impl Factor {
         });
         let (r, damp) = damped_factor(threads, &gram, k, options.damp)?;
         Some(Self { k, order, r, damp })
+    }
+
+    /// Overwrites every row of `b` (m, k) with its product with the inverse of the damped matrix.
+    ///
+    /// # Panics
+    /// If the factor is in another order than the file's.
+    pub(crate) fn solve(&self, threads: Threads, b: &mut [f32]) {
+        assert!(self.order.is_sorted(), "solved in the order of the file");
+        solve_rows(threads, &self.r, self.k, b);
     }
 }
 
@@ -230,7 +239,7 @@ mod tests {
         let x = inputs(900, k);
         let w = Random::new(12).normals(n * k);
         let mut moments = Moments::new(k, k);
-        moments.add(Threads::new(2), &x);
+        moments.add(Threads::new(2), &x, None);
         let grid = Grid { bits: 3, group_size: Some(64), symmetric: false };
         let steps = grid.spans(&w, k);
         let options = Options { damp: 0.01, act_order: false };
@@ -249,7 +258,7 @@ mod tests {
         let x = inputs(1000, k);
         let w = Random::new(13).normals(n * k);
         let mut moments = Moments::new(k, k);
-        moments.add(Threads::new(2), &x);
+        moments.add(Threads::new(2), &x, None);
         for group_size in [Some(32), Some(128), None] {
             for bits in [2, 3, 4, 8] {
                 let grid = Grid { bits, group_size, symmetric: bits == 4 };
@@ -274,7 +283,7 @@ mod tests {
         let mut x = inputs(10, k);
         x.chunks_exact_mut(k).for_each(|row| row[5..40].fill(0.0));
         let mut moments = Moments::new(k, k);
-        moments.add(Threads::new(1), &x);
+        moments.add(Threads::new(1), &x, None);
         let factor = Factor::new(Threads::new(1), &moments, Options::default()).unwrap();
         let grid = Grid { bits: 4, group_size: Some(32), symmetric: false };
         let w = Random::new(14).normals(4 * k);

@@ -45,8 +45,8 @@ impl Options {
 /// One block and what it should compute.
 pub(crate) struct Problem<'a> {
     pub decoder: &'a Decoder,
-    /// The block before rounding.
-    pub scaled: &'a Block,
+    /// Weights before rounding, in the order of [`Slot::ALL`].
+    pub meant: &'a [&'a [f32]],
     /// What enters it, (length, hidden) a sequence.
     pub inputs: &'a [Vec<f32>],
     /// What should leave it.
@@ -80,9 +80,7 @@ pub(crate) fn learn(
     let hidden = decoder.config.hidden_size;
     let mut learners: Vec<Learner> = Slot::ALL
         .iter()
-        .filter_map(|&slot| {
-            Some(Learner::new(slot, packed[slot as usize].take()?, &problem.scaled.linear(slot).weight))
-        })
+        .filter_map(|&slot| Some(Learner::new(slot, packed[slot as usize].take()?, problem.meant[slot as usize])))
         .collect();
     let mut norms = [NormLearner::new(&block.input_norm), NormLearner::new(&block.post_norm)];
     let mut random = Random::new(seed);
@@ -296,7 +294,8 @@ mod tests {
                 })
                 .collect();
             let before = output_error(&decoder, &block, &inputs, &targets);
-            let problem = Problem { decoder: &decoder, scaled: &exact, inputs: &inputs, targets: &targets };
+            let meant: Vec<&[f32]> = exact.linears.iter().map(|linear| &*linear.weight).collect();
+            let problem = Problem { decoder: &decoder, meant: &meant, inputs: &inputs, targets: &targets };
             learn(&problem, &Options::for_bits(bits), 0, &mut block, &mut packed);
             let after = output_error(&decoder, &block, &inputs, &targets);
             assert!(after < 0.7 * before, "{bits} bits: {after} from {before}");

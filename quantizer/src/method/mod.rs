@@ -6,7 +6,10 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::quantize::tune;
+
 pub mod clip;
+pub mod correct;
 pub mod gptq;
 pub mod learn;
 mod moments;
@@ -23,8 +26,29 @@ pub struct Recipe {
     pub clip: bool,
     /// Compensate the error of every column in the columns after it (GPTQ).
     pub compensate: Option<gptq::Options>,
+    /// Make up for what earlier rounding did to the inputs, before compensation.
+    #[serde(default)]
+    pub correct: Option<correct::Options>,
+    /// Count tokens by the inverse of their squared size where modules write to the residual stream.
+    #[serde(default)]
+    pub weigh: bool,
     /// Learn rounding and ranges of a block against its output.
     pub learn: Option<learn::Options>,
+    /// Tune scales, norms and biases of the packed model end to end.
+    #[serde(default)]
+    pub tune: Option<tune::Options>,
+}
+
+impl Recipe {
+    /// Whether it looks at calibration tokens.
+    pub fn uses_tokens(&self) -> bool {
+        self.scale || self.clip || self.compensate.is_some() || self.learn.is_some() || self.tune.is_some()
+    }
+
+    /// Whether it follows the unquantized model beside the quantized one.
+    pub fn follows_exact(&self) -> bool {
+        self.correct.is_some() || self.learn.is_some()
+    }
 }
 
 /// A recipe by the name users know it by.
@@ -41,21 +65,33 @@ pub enum Method {
     AwqGptq,
     /// `AwqGptq`, then learned rounding of the family of AutoRound (Cheng et al. 2023).
     Learned,
+    /// `AwqGptq` with weights corrected for what earlier rounding did to their inputs, then scales, norms and biases
+    /// trained end to end.
+    Tuned,
 }
 
 impl Method {
     /// The parts this method is made of, for codes of `bits` bits.
     pub fn recipe(self, bits: u32) -> Recipe {
         let compensate = Some(gptq::Options::default());
-        let none = Recipe { scale: false, clip: false, compensate: None, learn: None };
+        let none =
+            Recipe { scale: false, clip: false, compensate: None, correct: None, weigh: true, learn: None, tune: None };
         match self {
             Self::Rtn => none,
             Self::Awq => Recipe { scale: true, clip: true, ..none },
             Self::Gptq => Recipe { compensate, ..none },
             Self::AwqGptq => Recipe { scale: true, clip: true, compensate, ..none },
             Self::Learned => {
-                Recipe { scale: true, clip: true, compensate, learn: Some(learn::Options::for_bits(bits)) }
+                Recipe { scale: true, clip: true, compensate, learn: Some(learn::Options::for_bits(bits)), ..none }
             }
+            Self::Tuned => Recipe {
+                scale: true,
+                clip: true,
+                compensate,
+                correct: Some(correct::Options::default()),
+                tune: Some(tune::Options::for_bits(bits)),
+                ..none
+            },
         }
     }
 
@@ -67,6 +103,7 @@ impl Method {
             Self::Gptq => "gptq",
             Self::AwqGptq => "awq-gptq",
             Self::Learned => "learned",
+            Self::Tuned => "tuned",
         }
     }
 }

@@ -23,8 +23,14 @@ const SAMPLE_TOKENS: usize = 256;
 pub struct Sample {
     /// Residual streams at the start of a few sequences.
     sequences: Vec<Vec<f32>>,
+    /// Weights of their tokens.
+    sequence_weights: Vec<f32>,
     /// For each [`Site`]: sums of magnitudes, and rows spread over all tokens.
     sites: Vec<SiteSample>,
+    /// Weights of those rows.
+    row_weights: Vec<f32>,
+    stride: usize,
+    tokens: usize,
 }
 
 #[derive(Debug)]
@@ -33,8 +39,6 @@ struct SiteSample {
     tokens: usize,
     magnitudes: Vec<f64>,
     rows: Vec<f32>,
-    /// Every how manyth token is kept.
-    stride: usize,
 }
 
 /// Scales of the input of one site.
@@ -53,29 +57,48 @@ impl Sample {
     pub fn new(decoder: &Decoder, tokens: usize) -> Self {
         let sites = Site::ALL.iter().map(|&site| {
             let width = decoder.width(site);
-            let stride = tokens.div_ceil(SAMPLE_TOKENS).max(1);
-            SiteSample { width, tokens: 0, magnitudes: vec![0.0; width], rows: Vec::new(), stride }
+            SiteSample { width, tokens: 0, magnitudes: vec![0.0; width], rows: Vec::new() }
         });
-        Self { sequences: Vec::new(), sites: sites.collect() }
-    }
-
-    /// Notes the residual stream that enters the block, before [`Decoder::forward`] changes it.
-    pub fn add_sequence(&mut self, decoder: &Decoder, x: &[f32]) {
-        if self.sequences.len() < ATTENTION_SEQUENCES {
-            let wanted = ATTENTION_TOKENS * decoder.config.hidden_size;
-            self.sequences.push(x[..wanted.min(x.len())].to_vec());
+        Self {
+            sequences: Vec::new(),
+            sequence_weights: Vec::new(),
+            sites: sites.collect(),
+            row_weights: Vec::new(),
+            stride: tokens.div_ceil(SAMPLE_TOKENS).max(1),
+            tokens: 0,
         }
     }
 
-    /// Notes activations at a site.
-    pub fn add(&mut self, site: Site, x: &[f32]) {
-        let sample = &mut self.sites[site as usize];
-        for row in x.chunks_exact(sample.width) {
-            if sample.tokens.is_multiple_of(sample.stride) {
-                sample.rows.extend_from_slice(row);
+    /// Runs the unquantized `block` over the residual stream `x` (length, hidden) of a sequence and notes what it sees.
+    /// `weigh` gives the weights of the tokens from what the block puts out.
+    pub fn add(&mut self, decoder: &Decoder, block: &Block, x: &[f32], weigh: impl Fn(&[f32]) -> Vec<f32>) {
+        let hidden = decoder.config.hidden_size;
+        let mut out = x.to_vec();
+        let (stride, sites) = (self.stride, &mut self.sites);
+        decoder.forward(block, &mut out, &mut |site, x| sites[site as usize].add(stride, x));
+        let weights = weigh(&out);
+        for &weight in &weights {
+            if self.tokens.is_multiple_of(stride) {
+                self.row_weights.push(weight);
             }
-            sample.tokens += 1;
-            for (sum, &x) in sample.magnitudes.iter_mut().zip(row) {
+            self.tokens += 1;
+        }
+        if self.sequences.len() < ATTENTION_SEQUENCES {
+            let kept = ATTENTION_TOKENS.min(weights.len());
+            self.sequences.push(x[..kept * hidden].to_vec());
+            self.sequence_weights.extend_from_slice(&weights[..kept]);
+        }
+    }
+}
+
+impl SiteSample {
+    fn add(&mut self, stride: usize, x: &[f32]) {
+        for row in x.chunks_exact(self.width) {
+            if self.tokens.is_multiple_of(stride) {
+                self.rows.extend_from_slice(row);
+            }
+            self.tokens += 1;
+            for (sum, &x) in self.magnitudes.iter_mut().zip(row) {
                 *sum += f64::from(x.abs());
             }
         }
@@ -209,7 +232,7 @@ impl Judge<'_> {
         }
         let (alpha, scales) = best.1.unzip();
         let relative_error = if plain > 0.0 { best.0 / plain } else { 1.0 };
-        (scales, SiteScale { site: format!("{:?}", self.site).to_lowercase(), alpha, relative_error })
+        (scales, SiteScale { site: self.site.name().to_owned(), alpha, relative_error })
     }
 
     /// For every input channel, the mean over rows of |w| relative to the largest of its group.
@@ -233,7 +256,7 @@ impl Judge<'_> {
 
     /// Squared error of the output when the site's modules are rounded with these scales.
     fn error(&self, scales: Option<&[f32]>, expected: &[f32]) -> f64 {
-        let mut changed = Block { linears: Vec::new(), ..self.block.clone_without_linears() };
+        let mut changed = Block { linears: Vec::new(), ..self.block.without_linears() };
         for slot in Slot::ALL {
             let linear = self.block.linear(slot);
             let grid = (self.grid)(slot).filter(|_| self.site.slots().contains(&slot));
@@ -244,7 +267,14 @@ impl Judge<'_> {
             });
         }
         let output = self.output(&changed);
-        output.iter().zip(expected).map(|(a, b)| f64::from(a - b).powi(2)).sum()
+        let weights = match self.site {
+            Site::Attention => &self.sample.sequence_weights,
+            _ => &self.sample.row_weights,
+        };
+        let hidden = self.decoder.config.hidden_size;
+        let rows = output.chunks_exact(hidden).zip(expected.chunks_exact(hidden)).zip(weights);
+        let square = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>();
+        rows.map(|((a, b), &weight)| f64::from(weight) * square(a, b)).sum()
     }
 
     /// Whether the judged output depends on the module.
@@ -271,19 +301,6 @@ impl Judge<'_> {
             Site::Mlp => block.linear(Slot::Down).forward(threads, &self.decoder.activate(block, rows)),
             Site::Attended => block.linear(Slot::O).forward(threads, rows),
             Site::Activated => block.linear(Slot::Down).forward(threads, rows),
-        }
-    }
-}
-
-impl Block {
-    fn clone_without_linears(&self) -> Self {
-        Self {
-            layer: self.layer,
-            input_norm: self.input_norm.clone(),
-            post_norm: self.post_norm.clone(),
-            q_norm: self.q_norm.clone(),
-            k_norm: self.k_norm.clone(),
-            linears: Vec::new(),
         }
     }
 }

@@ -10,8 +10,9 @@ use serde_json::json;
 
 use super::state::{State, Stored};
 use super::{BlockReport, Plan};
-use crate::calibration::Calibration;
+use crate::calibration::{Calibration, check};
 use crate::decoder::Slot;
+use crate::grid::Grid;
 use crate::rtn::COMPANIONS;
 use crate::write::{FolderWriter, TensorSpec};
 
@@ -22,32 +23,7 @@ pub(super) fn assemble(
     writer: FolderWriter,
 ) -> Result<(Vec<BlockReport>, u64)> {
     let source = &plan.checkpoint;
-    let mut modules = Vec::new();
-    for layer in 0..plan.decoder.config.num_hidden_layers {
-        for slot in Slot::ALL {
-            if let Some(grid) = plan.grid(layer, slot) {
-                modules.push((plan.decoder.name(layer, slot.module()), grid));
-            }
-        }
-    }
-    let mut dense = Vec::new();
-    let mut specs = Vec::new();
-    for tensor in source.tensors() {
-        let module = tensor.name.strip_suffix(".weight").and_then(|name| Some((name, plan.slot_of(name)?)));
-        match module.and_then(|(name, (layer, slot))| Some((name, plan.grid(layer, slot)?))) {
-            Some((name, grid)) => {
-                specs.extend(plan.options.format.specs(name, (tensor.shape[0], tensor.shape[1]), grid));
-            }
-            None => {
-                dense.extend(module.map(|(name, _)| name.to_owned()));
-                specs.push(TensorSpec {
-                    name: tensor.name.clone(),
-                    dtype: written_dtype(tensor.dtype),
-                    shape: tensor.shape.clone(),
-                });
-            }
-        }
-    }
+    let Layout { specs, modules, dense } = layout(plan);
     let mut config = source.config().clone();
     config["quantization_config"] = plan
         .options
@@ -78,12 +54,58 @@ pub(super) fn assemble(
     let packed_bytes = written.bytes_on_disk();
     drop(written);
     let mut reports = Vec::new();
+    let mut spread = Vec::new();
     for layer in 0..plan.decoder.config.num_hidden_layers {
-        reports.push(state.load(layer)?.report);
+        let stored = state.load(layer)?;
+        reports.push(stored.report);
+        spread.extend(stored.spread.into_iter().map(|s| (layer, s.site, s.halves)));
     }
     writer.write_json("awqua_report.json", &json!(reports))?;
+    if !spread.is_empty() {
+        writer.write_file(check::FILE, &check::encode(&spread)?)?;
+    }
     writer.finish()?;
     Ok((reports, packed_bytes))
+}
+
+/// What the checkpoint of a plan holds.
+pub(super) struct Layout {
+    /// Every tensor, in the order of writing.
+    pub specs: Vec<TensorSpec>,
+    /// Packed modules.
+    pub modules: Vec<(String, Grid)>,
+    /// Linears of decoder layers that are left as they are.
+    pub dense: Vec<String>,
+}
+
+pub(super) fn layout(plan: &Plan) -> Layout {
+    let mut modules = Vec::new();
+    for layer in 0..plan.decoder.config.num_hidden_layers {
+        for slot in Slot::ALL {
+            if let Some(grid) = plan.grid(layer, slot) {
+                modules.push((plan.decoder.name(layer, slot.module()), grid));
+            }
+        }
+    }
+    let mut dense = Vec::new();
+    let mut specs = Vec::new();
+    for tensor in plan.checkpoint.tensors() {
+        let module = tensor.name.strip_suffix(".weight").and_then(|name| Some((name, plan.slot_of(name)?)));
+        match module.and_then(|(name, (layer, slot))| Some((name, plan.grid(layer, slot)?))) {
+            Some((name, grid)) => {
+                specs.extend(plan.options.format.specs(name, (tensor.shape[0], tensor.shape[1]), grid));
+            }
+            None => {
+                dense.extend(module.map(|(name, _)| name.to_owned()));
+                specs.push(TensorSpec {
+                    name: tensor.name.clone(),
+                    dtype: written_dtype(tensor.dtype),
+                    shape: tensor.shape.clone(),
+                });
+            }
+        }
+    }
+    Layout { specs, modules, dense }
 }
 
 /// Finished blocks, one in memory at a time.

@@ -5,6 +5,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::decoder::{Block, Decoder, Site, Slot};
 use crate::grid::{Grid, dequantize};
+use crate::math::Threads;
+use crate::method::correct::{self, Cross};
 use crate::method::gptq::{self, Factor};
 use crate::method::scale::{self, Sample, SiteScale};
 use crate::method::{Moments, Recipe, clip, learn};
@@ -26,6 +28,16 @@ pub(super) struct Finished {
     /// Codes of each slot, in the order of [`Slot::ALL`]; `None` where it stays as it is.
     pub packed: Vec<Option<AffineMatrix>>,
     pub report: BlockReport,
+    /// Of each [`Site`] that calibration was looked at; see [`SpreadHalves`].
+    pub spread: Vec<SpreadHalves>,
+}
+
+/// Root mean square of every feature at a site, over the even and over the odd calibration sequences: what later text is
+/// compared with, and how much two samples of the same text differ.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct SpreadHalves {
+    pub site: Site,
+    pub halves: [Vec<f32>; 2],
 }
 
 /// What happened to a block.
@@ -70,44 +82,50 @@ pub(super) struct Task<'a> {
 impl Task<'_> {
     /// Quantizes `block`. `streams` enter it and leave as what it puts out; `exact`, where kept, likewise for the
     /// unquantized model.
-    pub fn run(&self, mut block: Block, streams: &mut Streams, exact: Option<&mut Streams>) -> Finished {
-        let original = block.clone();
+    pub fn run(&self, mut block: Block, streams: &mut Streams, mut exact: Option<&mut Streams>) -> Finished {
         let hidden = self.decoder.config.hidden_size;
         let probe = streams.first().map(|x| vec![x[..x.len().min(PROBE_TOKENS * hidden)].to_vec()]);
         let scales = match self.recipe.scale {
-            true => scale::search(self.decoder, &mut block, &self.sample(&original, streams), self.grid),
+            true => {
+                let sample = self.sample(&block, streams);
+                scale::search(self.decoder, &mut block, &sample, self.grid)
+            }
             false => Vec::new(),
         };
-        let needs_tokens = self.recipe.clip || self.recipe.compensate.is_some() || self.recipe.learn.is_some();
-        let inputs = (self.recipe.learn.is_some()).then(|| streams.clone());
+        // Scaling moved weights between modules and left the function alone.
         let scaled = block.clone();
-        let mut rounding = Rounding { task: self, block, packed: vec![None; Slot::ALL.len()], damp: vec![None; 7] };
-        if needs_tokens {
-            rounding.in_stages(streams);
+        let entered = self.recipe.learn.is_some().then(|| streams.clone());
+        let mut rounding = Rounding {
+            task: self,
+            scaled: &scaled,
+            block,
+            packed: vec![None; Slot::ALL.len()],
+            damp: vec![None; Slot::ALL.len()],
+            meant: vec![None; Slot::ALL.len()],
+            spread: Vec::new(),
+        };
+        let staged = self.recipe.clip || self.recipe.compensate.is_some();
+        if staged {
+            rounding.in_stages(streams, exact.as_deref_mut());
         } else {
-            rounding.without_tokens();
+            Slot::ALL.iter().for_each(|&slot| rounding.round(slot, None, None));
+            let advancing = if self.propagate { &rounding.block } else { &scaled };
+            self.advance(advancing, streams);
+            if let Some(exact) = exact.as_deref_mut() {
+                self.advance(&scaled, exact);
+            }
         }
-        let Rounding { mut block, mut packed, damp, .. } = rounding;
+        let Rounding { mut block, mut packed, damp, meant, spread, .. } = rounding;
 
-        if let (Some(options), Some(inputs)) = (&self.recipe.learn, inputs) {
-            // The target is what the unquantized model computes, from its own tokens.
-            let mut target = exact.as_deref().cloned().unwrap_or_else(|| inputs.clone());
-            target.iter_mut().for_each(|x| self.decoder.forward(&original, x, &mut |_, _| {}));
-            let problem = learn::Problem { decoder: self.decoder, scaled: &scaled, inputs: &inputs, targets: &target };
+        if let (Some(options), Some(inputs), Some(targets)) = (&self.recipe.learn, entered, exact) {
+            let meant: Vec<&[f32]> = Slot::ALL
+                .iter()
+                .map(|&slot| meant[slot as usize].as_deref().unwrap_or(&scaled.linear(slot).weight))
+                .collect();
+            let problem = learn::Problem { decoder: self.decoder, meant: &meant, inputs: &inputs, targets };
             learn::learn(&problem, options, self.seed, &mut block, &mut packed);
             *streams = inputs;
             self.advance(&block, streams);
-            if let Some(exact) = exact {
-                *exact = target;
-            }
-        } else {
-            if !needs_tokens || !self.propagate {
-                let advancing = if self.propagate { &block } else { &original };
-                self.advance(advancing, streams);
-            }
-            if let Some(exact) = exact {
-                self.advance(&original, exact);
-            }
         }
         let linears = Slot::ALL.iter().zip(&packed).filter_map(|(&slot, matrix)| {
             let matrix = matrix.as_ref()?;
@@ -123,16 +141,14 @@ impl Task<'_> {
         let linears = linears.collect();
         let output_error = probe.map(|inputs| {
             let mut exact = inputs.clone();
-            exact.iter_mut().for_each(|x| self.decoder.forward(&original, x, &mut |_, _| {}));
+            self.advance(&scaled, &mut exact);
             learn::output_error(self.decoder, &block, &inputs, &exact)
         });
-        Finished { report: BlockReport { layer: block.layer, output_error, scales, linears }, block, packed }
+        Finished { report: BlockReport { layer: block.layer, output_error, scales, linears }, block, packed, spread }
     }
 
     fn advance(&self, block: &Block, streams: &mut Streams) {
-        if !streams.is_empty() {
-            streams.iter_mut().for_each(|x| self.decoder.forward(block, x, &mut |_, _| {}));
-        }
+        streams.iter_mut().for_each(|x| self.decoder.forward(block, x, &mut |_, _| {}));
     }
 
     /// Runs the unquantized block over some of the tokens for the scale search.
@@ -143,70 +159,134 @@ impl Task<'_> {
         let chosen: Vec<&Vec<f32>> = streams.iter().step_by(every).collect();
         let tokens = chosen.iter().map(|x| x.len() / hidden).sum();
         let mut sample = Sample::new(self.decoder, tokens);
-        for x in chosen {
-            sample.add_sequence(self.decoder, x);
-            self.decoder.forward(block, &mut x.clone(), &mut |site, x| sample.add(site, x));
-        }
+        chosen.iter().for_each(|x| sample.add(self.decoder, block, x, |out| self.weights(out)));
         sample
+    }
+
+    /// Weights of the tokens whose residual stream is `x` (tokens, hidden): a norm will divide by its size.
+    fn weights(&self, x: &[f32]) -> Vec<f32> {
+        let hidden = self.decoder.config.hidden_size;
+        let weight = |row: &[f32]| match self.recipe.weigh {
+            true => {
+                let square: f64 = row.iter().map(|&v| f64::from(v).powi(2)).sum();
+                (hidden as f64 / (square + 1e-6)) as f32
+            }
+            false => 1.0,
+        };
+        x.chunks_exact(hidden).map(weight).collect()
     }
 }
 
 struct Rounding<'a> {
     task: &'a Task<'a>,
+    /// The block before rounding.
+    scaled: &'a Block,
     /// What is computed with: gets each module's rounded weight as soon as it has one.
     block: Block,
     packed: Vec<Option<AffineMatrix>>,
     damp: Vec<Option<f32>>,
+    /// Corrected weights before rounding, where learning needs them.
+    meant: Vec<Option<Vec<f32>>>,
+    spread: Vec<SpreadHalves>,
+}
+
+/// What the calibration shows of the input of a site.
+struct Seen {
+    moments: Moments,
+    cross: Option<Cross>,
+    /// Sums of squares of the features, and tokens, of even and of odd sequences.
+    squares: [(Vec<f64>, usize); 2],
+    sequences: usize,
 }
 
 impl Rounding<'_> {
-    fn without_tokens(&mut self) {
-        for slot in Slot::ALL {
-            self.round(slot, None, None);
-        }
-    }
+    /// Rounds site after site, so that each sees what the ones before it really put out. `streams` and `exact` enter the
+    /// block and leave as what it puts out.
+    fn in_stages(&mut self, streams: &mut Streams, mut exact: Option<&mut Streams>) {
+        let (decoder, scaled) = (self.task.decoder, self.scaled);
+        let threads = decoder.threads;
+        let propagate = self.task.propagate;
+        let corrects = exact.is_some() && self.task.recipe.correct.is_some();
+        let residual = self.task.recipe.correct.map_or(0.0, |options| options.residual);
 
-    /// Rounds site after site, so that each sees what the ones before it really put out.
-    fn in_stages(&mut self, streams: &mut Streams) {
-        let decoder = self.task.decoder;
-        // Without propagation the exact modules compute, and the rounded ones are only put in at the end.
-        let exact = (!self.task.propagate).then(|| self.block.clone());
-
-        let mut moments = self.moments(Site::Attention);
+        let mut seen = self.nothing_seen(Site::Attention, corrects);
         let normed: Streams = streams.iter().map(|x| decoder.attention_input(&self.block, x)).collect();
-        normed.iter().for_each(|x| moments.add(decoder.threads, x));
-        self.site(Site::Attention, &moments);
-
-        let mut moments = self.moments(Site::Attended);
-        let computing = exact.as_ref().unwrap_or(&self.block);
-        let attended: Streams = normed.into_iter().map(|x| decoder.attend(computing, &x)).collect();
-        attended.iter().for_each(|x| moments.add(decoder.threads, x));
-        self.site(Site::Attended, &moments);
-
-        let mut moments = self.moments(Site::Mlp);
-        let computing = exact.as_ref().unwrap_or(&self.block);
-        let mut middle: Streams = streams.clone();
-        for (x, attended) in middle.iter_mut().zip(attended) {
-            computing.linear(Slot::O).accumulate(decoder.threads, &attended, x);
+        let meant: Option<Streams> =
+            exact.as_deref().map(|exact| exact.iter().map(|x| decoder.attention_input(scaled, x)).collect());
+        for (i, x) in normed.iter().enumerate() {
+            seen.add(threads, x, None, || meant.as_ref().map(|meant| difference(&meant[i], x)));
         }
-        let normed: Streams = middle.iter().map(|x| decoder.mlp_input(&self.block, x)).collect();
-        normed.iter().for_each(|x| moments.add(decoder.threads, x));
-        self.site(Site::Mlp, &moments);
+        self.site(Site::Attention, seen);
 
-        let mut moments = self.moments(Site::Activated);
-        let computing = exact.as_ref().unwrap_or(&self.block);
-        let activated: Streams = normed.into_iter().map(|x| decoder.activate(computing, &x)).collect();
-        activated.iter().for_each(|x| moments.add(decoder.threads, x));
-        self.site(Site::Activated, &moments);
-        if self.task.propagate && self.task.recipe.learn.is_none() {
-            for (x, activated) in middle.iter_mut().zip(activated) {
-                self.block.linear(Slot::Down).accumulate(decoder.threads, &activated, x);
+        let mut seen = self.nothing_seen(Site::Attended, corrects);
+        let computing = if propagate { &self.block } else { scaled };
+        let attended: Streams = normed.into_iter().map(|x| decoder.attend(computing, &x)).collect();
+        for (i, x) in attended.iter().enumerate() {
+            let before = exact.as_deref().map(|exact| exact[i].clone());
+            if let (Some(exact), Some(meant)) = (exact.as_deref_mut(), &meant) {
+                let attended = decoder.attend(scaled, &meant[i]);
+                scaled.linear(Slot::O).accumulate(threads, &attended, &mut exact[i]);
             }
-            *streams = middle;
+            let weights = self.task.weights(exact.as_deref().map_or(&streams[i], |exact| &exact[i]));
+            seen.add(threads, x, Some(&weights), || {
+                let after = &exact.as_deref()?[i];
+                Some(self.output_error(Slot::O, x, &streams[i], before.as_deref()?, after, residual))
+            });
+        }
+        drop(meant);
+        self.site(Site::Attended, seen);
+        let computing = if propagate { &self.block } else { scaled };
+        for (x, attended) in streams.iter_mut().zip(attended) {
+            computing.linear(Slot::O).accumulate(threads, &attended, x);
+        }
+
+        let mut seen = self.nothing_seen(Site::Mlp, corrects);
+        let normed: Streams = streams.iter().map(|x| decoder.mlp_input(&self.block, x)).collect();
+        for (i, x) in normed.iter().enumerate() {
+            seen.add(threads, x, None, || Some(difference(&decoder.mlp_input(scaled, &exact.as_deref()?[i]), x)));
+        }
+        self.site(Site::Mlp, seen);
+
+        let mut seen = self.nothing_seen(Site::Activated, corrects);
+        let computing = if propagate { &self.block } else { scaled };
+        let activated: Streams = normed.into_iter().map(|x| decoder.activate(computing, &x)).collect();
+        for (i, x) in activated.iter().enumerate() {
+            let before = exact.as_deref().map(|exact| exact[i].clone());
+            if let Some(exact) = exact.as_deref_mut() {
+                let activated = decoder.activate(scaled, &decoder.mlp_input(scaled, &exact[i]));
+                scaled.linear(Slot::Down).accumulate(threads, &activated, &mut exact[i]);
+            }
+            let weights = self.task.weights(exact.as_deref().map_or(&streams[i], |exact| &exact[i]));
+            seen.add(threads, x, Some(&weights), || {
+                let after = &exact.as_deref()?[i];
+                Some(self.output_error(Slot::Down, x, &streams[i], before.as_deref()?, after, residual))
+            });
+        }
+        self.site(Site::Activated, seen);
+        let computing = if propagate { &self.block } else { scaled };
+        for (x, activated) in streams.iter_mut().zip(activated) {
+            computing.linear(Slot::Down).accumulate(threads, &activated, x);
         }
     }
 
-    fn moments(&self, site: Site) -> Moments {
+    /// What a module that writes to the residual stream should add beyond what its source weights make of `x`, if it
+    /// takes `ours` to where the exact model goes `before` to `after`; of the streams' distance before it only a share.
+    fn output_error(
+        &self,
+        slot: Slot,
+        x: &[f32],
+        ours: &[f32],
+        before: &[f32],
+        after: &[f32],
+        residual: f32,
+    ) -> Vec<f32> {
+        let mut reached: Vec<f32> =
+            before.iter().zip(ours).map(|(before, ours)| before + residual * (ours - before)).collect();
+        self.scaled.linear(slot).accumulate(self.task.decoder.threads, x, &mut reached);
+        difference(after, &reached)
+    }
+
+    fn nothing_seen(&self, site: Site, corrects: bool) -> Seen {
         let k = self.task.decoder.width(site);
         // Only compensation needs products across groups.
         let block = match self.task.recipe.compensate {
@@ -215,15 +295,42 @@ impl Rounding<'_> {
                 site.slots().iter().filter_map(|&slot| (self.task.grid)(slot)).map(|g| g.group(k)).max().unwrap_or(8)
             }
         };
-        Moments::new(k, if k.is_multiple_of(block) { block } else { k })
+        let cross = corrects.then(|| match site {
+            Site::Attention | Site::Mlp => Cross::Input(vec![0.0; k * k]),
+            Site::Attended | Site::Activated => Cross::Output(vec![0.0; self.task.decoder.config.hidden_size * k]),
+        });
+        Seen {
+            moments: Moments::new(k, if k.is_multiple_of(block) { block } else { k }),
+            cross,
+            squares: std::array::from_fn(|_| (vec![0.0; k], 0)),
+            sequences: 0,
+        }
     }
 
-    fn site(&mut self, site: Site, moments: &Moments) {
+    fn site(&mut self, site: Site, seen: Seen) {
+        let threads = self.task.decoder.threads;
+        let rms = |(squares, tokens): &(Vec<f64>, usize)| {
+            squares.iter().map(|sum| (sum / (*tokens).max(1) as f64).sqrt() as f32).collect()
+        };
+        self.spread.push(SpreadHalves { site, halves: std::array::from_fn(|half| rms(&seen.squares[half])) });
         let slots: Vec<Slot> = site.slots().iter().copied().filter(|&slot| (self.task.grid)(slot).is_some()).collect();
-        let wanted = self.task.recipe.compensate.filter(|_| !slots.is_empty());
-        let factor = wanted.and_then(|options| Factor::new(self.task.decoder.threads, moments, options));
+        if slots.is_empty() {
+            return;
+        }
+        if let (Some(options), Some(cross)) = (self.task.recipe.correct, seen.cross)
+            && let Some(factor) = correct::factor(threads, &seen.moments, options)
+        {
+            for &slot in &slots {
+                let weight = correct::corrected(threads, self.scaled.linear(slot), &cross, &factor, options);
+                if self.task.recipe.learn.is_some() {
+                    self.meant[slot as usize] = Some(weight.clone());
+                }
+                self.block.linear_mut(slot).weight = weight;
+            }
+        }
+        let factor = self.task.recipe.compensate.and_then(|options| Factor::new(threads, &seen.moments, options));
         for slot in slots {
-            self.round(slot, Some(moments), factor.as_ref());
+            self.round(slot, Some(&seen.moments), factor.as_ref());
         }
     }
 
@@ -245,6 +352,28 @@ impl Rounding<'_> {
         self.block.linear_mut(slot).weight = dequantize(threads, &matrix);
         self.packed[slot as usize] = Some(matrix);
     }
+}
+
+impl Seen {
+    /// Notes the input of one sequence; `error` is what the cross moments are of.
+    fn add(&mut self, threads: Threads, x: &[f32], weights: Option<&[f32]>, error: impl FnOnce() -> Option<Vec<f32>>) {
+        self.moments.add(threads, x, weights);
+        let (squares, tokens) = &mut self.squares[self.sequences % 2];
+        for row in x.chunks_exact(self.moments.k) {
+            squares.iter_mut().zip(row).for_each(|(sum, &x)| *sum += f64::from(x * x));
+            *tokens += 1;
+        }
+        self.sequences += 1;
+        if let Some(cross) = &mut self.cross
+            && let Some(error) = error()
+        {
+            cross.add(threads, &error, x, self.moments.k, weights);
+        }
+    }
+}
+
+fn difference(a: &[f32], b: &[f32]) -> Vec<f32> {
+    a.iter().zip(b).map(|(a, b)| a - b).collect()
 }
 
 fn relative_error(meant: &[f32], got: &[f32]) -> f64 {

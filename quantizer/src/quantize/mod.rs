@@ -25,6 +25,7 @@ mod assemble;
 mod block;
 mod package;
 mod state;
+pub mod tune;
 
 pub use block::{BlockReport, LinearReport};
 pub use package::Format;
@@ -39,6 +40,21 @@ pub enum GroupSize {
     Features(usize),
     /// All of a row.
     Channel,
+}
+
+impl GroupSize {
+    /// Input features that share a scale in this model; `None`: all of a row.
+    pub(crate) fn resolve(self, decoder: &Decoder) -> Result<Option<usize>> {
+        let fits = |size: usize| Slot::ALL.iter().all(|&slot| decoder.shape(slot).1.is_multiple_of(size));
+        match self {
+            Self::Channel => Ok(None),
+            Self::Features(size) => Ok(Some(size)),
+            Self::Auto => [128, 64, 32].into_iter().find(|&size| fits(size)).map(Some).ok_or_else(|| {
+                let message = "none of 128, 64 and 32 divides the input features of every linear; try one group a row";
+                Error::new(ErrorKind::Unsupported, message)
+            }),
+        }
+    }
 }
 
 /// What [`quantize`] does.
@@ -102,6 +118,8 @@ pub struct QuantizeReport {
     pub bits_per_weight: f64,
     /// Blocks in order.
     pub blocks: Vec<BlockReport>,
+    /// How tuning went, where the recipe has it.
+    pub tuning: Option<tune::TuneReport>,
     /// Blocks that were taken over from an interrupted run.
     pub resumed: usize,
     /// Bytes of the source's weight files.
@@ -134,20 +152,11 @@ pub fn plan(source: &Path, calibration: &Calibration, options: &QuantizeOptions,
     let length = calibration.sequences.iter().map(Vec::len).max().unwrap_or(0);
     let decoder = Decoder::new(&checkpoint, length, threads)?;
     let recipe = options.recipe.clone().unwrap_or_else(|| options.method.recipe(options.bits));
-    let uses_tokens = recipe.scale || recipe.clip || recipe.compensate.is_some() || recipe.learn.is_some();
-    if uses_tokens {
+    if recipe.uses_tokens() {
         calibration.check(decoder.config.vocab_size)?;
     }
     let shapes: Vec<(Slot, (usize, usize))> = Slot::ALL.iter().map(|&slot| (slot, decoder.shape(slot))).collect();
-    let fits = |size: usize| shapes.iter().all(|(_, (_, k))| k.is_multiple_of(size));
-    let group_size = match options.group_size {
-        GroupSize::Channel => None,
-        GroupSize::Features(size) => Some(size),
-        GroupSize::Auto => Some([128, 64, 32].into_iter().find(|&size| fits(size)).ok_or_else(|| {
-            let message = "none of 128, 64 and 32 divides the input features of every linear; try one group a row";
-            Error::new(ErrorKind::Unsupported, message).in_file(source)
-        })?),
-    };
+    let group_size = options.group_size.resolve(&decoder).map_err(|error| error.in_file(source))?;
     let plan =
         Plan { identity: identity(&checkpoint)?, checkpoint, decoder, group_size, recipe, options: options.clone() };
     for layer in 0..plan.decoder.config.num_hidden_layers {
@@ -178,6 +187,31 @@ impl Plan {
         let streams = tokens * (4 * c.hidden_size + widest.max(2 * c.hidden_size + self.decoder.q_width()));
         let one = longest * (3 * c.intermediate_size + 8 * c.hidden_size) + 2 * longest * longest;
         4 * (copies * weights + gram + streams + one) as u64
+    }
+
+    /// Bytes of the weight files that will be written.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`] if the size overflows.
+    pub fn packed_bytes(&self) -> Result<u64> {
+        crate::write::weight_bytes(&assemble::layout(self).specs, self.options.shard_bytes)
+    }
+
+    /// Bytes of the tensors of the linear module `name` packed with `bits` bits, or left as it is with 16.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`] if there is no such module.
+    pub fn module_bytes(&self, name: &str, bits: u32) -> Result<u64> {
+        let (_, slot) = self.slot_of(name).ok_or_else(|| {
+            let message = format!("`{name}` is not a linear module of a decoder layer");
+            Error::new(ErrorKind::InvalidInput, message)
+        })?;
+        let (n, k) = self.decoder.shape(slot);
+        if bits >= 16 {
+            return Ok(2 * (n * k) as u64);
+        }
+        let grid = Grid { bits, group_size: self.group_size, symmetric: self.options.symmetric };
+        self.options.format.specs(name, (n, k), grid).iter().map(crate::write::TensorSpec::bytes).sum()
     }
 
     /// How a module is packed; `None` leaves it as it is.
@@ -224,7 +258,7 @@ pub fn quantize(
     progress: &mut dyn FnMut(Progress) -> Result<()>,
 ) -> Result<QuantizeReport> {
     let plan = plan(source, calibration, options, threads)?;
-    let (decoder, recipe) = (&plan.decoder, &plan.recipe);
+    let (decoder, recipe, seed) = (&plan.decoder, &plan.recipe, options.seed);
     let layers = decoder.config.num_hidden_layers;
     // Refuses an output that cannot be used before the work, not after it.
     let writer = crate::write::FolderWriter::create(out)?;
@@ -232,13 +266,12 @@ pub fn quantize(
     let resumed = state.finished().min(layers);
     let total = layers + 1;
 
-    let uses_tokens = recipe.scale || recipe.clip || recipe.compensate.is_some() || recipe.learn.is_some();
     let mut sets = match resumed {
         0 => {
             let start = || -> Result<block::Streams> {
                 calibration.sequences.iter().map(|ids| decoder.embed(&plan.checkpoint, ids)).collect()
             };
-            match (uses_tokens, recipe.learn.is_some()) {
+            match (recipe.uses_tokens(), recipe.follows_exact()) {
                 (false, _) => vec![],
                 (true, false) => vec![start()?],
                 (true, true) => vec![start()?, start()?],
@@ -272,6 +305,17 @@ pub fn quantize(
         state.store(&finished, &sets.iter().collect::<Vec<_>>())?;
     }
     drop(sets);
+    let tuned = match (recipe.tune, state.tuning()) {
+        (None, _) => None,
+        (Some(_), Some(report)) => Some(report),
+        (Some(options), None) => {
+            let sequences = &calibration.sequences;
+            let mut beat = |_, _| progress(Progress { done: layers, total });
+            let report = tune::tune(decoder, &plan.checkpoint, &state, sequences, &options, seed, &mut beat)?;
+            state.finish_tuning(&report)?;
+            Some(report)
+        }
+    };
     progress(Progress { done: layers, total })?;
     if identity(&plan.checkpoint)? != plan.identity {
         return Err(Error::new(ErrorKind::InvalidFile, "the source changed while it was read").in_file(source));
@@ -292,6 +336,7 @@ pub fn quantize(
         group_size: plan.group_size,
         bits_per_weight: bits / f64::max(weights, 1.0),
         blocks,
+        tuning: tuned,
         resumed,
         source_bytes: plan.checkpoint.bytes_on_disk(),
         packed_bytes,

@@ -14,19 +14,23 @@ use half::f16;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde_json::{Value, json};
 
-use super::block::{BlockReport, Finished, Streams};
-use crate::decoder::Slot;
+use super::block::{BlockReport, Finished, SpreadHalves, Streams};
+use super::tune::TuneReport;
+use crate::decoder::{Block, Site, Slot};
 
 pub(super) struct State {
     dir: PathBuf,
+    /// Whether blocks are read as [`State::store_tuned`] left them, once it did.
+    tuned: std::cell::Cell<bool>,
 }
 
 /// A block as it was stored.
 pub(super) struct Stored {
     pub packed: Vec<Option<AffineMatrix>>,
-    /// Norm and bias tensors by the rest of their name.
+    /// Norms, biases and weights that are not packed, by the rest of their name.
     pub vectors: Vec<(String, Vec<f32>)>,
     pub report: BlockReport,
+    pub spread: Vec<SpreadHalves>,
 }
 
 impl State {
@@ -37,7 +41,7 @@ impl State {
         let mut folder = std::ffi::OsString::from(".");
         folder.push(name);
         folder.push(".resume");
-        let state = Self { dir: out.with_file_name(folder) };
+        let state = Self { dir: out.with_file_name(folder), tuned: false.into() };
         let run = state.dir.join("run");
         if fs::read(&run).ok().as_deref() != Some(fingerprint.as_bytes()) {
             state.remove()?;
@@ -87,41 +91,103 @@ impl State {
         });
         self.write_tensors(&streams_file(layer + 1), streams.collect(), None)?;
 
-        let mut tensors = Vec::new();
-        for (slot, matrix) in Slot::ALL.iter().zip(&finished.packed) {
-            if let Some(matrix) = matrix {
-                let scales: Vec<u8> = matrix.scales.iter().flat_map(|s| s.to_le_bytes()).collect();
-                let module = slot.module();
-                tensors.push((format!("{module}.codes"), Dtype::U8, matrix.codes.len(), matrix.codes.clone()));
-                tensors.push((format!("{module}.scales"), Dtype::F16, matrix.scales.len(), scales));
-                tensors.push((format!("{module}.zeros"), Dtype::U8, matrix.zeros.len(), matrix.zeros.clone()));
-            }
-        }
-        let block = &finished.block;
-        let mut vector = |name: String, values: &[f32]| {
-            tensors.push((format!("vector.{name}"), Dtype::F32, values.len(), bytes(values)));
-        };
-        vector("input_layernorm.weight".into(), &block.input_norm);
-        vector("post_attention_layernorm.weight".into(), &block.post_norm);
-        for slot in Slot::ALL {
-            if let Some(bias) = &block.linear(slot).bias {
-                vector(format!("{}.bias", slot.module()), bias);
-            }
-        }
-        let shapes: Vec<Value> = finished
-            .packed
-            .iter()
-            .map(|m| m.as_ref().map_or(Value::Null, |m| json!([m.n, m.k, m.bits, m.group_size])))
-            .collect();
-        let about = json!({ "report": finished.report, "shapes": shapes }).to_string();
-        self.write_tensors(&block_file(layer), tensors, Some(about))?;
+        self.write_block(&block_file(layer), &finished.block, &finished.packed, &finished.report, &finished.spread)?;
         let _ = fs::remove_file(self.dir.join(streams_file(layer)));
         Ok(())
     }
 
+    /// Stores a block with the parameters that tuning gave it.
+    pub fn store_tuned(&self, block: &Block, stored: &Stored) -> Result<()> {
+        self.write_block(&tuned_file(block.layer), block, &stored.packed, &stored.report, &stored.spread)
+    }
+
+    /// Reads tuned blocks from now on. `report` is kept for a run that resumes here.
+    pub fn finish_tuning(&self, report: &TuneReport) -> Result<()> {
+        self.write(TUNED, json!(report).to_string().as_bytes())?;
+        self.tuned.set(true);
+        Ok(())
+    }
+
+    /// Notes where tuning is: its losses so far, and all it would need to go on.
+    pub fn save_tuning(&self, losses: &[f64], values: &[f32]) -> Result<()> {
+        let losses = losses.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
+        let tensors = vec![
+            ("losses".to_owned(), Dtype::F64, losses.len() / 8, losses),
+            ("values".to_owned(), Dtype::F32, values.len(), bytes(values)),
+        ];
+        self.write_tensors(TUNING, tensors, None)
+    }
+
+    /// What [`State::save_tuning`] noted.
+    pub fn load_tuning(&self) -> Result<Option<(Vec<f64>, Vec<f32>)>> {
+        let path = self.dir.join(TUNING);
+        let bytes = match fs::read(&path) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(Error::io(&path, &error)),
+        };
+        let tensors = SafeTensors::deserialize(&bytes).map_err(|e| damaged(&path, &e))?;
+        let losses = tensors.tensor("losses").map_err(|e| damaged(&path, &e))?;
+        let losses = losses.data().as_chunks().0.iter().map(|&b| f64::from_le_bytes(b)).collect();
+        let values = tensors.tensor("values").map_err(|e| damaged(&path, &e))?;
+        Ok(Some((losses, floats(values.data()))))
+    }
+
+    /// The report of tuning, if that is finished.
+    pub fn tuning(&self) -> Option<TuneReport> {
+        let report = serde_json::from_slice(&fs::read(self.dir.join(TUNED)).ok()?).ok()?;
+        self.tuned.set(true);
+        Some(report)
+    }
+
+    fn write_block(
+        &self,
+        file: &str,
+        block: &Block,
+        packed: &[Option<AffineMatrix>],
+        report: &BlockReport,
+        spread: &[SpreadHalves],
+    ) -> Result<()> {
+        let mut tensors = Vec::new();
+        let mut vectors: Vec<(String, &[f32])> = vec![
+            ("input_layernorm.weight".into(), &block.input_norm),
+            ("post_attention_layernorm.weight".into(), &block.post_norm),
+        ];
+        for (&slot, matrix) in Slot::ALL.iter().zip(packed) {
+            let (module, linear) = (slot.module(), block.linear(slot));
+            if let Some(bias) = &linear.bias {
+                vectors.push((format!("{module}.bias"), bias));
+            }
+            match matrix {
+                Some(matrix) => {
+                    let scales: Vec<u8> = matrix.scales.iter().flat_map(|s| s.to_le_bytes()).collect();
+                    tensors.push((format!("{module}.codes"), Dtype::U8, matrix.codes.len(), matrix.codes.clone()));
+                    tensors.push((format!("{module}.scales"), Dtype::F16, matrix.scales.len(), scales));
+                    tensors.push((format!("{module}.zeros"), Dtype::U8, matrix.zeros.len(), matrix.zeros.clone()));
+                }
+                // Scaling may have changed modules that are not packed.
+                None => vectors.push((format!("{module}.weight"), &linear.weight)),
+            }
+        }
+        for (name, values) in vectors {
+            tensors.push((format!("vector.{name}"), Dtype::F32, values.len(), bytes(values)));
+        }
+        for SpreadHalves { site, halves } in spread {
+            for (i, half) in halves.iter().enumerate() {
+                tensors.push((format!("spread.{}.{i}", site.name()), Dtype::F32, half.len(), bytes(half)));
+            }
+        }
+        let shapes: Vec<Value> = packed
+            .iter()
+            .map(|m| m.as_ref().map_or(Value::Null, |m| json!([m.n, m.k, m.bits, m.group_size])))
+            .collect();
+        let about = json!({ "report": report, "shapes": shapes }).to_string();
+        self.write_tensors(file, tensors, Some(about))
+    }
+
     /// Reads a finished block.
     pub fn load(&self, layer: usize) -> Result<Stored> {
-        let path = self.dir.join(block_file(layer));
+        let path = self.dir.join(if self.tuned.get() { tuned_file(layer) } else { block_file(layer) });
         let bytes = fs::read(&path).map_err(|e| Error::io(&path, &e))?;
         let tensors = SafeTensors::deserialize(&bytes).map_err(|e| damaged(&path, &e))?;
         let (_, metadata) = SafeTensors::read_metadata(&bytes).map_err(|e| damaged(&path, &e))?;
@@ -149,7 +215,12 @@ impl State {
             .iter()
             .filter_map(|(name, tensor)| Some((name.strip_prefix("vector.")?.to_owned(), floats(tensor.data()))));
         let vectors = vectors.collect();
-        Ok(Stored { packed, vectors, report })
+        let spread = Site::ALL.into_iter().filter_map(|site| {
+            let half = |i: usize| Some(floats(tensors.tensor(&format!("spread.{}.{i}", site.name())).ok()?.data()));
+            Some(SpreadHalves { site, halves: [half(0)?, half(1)?] })
+        });
+        let spread = spread.collect();
+        Ok(Stored { packed, vectors, report, spread })
     }
 
     fn write_tensors(
@@ -181,6 +252,37 @@ impl State {
         };
         write().map_err(|e| Error::io(&path, &e))
     }
+}
+
+/// Written when all blocks are tuned.
+const TUNED: &str = "tuned";
+
+/// Where tuning is.
+const TUNING: &str = "tuning.safetensors";
+
+impl Stored {
+    /// Gives `block` the norms, biases and unpacked weights of the stored one.
+    pub fn apply(&self, block: &mut Block) {
+        for (name, values) in &self.vectors {
+            match name.as_str() {
+                "input_layernorm.weight" => block.input_norm.clone_from(values),
+                "post_attention_layernorm.weight" => block.post_norm.clone_from(values),
+                _ => {
+                    let Some((module, part)) = name.rsplit_once('.') else { continue };
+                    let Some(slot) = Slot::ALL.into_iter().find(|slot| slot.module() == module) else { continue };
+                    let linear = block.linear_mut(slot);
+                    match part {
+                        "bias" => linear.bias = Some(values.clone()),
+                        _ => linear.weight.clone_from(values),
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn tuned_file(layer: usize) -> String {
+    format!("tuned-{layer:04}.safetensors")
 }
 
 fn block_file(layer: usize) -> String {

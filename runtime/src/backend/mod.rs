@@ -54,23 +54,50 @@ pub enum Rows {
     Compacted,
 }
 
+/// What a norm divides by, see [`Op::Norm`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NormKind {
+    /// The root of the mean of squares.
+    Rms,
+    /// The standard deviation, after the mean is subtracted.
+    Layer,
+}
+
+/// The function on the gate of a gated MLP.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activation {
+    /// v / (1 + exp(-v))
+    Silu,
+    /// GELU by its tanh formula: v / 2 * (1 + tanh(sqrt(2 / pi) * (v + 0.044715 * v^3)))
+    GeluTanh,
+    /// GELU by the error function: v / 2 * (1 + erf(v / sqrt(2)))
+    Gelu,
+}
+
 /// One semantic operation. Activations are f32, row-major, one row a token.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Op {
-    /// `out[t, :] = table[token[t], :]`
+    /// `out[t, :] = table[token[t], :] * scale`
     Embed {
         /// Dense or packed (vocab_size, width).
         table: WeightId,
         /// (n_tokens, width).
         out: BufferId,
+        /// Factor on the rows of the table, 1 for most models.
+        scale: f32,
     },
-    /// Each of `segments` consecutive runs of `dim` columns: out = x / sqrt(mean(x^2) + eps) * weight.
-    /// `x` and `out` may be the same span (in place).
-    RmsNorm {
+    /// Each of `segments` consecutive runs of `dim` columns: out = (x - m) / sqrt(mean((x - m)^2) + eps) * weight + bias
+    /// with m the mean of x for [`NormKind::Layer`] and 0 for [`NormKind::Rms`]; added to what is there if `accumulate`.
+    /// `x` and `out` may be the same span (in place) unless `accumulate`.
+    Norm {
+        /// What is divided by.
+        kind: NormKind,
         /// First column of the first segment.
         x: Span,
-        /// Vector (dim).
+        /// Vector (dim), or (segments * dim) where every segment has weights of its own.
         weight: WeightId,
+        /// Vector (dim), with one segment only.
+        bias: Option<WeightId>,
         /// First column of the first segment.
         out: Span,
         /// Columns of one segment.
@@ -79,6 +106,8 @@ pub enum Op {
         segments: u32,
         /// Added to the mean of squares.
         eps: f32,
+        /// Add to the output (residual connection) instead of overwriting it.
+        accumulate: bool,
         /// Rows worked on.
         rows: Rows,
     },
@@ -122,8 +151,9 @@ pub enum Op {
         /// Rotary table ([`Runner::write_rope`]); `None` leaves q and k unrotated.
         rope: Option<u32>,
     },
-    /// `out[t, h, :] = sum_j softmax_j(scale * q[t, h] . k[j, h / (heads / kv_heads)]) v[j]`, over the cached positions
-    /// j <= position of t, and j > position - window where a window is given.
+    /// `out[t, h, :] = sum_j softmax_j(s(q[t, h] . k[j, h / (heads / kv_heads)])) v[j]`, over the cached positions
+    /// j <= position of t, and j > position - window where a window is given; s(d) = scale * d, or
+    /// softcap * tanh(scale * d / softcap) where scores are capped.
     Attention {
         /// As in `RopeAppend`; only q is read, keys and values come from the cache.
         qkv: BufferId,
@@ -133,15 +163,30 @@ pub enum Op {
         layer: u32,
         /// Factor on the dot products, usually 1 / sqrt(head_dim).
         scale: f32,
+        /// Bound of the scores.
+        softcap: Option<f32>,
         /// Sliding window in tokens, the token itself included.
         window: Option<u32>,
     },
-    /// `out[t, i] = silu(x[t, i]) * x[t, width + i]`, silu(v) = v / (1 + exp(-v)).
-    SiluMul {
+    /// `out[t, i] = activation(x[t, i]) * x[t, width + i]`
+    Glu {
         /// (n_tokens, 2 * width): gate, then up.
         x: BufferId,
         /// (n_tokens, width).
         out: BufferId,
+        /// The function on the gate.
+        activation: Activation,
+    },
+    /// `x[t, i] = scale * x[t, i]`, or `cap * tanh(scale * x[t, i] / cap)` where a cap is given, in place.
+    Scale {
+        /// The whole rows.
+        x: BufferId,
+        /// Factor.
+        scale: f32,
+        /// Bound of the magnitude.
+        cap: Option<f32>,
+        /// Rows worked on; [`Rows::All`] or [`Rows::Compacted`].
+        rows: Rows,
     },
 }
 

@@ -4,6 +4,7 @@
 use std::collections::HashMap;
 use std::ops::Range;
 
+use super::arch::{NormWeights, QkNorm, Stacked};
 use super::config::ModelConfig;
 use crate::backend::{Backend, ROW_STEP, WeightId};
 use crate::checkpoint::Checkpoint;
@@ -21,17 +22,31 @@ pub(super) struct Projection {
     pub(super) offset: u32,
 }
 
+/// A norm on the backend.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Norm {
+    pub(super) weight: WeightId,
+    pub(super) bias: Option<WeightId>,
+}
+
 /// Weights of one decoder layer.
 #[derive(Debug, Clone)]
 pub(super) struct LayerWeights {
-    pub(super) input_norm: WeightId,
-    /// q, k, v: one projection where they could be stacked.
+    pub(super) attention_in: Option<Norm>,
+    /// q, k, v: one projection where they are or could be stacked.
     pub(super) qkv: Vec<Projection>,
-    pub(super) q_norm: Option<WeightId>,
-    pub(super) k_norm: Option<WeightId>,
+    pub(super) qk_norms: Option<[WeightId; 2]>,
     pub(super) o: Projection,
-    pub(super) post_attention_norm: WeightId,
-    /// gate, up: one projection where they could be stacked.
+    pub(super) attention_out: Option<Norm>,
+    pub(super) mlp_in: Option<Norm>,
+    pub(super) mlp: GatedWeights,
+    pub(super) mlp_out: Option<Norm>,
+}
+
+/// Weights of a gated MLP.
+#[derive(Debug, Clone)]
+pub(super) struct GatedWeights {
+    /// gate, up: one projection where they are or could be stacked.
     pub(super) gate_up: Vec<Projection>,
     pub(super) down: Projection,
 }
@@ -41,7 +56,7 @@ pub(super) struct LayerWeights {
 pub(super) struct ModelWeights {
     pub(super) embedding: WeightId,
     pub(super) layers: Vec<LayerWeights>,
-    pub(super) norm: WeightId,
+    pub(super) norm: Norm,
     pub(super) head: WeightId,
     /// What has to be done to the inputs of a matrix before it.
     pub(super) inputs: HashMap<WeightId, InputIds>,
@@ -57,23 +72,35 @@ pub(super) struct InputIds {
 /// Lists the weights of the whole model and checks their shapes; no tensor is read.
 pub(super) fn plan(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<(UploadPlan, ModelWeights)> {
     let quantization = Quantization::of(checkpoint)?;
-    let mut planner = Planner { checkpoint, quantization, config, items: Vec::new(), inputs: HashMap::new() };
-    let embedding = planner.table("model.embed_tokens", config.vocab_size, config.hidden_size)?;
+    let names = &config.arch.names;
+    let root = root(checkpoint, names.embedding);
+    let mut planner = Planner { checkpoint, quantization, config, root, items: Vec::new(), inputs: HashMap::new() };
+    let table = format!("{root}{}", names.embedding);
+    let embedding = planner.table(&table, config.vocab_size, config.hidden_size)?;
     let layers = (0..config.num_hidden_layers).map(|layer| planner.layer(layer)).collect::<Result<Vec<_>>>()?;
-    let norm = planner.vector("model.norm.weight", config.hidden_size)?;
+    let norm = planner.norm(&format!("{root}{}", names.final_norm))?;
     let head = if config.tie_word_embeddings {
         embedding
     } else {
-        planner.linear("lm_head", config.vocab_size, config.hidden_size, false)?.weight
+        let head = planner.head(names.head);
+        planner.linear(&head, config.vocab_size, config.hidden_size, false)?.weight
     };
     let Planner { quantization, items, inputs, .. } = planner;
     Ok((UploadPlan { quantization, items }, ModelWeights { embedding, layers, norm, head, inputs }))
+}
+
+/// What stands in front of the names of the decoder's tensors: multimodal files keep it at different depths.
+fn root(checkpoint: &Checkpoint, embedding: &str) -> &'static str {
+    let roots = ["model.", "language_model.model.", "model.language_model."];
+    let has = |root: &&&str| checkpoint.tensor(&format!("{root}{embedding}.weight")).is_some();
+    roots.iter().find(has).copied().unwrap_or(roots[0])
 }
 
 struct Planner<'a> {
     checkpoint: &'a Checkpoint,
     quantization: Option<Quantization>,
     config: &'a ModelConfig,
+    root: &'static str,
     items: Vec<Item>,
     inputs: HashMap<WeightId, InputIds>,
 }
@@ -81,31 +108,80 @@ struct Planner<'a> {
 impl Planner<'_> {
     fn layer(&mut self, layer: usize) -> Result<LayerWeights> {
         let c = self.config;
+        let names = &c.arch.names;
         let (hidden, inter) = (c.hidden_size, c.intermediate_size);
         let (q, kv) = (c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim);
-        let name = |rest: &str| format!("model.layers.{layer}.{rest}");
-        let qk_norm = |planner: &mut Self, rest: &str| match c.arch.qk_norm {
-            true => planner.vector(&name(rest), c.head_dim).map(Some),
-            false => Ok(None),
+        let root = self.root;
+        let name = |rest: &str| format!("{root}layers.{layer}.{rest}");
+        let attention_in = self.optional_norm(names.norms.attention_in.map(name))?;
+        let qkv = self.stacked(&names.qkv, &name, &[q, kv, kv], hidden, c.qkv_bias)?;
+        let [q_norm, k_norm] = names.qk_norms.map(name);
+        let qk_norms = match c.qk_norm {
+            QkNorm::None => None,
+            QkNorm::Heads => Some([self.norm_weight(&q_norm, c.head_dim)?, self.norm_weight(&k_norm, c.head_dim)?]),
+            QkNorm::Whole => Some([self.norm_weight(&q_norm, q)?, self.norm_weight(&k_norm, kv)?]),
+            QkNorm::LayerPerHead => Some([
+                self.norm_per_head(&q_norm, c.num_attention_heads)?,
+                self.norm_per_head(&k_norm, c.num_key_value_heads)?,
+            ]),
         };
-        Ok(LayerWeights {
-            input_norm: self.vector(&name("input_layernorm.weight"), hidden)?,
-            qkv: self.stacked(
-                &[(name("self_attn.q_proj"), q), (name("self_attn.k_proj"), kv), (name("self_attn.v_proj"), kv)],
-                hidden,
-                c.qkv_bias,
-            )?,
-            q_norm: qk_norm(self, "self_attn.q_norm.weight")?,
-            k_norm: qk_norm(self, "self_attn.k_norm.weight")?,
-            o: self.linear(&name("self_attn.o_proj"), hidden, q, c.o_bias)?,
-            post_attention_norm: self.vector(&name("post_attention_layernorm.weight"), hidden)?,
-            gate_up: self.stacked(
-                &[(name("mlp.gate_proj"), inter), (name("mlp.up_proj"), inter)],
-                hidden,
-                c.mlp_bias,
-            )?,
-            down: self.linear(&name("mlp.down_proj"), hidden, inter, c.mlp_bias)?,
-        })
+        let o = self.linear(&name(names.attention_out), hidden, q, c.o_bias)?;
+        let attention_out = self.optional_norm(names.norms.attention_out.map(name))?;
+        let mlp_in = if c.parallel_residual { None } else { names.norms.mlp_in };
+        let mlp_in = self.optional_norm(mlp_in.map(name))?;
+        let mlp = GatedWeights {
+            gate_up: self.stacked(&names.gate_up, &name, &[inter, inter], hidden, c.mlp_bias)?,
+            down: self.linear(&name(names.down), hidden, inter, c.mlp_bias)?,
+        };
+        let mlp_out = self.optional_norm(names.norms.mlp_out.map(name))?;
+        Ok(LayerWeights { attention_in, qkv, qk_norms, o, attention_out, mlp_in, mlp, mlp_out })
+    }
+
+    /// Name of the output head: beside the decoder, or beside the language model that it is a part of.
+    fn head(&self, name: &str) -> String {
+        let nested = format!("language_model.{name}");
+        let has = |module: &str| self.checkpoint.tensors_of(&format!("{module}.")).next().is_some();
+        if !has(name) && has(&nested) { nested } else { name.to_owned() }
+    }
+
+    fn optional_norm(&mut self, name: Option<String>) -> Result<Option<Norm>> {
+        name.map(|name| self.norm(&name)).transpose()
+    }
+
+    /// The norm `name` of the residual stream.
+    fn norm(&mut self, name: &str) -> Result<Norm> {
+        let hidden = self.config.hidden_size;
+        let weight = self.norm_weight(name, hidden)?;
+        let bias = match self.config.arch.norm {
+            NormWeights::Layer => Some(self.vector(&format!("{name}.bias"), hidden)?),
+            NormWeights::Rms | NormWeights::RmsPlusOne => None,
+        };
+        Ok(Norm { weight, bias })
+    }
+
+    fn norm_weight(&mut self, name: &str, len: usize) -> Result<WeightId> {
+        let name = format!("{name}.weight");
+        if self.config.arch.norm != NormWeights::RmsPlusOne {
+            return self.vector(&name, len);
+        }
+        let mut part = self.vector_part(&name, len)?;
+        let read = part.read;
+        part.read = Box::new(move |input, rows| {
+            let mut weight = read(input, rows)?;
+            if let Some(Weight::Vector(weight)) = &mut weight {
+                weight.iter_mut().for_each(|w| *w += 1.0);
+            }
+            Ok(weight)
+        });
+        Ok(self.push(&name, WeightShape::Vector { len }, vec![part]))
+    }
+
+    /// The weights of a module with a norm for each head, one behind the other.
+    fn norm_per_head(&mut self, name: &str, heads: usize) -> Result<WeightId> {
+        let dim = self.config.head_dim;
+        let part = |head| self.vector_part(&format!("{name}.norms.{head}.weight"), dim);
+        let parts = (0..heads).map(part).collect::<Result<Vec<_>>>()?;
+        Ok(self.push(name, WeightShape::Vector { len: heads * dim }, parts))
     }
 
     /// An embedding table, packed or not.
@@ -172,12 +248,27 @@ impl Planner<'_> {
         }
     }
 
-    /// Projections of one input, stacked along their outputs if all are 4-bit of the same kind: one launch instead of
-    /// several. Others stay apart; stacking them would copy what is mapped.
-    fn stacked(&mut self, parts: &[(String, usize)], k: usize, bias: bool) -> Result<Vec<Projection>> {
+    /// Projections of one input with `sizes` outputs, stacked along their outputs if the file stacks them or all are
+    /// 4-bit of the same kind: one launch instead of several. Others stay apart; stacking them would copy what is
+    /// mapped.
+    fn stacked(
+        &mut self,
+        names: &Stacked,
+        name: &dyn Fn(&str) -> String,
+        sizes: &[usize],
+        k: usize,
+        bias: bool,
+    ) -> Result<Vec<Projection>> {
+        let n = sizes.iter().sum();
+        let modules = match names {
+            Stacked::Apart(modules) => modules,
+            Stacked::Fused(module) => return Ok(vec![self.linear(&name(module), n, k, bias)?]),
+            Stacked::Grouped(module) => return Ok(vec![self.grouped(&name(module), n, k, bias)?]),
+        };
+        let parts: Vec<_> = modules.iter().zip(sizes).map(|(module, &n)| (name(module), n)).collect();
         let mut shapes = Vec::with_capacity(parts.len());
         let mut biases = Vec::with_capacity(parts.len());
-        for (prefix, n) in parts {
+        for (prefix, n) in &parts {
             shapes.push(quant::linear_shape(self.checkpoint, self.quantization.as_ref(), prefix, *n, k)?);
             biases.push(self.bias(prefix, *n, bias)?);
         }
@@ -195,6 +286,22 @@ impl Planner<'_> {
             offset += n;
         }
         Ok(projections)
+    }
+
+    /// A module of [`Stacked::Grouped`], its rows in the order of all q, all k, all v.
+    fn grouped(&mut self, prefix: &str, n: usize, k: usize, bias: bool) -> Result<Projection> {
+        let c = self.config;
+        let (heads, groups, dim) = (c.num_attention_heads, c.num_key_value_heads, c.head_dim);
+        let queries = heads / groups;
+        let head_of = |group: usize, place: usize| group * (queries + 2) + place;
+        let q = (0..heads).map(|head| head_of(head / queries, head % queries));
+        let k_and_v = (0..2).flat_map(|i| (0..groups).map(move |group| head_of(group, queries + i)));
+        let order: Vec<usize> = q.chain(k_and_v).flat_map(|head| head * dim..(head + 1) * dim).collect();
+
+        let shape = quant::linear_shape(self.checkpoint, self.quantization.as_ref(), prefix, n, k)?;
+        let bias = self.bias(prefix, n, bias)?.map(|part| part.in_order(order.clone()));
+        let part = linear_part(prefix, shape.weight, k).in_order(order);
+        Ok(self.project(prefix, shape, vec![part], bias.into_iter().collect(), 0))
     }
 
     fn push(&mut self, name: &str, shape: WeightShape, parts: Vec<Part>) -> WeightId {
@@ -279,6 +386,16 @@ impl Part {
         read: impl Fn(&Input<'_>, Range<usize>) -> Result<Option<Weight>> + Send + Sync + 'static,
     ) -> Self {
         Self { prefix: prefix.to_owned(), rows, read: Box::new(read), is_whole: false }
+    }
+
+    /// The same rows in the order of `order`.
+    fn in_order(self, order: Vec<usize>) -> Self {
+        let Self { prefix, rows: n, read, .. } = self;
+        let read = move |input: &Input<'_>, rows: Range<usize>| match rows == (0..n) {
+            true => Ok(read(input, rows)?.map(|weight| weight.select_rows(&order))),
+            false => Ok(None),
+        };
+        Self { prefix, rows: n, read: Box::new(read), is_whole: false }
     }
 }
 

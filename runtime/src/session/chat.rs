@@ -84,7 +84,11 @@ impl ChatTemplate {
 
     /// Template of a folder: `chat_template.jinja`, or `chat_template` of `tokenizer_config.json` (a string, or a list
     /// of named ones of which `default` is taken). `None` if there is none.
-    pub(crate) fn from_checkpoint(checkpoint: &Checkpoint) -> Result<Option<Self>> {
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidFile`] if a file is not what it should be, [`ErrorKind::Template`] if the template does not
+    /// parse.
+    pub fn from_checkpoint(checkpoint: &Checkpoint) -> Result<Option<Self>> {
         let config = checkpoint.json("tokenizer_config.json")?;
         let file = checkpoint.read("chat_template.jinja", MAX_BYTES)?;
         let (source, name) = match file {

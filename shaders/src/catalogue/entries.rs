@@ -9,7 +9,7 @@ pub const ENTRIES: &[Entry] = &[
     Entry {
         name: "embed",
         bindings: &[
-            Binding { index: 0, name: "params", kind: BindingKind::Uniform, min_size: 20 },
+            Binding { index: 0, name: "params", kind: BindingKind::Uniform, min_size: 24 },
             Binding { index: 1, name: "step", kind: BindingKind::Uniform, min_size: 16 },
             Binding { index: 2, name: "tokens", kind: BindingKind::StorageRead, min_size: 4 },
             Binding { index: 3, name: "table", kind: BindingKind::StorageRead, min_size: 4 },
@@ -23,12 +23,13 @@ pub const ENTRIES: &[Entry] = &[
             Field { name: "first_row", offset: 8 },
             Field { name: "n_rows", offset: 12 },
             Field { name: "out_stride", offset: 16 },
+            Field { name: "scale", offset: 20 },
         ],
     },
     Entry {
         name: "embed_packed",
         bindings: &[
-            Binding { index: 0, name: "params", kind: BindingKind::Uniform, min_size: 32 },
+            Binding { index: 0, name: "params", kind: BindingKind::Uniform, min_size: 36 },
             Binding { index: 1, name: "step", kind: BindingKind::Uniform, min_size: 16 },
             Binding { index: 2, name: "tokens", kind: BindingKind::StorageRead, min_size: 4 },
             Binding { index: 3, name: "codes", kind: BindingKind::StorageRead, min_size: 4 },
@@ -46,6 +47,7 @@ pub const ENTRIES: &[Entry] = &[
             Field { name: "first_row", offset: 20 },
             Field { name: "out_stride", offset: 24 },
             Field { name: "flags", offset: 28 },
+            Field { name: "scale", offset: 32 },
         ],
     },
     Entry {
@@ -89,13 +91,14 @@ pub const ENTRIES: &[Entry] = &[
         ],
     },
     Entry {
-        name: "rms_norm",
+        name: "norm",
         bindings: &[
-            Binding { index: 0, name: "params", kind: BindingKind::Uniform, min_size: 28 },
+            Binding { index: 0, name: "params", kind: BindingKind::Uniform, min_size: 32 },
             Binding { index: 1, name: "step", kind: BindingKind::Uniform, min_size: 16 },
             Binding { index: 2, name: "x", kind: BindingKind::StorageRead, min_size: 4 },
             Binding { index: 3, name: "weight", kind: BindingKind::StorageRead, min_size: 4 },
-            Binding { index: 4, name: "out", kind: BindingKind::StorageReadWrite, min_size: 4 },
+            Binding { index: 4, name: "bias", kind: BindingKind::StorageRead, min_size: 4 },
+            Binding { index: 5, name: "out", kind: BindingKind::StorageReadWrite, min_size: 4 },
         ],
         workgroup_size: [256, 1, 1],
         workgroup_memory: 2048,
@@ -107,12 +110,13 @@ pub const ENTRIES: &[Entry] = &[
             Field { name: "out_offset", offset: 16 },
             Field { name: "eps", offset: 20 },
             Field { name: "row_mode", offset: 24 },
+            Field { name: "flags", offset: 28 },
         ],
     },
     Entry {
         name: "head_norm",
         bindings: &[
-            Binding { index: 0, name: "params", kind: BindingKind::Uniform, min_size: 20 },
+            Binding { index: 0, name: "params", kind: BindingKind::Uniform, min_size: 24 },
             Binding { index: 1, name: "step", kind: BindingKind::Uniform, min_size: 16 },
             Binding { index: 2, name: "x", kind: BindingKind::StorageReadWrite, min_size: 4 },
             Binding { index: 3, name: "weight", kind: BindingKind::StorageRead, min_size: 4 },
@@ -125,6 +129,7 @@ pub const ENTRIES: &[Entry] = &[
             Field { name: "stride", offset: 8 },
             Field { name: "offset", offset: 12 },
             Field { name: "eps", offset: 16 },
+            Field { name: "flags", offset: 20 },
         ],
     },
     Entry {
@@ -197,7 +202,7 @@ pub const ENTRIES: &[Entry] = &[
     Entry {
         name: "gemv_w4_swiglu",
         bindings: &[
-            Binding { index: 0, name: "params", kind: BindingKind::Uniform, min_size: 52 },
+            Binding { index: 0, name: "params", kind: BindingKind::Uniform, min_size: 56 },
             Binding { index: 1, name: "step", kind: BindingKind::Uniform, min_size: 16 },
             Binding { index: 2, name: "x", kind: BindingKind::StorageRead, min_size: 16 },
             Binding { index: 3, name: "qweight", kind: BindingKind::StorageRead, min_size: 16 },
@@ -221,6 +226,7 @@ pub const ENTRIES: &[Entry] = &[
             Field { name: "row_mode", offset: 40 },
             Field { name: "eps", offset: 44 },
             Field { name: "stage_quads", offset: 48 },
+            Field { name: "activation", offset: 52 },
         ],
     },
     Entry {
@@ -422,7 +428,7 @@ pub const ENTRIES: &[Entry] = &[
     Entry {
         name: "attention",
         bindings: &[
-            Binding { index: 0, name: "params", kind: BindingKind::Uniform, min_size: 36 },
+            Binding { index: 0, name: "params", kind: BindingKind::Uniform, min_size: 40 },
             Binding { index: 1, name: "step", kind: BindingKind::Uniform, min_size: 16 },
             Binding { index: 2, name: "qkv", kind: BindingKind::StorageRead, min_size: 4 },
             Binding { index: 3, name: "k_cache", kind: BindingKind::StorageRead, min_size: 4 },
@@ -442,12 +448,13 @@ pub const ENTRIES: &[Entry] = &[
             Field { name: "window", offset: 24 },
             Field { name: "splits_max", offset: 28 },
             Field { name: "split_len", offset: 32 },
+            Field { name: "cap", offset: 36 },
         ],
     },
     Entry {
         name: "attention_few",
         bindings: &[
-            Binding { index: 0, name: "params", kind: BindingKind::Uniform, min_size: 36 },
+            Binding { index: 0, name: "params", kind: BindingKind::Uniform, min_size: 40 },
             Binding { index: 1, name: "step", kind: BindingKind::Uniform, min_size: 16 },
             Binding { index: 2, name: "qkv", kind: BindingKind::StorageRead, min_size: 16 },
             Binding { index: 3, name: "k_cache", kind: BindingKind::StorageRead, min_size: 16 },
@@ -467,12 +474,13 @@ pub const ENTRIES: &[Entry] = &[
             Field { name: "window", offset: 24 },
             Field { name: "splits_max", offset: 28 },
             Field { name: "split_len", offset: 32 },
+            Field { name: "cap", offset: 36 },
         ],
     },
     Entry {
         name: "attention_coop",
         bindings: &[
-            Binding { index: 0, name: "params", kind: BindingKind::Uniform, min_size: 32 },
+            Binding { index: 0, name: "params", kind: BindingKind::Uniform, min_size: 36 },
             Binding { index: 1, name: "step", kind: BindingKind::Uniform, min_size: 16 },
             Binding { index: 2, name: "qkv", kind: BindingKind::StorageRead, min_size: 4 },
             Binding { index: 3, name: "k_cache", kind: BindingKind::StorageRead, min_size: 8 },
@@ -490,6 +498,7 @@ pub const ENTRIES: &[Entry] = &[
             Field { name: "context", offset: 20 },
             Field { name: "scale", offset: 24 },
             Field { name: "window", offset: 28 },
+            Field { name: "cap", offset: 32 },
         ],
     },
     Entry {
@@ -516,9 +525,9 @@ pub const ENTRIES: &[Entry] = &[
         ],
     },
     Entry {
-        name: "silu_mul",
+        name: "glu",
         bindings: &[
-            Binding { index: 0, name: "params", kind: BindingKind::Uniform, min_size: 12 },
+            Binding { index: 0, name: "params", kind: BindingKind::Uniform, min_size: 16 },
             Binding { index: 1, name: "step", kind: BindingKind::Uniform, min_size: 16 },
             Binding { index: 2, name: "x", kind: BindingKind::StorageRead, min_size: 4 },
             Binding { index: 3, name: "out", kind: BindingKind::StorageReadWrite, min_size: 4 },
@@ -529,6 +538,24 @@ pub const ENTRIES: &[Entry] = &[
             Field { name: "width", offset: 0 },
             Field { name: "x_stride", offset: 4 },
             Field { name: "out_stride", offset: 8 },
+            Field { name: "activation", offset: 12 },
+        ],
+    },
+    Entry {
+        name: "scale",
+        bindings: &[
+            Binding { index: 0, name: "params", kind: BindingKind::Uniform, min_size: 20 },
+            Binding { index: 1, name: "step", kind: BindingKind::Uniform, min_size: 16 },
+            Binding { index: 2, name: "x", kind: BindingKind::StorageReadWrite, min_size: 4 },
+        ],
+        workgroup_size: [256, 1, 1],
+        workgroup_memory: 0,
+        params: &[
+            Field { name: "width", offset: 0 },
+            Field { name: "stride", offset: 4 },
+            Field { name: "scale", offset: 8 },
+            Field { name: "cap", offset: 12 },
+            Field { name: "row_mode", offset: 16 },
         ],
     },
     Entry {

@@ -1,6 +1,7 @@
 //! One module a subcommand.
 
 pub mod bench;
+pub mod calibration;
 pub mod chat;
 pub mod demo;
 pub mod devices;

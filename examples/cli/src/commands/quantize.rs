@@ -3,17 +3,18 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use awqua::checkpoint::Checkpoint;
-use awqua::session::tokenizer::Tokenizer;
-use awqua::{Error, ErrorKind, ModelConfig};
+use awqua::{Error, ErrorKind};
 use awqua_quantizer::calibration::Calibration;
 use awqua_quantizer::math::Threads;
 use awqua_quantizer::method::Method;
+use awqua_quantizer::mixed::{self, Allocation, Granularity, Sensitivity, Unit};
+use awqua_quantizer::plot::{Chart, Mark, Series};
 use awqua_quantizer::quantize::{self, Format, GroupSize, QuantizeOptions, QuantizeReport};
 use awqua_quantizer::rtn::Report;
 use awqua_quantizer::{RtnOptions, quantize_rtn};
 
-use crate::output::{self, Failure, Outcome, Unit};
+use super::calibration::CalibrationArgs;
+use crate::output::{self, Failure, Outcome};
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -39,6 +40,8 @@ pub struct Args {
     format: Option<FormatArg>,
     #[command(flatten)]
     calibration: CalibrationArgs,
+    #[command(flatten)]
+    target: TargetArgs,
     /// Calibrate every block with what the exact model puts out instead of the blocks packed before it
     #[arg(long)]
     no_propagate: bool,
@@ -56,19 +59,6 @@ pub struct Args {
     pub json: bool,
 }
 
-#[derive(clap::Args)]
-pub struct CalibrationArgs {
-    /// JSON file of token ids to calibrate with: a list of sequences
-    #[arg(long, value_name = "FILE")]
-    calib_ids: Option<PathBuf>,
-    /// Sequences to calibrate with
-    #[arg(long, value_name = "N", default_value_t = 32)]
-    calib_samples: usize,
-    /// Tokens of a sequence
-    #[arg(long, value_name = "N", default_value_t = 512)]
-    calib_length: usize,
-}
-
 #[derive(clap::ValueEnum, Debug, Clone, Copy)]
 enum MethodArg {
     /// Round to nearest, without calibration data
@@ -79,8 +69,10 @@ enum MethodArg {
     Gptq,
     /// Activation-aware scales and clipping, then error compensation
     AwqGptq,
-    /// awq-gptq, then rounding learned block by block: best, and slow
+    /// awq-gptq, then rounding learned block by block; slow
     Learned,
+    /// awq-gptq corrected for earlier rounding, then scales and norms trained end to end; slow, best for 2 and 3 bits
+    Tuned,
 }
 
 #[derive(clap::ValueEnum, Debug, Clone, Copy)]
@@ -100,25 +92,159 @@ fn group_size(text: &str) -> Result<GroupSize, String> {
     }
 }
 
-impl CalibrationArgs {
-    /// The calibration tokens for the model in folder `dir`.
-    pub fn load(&self, dir: &Path) -> Outcome<Calibration> {
-        if let Some(file) = &self.calib_ids {
-            let bytes = std::fs::read(file).map_err(|e| Error::io(file, &e))?;
-            let sequences: Vec<Vec<u32>> = serde_json::from_slice(&bytes).map_err(|_| {
-                Error::new(ErrorKind::InvalidFile, "expected a list of lists of token ids").in_file(file)
-            })?;
-            let name = file.file_name().unwrap_or_default().to_string_lossy();
-            return Ok(Calibration::of_ids(&name, sequences));
-        }
-        let checkpoint = Checkpoint::open(dir)?;
-        let config = ModelConfig::from_json(checkpoint.config()).map_err(|e| e.in_file(dir.join("config.json")))?;
-        let tokenizer = Tokenizer::from_checkpoint(&checkpoint, config.vocab_size)?.ok_or_else(|| {
-            Error::new(ErrorKind::Tokenizer, "the folder has no tokenizer.json to encode calibration text with")
-                .in_file(dir)
-        })?;
-        Ok(Calibration::standard(&tokenizer, self.calib_samples, self.calib_length)?)
+/// Bits per module under a budget.
+#[derive(clap::Args)]
+struct TargetArgs {
+    /// Choose the bits of every module (2, 3, 4, 8 or none) so that the weight files have at most this size, e.g. 320MB
+    #[arg(long, value_name = "SIZE", value_parser = size, conflicts_with = "target_bits")]
+    target_size: Option<u64>,
+    /// Choose the bits of every module so that a weight has this many on average, scales and zero points not counted
+    #[arg(long, value_name = "BITS")]
+    target_bits: Option<f64>,
+    /// Choose for every module alone; vLLM, which fuses q, k and v as well as gate and up, cannot load the result
+    #[arg(long)]
+    per_module: bool,
+    /// JSON file that keeps what rounding each module costs, for further targets
+    #[arg(long, value_name = "FILE")]
+    sensitivity: Option<PathBuf>,
+    /// Write the predicted loss by size as a plot, an SVG file
+    #[arg(long, value_name = "FILE")]
+    curve: Option<PathBuf>,
+}
+
+fn size(text: &str) -> Result<u64, String> {
+    let digits = text.find(|c: char| !(c.is_ascii_digit() || c == '.')).unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let factor = match unit.trim() {
+        "" | "B" => 1.0,
+        "kB" | "KB" => 1e3,
+        "MB" => 1e6,
+        "GB" => 1e9,
+        "KiB" => 1024.0,
+        "MiB" => 1024.0 * 1024.0,
+        "GiB" => 1024.0 * 1024.0 * 1024.0,
+        _ => return Err(format!("`{unit}` is none of B, kB, MB, GB, KiB, MiB, GiB")),
+    };
+    match number.parse::<f64>() {
+        Ok(number) if number > 0.0 => Ok((number * factor) as u64),
+        _ => Err(format!("`{text}` is not a size like 320MB")),
     }
+}
+
+/// Means that the curve is shown at.
+const CURVE: [f64; 13] = [2.0, 2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 3.75, 4.0, 4.5, 5.0, 6.0, 8.0];
+
+/// Chooses the bits of every module, if a target was given, and says what they are expected to cost.
+fn choose_bits(
+    args: &Args,
+    calibration: &Calibration,
+    options: &mut QuantizeOptions,
+    threads: Threads,
+) -> Outcome<Option<Allocation>> {
+    let target = &args.target;
+    if target.target_size.is_none() && target.target_bits.is_none() {
+        return Ok(None);
+    }
+    let sensitivity = sensitivity(args, calibration, options, threads)?;
+    // Any width will do here: what is asked are sizes.
+    let plan = quantize::plan(&args.dir, calibration, options, threads)?;
+    let mut sizes = BTreeMap::new();
+    for unit in &sensitivity.units {
+        for bits in mixed::WIDTHS {
+            let bytes = unit.modules.iter().map(|name| plan.module_bytes(name, bits)).sum::<Result<u64, Error>>()?;
+            sizes.insert((unit.modules[0].clone(), bits), bytes as f64);
+        }
+    }
+    let cost = |unit: &Unit, bits: u32| sizes.get(&(unit.modules[0].clone(), bits)).copied().unwrap_or(0.0);
+    let packed: f64 = sensitivity.units.iter().map(|unit| cost(unit, options.bits)).sum();
+    let fixed = plan.packed_bytes()? as f64 - packed;
+    let total = |allocation: &Allocation| {
+        let bits = |unit: &Unit| allocation.bits_of[&unit.modules[0]];
+        fixed + sensitivity.units.iter().map(|unit| cost(unit, bits(unit))).sum::<f64>()
+    };
+    let chosen = match (target.target_size, target.target_bits) {
+        (Some(size), _) => {
+            // Names of more tensors make the header a little longer than the one that was counted.
+            let slack = 4096.0 + 200.0 * sensitivity.units.len() as f64;
+            sensitivity.allocate(size as f64 - fixed - slack, &cost).map_err(|_| {
+                let least = fixed + slack + sensitivity.units.iter().map(|u| cost(u, mixed::WIDTHS[0])).sum::<f64>();
+                let message = format!(
+                    "{} is less than the model takes with 2 bits everywhere, {}",
+                    output::bytes(size),
+                    output::bytes(least as u64)
+                );
+                Error::new(ErrorKind::InvalidInput, message).in_file(&args.dir)
+            })?
+        }
+        (None, bits) => sensitivity.for_mean_bits(bits.unwrap_or_default())?,
+    };
+    let mut points = Vec::new();
+    for bits in CURVE {
+        let allocation = sensitivity.for_mean_bits(bits)?;
+        points.push((total(&allocation) / 1e6, allocation.predicted_loss));
+        if !args.json {
+            let (size, loss) = points[points.len() - 1];
+            output::note(&format!("  {bits:.2} bits: {size:.1} MB, predicted KL {loss:.4}"));
+        }
+    }
+    if let Some(file) = &target.curve {
+        let own = vec![(total(&chosen) / 1e6, chosen.predicted_loss)];
+        let series = |name: &str, points| Series { name: name.into(), points };
+        let chart = Chart {
+            title: "What the size costs".into(),
+            x_label: "weight files, MB".into(),
+            y_label: "predicted KL, nats a token".into(),
+            log_y: true,
+            mark: Mark::Line,
+            series: vec![series("mixed", points), series("chosen", own)],
+        };
+        std::fs::write(file, chart.svg()).map_err(|e| Error::io(file, &e))?;
+    }
+    if !args.json {
+        output::note(&format!(
+            "chose {:.3} bits a weight, {:.1} MB, predicted KL {:.4}",
+            chosen.mean_bits,
+            total(&chosen) / 1e6,
+            chosen.predicted_loss
+        ));
+    }
+    options.bits_of.clone_from(&chosen.bits_of);
+    Ok(Some(chosen))
+}
+
+/// Measures what rounding costs, or takes it from the file that an earlier run wrote for the same question.
+fn sensitivity(
+    args: &Args,
+    calibration: &Calibration,
+    options: &QuantizeOptions,
+    threads: Threads,
+) -> Outcome<Sensitivity> {
+    let granularity = if args.target.per_module { Granularity::Module } else { Granularity::Fused };
+    if let Some(file) = &args.target.sensitivity
+        && let Ok(bytes) = std::fs::read(file)
+    {
+        let known: Sensitivity = serde_json::from_slice(&bytes)
+            .map_err(|e| Error::new(ErrorKind::InvalidFile, format!("not what rounding costs: {e}")).in_file(file))?;
+        let alone = known.units.iter().all(|unit| unit.modules.len() == 1);
+        if known.calibration != calibration.sha256() || alone != args.target.per_module {
+            let message = "measured with another calibration or granularity; give another file, or remove it";
+            return Err(Error::new(ErrorKind::InvalidInput, message).in_file(file).into());
+        }
+        return Ok(known);
+    }
+    let bar = output::progress("measuring", output::Unit::Blocks);
+    let measured =
+        mixed::measure(&args.dir, calibration, options.group_size, granularity, threads, &mut |done, total| {
+            bar.set_length(total as u64);
+            bar.set_position(done as u64);
+            Ok(())
+        })?;
+    bar.finish_and_clear();
+    if let Some(file) = &args.target.sensitivity {
+        let text = serde_json::to_string(&measured).map_err(std::io::Error::from)?;
+        std::fs::write(file, text).map_err(|e| Error::io(file, &e))?;
+    }
+    Ok(measured)
 }
 
 pub fn run(args: &Args) -> Outcome {
@@ -128,6 +254,7 @@ pub fn run(args: &Args) -> Outcome {
         MethodArg::Gptq => Method::Gptq,
         MethodArg::AwqGptq => Method::AwqGptq,
         MethodArg::Learned => Method::Learned,
+        MethodArg::Tuned => Method::Tuned,
     };
     let mut options = QuantizeOptions::new(method, args.bits);
     if let Some(recipe) = &args.recipe {
@@ -146,15 +273,24 @@ pub fn run(args: &Args) -> Outcome {
             FormatArg::GptqV2 => Format::GptqV2,
         };
     }
+    let targeted = args.target.target_size.is_some() || args.target.target_bits.is_some();
+    if targeted {
+        let bits = args.target.target_bits.map_or(args.bits, |bits| bits.ceil() as u32);
+        options.bits = mixed::WIDTHS.into_iter().find(|&width| width >= bits).unwrap_or(8).min(8);
+        if args.format.is_none() {
+            options.format = Format::PackQuantized;
+        }
+    }
     let calibration = match method {
-        Method::Rtn if options.recipe.is_none() => Calibration::none(),
+        Method::Rtn if options.recipe.is_none() && !targeted => Calibration::none(),
         _ => args.calibration.load(&args.dir)?,
     };
-    let plain = matches!(method, Method::Rtn) && options.recipe.is_none();
+    let plain = matches!(method, Method::Rtn) && options.recipe.is_none() && !targeted;
     if plain && options.format == Format::AwqGemm && !args.symmetric && options.group_size != GroupSize::Channel {
         return round_to_nearest(args);
     }
     let threads = args.threads.map_or_else(Threads::available, |n| Threads::new(n.into()));
+    let allocation = choose_bits(args, &calibration, &mut options, threads)?;
     if !args.json {
         let needed = quantize::plan(&args.dir, &calibration, &options, threads)?.peak_memory(&calibration);
         output::note(&format!(
@@ -165,7 +301,7 @@ pub fn run(args: &Args) -> Outcome {
     }
     let report = with_progress(&args.dir, &args.out, &calibration, &options, threads)?;
     if args.json {
-        return output::json(&report);
+        return output::json(&Printed { report: &report, allocation });
     }
     let linears = || report.blocks.iter().flat_map(|block| &block.linears);
     let worst = linears().map(|linear| linear.relative_error).fold(0.0, f64::max);
@@ -177,6 +313,15 @@ pub fn run(args: &Args) -> Outcome {
         output::bytes(report.source_bytes),
         output::bytes(report.packed_bytes)
     ))
+}
+
+#[derive(serde::Serialize)]
+struct Printed<'a> {
+    #[serde(flatten)]
+    report: &'a QuantizeReport,
+    /// Where bits were chosen for a target.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    allocation: Option<Allocation>,
 }
 
 /// Packs any architecture's linears without looking at what they compute.
@@ -203,7 +348,7 @@ fn round_to_nearest(args: &Args) -> Outcome {
 
 /// Rounds to nearest behind a progress bar.
 pub fn rtn_with_progress(source: &Path, out: &Path, options: &RtnOptions) -> Outcome<Report> {
-    let bar = output::progress("packing", Unit::Bytes);
+    let bar = output::progress("packing", output::Unit::Bytes);
     let report = quantize_rtn(source, out, options, &mut |p| {
         bar.set_length(p.total);
         bar.set_position(p.done);
@@ -221,7 +366,7 @@ pub fn with_progress(
     options: &QuantizeOptions,
     threads: Threads,
 ) -> Outcome<QuantizeReport> {
-    let bar = output::progress("quantizing", Unit::Blocks);
+    let bar = output::progress("quantizing", output::Unit::Blocks);
     let report = quantize::quantize(source, out, calibration, options, threads, &mut |p| {
         bar.set_length(p.total as u64);
         bar.set_position(p.done as u64);

@@ -5,8 +5,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::{
-    Backend, BackendInfo, Budget, BufferId, Device, KvType, LogitsRows, Op, Program, Progress, Rows, Runner,
-    RunnerConfig, Span, Step, WeightId,
+    Activation, Backend, BackendInfo, Budget, BufferId, Device, KvType, LogitsRows, NormKind, Op, Program, Progress,
+    Rows, Runner, RunnerConfig, Span, Step, WeightId,
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::session::sampler::{self, SampleRequest};
@@ -392,8 +392,9 @@ impl CpuRunner {
         let count = |rows: Rows| self.rows(rows).len();
         match *op {
             Op::Embed { out, .. } => (n_tokens, self.width(out), 0),
-            Op::RmsNorm { dim, segments, rows, .. } => (count(rows), (dim * segments) as usize, 0),
-            Op::SiluMul { out, .. } => (n_tokens, self.width(out), 1),
+            Op::Norm { dim, segments, rows, .. } => (count(rows), (dim * segments) as usize, 0),
+            Op::Glu { out, .. } => (n_tokens, self.width(out), 1),
+            Op::Scale { x, rows, .. } => (count(rows), self.width(x), 1),
             Op::Arrange { out, rows, .. } => (count(rows), self.width(out), 0),
             Op::RopeAppend { qkv, .. } => (n_tokens, self.width(qkv), 0),
             Op::Linear { x, weight, rows, .. } => {
@@ -431,10 +432,10 @@ impl CpuRunner {
         let n_tokens = self.cursor.tokens.len();
         let position = self.cursor.position as usize;
         match *op {
-            Op::Embed { table, out } => self.embed(&weights[table.0 as usize], out, part),
-            Op::RmsNorm { x, weight, out, dim, segments, eps, rows } => {
+            Op::Embed { table, out, scale } => self.embed(&weights[table.0 as usize], out, scale, part),
+            Op::Norm { rows, .. } => {
                 let first = self.rows(rows).start;
-                self.rms_norm(x, &weights[weight.0 as usize], out, (dim as usize, segments as usize), eps, first, part)
+                self.norm(weights, op, first, part)
             }
             Op::Linear { x, weight, bias, out, accumulate, rows } => {
                 let range = self.rows(rows);
@@ -455,7 +456,7 @@ impl CpuRunner {
                 );
                 Ok(())
             }
-            Op::Attention { qkv, out, layer, scale, window } => {
+            Op::Attention { qkv, out, layer, scale, softcap, window } => {
                 let qkv_width = self.width(qkv);
                 let mut output = std::mem::take(&mut self.buffers[out.0 as usize]);
                 attention::attention(
@@ -471,6 +472,7 @@ impl CpuRunner {
                         position,
                         n_tokens,
                         scale,
+                        softcap,
                         window: window.map_or(usize::MAX, |w| w as usize),
                     },
                     part,
@@ -479,8 +481,15 @@ impl CpuRunner {
                 self.buffers[out.0 as usize] = output;
                 Ok(())
             }
-            Op::SiluMul { x, out } => {
-                self.silu_mul(x, out, part);
+            Op::Glu { x, out, activation } => {
+                self.glu(x, out, activation, part);
+                Ok(())
+            }
+            Op::Scale { x, scale, cap, .. } => {
+                let width = self.width(x);
+                for value in &mut self.buffers[x.0 as usize][part.start * width..part.end * width] {
+                    *value = softcap(*value * scale, cap);
+                }
                 Ok(())
             }
             Op::Arrange { x, order, factors, out, rows } => {
@@ -491,7 +500,7 @@ impl CpuRunner {
         }
     }
 
-    fn embed(&mut self, table: &Weight, out: BufferId, part: std::ops::Range<usize>) -> Result<()> {
+    fn embed(&mut self, table: &Weight, out: BufferId, scale: f32, part: std::ops::Range<usize>) -> Result<()> {
         let width = self.width(out);
         let backend = Arc::clone(&self.backend);
         if table.dims().1 != width {
@@ -500,40 +509,51 @@ impl CpuRunner {
         let rows = self.buffers[out.0 as usize].chunks_exact_mut(width).skip(part.start);
         for (&token, out) in self.cursor.tokens[part].iter().zip(rows) {
             matmul::expand(&*backend.kernels, table, token as usize, 0, out);
+            if scale != 1.0 {
+                out.iter_mut().for_each(|v| *v *= scale);
+            }
         }
         Ok(())
     }
 
-    #[allow(clippy::too_many_arguments, reason = "the operation's operands, each of another kind")]
-    fn rms_norm(
-        &mut self,
-        x: Span,
-        weight: &Weight,
-        out: Span,
-        (dim, segments): (usize, usize),
-        eps: f32,
-        first: usize,
-        part: std::ops::Range<usize>,
-    ) -> Result<()> {
+    /// [`Op::Norm`] of the rows `part`, counted from row `first` of the input.
+    fn norm(&mut self, weights: &[Weight], op: &Op, first: usize, part: std::ops::Range<usize>) -> Result<()> {
+        let Op::Norm { kind, x, weight, bias, out, dim, segments, eps, accumulate, .. } = *op else {
+            return Err(mismatch("a norm"));
+        };
+        let dim = dim as usize;
         let (x_width, out_width) = (self.width(x.buffer), self.width(out.buffer));
         let in_place = x.buffer == out.buffer;
-        let Weight::Vector(weight) = weight else { return Err(mismatch("a vector")) };
+        let vector = |id: WeightId| match &weights[id.0 as usize] {
+            Weight::Vector(vector) => Ok(&vector[..]),
+            _ => Err(mismatch("a vector")),
+        };
+        let (weight, bias) = (vector(weight)?, bias.map(vector).transpose()?);
+        let own_weights = weight.len() > dim;
         let mut output = std::mem::take(&mut self.buffers[out.buffer.0 as usize]);
+        let mut run = vec![0.0; dim];
         for to in part {
             let from = first + to;
-            for segment in 0..segments {
+            for segment in 0..segments as usize {
                 let x_at = from * x_width + x.offset as usize + segment * dim;
                 let out_at = to * out_width + out.offset as usize + segment * dim;
-                if in_place {
-                    output.copy_within(x_at..x_at + dim, out_at);
-                } else {
-                    output[out_at..out_at + dim].copy_from_slice(&self.buffers[x.buffer.0 as usize][x_at..x_at + dim]);
+                let source = if in_place { &output } else { &self.buffers[x.buffer.0 as usize] };
+                run.copy_from_slice(&source[x_at..x_at + dim]);
+                if kind == NormKind::Layer {
+                    let mean = run.iter().sum::<f32>() / dim as f32;
+                    run.iter_mut().for_each(|v| *v -= mean);
                 }
-                let run = &mut output[out_at..out_at + dim];
-                let mean = self.backend.kernels.dot(run, run) / dim as f32;
+                let mean = self.backend.kernels.dot(&run, &run) / dim as f32;
                 let factor = 1.0 / (mean + eps).sqrt();
-                for (v, w) in run.iter_mut().zip(weight) {
-                    *v = *v * factor * w;
+                let weight = if own_weights { &weight[segment * dim..] } else { weight };
+                run.iter_mut().zip(weight).for_each(|(v, w)| *v = *v * factor * w);
+                if let Some(bias) = bias {
+                    run.iter_mut().zip(bias).for_each(|(v, b)| *v += b);
+                }
+                let out = &mut output[out_at..out_at + dim];
+                match accumulate {
+                    true => out.iter_mut().zip(&run).for_each(|(out, v)| *out += v),
+                    false => out.copy_from_slice(&run),
                 }
             }
         }
@@ -616,18 +636,43 @@ impl CpuRunner {
         Ok(())
     }
 
-    fn silu_mul(&mut self, x: BufferId, out: BufferId, part: std::ops::Range<usize>) {
+    fn glu(&mut self, x: BufferId, out: BufferId, activation: Activation, part: std::ops::Range<usize>) {
         let width = self.width(out);
         let mut output = std::mem::take(&mut self.buffers[out.0 as usize]);
         let input = &self.buffers[x.0 as usize];
         let rows = input.chunks_exact(2 * width).zip(output.chunks_exact_mut(width));
         for (x, out) in rows.skip(part.start).take(part.len()) {
             let (gate, up) = x.split_at(width);
-            for ((g, u), out) in gate.iter().zip(up).zip(out) {
-                *out = g / (1.0 + (-g).exp()) * u;
+            for ((&g, u), out) in gate.iter().zip(up).zip(out) {
+                *out = activate(activation, g) * u;
             }
         }
         self.buffers[out.0 as usize] = output;
+    }
+}
+
+fn activate(activation: Activation, v: f32) -> f32 {
+    match activation {
+        Activation::Silu => v / (1.0 + (-v).exp()),
+        // v / 2 * (1 + tanh(z / 2)) is v / (1 + exp(-z)).
+        Activation::GeluTanh => v / (1.0 + (-1.595_769 * (v + 0.044_715 * v * v * v)).exp()),
+        Activation::Gelu => 0.5 * v * (1.0 + erf(v * std::f32::consts::FRAC_1_SQRT_2)),
+    }
+}
+
+/// The error function by Abramowitz and Stegun 7.1.26: at most 1.5e-7 off.
+fn erf(v: f32) -> f32 {
+    let t = 1.0 / (1.0 + 0.327_591_1 * v.abs());
+    let coefficients = [1.061_405_4, -1.453_152, 1.421_413_7, -0.284_496_74, 0.254_829_6];
+    let poly = coefficients.iter().fold(0.0, |sum, c| (sum + c) * t);
+    v.signum() * (1.0 - poly * (-v * v).exp())
+}
+
+/// `cap * tanh(value / cap)`, or the value where there is no cap.
+fn softcap(value: f32, cap: Option<f32>) -> f32 {
+    match cap {
+        Some(cap) => cap * (value / cap).tanh(),
+        None => value,
     }
 }
 

@@ -4,8 +4,8 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use awqua_shaders::{
-    Cost, Dense, FLAG_FACTORS, FLAG_ORDER, Kernel, Kv, Packed, RowMode, Step, Variant, arrange, embed, embed_packed,
-    head_norm, rms_norm, rope_append, silu_mul, uniform_bytes,
+    Cost, Dense, FLAG_ACCUMULATE, FLAG_BIAS, FLAG_CENTER, FLAG_FACTORS, FLAG_ORDER, FLAG_SEGMENTS, Kernel, Kv, Packed,
+    RowMode, Step, Variant, arrange, embed, embed_packed, glu, head_norm, norm, rope_append, scale, uniform_bytes,
 };
 use bytemuck::Pod;
 use wgpu::BufferUsages;
@@ -19,7 +19,7 @@ use super::WgpuBackend;
 use super::memory::Memory;
 use super::pipelines::Pipeline;
 use super::weights::GpuWeight;
-use crate::backend::{BufferId, KvType, Op, Program, Rows, RunnerConfig, Span, WeightId};
+use crate::backend::{Activation, BufferId, KvType, NormKind, Op, Program, Rows, RunnerConfig, Span, WeightId};
 use crate::error::{Error, ErrorKind, Result};
 use crate::tensor::DenseType;
 use linear::{Linear, gemv_rows};
@@ -230,42 +230,35 @@ impl<'a> Planner<'a> {
     fn op(&mut self, op: &Op, rest: &[Op]) -> Result<DraftOp> {
         let ready = self.ready.take();
         match *op {
-            Op::Embed { table, out } => self.embed(table, out),
-            Op::RmsNorm { x, weight, out, dim, segments, eps, rows } => {
-                let rows = row_mode(rows);
-                if x.buffer == out.buffer {
-                    return self.norm_in_place(x, out, weight, (dim, segments), eps, rows);
-                }
-                let mut dispatches = Vec::new();
-                for segment in 0..segments {
-                    let at = |span: Span| Span { offset: span.offset.saturating_add(segment * dim), ..span };
-                    dispatches.push(self.norm(at(x), at(out), weight, dim, eps, rows)?);
-                }
-                Ok(DraftOp::always(rows, dispatches))
-            }
+            Op::Embed { table, out, scale } => self.embed(table, out, scale),
+            Op::Norm { x, out, .. } if x.buffer == out.buffer => self.norm_in_place(op),
+            Op::Norm { .. } => self.norm(op),
             Op::Linear { x, weight, bias, out, accumulate, rows } => {
                 self.linear(&Linear { x, weight, bias, out, accumulate, rows: row_mode(rows) }, ready, rest)
             }
             Op::Arrange { x, order, factors, out, rows } => self.arrange(x, order, factors, out, row_mode(rows)),
             Op::RopeAppend { qkv, layer, rope } => self.rope_append(qkv, layer, rope),
-            Op::Attention { qkv, out, layer, scale, window } => self.attention(qkv, out, layer, scale, window, rest),
-            Op::SiluMul { x, out } => {
+            Op::Attention { qkv, out, layer, scale, softcap, window } => {
+                self.attention(qkv, out, layer, (scale, softcap), window, rest)
+            }
+            Op::Scale { x, scale, cap, rows } => self.scale(x, scale, cap, row_mode(rows)),
+            Op::Glu { x, out, activation } => {
                 let width = self.width(out)?;
                 self.fits(x.into(), width.saturating_mul(2))?;
                 let (x_stride, out_stride) = (self.stride(x), self.stride(out));
-                let params = silu_mul::Params { width, x_stride, out_stride, ..Default::default() };
+                let params = glu::Params { width, x_stride, out_stride, activation: activation_of(activation) as u32 };
                 let storage = vec![self.buffer(x), self.buffer(out)];
                 let launch = move |step: &Step| Launch {
-                    grid: silu_mul::grid(&params, step.n_tokens),
-                    cost: silu_mul::cost(&params, step.n_tokens),
+                    grid: glu::grid(&params, step.n_tokens),
+                    cost: glu::cost(&params, step.n_tokens),
                 };
-                let draft = self.draft(&silu_mul::KERNEL, self.variant(), &params, storage, launch)?;
+                let draft = self.draft(&glu::KERNEL, self.variant(), &params, storage, launch)?;
                 Ok(DraftOp::always(RowMode::All, vec![draft]))
             }
         }
     }
 
-    fn embed(&mut self, table: WeightId, out: BufferId) -> Result<DraftOp> {
+    fn embed(&mut self, table: WeightId, out: BufferId, scale: f32) -> Result<DraftOp> {
         let weight = self.backend.weight(table)?;
         let Some((_, width)) = weight.dims() else { return Err(unsupported("an embedding table has to be a matrix")) };
         self.fits(out.into(), width)?;
@@ -279,6 +272,7 @@ impl<'a> Planner<'a> {
                         first_row: part.first_row,
                         n_rows: part.rows,
                         out_stride: self.stride(out),
+                        scale,
                         ..Default::default()
                     };
                     let storage = vec![self.memory.tokens.clone(), part.words.clone(), self.buffer(out)];
@@ -301,6 +295,8 @@ impl<'a> Planner<'a> {
                         first_row: part.first_row,
                         out_stride: self.stride(out),
                         flags: table.flags,
+                        scale,
+                        ..Default::default()
                     };
                     dispatches.push(self.embed_packed(Packed::W4, params, &part.qweight, &part.group_params, out)?);
                 }
@@ -316,6 +312,8 @@ impl<'a> Planner<'a> {
                         first_row: part.first_row,
                         out_stride: self.stride(out),
                         flags: table.flags,
+                        scale,
+                        ..Default::default()
                     };
                     dispatches.push(self.embed_packed(table.packed, params, &part.codes, &part.group_params, out)?);
                 }
@@ -378,50 +376,82 @@ impl<'a> Planner<'a> {
         Ok(DraftOp::always(rows, vec![draft]))
     }
 
-    fn norm(&mut self, x: Span, out: Span, weight: WeightId, dim: u32, eps: f32, rows: RowMode) -> Result<Draft> {
+    /// A norm from one buffer to another.
+    fn norm(&mut self, op: &Op) -> Result<DraftOp> {
+        let Op::Norm { kind, x, weight, bias, out, dim, segments: 1, eps, accumulate, rows } = *op else {
+            return Err(unsupported("a norm of several segments works in place"));
+        };
         self.fits(x, dim)?;
         self.fits(out, dim)?;
-        let weight = self.vector(weight, dim)?;
-        let params = rms_norm::Params {
+        let row_mode = row_mode(rows);
+        let flag = |condition: bool, flag: u32| if condition { flag } else { 0 };
+        let params = norm::Params {
             dim,
             x_stride: self.stride(x.buffer),
             x_offset: x.offset,
             out_stride: self.stride(out.buffer),
             out_offset: out.offset,
             eps,
-            row_mode: rows as u32,
-            ..Default::default()
+            row_mode: row_mode as u32,
+            flags: flag(kind == NormKind::Layer, FLAG_CENTER)
+                | flag(bias.is_some(), FLAG_BIAS)
+                | flag(accumulate, FLAG_ACCUMULATE),
         };
-        let storage = vec![self.buffer(x.buffer), weight, self.buffer(out.buffer)];
+        let bias = match bias {
+            Some(bias) => self.vector(bias, dim)?,
+            None => self.memory.dummy.clone(),
+        };
+        let storage = vec![self.buffer(x.buffer), self.vector(weight, dim)?, bias, self.buffer(out.buffer)];
         let launch = move |step: &Step| Launch {
-            grid: rms_norm::grid(&params, rows.count(step)),
-            cost: rms_norm::cost(&params, rows.count(step)),
+            grid: norm::grid(&params, row_mode.count(step)),
+            cost: norm::cost(&params, row_mode.count(step)),
         };
-        self.draft(&rms_norm::KERNEL, self.variant(), &params, storage, launch)
+        let draft = self.draft(&norm::KERNEL, self.variant(), &params, storage, launch)?;
+        Ok(DraftOp::always(row_mode, vec![draft]))
     }
 
-    fn norm_in_place(
-        &mut self,
-        x: Span,
-        out: Span,
-        weight: WeightId,
-        (dim, segments): (u32, u32),
-        eps: f32,
-        rows: RowMode,
-    ) -> Result<DraftOp> {
-        if x.offset != out.offset || rows != RowMode::All {
-            return Err(unsupported("a norm within one buffer works on the same columns of all rows"));
+    fn norm_in_place(&mut self, op: &Op) -> Result<DraftOp> {
+        let Op::Norm { kind, x, weight, bias: None, out, dim, segments, eps, accumulate: false, rows: Rows::All } = *op
+        else {
+            return Err(unsupported("a norm within one buffer has all rows, no bias and no sum"));
+        };
+        if x.offset != out.offset {
+            return Err(unsupported("a norm within one buffer works on the same columns"));
         }
-        self.fits(x, dim.saturating_mul(segments))?;
-        let weight = self.vector(weight, dim)?;
+        let columns = dim.saturating_mul(segments);
+        self.fits(x, columns)?;
+        let own_weights = segments > 1 && self.vector(weight, columns).is_ok();
+        let weight = self.vector(weight, if own_weights { columns } else { dim })?;
+        let center = if kind == NormKind::Layer { FLAG_CENTER } else { 0 };
+        let flags = center | if own_weights { FLAG_SEGMENTS } else { 0 };
         let stride = self.stride(x.buffer);
-        let params = head_norm::Params { dim, segments, stride, offset: x.offset, eps, ..Default::default() };
+        let params = head_norm::Params { dim, segments, stride, offset: x.offset, eps, flags, ..Default::default() };
         let launch = move |step: &Step| Launch {
             grid: head_norm::grid(&params, step.n_tokens),
             cost: head_norm::cost(&params, step.n_tokens),
         };
         let storage = vec![self.buffer(x.buffer), weight];
         let draft = self.draft(&head_norm::KERNEL, self.variant(), &params, storage, launch)?;
+        Ok(DraftOp::always(RowMode::All, vec![draft]))
+    }
+
+    fn scale(&mut self, x: BufferId, factor: f32, cap: Option<f32>, rows: RowMode) -> Result<DraftOp> {
+        if rows == RowMode::Logits {
+            return Err(unsupported("scaling in place does not move rows"));
+        }
+        let params = scale::Params {
+            width: self.width(x)?,
+            stride: self.stride(x),
+            scale: factor,
+            cap: cap.unwrap_or(0.0),
+            row_mode: rows as u32,
+            ..Default::default()
+        };
+        let launch = move |step: &Step| Launch {
+            grid: scale::grid(&params, rows.count(step)),
+            cost: scale::cost(&params, rows.count(step)),
+        };
+        let draft = self.draft(&scale::KERNEL, self.variant(), &params, vec![self.buffer(x)], launch)?;
         Ok(DraftOp::always(rows, vec![draft]))
     }
 
@@ -519,6 +549,15 @@ fn row_mode(rows: Rows) -> RowMode {
         Rows::All => RowMode::All,
         Rows::Logits => RowMode::Logits,
         Rows::Compacted => RowMode::Compacted,
+    }
+}
+
+/// The kernels' number of an activation.
+fn activation_of(activation: Activation) -> awqua_shaders::Activation {
+    match activation {
+        Activation::Silu => awqua_shaders::Activation::Silu,
+        Activation::GeluTanh => awqua_shaders::Activation::GeluTanh,
+        Activation::Gelu => awqua_shaders::Activation::Gelu,
     }
 }
 

@@ -14,6 +14,12 @@ use sha2::{Digest, Sha256};
 use crate::decoder::{Decoder, Head};
 use crate::math::Threads;
 
+mod report;
+pub mod tasks;
+
+pub use report::html;
+pub use tasks::TaskReport;
+
 /// Rows of logits held at a time, of each model.
 const ROWS: usize = 128;
 
@@ -27,6 +33,20 @@ pub struct Streams {
     head: Head,
     /// (length, hidden) of each window.
     windows: Vec<Vec<f32>>,
+}
+
+/// Everything that was measured about a checkpoint.
+#[derive(Debug, Clone, Serialize)]
+pub struct Evaluation {
+    /// What was judged.
+    pub candidate_dir: String,
+    /// What it was judged against.
+    pub reference_dir: String,
+    /// On a text.
+    #[serde(flatten)]
+    pub comparison: Option<Comparison>,
+    /// Model and result of each task.
+    pub tasks: Vec<(String, TaskReport)>,
 }
 
 /// Likelihood of a text.
@@ -61,8 +81,41 @@ pub struct Comparison {
     pub flips_to_right: usize,
     /// The same for each window.
     pub windows: Vec<WindowComparison>,
+    /// Tokens by the size of their divergence.
+    pub histogram: Vec<Bin>,
+    /// Mean divergence by position in the window.
+    pub by_position: Vec<PositionBin>,
+    /// Error behind each layer, where both models were computed side by side.
+    pub layers: Option<Vec<LayerError>>,
     /// The tokens with the largest divergence, largest first.
     pub worst: Vec<Passage>,
+}
+
+/// Tokens whose divergence is near a power of ten.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Bin {
+    /// Middle of the bin.
+    pub log10_kl: f64,
+    /// Tokens in it.
+    pub tokens: usize,
+}
+
+/// Mean divergence of some positions.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct PositionBin {
+    /// First position.
+    pub position: usize,
+    /// Mean divergence, nats.
+    pub kl_mean: f64,
+}
+
+/// How far the residual streams of two models are apart.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct LayerError {
+    /// Index of the layer.
+    pub layer: usize,
+    /// Root of the mean over tokens of |difference|² / |reference|² behind the layer.
+    pub relative_error: f64,
 }
 
 /// Comparison on one window.
@@ -116,17 +169,50 @@ impl Streams {
         threads: Threads,
         progress: &mut dyn FnMut(usize, usize) -> Result<()>,
     ) -> Result<Self> {
-        let (checkpoint, quantization, decoder, head) = open(dir, windows, threads)?;
-        let layers = decoder.config.num_hidden_layers;
-        let mut streams: Vec<Vec<f32>> =
-            windows.iter().map(|ids| decoder.embed(&checkpoint, ids)).collect::<Result<_>>()?;
-        for layer in 0..layers {
-            progress(layer, layers)?;
-            let block = decoder.load(&checkpoint, quantization.as_ref(), layer)?;
-            streams.iter_mut().for_each(|x| decoder.forward(&block, x, &mut |_, _| {}));
+        let mut run = Run::start(dir, windows, threads)?;
+        while run.layer < run.layers() {
+            progress(run.layer, run.layers())?;
+            run.advance()?;
         }
-        progress(layers, layers)?;
-        Ok(Self { decoder, head, windows: streams })
+        progress(run.layers(), run.layers())?;
+        Ok(run.finish())
+    }
+
+    /// Runs two checkpoints over the same windows side by side, and tells how far apart they are behind each layer.
+    ///
+    /// # Errors
+    /// As [`Streams::compute`], and [`ErrorKind::InvalidInput`] if they differ in layers or hidden size.
+    pub fn compute_pair(
+        reference: &Path,
+        candidate: &Path,
+        windows: &[Vec<u32>],
+        threads: Threads,
+        progress: &mut dyn FnMut(usize, usize) -> Result<()>,
+    ) -> Result<(Self, Self, Vec<LayerError>)> {
+        let (mut a, mut b) = (Run::start(reference, windows, threads)?, Run::start(candidate, windows, threads)?);
+        let hidden = a.decoder.config.hidden_size;
+        if (a.layers(), hidden) != (b.layers(), b.decoder.config.hidden_size) {
+            let message = "the two models differ in layers or hidden size";
+            return Err(Error::new(ErrorKind::InvalidInput, message).in_file(candidate));
+        }
+        let mut errors = Vec::new();
+        while a.layer < a.layers() {
+            progress(a.layer, a.layers())?;
+            a.advance()?;
+            b.advance()?;
+            let rows = a.streams.iter().zip(&b.streams).flat_map(|(a, b)| a.chunks(hidden).zip(b.chunks(hidden)));
+            let (mut sum, mut tokens) = (0.0, 0);
+            for (a, b) in rows {
+                let square = |of: &mut dyn Iterator<Item = f32>| of.map(|v| f64::from(v).powi(2)).sum::<f64>();
+                let error = square(&mut a.iter().zip(b).map(|(a, b)| a - b));
+                sum += error / square(&mut a.iter().copied()).max(1e-30);
+                tokens += 1;
+            }
+            let relative_error = (sum / f64::from(tokens.max(1))).sqrt();
+            errors.push(LayerError { layer: a.layer - 1, relative_error });
+        }
+        progress(a.layers(), a.layers())?;
+        Ok((a.finish(), b.finish(), errors))
     }
 
     /// As [`Streams::compute`], but takes the result from `cache` if that file was written for the same checkpoint and
@@ -141,7 +227,7 @@ impl Streams {
         cache: &Path,
         progress: &mut dyn FnMut(usize, usize) -> Result<()>,
     ) -> Result<Self> {
-        let (checkpoint, _, decoder, head) = open(dir, windows, threads)?;
+        let Run { checkpoint, decoder, head, .. } = Run::start(dir, windows, threads)?;
         let key = key(&checkpoint, windows)?;
         let hidden = decoder.config.hidden_size;
         let expected = 32 + windows.iter().map(|ids| 4 * ids.len() * hidden).sum::<usize>();
@@ -163,20 +249,44 @@ impl Streams {
     }
 }
 
-fn open(
-    dir: &Path,
-    windows: &[Vec<u32>],
-    threads: Threads,
-) -> Result<(Checkpoint, Option<Quantization>, Decoder, Head)> {
-    if windows.is_empty() || windows.iter().any(|ids| ids.len() < 2) {
-        return Err(Error::new(ErrorKind::InvalidInput, "every window needs at least two tokens"));
+/// A model part of the way through its layers.
+struct Run {
+    checkpoint: Checkpoint,
+    quantization: Option<Quantization>,
+    decoder: Decoder,
+    head: Head,
+    streams: Vec<Vec<f32>>,
+    layer: usize,
+}
+
+impl Run {
+    fn start(dir: &Path, windows: &[Vec<u32>], threads: Threads) -> Result<Self> {
+        if windows.is_empty() || windows.iter().any(|ids| ids.len() < 2) {
+            return Err(Error::new(ErrorKind::InvalidInput, "every window needs at least two tokens"));
+        }
+        let checkpoint = Checkpoint::open(dir)?;
+        let quantization = Quantization::of(&checkpoint)?;
+        let longest = windows.iter().map(Vec::len).max().unwrap_or(0);
+        let decoder = Decoder::new(&checkpoint, longest, threads)?;
+        let head = Head::load(&decoder, &checkpoint, quantization.as_ref())?;
+        let streams = windows.iter().map(|ids| decoder.embed(&checkpoint, ids)).collect::<Result<_>>()?;
+        Ok(Self { checkpoint, quantization, decoder, head, streams, layer: 0 })
     }
-    let checkpoint = Checkpoint::open(dir)?;
-    let quantization = Quantization::of(&checkpoint)?;
-    let longest = windows.iter().map(Vec::len).max().unwrap_or(0);
-    let decoder = Decoder::new(&checkpoint, longest, threads)?;
-    let head = Head::load(&decoder, &checkpoint, quantization.as_ref())?;
-    Ok((checkpoint, quantization, decoder, head))
+
+    fn layers(&self) -> usize {
+        self.decoder.config.num_hidden_layers
+    }
+
+    fn advance(&mut self) -> Result<()> {
+        let block = self.decoder.load(&self.checkpoint, self.quantization.as_ref(), self.layer)?;
+        self.streams.iter_mut().for_each(|x| self.decoder.forward(&block, x, &mut |_, _| {}));
+        self.layer += 1;
+        Ok(())
+    }
+
+    fn finish(self) -> Streams {
+        Streams { decoder: self.decoder, head: self.head, windows: self.streams }
+    }
 }
 
 fn key(checkpoint: &Checkpoint, windows: &[Vec<u32>]) -> Result<[u8; 32]> {
@@ -312,6 +422,9 @@ fn summarize(points: &[Vec<Point>], windows: &[Vec<u32>], worst: usize) -> Compa
         flips_to_wrong: flips(&|p| p.reference_top, &|p| p.candidate_top),
         flips_to_right: flips(&|p| p.candidate_top, &|p| p.reference_top),
         windows: windows_report,
+        histogram: histogram(all.iter().map(|(_, _, p)| p.kl)),
+        by_position: by_position(&all),
+        layers: None,
         worst: order
             .iter()
             .take(worst)
@@ -330,9 +443,52 @@ fn summarize(points: &[Vec<Point>], windows: &[Vec<u32>], worst: usize) -> Compa
     }
 }
 
+/// Four bins a decade, from 1e-6 nats; smaller divergences are in the first.
+fn histogram(values: impl Iterator<Item = f64>) -> Vec<Bin> {
+    const LOWEST: f64 = -6.0;
+    let mut bins: Vec<Bin> = Vec::new();
+    for kl in values {
+        let at = ((kl.max(1e-30).log10() - LOWEST) * 4.0).floor().max(0.0) as usize;
+        while bins.len() <= at {
+            bins.push(Bin { log10_kl: LOWEST + (bins.len() as f64 + 0.5) / 4.0, tokens: 0 });
+        }
+        bins[at].tokens += 1;
+    }
+    bins
+}
+
+/// Sixteen bins of the positions that there are.
+fn by_position(all: &[(usize, usize, &Point)]) -> Vec<PositionBin> {
+    let longest = all.iter().map(|&(_, position, _)| position).max().unwrap_or(0);
+    let width = longest.div_ceil(16).max(1);
+    let mut sums = vec![(0.0, 0usize); longest / width + 1];
+    for &(_, position, point) in all {
+        let (sum, count) = &mut sums[position / width];
+        *sum += point.kl;
+        *count += 1;
+    }
+    let bins = sums.iter().enumerate().filter(|(_, (_, count))| *count > 0);
+    bins.map(|(i, (sum, count))| PositionBin { position: i * width, kl_mean: sum / *count as f64 }).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn bins_hold_every_token_once() {
+        let bins = histogram([0.0, 1e-9, 2e-6, 0.5, 3.0].into_iter());
+        assert_eq!(bins.iter().map(|b| b.tokens).sum::<usize>(), 5);
+        assert_eq!(bins[0].tokens, 2);
+        let last = bins.last().unwrap();
+        assert!(last.tokens == 1 && (last.log10_kl - 3f64.log10()).abs() < 0.25);
+        let point = |kl: f64| Point { reference: 0.0, candidate: 0.0, kl, reference_top: 0, candidate_top: 0 };
+        let points: Vec<Point> = (0..40).map(|i| point(f64::from(i))).collect();
+        let all: Vec<_> = points.iter().enumerate().map(|(i, p)| (0, i + 1, p)).collect();
+        let found = by_position(&all);
+        assert_eq!((found[0].position, found[0].kl_mean), (0, 0.5));
+        assert_eq!(found.last().unwrap().position, 39);
+    }
 
     #[test]
     fn a_point_is_what_the_definitions_say() {

@@ -1,4 +1,4 @@
-// out[t, i] = silu(x[t, i]) * x[t, width + i], silu(v) = v / (1 + exp(-v)).
+// out[t, i] = activation(x[t, i]) * x[t, width + i], activation as in prelude/activation.wgsl.
 //
 // Mapping: an invocation computes one element; grid x numbers blocks of WG columns, z rows. Traffic: 12 bytes each.
 
@@ -6,6 +6,7 @@ struct Params {
     width: u32,
     x_stride: u32,
     out_stride: u32,
+    activation: u32,
 }
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(2) var<storage, read> x: array<f32>;              // (n_tokens, x_stride): gate, then up
@@ -20,7 +21,5 @@ fn main(@builtin(global_invocation_id) id: vec3<u32>) {
     }
     let gate = x[token * params.x_stride + column];
     let up = x[token * params.x_stride + params.width + column];
-    // exp(80) is finite; below -80 silu is smaller than any number that matters.
-    let silu = gate / (1.0 + exp(-max(gate, -80.0)));
-    out[token * params.out_stride + column] = silu * up;
+    out[token * params.out_stride + column] = activate(gate, params.activation) * up;
 }
