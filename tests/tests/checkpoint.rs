@@ -2,7 +2,8 @@
 
 mod disk;
 
-use awqua::checkpoint::{Checkpoint, Severity, inspect, verify};
+use awqua::checkpoint::{Checkpoint, inspect};
+use awqua::model::{Severity, verify};
 use awqua::quant::{Quantization, load_linear};
 use awqua::tensor::Weight;
 use awqua::{Error, ErrorKind};

@@ -313,7 +313,7 @@ fn a_dense_checkpoint_becomes_an_autoawq_one() {
     }
     let checkpoint = Checkpoint::open(&out).unwrap();
     assert_eq!(checkpoint.bytes_on_disk(), report.packed_bytes);
-    assert_eq!(awqua::checkpoint::verify(&checkpoint).unwrap(), []);
+    assert_eq!(awqua::model::verify(&checkpoint).unwrap(), []);
     // Names, types and shapes are those that AutoAWQ itself writes for this model, only with another group size.
     let theirs = Checkpoint::open(&fixtures().join("formats/autoawq-gemm-g64")).unwrap();
     for (ours, theirs) in checkpoint.tensors().zip(theirs.tensors()) {

@@ -25,7 +25,7 @@ mod shards;
 pub mod source;
 
 pub use files::map_file;
-pub use inspect::{Finding, Inspection, Severity, TensorInfo, TensorKind, inspect, verify};
+pub use inspect::{Inspection, TensorInfo, TensorKind, inspect};
 pub use source::Source;
 
 use source::Extent;

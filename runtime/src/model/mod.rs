@@ -18,6 +18,7 @@ mod load;
 mod program;
 mod residence;
 mod rope;
+mod verify;
 mod weights;
 
 pub use config::{LayerConfig, ModelConfig};
@@ -25,6 +26,7 @@ pub use generation::GenerationConfig;
 pub use load::{Estimate, Load};
 pub use residence::{LoadBudget, LoadProgress, LoadStage};
 pub use rope::{Rope, RopeScaling};
+pub use verify::{Finding, Severity, verify};
 
 use residence::{Cargo, Residence};
 
