@@ -52,11 +52,11 @@ impl<'a> Planner<'a> {
         let again = self.draft(&route::KERNEL, self.variant(), &params, storage, launch)?;
         let grouping = self.group(routes, experts, top_k)?;
         // Packed experts of few rows find their rows by themselves.
-        let packed = rest.iter().filter_map(|op| match op {
+        let mut packed = rest.iter().filter_map(|op| match op {
             Op::Experts { weight, .. } => Some(matches!(self.backend.weight(*weight), Ok(GpuWeight::W4(_)))),
             _ => None,
         });
-        let few_rows = if packed.fold(true, |all, packed| all && packed) { self.few_rows } else { 0 };
+        let few_rows = if packed.all(|packed| packed) { self.few_rows } else { 0 };
         Ok(DraftOp { rows: RowMode::All, levels: vec![(few_rows, vec![choice]), (u32::MAX, vec![again, grouping])] })
     }
 
