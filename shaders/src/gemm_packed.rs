@@ -16,7 +16,7 @@ pub const K_STEP: u32 = 32;
 pub static KERNEL: Kernel = Kernel {
     name: "gemm_packed",
     body: include_str!("gemm_packed.wgsl"),
-    preludes: &[Prelude::Step, Prelude::Weights8, Prelude::Packed, Prelude::Elem, Prelude::Gemm],
+    preludes: &[Prelude::Step, Prelude::Weights8, Prelude::Packed, Prelude::Elem, Prelude::Gemm, Prelude::GemmRows],
     constants: &[("WG", WG), ("TILE", TILE), ("K_STEP", K_STEP)],
     sizes: &[],
     params: Params::FIELDS,

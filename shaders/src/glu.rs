@@ -17,6 +17,10 @@ params! {
         out_stride: u32,
         /// [`crate::Activation`].
         activation: u32,
+        /// Rows of a token.
+        per_token: u32,
+        /// Unused.
+        pad: [u32; 3],
     }
 }
 
@@ -47,7 +51,7 @@ const ERF: f32 = 2e-7;
 pub fn reference(params: &Params, step: &Step, x: &[f32], out: &mut [f32]) {
     let width = params.width as usize;
     let activation = Activation::from_u32(params.activation);
-    for token in 0..step.n_tokens as usize {
+    for token in 0..(step.n_tokens * params.per_token) as usize {
         let row = &x[token * params.x_stride as usize..];
         for i in 0..width {
             let gate = f64::from(row[i]);
@@ -75,8 +79,18 @@ pub fn cases() -> Vec<(u32, u32, Activation)> {
 fn trials(_variant: Variant, rng: &mut Rng) -> Vec<Trial> {
     let mut trials = Vec::new();
     for (width, n_tokens, activation) in cases() {
-        let params = Params { width, x_stride: 2 * width + 1, out_stride: width + 2, activation: activation as u32 };
-        let step = Step { n_tokens, ..Step::default() };
+        let mut params = Params {
+            width,
+            x_stride: 2 * width + 1,
+            out_stride: width + 2,
+            activation: activation as u32,
+            per_token: 1,
+            pad: [0; 3],
+        };
+        let mut step = Step { n_tokens, ..Step::default() };
+        if n_tokens % 3 == 0 {
+            (params.per_token, step.n_tokens) = (3, n_tokens / 3);
+        }
         // Gates of some units, where the activations differ, among others.
         let x: Vec<f32> = rng.activations((n_tokens * params.x_stride) as usize).iter().map(|v| v * 3.0).collect();
         let mut out = trial::poisoned((n_tokens * params.out_stride) as usize);

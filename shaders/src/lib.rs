@@ -42,24 +42,31 @@ pub mod attention_coop;
 pub mod attention_few;
 pub mod attention_reduce;
 pub mod catalogue;
+pub mod combine;
 pub mod embed;
 pub mod embed_packed;
+pub mod gate;
 pub mod gemm_dense;
+pub mod gemm_dense_experts;
 pub mod gemm_packed;
 pub mod gemm_w4;
 pub mod gemm_w4_coop;
+pub mod gemm_w4_experts;
 pub mod gemv_dense;
 pub mod gemv_packed;
 pub mod gemv_w4;
+pub mod gemv_w4_experts;
 pub mod gemv_w4_rope;
 pub mod gemv_w4_swiglu;
 pub mod glu;
+pub mod group;
 pub mod halve;
 pub mod head_norm;
 pub mod norm;
 pub mod packed;
 pub mod penalize;
 pub mod rope_append;
+pub mod route;
 pub mod sample;
 pub mod scale;
 pub mod stage;
@@ -425,8 +432,16 @@ pub enum Prelude {
     Packed,
     /// What `weights8` returns.
     Weights8,
-    /// The tiled matrix product, given `weights8`.
+    /// The tiled matrix product, given `weights8`, `x_row` and `out_row`.
     Gemm,
+    /// `weights8` of the 4-bit layout.
+    Weights8W4,
+    /// `weights8` of a dense matrix.
+    Weights8Dense,
+    /// Rows of a tiled product: those of the step.
+    GemmRows,
+    /// Rows of a tiled product: pairs of tokens and experts.
+    GemmPairs,
     /// The product of a packed matrix with one row of staged inputs.
     GemvW4,
     /// The layout of staged inputs.
@@ -542,7 +557,7 @@ impl Kernel {
 }
 
 /// Every kernel.
-pub static ALL: [&Kernel; 28] = [
+pub static ALL: [&Kernel; 35] = [
     &embed::KERNEL,
     &embed_packed::KERNEL,
     &arrange::KERNEL,
@@ -566,6 +581,13 @@ pub static ALL: [&Kernel; 28] = [
     &attention_reduce::KERNEL,
     &glu::KERNEL,
     &scale::KERNEL,
+    &route::KERNEL,
+    &group::KERNEL,
+    &gemv_w4_experts::KERNEL,
+    &gemm_w4_experts::KERNEL,
+    &gemm_dense_experts::KERNEL,
+    &combine::KERNEL,
+    &gate::KERNEL,
     &penalize::KERNEL,
     &argmax::KERNEL,
     &argmax_reduce::KERNEL,
@@ -632,6 +654,10 @@ pub fn compose(kernel: &Kernel, variant: Variant) -> String {
             }
             (Prelude::Packed, Variant { packed: Packed::Q6K, .. }) => include_str!("prelude/packed_q6_k.wgsl"),
             (Prelude::Packed, _) => include_str!("prelude/packed_affine.wgsl"),
+            (Prelude::Weights8W4, _) => include_str!("prelude/weights8_w4.wgsl"),
+            (Prelude::Weights8Dense, _) => include_str!("prelude/weights8_dense.wgsl"),
+            (Prelude::GemmRows, _) => include_str!("prelude/gemm_rows.wgsl"),
+            (Prelude::GemmPairs, _) => include_str!("prelude/gemm_pairs.wgsl"),
             (Prelude::Order, _) => include_str!("prelude/order.wgsl"),
             (Prelude::Activation, _) => include_str!("prelude/activation.wgsl"),
             (Prelude::Softcap, _) => include_str!("prelude/softcap.wgsl"),

@@ -125,7 +125,7 @@ def make(case, seed, out_dir):
     packed = case.get("packed", False)
     if packed:
         config["quantization_config"] = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True,
-                                         "version": "gemm", "modules_to_not_convert": case.get("dense_modules")}
+                                         "version": "gemm", "modules_to_not_convert": case.get("not_converted")}
     model_config.pop("architectures", None)
     hf = AutoConfig.for_model(**model_config)
     hf._attn_implementation = "eager"
@@ -403,7 +403,7 @@ def mixtral(rng):
     experts = rng.choice([3, 4, 8])
     c = base(rng, architectures=["MixtralForCausalLM"], model_type="mixtral", num_local_experts=experts,
              num_experts_per_tok=rng.choice([1, 2, min(3, experts)]), sliding_window=rng.choice([None, 11]))
-    return {"config": maybe_head_dim(rng, c), "dense_modules": ["gate."]}
+    return {"config": maybe_head_dim(rng, c), "dense_modules": ["gate."], "not_converted": ["gate"]}
 
 
 def sparse_layers(rng, c):
@@ -419,7 +419,7 @@ def qwen2_moe(rng):
              shared_expert_intermediate_size=rng.choice([24, 50]), norm_topk_prob=rng.random() < 0.5,
              qkv_bias=rng.random() < 0.7)
     sparse_layers(rng, c)
-    return {"config": c, "dense_modules": ["gate.", "shared_expert_gate"]}
+    return {"config": c, "dense_modules": ["gate.", "shared_expert_gate"], "not_converted": ["gate"]}
 
 
 def qwen3_moe(rng):
@@ -428,7 +428,7 @@ def qwen3_moe(rng):
              moe_intermediate_size=rng.choice([20, 33, 48]), norm_topk_prob=rng.random() < 0.5,
              attention_bias=rng.random() < 0.3, use_sliding_window=rng.random() < 0.3, sliding_window=rng.choice([7, 24]))
     sparse_layers(rng, c)
-    return {"config": c, "dense_modules": ["gate."]}
+    return {"config": c, "dense_modules": ["gate."], "not_converted": ["gate"]}
 
 
 ARCHITECTURES = dict(llama=llama, mistral=mistral, ministral=ministral, qwen2=qwen2, qwen3=qwen3, gemma=gemma,

@@ -58,7 +58,7 @@ impl<'a> Oracle<'a> {
         let range = logits.range(tokens.len());
         self.logits_rows = range.len();
         for (desc, buffer) in self.program.buffers.iter().zip(&mut self.buffers) {
-            buffer.resize(tokens.len() * desc.width as usize, 0.0);
+            buffer.resize(tokens.len() * (desc.width * desc.per_token) as usize, 0.0);
         }
         for op in &self.program.ops {
             self.op(op, tokens, position, range.clone());
@@ -208,9 +208,57 @@ impl<'a> Oracle<'a> {
                     self.put(x.into(), to, &row);
                 }
             }
+            Op::Route { logits, routes, top_k, renormalise } => {
+                for t in 0..tokens.len() {
+                    let logits = self.row(logits.into(), t, self.width(logits));
+                    let largest = logits.iter().fold(f32::NEG_INFINITY, |m, l| m.max(*l));
+                    let exp = |l: f32| (f64::from(l) - f64::from(largest)).exp();
+                    let mut best: Vec<usize> = (0..logits.len()).collect();
+                    best.sort_by(|a, b| logits[*b].total_cmp(&logits[*a]));
+                    best.truncate(top_k as usize);
+                    let over = if renormalise { best.clone() } else { (0..logits.len()).collect() };
+                    let sum: f64 = over.iter().map(|&i| exp(logits[i])).sum();
+                    let weights = best.iter().map(|&i| (exp(logits[i]) / sum) as f32);
+                    let row: Vec<f32> = weights.chain(best.iter().map(|&i| i as f32)).collect();
+                    self.put(routes.into(), t, &row);
+                }
+            }
+            Op::Experts { x, weight, count, routes, out } => {
+                let (k, top_k) = (self.width(x), self.width(routes) / 2);
+                let per_token = self.program.buffers[x.0 as usize].per_token as usize;
+                for pair in 0..tokens.len() * top_k {
+                    let route = self.row(routes.into(), pair / top_k, 2 * top_k);
+                    let expert = route[top_k + pair % top_k] as u32;
+                    assert!(expert < count);
+                    let input = self.row(x.into(), if per_token == 1 { pair / top_k } else { pair }, k);
+                    let rows = self.weights[(weight.0 + expert) as usize].chunks(k);
+                    let dot = |w: &[f32]| w.iter().zip(&input).map(|(w, x)| f64::from(*w) * f64::from(*x)).sum::<f64>();
+                    let result: Vec<f32> = rows.map(|w| dot(w) as f32).collect();
+                    self.put(out, pair, &result);
+                }
+            }
+            Op::Combine { x, routes, out } => {
+                let (width, top_k) = (self.width(out), self.width(routes) / 2);
+                for t in 0..tokens.len() {
+                    let route = self.row(routes.into(), t, 2 * top_k);
+                    let mut row = self.row(out.into(), t, width);
+                    for i in 0..top_k {
+                        let part = self.row(x.into(), t * top_k + i, width);
+                        row.iter_mut().zip(part).for_each(|(r, v)| *r += route[i] * v);
+                    }
+                    self.put(out.into(), t, &row);
+                }
+            }
+            Op::Gate { x, gate } => {
+                for t in 0..tokens.len() {
+                    let factor = 1.0 / (1.0 + (-self.row(gate.into(), t, 1)[0]).exp());
+                    let row: Vec<f32> = self.row(x.into(), t, self.width(x)).iter().map(|v| v * factor).collect();
+                    self.put(x.into(), t, &row);
+                }
+            }
             Op::Glu { x, out, activation } => {
                 let width = self.width(out);
-                for t in 0..tokens.len() {
+                for t in 0..tokens.len() * self.program.buffers[x.0 as usize].per_token as usize {
                     let row = self.row(x.into(), t, 2 * width);
                     let activate = |v: f32| activation_of(activation).of(f64::from(v)) as f32;
                     let result: Vec<f32> = (0..width).map(|i| activate(row[i]) * row[width + i]).collect();

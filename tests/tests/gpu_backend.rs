@@ -373,7 +373,7 @@ fn build(case: &Case) -> Model {
         b.ops.push(Op::Scale { x: BufferId(LOGITS), scale: 1.0, cap: Some(3.0), rows: Rows::Compacted });
     }
 
-    let buffer = |name, width: usize, logits_rows| BufferDesc { name, width: width as u32, logits_rows };
+    let buffer = |name, width: usize, logits_rows| BufferDesc { name, width: width as u32, logits_rows, per_token: 1 };
     let program = Program {
         buffers: vec![
             buffer("hidden", hidden, false),

@@ -124,7 +124,7 @@ fn model(make: Make, rng: &mut Rng) -> (Program, Vec<Weight>) {
         Weight::Vector(vec![1.0; HIDDEN]),
     ];
     let id = WeightId;
-    let buffer = |name, width: usize, logits_rows| BufferDesc { name, width: width as u32, logits_rows };
+    let buffer = |name, width: usize, logits_rows| BufferDesc { name, width: width as u32, logits_rows, per_token: 1 };
     let (hidden, up, moved, last, arranged, logits) =
         (BufferId(0), BufferId(1), BufferId(2), BufferId(3), BufferId(4), BufferId(5));
     let linear = |x, weight, bias, out: BufferId, accumulate, rows| Op::Linear {

@@ -168,7 +168,7 @@ pub enum Op {
         /// Sliding window in tokens, the token itself included.
         window: Option<u32>,
     },
-    /// `out[t, i] = activation(x[t, i]) * x[t, width + i]`
+    /// `out[t, i] = activation(x[t, i]) * x[t, width + i]`, for every row of a token.
     Glu {
         /// (n_tokens, 2 * width): gate, then up.
         x: BufferId,
@@ -188,6 +188,48 @@ pub enum Op {
         /// Rows worked on; [`Rows::All`] or [`Rows::Compacted`].
         rows: Rows,
     },
+    /// Chooses for every token the `top_k` experts of the largest logits, the first of equal ones, in descending order.
+    /// Their weights are the softmax over all logits, divided by the sum of the chosen ones if `renormalise`.
+    Route {
+        /// (n_tokens, experts).
+        logits: BufferId,
+        /// (n_tokens, 2 * top_k): the weights, then the numbers of the experts.
+        routes: BufferId,
+        /// Experts a token.
+        top_k: u32,
+        /// Whether weights are made to add up to 1.
+        renormalise: bool,
+    },
+    /// `out[t, i, offset..offset + N] = W[expert of (t, i)] x[t]`, or `x[t, i]` where x has rows for every expert of a
+    /// token. Every expert's matrix is read once, and only if a token goes through it.
+    Experts {
+        /// (n_tokens, K) or (n_tokens, top_k, K).
+        x: BufferId,
+        /// The first of `count` matrices (N, K), with ids that follow each other ([`Backend::reserve_in_stack`]).
+        weight: WeightId,
+        /// Experts.
+        count: u32,
+        /// As in `Route`.
+        routes: BufferId,
+        /// (n_tokens, top_k, width).
+        out: Span,
+    },
+    /// `out[t, :] += sum_i weight of (t, i) * x[t, i, :]`
+    Combine {
+        /// (n_tokens, top_k, width).
+        x: BufferId,
+        /// As in `Route`.
+        routes: BufferId,
+        /// (n_tokens, width).
+        out: BufferId,
+    },
+    /// `x[t, :] = x[t, :] / (1 + exp(-gate[t, 0]))`, in place.
+    Gate {
+        /// (n_tokens, width).
+        x: BufferId,
+        /// (n_tokens, 1).
+        gate: BufferId,
+    },
 }
 
 /// An activation buffer.
@@ -199,6 +241,16 @@ pub struct BufferDesc {
     pub width: u32,
     /// Whether the rows are logits rows ([`RunnerConfig::max_logits_rows`]) instead of token rows.
     pub logits_rows: bool,
+    /// Rows of a token: 1, or the number of experts it goes through.
+    pub per_token: u32,
+}
+
+impl BufferDesc {
+    /// Most rows under `config`.
+    pub(crate) fn rows(&self, config: &RunnerConfig) -> u32 {
+        let rows = if self.logits_rows { config.max_logits_rows } else { config.max_tokens };
+        rows.saturating_mul(self.per_token)
+    }
 }
 
 /// Head geometry, the same in every layer.
@@ -458,6 +510,16 @@ pub trait Backend: Any + Send + Sync {
     /// # Errors
     /// [`ErrorKind::OutOfMemory`], [`ErrorKind::Unsupported`] or a device error.
     fn reserve(&mut self, name: &str, shape: &WeightShape) -> Result<WeightId>;
+
+    /// As [`Self::reserve`], for matrix `index` of `count` of the same form that [`Op::Experts`] chooses among; they are
+    /// reserved one after the other.
+    ///
+    /// # Errors
+    /// As [`Self::reserve`]; [`ErrorKind::Unsupported`] where the backend can not choose among matrices of this form.
+    fn reserve_in_stack(&mut self, name: &str, shape: &WeightShape, index: usize, count: usize) -> Result<WeightId> {
+        let _ = (index, count);
+        self.reserve(name, shape)
+    }
 
     /// Takes the next rows of the weight reserved last: all of them, or multiples of [`ROW_STEP`] but for the last ones. Does not wait
     /// for the device, see [`Self::upload_is_settled`].

@@ -13,6 +13,8 @@ pub(super) enum Window {
     Never,
     /// Every layer, if `sliding_window` is a number.
     EveryLayer,
+    /// Every layer if `use_sliding_window` is true.
+    Switched,
     /// Layers from `max_window_layers` on if `use_sliding_window` is true, unless `layer_types` says otherwise.
     FromLayer,
     /// Layers without rotation if `use_sliding_window` is true, unless `layer_types` says otherwise.
@@ -79,6 +81,19 @@ pub(super) enum Bias {
     Key(&'static str),
 }
 
+/// A mixture of experts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Experts {
+    /// Key of their number.
+    pub(super) count: &'static str,
+    /// Key of the width of one.
+    pub(super) width: &'static str,
+    /// Whether the weights of the chosen ones are made to add up to 1; `None` is up to `norm_topk_prob`.
+    pub(super) renormalise: Option<bool>,
+    /// Key of the width of the expert that every token goes through, if there is one.
+    pub(super) shared_width: Option<&'static str>,
+}
+
 /// Names of a layer's norms; those an architecture does not have are `None`.
 #[derive(Debug)]
 pub(super) struct NormNames {
@@ -103,6 +118,19 @@ pub(super) enum Stacked {
     Grouped(&'static str),
 }
 
+/// Names of a mixture's modules inside a layer.
+#[derive(Debug)]
+pub(super) struct ExpertNames {
+    /// The choice among experts.
+    pub(super) router: &'static str,
+    /// What stands in front of the number of an expert.
+    pub(super) prefix: &'static str,
+    /// gate, up, down of an expert.
+    pub(super) projections: [&'static str; 3],
+    /// What stands in front of the shared expert's gate, up and down, and the module of its own gate.
+    pub(super) shared: [&'static str; 2],
+}
+
 /// Tensor names. Where the model proper begins (`model.` or deeper) is found in the file.
 #[derive(Debug)]
 pub(super) struct Names {
@@ -116,6 +144,7 @@ pub(super) struct Names {
     pub(super) qk_norms: [&'static str; 2],
     pub(super) gate_up: Stacked,
     pub(super) down: &'static str,
+    pub(super) experts: Option<ExpertNames>,
 }
 
 impl Names {
@@ -145,6 +174,7 @@ const LLAMA_NAMES: Names = Names {
     qk_norms: ["self_attn.q_norm", "self_attn.k_norm"],
     gate_up: Stacked::Apart(&["mlp.gate_proj", "mlp.up_proj"]),
     down: "mlp.down_proj",
+    experts: None,
 };
 
 const GEMMA2_NORMS: NormNames = NormNames {
@@ -155,6 +185,13 @@ const GEMMA2_NORMS: NormNames = NormNames {
 };
 
 const GEMMA_ACTIVATION: &[&str] = &["hidden_activation", "hidden_act"];
+
+const QWEN_EXPERTS: ExpertNames = ExpertNames {
+    router: "mlp.gate",
+    prefix: "mlp.experts",
+    projections: ["gate_proj", "up_proj", "down_proj"],
+    shared: ["mlp.shared_expert", "mlp.shared_expert_gate"],
+};
 
 /// Keys that change what is computed and that few architectures have.
 pub(super) const EXTRAS: &[&str] = &[
@@ -195,6 +232,7 @@ pub(super) struct Arch {
     pub(super) parallel: Option<&'static str>,
     pub(super) embedding_factor: Factor,
     pub(super) score_factor: Factor,
+    pub(super) experts: Option<Experts>,
 }
 
 /// What most have in common.
@@ -217,6 +255,7 @@ const LLAMA: Arch = Arch {
     parallel: None,
     embedding_factor: Factor::Usual,
     score_factor: Factor::Usual,
+    experts: None,
 };
 
 /// Llama without the options of biases.
@@ -399,8 +438,68 @@ const ARCHS: &[Arch] = &[
     },
 ];
 
+/// The mixtures of experts.
+const MIXTURES: &[Arch] = &[
+    Arch {
+        classes: &["MixtralForCausalLM"],
+        model_types: &["mixtral"],
+        defaults: r#"{"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1000000.0,
+            "num_experts_per_tok": 2, "num_local_experts": 8}"#,
+        names: Names {
+            experts: Some(ExpertNames {
+                router: "block_sparse_moe.gate",
+                prefix: "block_sparse_moe.experts",
+                projections: ["w1", "w3", "w2"],
+                shared: ["", ""],
+            }),
+            ..LLAMA_NAMES
+        },
+        window: Window::EveryLayer,
+        experts: Some(Experts {
+            count: "num_local_experts",
+            width: "intermediate_size",
+            renormalise: Some(true),
+            shared_width: None,
+        }),
+        ..NO_BIAS
+    },
+    Arch {
+        classes: &["Qwen2MoeForCausalLM"],
+        model_types: &["qwen2_moe"],
+        defaults: r#"{"num_key_value_heads": 16, "qkv_bias": true, "num_experts": 60, "num_experts_per_tok": 4,
+            "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632}"#,
+        names: Names { experts: Some(QWEN_EXPERTS), ..LLAMA_NAMES },
+        qkv_bias: Bias::Key("qkv_bias"),
+        window: Window::FromLayer,
+        experts: Some(Experts {
+            count: "num_experts",
+            width: "moe_intermediate_size",
+            renormalise: None,
+            shared_width: Some("shared_expert_intermediate_size"),
+        }),
+        ..NO_BIAS
+    },
+    Arch {
+        classes: &["Qwen3MoeForCausalLM"],
+        model_types: &["qwen3_moe"],
+        defaults: r#"{"num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768}"#,
+        names: Names { experts: Some(QWEN_EXPERTS), ..LLAMA_NAMES },
+        mlp_bias: Bias::Never,
+        qk_norm: QkNorm::Heads,
+        window: Window::Switched,
+        experts: Some(Experts {
+            count: "num_experts",
+            width: "moe_intermediate_size",
+            renormalise: None,
+            shared_width: None,
+        }),
+        ..LLAMA
+    },
+];
+
 fn all() -> impl Iterator<Item = &'static Arch> {
-    ARCHS.iter()
+    ARCHS.iter().chain(MIXTURES)
 }
 
 /// The architecture of a class in `architectures`.
@@ -440,6 +539,7 @@ mod tests {
         for arch in all() {
             assert!(serde_json::from_str::<serde_json::Value>(arch.defaults).unwrap().is_object(), "{}", arch.class());
             seen.extend(arch.classes.iter().chain(arch.model_types));
+            assert_eq!(arch.experts.is_some(), arch.names.experts.is_some(), "{}", arch.class());
         }
         let n = seen.len();
         seen.sort_unstable();

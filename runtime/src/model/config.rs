@@ -9,6 +9,9 @@ use crate::error::{Error, ErrorKind, Result};
 
 /// Largest value accepted for any size in a configuration; real ones are far below, and products of three stay in u64.
 const MAX_SIZE: u64 = 1 << 20;
+/// Most experts of a layer, and most that a token goes through.
+const MAX_EXPERTS: usize = 1024;
+const MAX_EXPERTS_PER_TOKEN: usize = 32;
 
 /// Hyper-parameters of a checkpoint.
 #[derive(Debug, Clone)]
@@ -61,6 +64,8 @@ pub struct ModelConfig {
     pub logits_softcap: Option<f32>,
     /// Whether attention and MLP read the same normalised input instead of following each other.
     pub parallel_residual: bool,
+    /// The mixture of experts of sparse layers.
+    pub experts: Option<ExpertConfig>,
     pub(super) qk_norm: QkNorm,
     pub(super) arch: &'static Arch,
 }
@@ -72,6 +77,23 @@ pub struct LayerConfig {
     pub window: Option<u32>,
     /// Index of the rotary embedding in [`ModelConfig::ropes`]; `None` rotates nothing.
     pub rope: Option<u32>,
+    /// Whether the MLP is the mixture of experts.
+    pub sparse: bool,
+}
+
+/// A mixture of experts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ExpertConfig {
+    /// Experts of a layer.
+    pub count: usize,
+    /// Experts that a token goes through.
+    pub per_token: usize,
+    /// Width of an expert's gated MLP.
+    pub intermediate_size: usize,
+    /// Whether the weights of a token's experts are made to add up to 1.
+    pub renormalise: bool,
+    /// Width of the expert that every token goes through, if there is one.
+    pub shared_intermediate_size: Option<usize>,
 }
 
 impl ModelConfig {
@@ -123,7 +145,8 @@ impl ModelConfig {
         if arch.rope == RopeRule::Local {
             ropes.push(Rope::local_from_json(&values, head_dim, max_position_embeddings)?);
         }
-        let layers = reader.layers(arch, num_hidden_layers)?;
+        let experts = reader.experts(arch)?;
+        let layers = reader.layers(arch, num_hidden_layers, experts.is_some())?;
         let qk_norm = match arch.qk_norm {
             QkNorm::LayerPerHead if !reader.flag("qk_layernorm")?.unwrap_or(false) => QkNorm::None,
             rule => rule,
@@ -132,7 +155,12 @@ impl ModelConfig {
         Ok(Self {
             layers,
             ropes,
-            intermediate_size: reader.size("intermediate_size")?,
+            // Only the mixture's key counts where every layer is sparse.
+            intermediate_size: match (reader.optional_size("intermediate_size")?, &experts) {
+                (Some(size), _) => size,
+                (None, Some(experts)) => experts.intermediate_size,
+                (None, None) => return Err(invalid("`intermediate_size` is missing")),
+            },
             vocab_size: reader
                 .optional_u64("vocab_size", 1 << 24)?
                 .filter(|&v| v > 0)
@@ -160,6 +188,7 @@ impl ModelConfig {
             num_key_value_heads,
             head_dim,
             max_position_embeddings,
+            experts,
             qk_norm,
             arch,
         })
@@ -191,6 +220,7 @@ impl ModelConfig {
             (self.arch.names.is_llama(), "its tensor names"),
             (matches!(self.qk_norm, QkNorm::None | QkNorm::Heads), "its norms of q and k"),
             (self.activation == Activation::Silu, "its activation"),
+            (self.experts.is_none(), "its mixture of experts"),
             (self.ropes.len() == 1 && self.layers.iter().all(|layer| layer.rope == Some(0)), "its rotary embeddings"),
             (self.ropes[0].rotary_dim == self.head_dim, "its partial rotary embedding"),
             (!self.ropes[0].must_agree(), "its rotary scaling"),
@@ -335,6 +365,30 @@ impl Reader<'_> {
         }
     }
 
+    fn experts(&self, arch: &Arch) -> Result<Option<ExpertConfig>> {
+        let Some(rule) = arch.experts else { return Ok(None) };
+        let count = self.size(rule.count)?;
+        let per_token = self.size("num_experts_per_tok")?;
+        if per_token > count {
+            return Err(invalid(format!("`num_experts_per_tok` {per_token} is above `{}` {count}", rule.count)));
+        }
+        if per_token > MAX_EXPERTS_PER_TOKEN || count > MAX_EXPERTS {
+            return Err(unsupported(format!(
+                "{per_token} of {count} experts a token (at most {MAX_EXPERTS_PER_TOKEN} of {MAX_EXPERTS})"
+            )));
+        }
+        Ok(Some(ExpertConfig {
+            count,
+            per_token,
+            intermediate_size: self.size(rule.width)?,
+            renormalise: match rule.renormalise {
+                Some(renormalise) => renormalise,
+                None => self.flag("norm_topk_prob")?.unwrap_or(false),
+            },
+            shared_intermediate_size: rule.shared_width.map(|key| self.size(key)).transpose()?,
+        }))
+    }
+
     /// A list with an entry a layer.
     fn list(&self, key: &str, layers: usize) -> Result<Option<&[Value]>> {
         match self.values.get(key).filter(|v| !v.is_null()) {
@@ -345,7 +399,7 @@ impl Reader<'_> {
         }
     }
 
-    fn layers(&self, arch: &Arch, n: usize) -> Result<Vec<LayerConfig>> {
+    fn layers(&self, arch: &Arch, n: usize, experts: bool) -> Result<Vec<LayerConfig>> {
         let rotated: Vec<bool> = match arch.rope {
             RopeRule::One | RopeRule::Local => vec![true; n],
             RopeRule::Skipped => match self.list("no_rope_layers", n)? {
@@ -363,11 +417,26 @@ impl Reader<'_> {
             },
         };
         let windows = self.windows(arch, n, &rotated)?;
-        let layers = windows.into_iter().zip(rotated).map(|(window, rotated)| {
+        let sparse = if experts { self.sparse_layers(n)? } else { vec![false; n] };
+        let layers = windows.into_iter().zip(rotated).zip(sparse).map(|((window, rotated), sparse)| {
             let table = u32::from(arch.rope == RopeRule::Local && window.is_some());
-            LayerConfig { window, rope: rotated.then_some(table) }
+            LayerConfig { window, rope: rotated.then_some(table), sparse }
         });
         Ok(layers.collect())
+    }
+
+    /// `decoder_sparse_step` and `mlp_only_layers`, which only some mixtures have.
+    fn sparse_layers(&self, n: usize) -> Result<Vec<bool>> {
+        let step = self.optional_size("decoder_sparse_step")?.unwrap_or(1);
+        let dense = match self.values.get("mlp_only_layers").filter(|v| !v.is_null()) {
+            None => Vec::new(),
+            Some(value) => {
+                let list = value.as_array().ok_or_else(|| invalid("`mlp_only_layers` must be a list"))?;
+                let layer = |v: &Value| v.as_u64().ok_or_else(|| invalid(format!("`mlp_only_layers` holds {v}")));
+                list.iter().map(layer).collect::<Result<Vec<_>>>()?
+            }
+        };
+        Ok((0..n).map(|layer| (layer + 1).is_multiple_of(step) && !dense.contains(&(layer as u64))).collect())
     }
 
     /// `layer_types` of newer configurations decides where the architecture reads it, otherwise its older rule.
@@ -380,12 +449,14 @@ impl Reader<'_> {
         let on = match arch.window {
             Window::Never => false,
             Window::EveryLayer | Window::Pattern(_) => true,
-            Window::FromLayer | Window::WithoutRope => self.flag("use_sliding_window")?.unwrap_or(false),
+            Window::Switched | Window::FromLayer | Window::WithoutRope => {
+                self.flag("use_sliding_window")?.unwrap_or(false)
+            }
         };
         if !on {
             return Ok(vec![None; layers]);
         }
-        let reads_types = !matches!(arch.window, Window::EveryLayer);
+        let reads_types = !matches!(arch.window, Window::EveryLayer | Window::Switched);
         if let Some(types) = self.list("layer_types", layers)?.filter(|_| reads_types) {
             return types
                 .iter()
@@ -406,7 +477,7 @@ impl Reader<'_> {
                     let pattern = self.optional_size("sliding_window_pattern")?.unwrap_or(usual);
                     !(layer + 1).is_multiple_of(pattern)
                 }
-                Window::Never | Window::EveryLayer => true,
+                Window::Never | Window::EveryLayer | Window::Switched => true,
             })
         };
         (0..layers).map(|layer| Ok(if slides(layer)? { window } else { None })).collect()

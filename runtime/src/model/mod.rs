@@ -21,7 +21,7 @@ mod rope;
 mod verify;
 mod weights;
 
-pub use config::{LayerConfig, ModelConfig};
+pub use config::{ExpertConfig, LayerConfig, ModelConfig};
 pub use generation::GenerationConfig;
 pub use load::{Estimate, Load};
 pub use residence::{LoadBudget, LoadProgress, LoadStage};

@@ -2,7 +2,7 @@
 
 use super::arch::{NormWeights, QkNorm};
 use super::config::ModelConfig;
-use super::weights::{GatedWeights, LayerWeights, ModelWeights, Norm, Projection};
+use super::weights::{ExpertWeights, GatedWeights, LayerWeights, Mlp, ModelWeights, Norm, Projection};
 use crate::backend::{AttentionShape, BufferDesc, BufferId, NormKind, Op, Program, Rows, Span, WeightId};
 
 /// Builds the program of a model from its configuration and the ids of its uploaded weights.
@@ -16,22 +16,39 @@ pub(super) fn build(config: &ModelConfig, weights: &ModelWeights) -> Program {
         rotary_dim: c.ropes[0].rotary_dim as u32,
     };
     let mut buffers = Vec::new();
-    let mut buffer = |name, width, logits_rows| {
-        buffers.push(BufferDesc { name, width, logits_rows });
+    let mut push = |name, width, logits_rows, per_token| {
+        buffers.push(BufferDesc { name, width, logits_rows, per_token });
         BufferId(buffers.len() as u32 - 1)
     };
+    let mut buffer = |name, width, logits_rows| push(name, width, logits_rows, 1);
     let names = &c.arch.names.norms;
-    let inter = c.intermediate_size as u32;
+    let has_dense_layers = c.layers.iter().any(|layer| !layer.sparse);
+    let inter = if has_dense_layers { c.intermediate_size as u32 } else { 1 };
     let b = Buffers {
         hidden: buffer("hidden", hidden, false),
         normed: buffer("normed", hidden, false),
         qkv: buffer("qkv", (shape.heads + 2 * shape.kv_heads) * shape.head_dim, false),
         attended: buffer("attended", shape.heads * shape.head_dim, false),
-        gate_up: buffer("gate_up", 2 * inter, false),
-        activated: buffer("activated", inter, false),
+        gated: [buffer("gate_up", 2 * inter, false), buffer("activated", inter, false)],
         branch: (names.attention_out.is_some() || names.mlp_out.is_some()).then(|| buffer("branch", hidden, false)),
         last: buffer("last", hidden, true),
         logits: buffer("logits", c.vocab_size as u32, true),
+        experts: c.experts.map(|experts| {
+            let (top_k, width) = (experts.per_token as u32, experts.intermediate_size as u32);
+            let shared = experts.shared_intermediate_size.unwrap_or(1) as u32;
+            ExpertBuffers {
+                router: push("router", experts.count as u32, false, 1),
+                routes: push("routes", 2 * top_k, false, 1),
+                gate_up: push("experts' gate_up", 2 * width, false, top_k),
+                activated: push("experts' activated", width, false, top_k),
+                down: push("experts' down", hidden, false, top_k),
+                shared_gate: push("shared expert's gate", 1, false, 1),
+                shared: [
+                    push("shared expert's gate_up", 2 * shared, false, 1),
+                    push("shared expert's activated", shared, false, 1),
+                ],
+            }
+        }),
     };
 
     let mut block = Block { config, shape, b, ops: Vec::new() };
@@ -75,12 +92,26 @@ struct Buffers {
     normed: BufferId,
     qkv: BufferId,
     attended: BufferId,
-    gate_up: BufferId,
-    activated: BufferId,
+    /// gate and up, and their product.
+    gated: [BufferId; 2],
     /// What attention and MLP add to the residual stream, where a norm comes first.
     branch: Option<BufferId>,
     last: BufferId,
     logits: BufferId,
+    experts: Option<ExpertBuffers>,
+}
+
+/// Buffers of mixtures; those of experts have a row for every expert of a token.
+#[derive(Clone, Copy)]
+struct ExpertBuffers {
+    router: BufferId,
+    routes: BufferId,
+    gate_up: BufferId,
+    activated: BufferId,
+    down: BufferId,
+    shared_gate: BufferId,
+    /// gate and up of the shared expert, and their product.
+    shared: [BufferId; 2],
 }
 
 struct Block<'a> {
@@ -119,14 +150,44 @@ impl Block<'_> {
     /// Adds the MLP to the residual stream; `attention_input` is what attention read.
     fn mlp(&mut self, w: &LayerWeights, attention_input: BufferId) {
         let input = if self.config.parallel_residual { attention_input } else { self.input(w.mlp_in) };
-        self.gated(input, &w.mlp, w.mlp_out);
+        match &w.mlp {
+            Mlp::Dense(mlp) => self.gated(input, mlp, self.b.gated, None, w.mlp_out),
+            Mlp::Sparse(mlp) => self.mixture(input, mlp),
+        }
     }
 
-    fn gated(&mut self, input: BufferId, w: &GatedWeights, norm: Option<Norm>) {
-        let b = self.b;
-        self.project(input, b.gate_up, &w.gate_up);
-        self.ops.push(Op::Glu { x: b.gate_up, out: b.activated, activation: self.config.activation });
-        self.add(b.activated, &w.down, norm);
+    /// Adds a mixture of experts to the residual stream.
+    fn mixture(&mut self, input: BufferId, w: &ExpertWeights) {
+        let (Some(config), Some(e)) = (self.config.experts, self.b.experts) else { return };
+        let (count, top_k, renormalise) = (config.count as u32, config.per_token as u32, config.renormalise);
+        self.linear(input, &w.router, e.router.into(), false);
+        self.ops.push(Op::Route { logits: e.router, routes: e.routes, top_k, renormalise });
+        for p in &w.gate_up {
+            let out = Span { buffer: e.gate_up, offset: p.offset };
+            self.ops.push(Op::Experts { x: input, weight: p.weight, count, routes: e.routes, out });
+        }
+        self.ops.push(Op::Glu { x: e.gate_up, out: e.activated, activation: self.config.activation });
+        let (weight, out) = (w.down.weight, e.down.into());
+        self.ops.push(Op::Experts { x: e.activated, weight, count, routes: e.routes, out });
+        if let Some((shared, gate)) = &w.shared {
+            self.linear(input, gate, e.shared_gate.into(), false);
+            self.gated(input, shared, e.shared, Some(e.shared_gate), None);
+        }
+        self.ops.push(Op::Combine { x: e.down, routes: e.routes, out: self.b.hidden });
+    }
+
+    fn gated(
+        &mut self,
+        input: BufferId,
+        w: &GatedWeights,
+        [gate_up, activated]: [BufferId; 2],
+        gate: Option<BufferId>,
+        norm: Option<Norm>,
+    ) {
+        self.project(input, gate_up, &w.gate_up);
+        self.ops.push(Op::Glu { x: gate_up, out: activated, activation: self.config.activation });
+        self.ops.extend(gate.map(|gate| Op::Gate { x: activated, gate }));
+        self.add(activated, &w.down, norm);
     }
 
     /// The residual stream behind a norm, if there is one.

@@ -4,8 +4,8 @@
 use std::collections::HashMap;
 use std::ops::Range;
 
-use super::arch::{NormWeights, QkNorm, Stacked};
-use super::config::ModelConfig;
+use super::arch::{ExpertNames, NormWeights, QkNorm, Stacked};
+use super::config::{ExpertConfig, ModelConfig};
 use crate::backend::{Backend, ROW_STEP, WeightId};
 use crate::checkpoint::Checkpoint;
 use crate::checksum::Checksum;
@@ -39,8 +39,27 @@ pub(super) struct LayerWeights {
     pub(super) o: Projection,
     pub(super) attention_out: Option<Norm>,
     pub(super) mlp_in: Option<Norm>,
-    pub(super) mlp: GatedWeights,
+    pub(super) mlp: Mlp,
     pub(super) mlp_out: Option<Norm>,
+}
+
+/// Weights of what follows attention.
+#[derive(Debug, Clone)]
+pub(super) enum Mlp {
+    Dense(GatedWeights),
+    Sparse(ExpertWeights),
+}
+
+/// Weights of a mixture of experts; the offsets of projections are columns of an expert's row.
+#[derive(Debug, Clone)]
+pub(super) struct ExpertWeights {
+    pub(super) router: Projection,
+    /// The first expert's gate and up, the others follow: one projection where they could be stacked.
+    pub(super) gate_up: Vec<Projection>,
+    /// The first expert's.
+    pub(super) down: Projection,
+    /// The expert that every token goes through, and its gate.
+    pub(super) shared: Option<(GatedWeights, Projection)>,
 }
 
 /// Weights of a gated MLP.
@@ -129,12 +148,96 @@ impl Planner<'_> {
         let attention_out = self.optional_norm(names.norms.attention_out.map(name))?;
         let mlp_in = if c.parallel_residual { None } else { names.norms.mlp_in };
         let mlp_in = self.optional_norm(mlp_in.map(name))?;
-        let mlp = GatedWeights {
-            gate_up: self.stacked(&names.gate_up, &name, &[inter, inter], hidden, c.mlp_bias)?,
-            down: self.linear(&name(names.down), hidden, inter, c.mlp_bias)?,
+        let mlp = match (&c.experts, &names.experts) {
+            (Some(experts), Some(names)) if c.layers[layer].sparse => Mlp::Sparse(self.experts(experts, names, &name)?),
+            _ => Mlp::Dense(GatedWeights {
+                gate_up: self.stacked(&names.gate_up, &name, &[inter, inter], hidden, c.mlp_bias)?,
+                down: self.linear(&name(names.down), hidden, inter, c.mlp_bias)?,
+            }),
         };
         let mlp_out = self.optional_norm(names.norms.mlp_out.map(name))?;
         Ok(LayerWeights { attention_in, qkv, qk_norms, o, attention_out, mlp_in, mlp, mlp_out })
+    }
+
+    fn experts(
+        &mut self,
+        experts: &ExpertConfig,
+        names: &ExpertNames,
+        name: &dyn Fn(&str) -> String,
+    ) -> Result<ExpertWeights> {
+        let (hidden, inter) = (self.config.hidden_size, experts.intermediate_size);
+        let router = self.linear(&name(names.router), experts.count, hidden, false)?;
+        let [gate, up, down] = names.projections;
+        let module = |expert: usize, rest: &str| name(&format!("{}.{expert}.{rest}", names.prefix));
+        let modules = |rest: &str| (0..experts.count).map(|expert| module(expert, rest)).collect::<Vec<_>>();
+        let pairs: Vec<_> = modules(gate).into_iter().zip(modules(up)).map(|(gate, up)| [gate, up]).collect();
+        let gate_up = match self.expert_stack(&pairs, inter, hidden)? {
+            Some(both) => vec![both],
+            None => {
+                let mut apart = Vec::new();
+                for (i, rest) in [gate, up].into_iter().enumerate() {
+                    let alone: Vec<_> = modules(rest).into_iter().map(|module| [module]).collect();
+                    let one = self.expert_stack(&alone, inter, hidden)?;
+                    apart.extend(one.map(|one| Projection { offset: (i * inter) as u32, ..one }));
+                }
+                apart
+            }
+        };
+        let downs: Vec<_> = modules(down).into_iter().map(|module| [module]).collect();
+        let down = self.expert_stack(&downs, hidden, inter)?;
+        let down = down.ok_or_else(|| Error::new(ErrorKind::InvalidConfig, "a layer has no experts"))?;
+        let shared = match experts.shared_intermediate_size {
+            None => None,
+            Some(inter) => {
+                let [prefix, gate] = names.shared;
+                let module = |rest: &str| name(&format!("{prefix}.{rest}"));
+                let gate_up = Stacked::Apart(&["gate_proj", "up_proj"]);
+                let weights = GatedWeights {
+                    gate_up: self.stacked(&gate_up, &module, &[inter, inter], hidden, false)?,
+                    down: self.linear(&module("down_proj"), hidden, inter, false)?,
+                };
+                Some((weights, self.linear(&name(gate), 1, hidden, false)?))
+            }
+        };
+        Ok(ExpertWeights { router, gate_up, down, shared })
+    }
+
+    /// Lists a matrix for every expert, of the modules that belong to it stacked along their `n` outputs each; the first
+    /// of them, or `None` where several modules can not be stacked.
+    fn expert_stack<const M: usize>(
+        &mut self,
+        modules: &[[String; M]],
+        n: usize,
+        k: usize,
+    ) -> Result<Option<Projection>> {
+        let mut shapes = Vec::with_capacity(modules.len());
+        for parts in modules {
+            let mut own = Vec::with_capacity(M);
+            for prefix in parts {
+                own.push(quant::linear_shape(self.checkpoint, self.quantization.as_ref(), prefix, n, k)?);
+                self.bias(prefix, n, false)?;
+            }
+            match (own.first(), stack(&own)) {
+                (Some(shape), _) if M == 1 => shapes.push((shape.clone(), own)),
+                (_, Some(shape)) => shapes.push((shape, own)),
+                _ => return Ok(None),
+            }
+        }
+        let mut first = None;
+        for (index, (parts, (shape, own))) in modules.iter().zip(shapes).enumerate() {
+            let name = parts.join(" + ");
+            if shape.input != InputTransform::default() {
+                let message = "experts whose inputs are reordered or scaled one by one";
+                return Err(Error::new(ErrorKind::Unsupported, message).in_tensor(name));
+            }
+            let parts = parts.iter().zip(&own).map(|(prefix, own)| linear_part(prefix, own.weight, k)).collect();
+            let id = self.push(&name, shape.weight, parts);
+            if let Some(item) = self.items.last_mut() {
+                item.stack = Some((index, modules.len()));
+            }
+            first.get_or_insert(id);
+        }
+        Ok(first.map(|weight| Projection { weight, bias: None, offset: 0 }))
     }
 
     /// Name of the output head: beside the decoder, or beside the language model that it is a part of.
@@ -305,7 +408,7 @@ impl Planner<'_> {
     }
 
     fn push(&mut self, name: &str, shape: WeightShape, parts: Vec<Part>) -> WeightId {
-        self.items.push(Item { name: name.to_owned(), shape, parts });
+        self.items.push(Item { name: name.to_owned(), shape, stack: None, parts });
         WeightId(self.items.len() as u32 - 1)
     }
 }
@@ -345,6 +448,8 @@ pub(super) struct UploadPlan {
 struct Item {
     name: String,
     shape: WeightShape,
+    /// Which one of how many matrices of experts it is.
+    stack: Option<(usize, usize)>,
     /// In the order of their rows.
     parts: Vec<Part>,
 }
@@ -485,7 +590,11 @@ impl Upload {
                 if let Some(next) = plan.items.get(self.item + 1) {
                     prefetch(checkpoint, next);
                 }
-                *self.id.insert(backend.reserve(&item.name, &item.shape)?)
+                let id = match item.stack {
+                    Some((index, count)) => backend.reserve_in_stack(&item.name, &item.shape, index, count)?,
+                    None => backend.reserve(&item.name, &item.shape)?,
+                };
+                *self.id.insert(id)
             }
         };
         let Some(part) = item.parts.get(self.part) else {

@@ -48,17 +48,28 @@ impl Device for Processor {
 
 /// Bytes of host memory that a session takes.
 pub(crate) fn runner_bytes(program: &Program, config: &RunnerConfig) -> u64 {
-    let rows = |logits_rows| u64::from(if logits_rows { config.max_logits_rows } else { config.max_tokens });
-    let activations = program.buffers.iter().map(|desc| rows(desc.logits_rows).saturating_mul(u64::from(desc.width)));
+    let activations =
+        program.buffers.iter().map(|desc| u64::from(desc.rows(config)).saturating_mul(u64::from(desc.width)));
     let ropes = u64::from(program.rope_tables) * u64::from(config.context) * u64::from(program.attention.rotary_dim);
     let (weights, sums) = scratch(program, config);
     let threads = config.jobs.as_ref().map_or(config.threads.unwrap_or(1), |jobs| jobs.0.threads()).max(1);
     // The row that sampling changes, and its candidates of two words each.
     let sampling = 3 * u64::from(program.vocab_size);
-    let floats = activations.fold(ropes + sampling, u64::saturating_add);
+    let floats = activations.fold(ropes + sampling + gathered_len(program, config), u64::saturating_add);
     let floats = floats.saturating_add((weights as u64).saturating_add(sums as u64).saturating_mul(threads as u64));
     let kv = super::kv_bytes(program, config.kv_type.unwrap_or(KvType::F32), config.context);
     floats.saturating_mul(4).saturating_add(kv)
+}
+
+/// Elements of [`Gathered::x`].
+fn gathered_len(program: &Program, config: &RunnerConfig) -> u64 {
+    let inputs = program.ops.iter().filter_map(|op| match op {
+        Op::Experts { x, out, .. } => {
+            Some((program.buffers.get(x.0 as usize)?, program.buffers.get(out.buffer.0 as usize)?))
+        }
+        _ => None,
+    });
+    inputs.map(|(x, out)| u64::from(out.rows(config)).saturating_mul(u64::from(x.width))).max().unwrap_or(0)
 }
 
 /// Elements of the two parts of [`Scratch`].
@@ -237,6 +248,16 @@ impl Partial {
     }
 }
 
+/// Inputs of [`Op::Experts`], those of the same expert one behind the other.
+#[derive(Default)]
+struct Gathered {
+    groups: Vec<matmul::Group>,
+    /// The row of the output that each of them belongs to.
+    order: Vec<usize>,
+    /// (rows, K)
+    x: Vec<f32>,
+}
+
 /// Scratch memory of one worker, allocated once.
 struct Scratch {
     /// Expanded weight rows, or expanded keys and values.
@@ -258,6 +279,8 @@ struct CpuRunner {
     caches: Vec<attention::Cache>,
     /// Rotary tables, (context, rotary_dim / 2, 2).
     ropes: Vec<Vec<f32>>,
+    /// Inputs of experts.
+    gathered: Gathered,
     /// Logits rows of the last run.
     logits_rows: usize,
     /// Copy of the logits row that sampling may change.
@@ -333,8 +356,10 @@ impl CpuRunner {
             .buffers
             .iter()
             .map(|desc| {
-                let rows = if desc.logits_rows { config.max_logits_rows } else { config.max_tokens } as usize;
-                zeros(rows.checked_mul(desc.width as usize), &format!("activation buffer `{}`", desc.name))
+                zeros(
+                    (desc.rows(config) as usize).checked_mul(desc.width as usize),
+                    &format!("activation buffer `{}`", desc.name),
+                )
             })
             .collect::<Result<Vec<_>>>()?;
         let per_layer = context.checked_mul((shape.kv_heads * shape.head_dim) as usize);
@@ -351,6 +376,8 @@ impl CpuRunner {
             None => Pool::new(config.threads.unwrap_or(1)),
         };
         let (weights, sums) = scratch(&program, config);
+        let gathered = usize::try_from(gathered_len(&program, config)).ok();
+        let gathered = fitting(gathered.and_then(|n| n.checked_mul(4)), "inputs of experts")? / 4;
         let scratch = (0..pool.threads())
             .map(|_| {
                 Ok(Mutex::new(Scratch {
@@ -369,6 +396,7 @@ impl CpuRunner {
             buffers,
             caches,
             ropes,
+            gathered: Gathered { x: Vec::with_capacity(gathered), ..Gathered::default() },
             logits_rows: 0,
             sample_row,
             candidates: Vec::with_capacity(program.vocab_size as usize),
@@ -393,7 +421,15 @@ impl CpuRunner {
         match *op {
             Op::Embed { out, .. } => (n_tokens, self.width(out), 0),
             Op::Norm { dim, segments, rows, .. } => (count(rows), (dim * segments) as usize, 0),
-            Op::Glu { out, .. } => (n_tokens, self.width(out), 1),
+            Op::Glu { out, .. } => (n_tokens * self.per_token(out), self.width(out), 1),
+            Op::Route { logits, .. } => (n_tokens, 4 * self.width(logits), 1),
+            Op::Gate { x, .. } => (n_tokens, self.width(x), 1),
+            Op::Combine { x, .. } => (n_tokens, self.width(x) * self.per_token(x), 0),
+            Op::Experts { x, weight, out, .. } => {
+                let pairs = n_tokens * self.per_token(out.buffer);
+                let n = matmul::rows_of(&weights[weight.0 as usize]);
+                (matmul::blocks(n), self.width(x) * 3 * pairs * kernels::TILE, 2)
+            }
             Op::Scale { x, rows, .. } => (count(rows), self.width(x), 1),
             Op::Arrange { out, rows, .. } => (count(rows), self.width(out), 0),
             Op::RopeAppend { qkv, .. } => (n_tokens, self.width(qkv), 0),
@@ -421,6 +457,11 @@ impl CpuRunner {
             Rows::Compacted if logits == LogitsRows::Hidden => 0..0,
             Rows::Compacted => 0..logits.range(n_tokens).len(),
         }
+    }
+
+    /// Rows of a token.
+    fn per_token(&self, buffer: BufferId) -> usize {
+        self.program.buffers[buffer.0 as usize].per_token as usize
     }
 
     fn width(&self, buffer: BufferId) -> usize {
@@ -485,6 +526,56 @@ impl CpuRunner {
                 self.glu(x, out, activation, part);
                 Ok(())
             }
+            Op::Route { logits, routes, top_k, renormalise } => {
+                self.route(logits, routes, top_k as usize, renormalise, part);
+                Ok(())
+            }
+            Op::Experts { x, weight, count, routes, out } => {
+                if part.start == 0 {
+                    self.gather(x, routes, count as usize)?;
+                }
+                let first = weight.0 as usize;
+                let experts = weights.get(first..first + count as usize).ok_or_else(|| mismatch("experts"))?;
+                let stride = self.width(out.buffer);
+                let mut output = std::mem::take(&mut self.buffers[out.buffer.0 as usize]);
+                let result = matmul::experts(
+                    &mut self.pool,
+                    &self.scratch,
+                    &*self.backend.kernels,
+                    experts,
+                    &self.gathered.groups,
+                    &self.gathered.order,
+                    part,
+                    &self.gathered.x,
+                    &mut output[out.offset as usize..],
+                    stride,
+                );
+                self.buffers[out.buffer.0 as usize] = output;
+                result
+            }
+            Op::Combine { x, routes, out } => {
+                let (width, top_k) = (self.width(out), self.per_token(x));
+                let mut output = std::mem::take(&mut self.buffers[out.0 as usize]);
+                for t in part {
+                    let route = &self.buffers[routes.0 as usize][2 * top_k * t..][..top_k];
+                    let rows = &self.buffers[x.0 as usize][top_k * width * t..][..top_k * width];
+                    for (&weight, row) in route.iter().zip(rows.chunks_exact(width)) {
+                        self.backend.kernels.axpy(weight, row, &mut output[width * t..][..width]);
+                    }
+                }
+                self.buffers[out.0 as usize] = output;
+                Ok(())
+            }
+            Op::Gate { x, gate } => {
+                let width = self.width(x);
+                let mut output = std::mem::take(&mut self.buffers[x.0 as usize]);
+                for t in part {
+                    let factor = 1.0 / (1.0 + (-self.buffers[gate.0 as usize][t]).exp());
+                    output[width * t..][..width].iter_mut().for_each(|v| *v *= factor);
+                }
+                self.buffers[x.0 as usize] = output;
+                Ok(())
+            }
             Op::Scale { x, scale, cap, .. } => {
                 let width = self.width(x);
                 for value in &mut self.buffers[x.0 as usize][part.start * width..part.end * width] {
@@ -512,6 +603,66 @@ impl CpuRunner {
             if scale != 1.0 {
                 out.iter_mut().for_each(|v| *v *= scale);
             }
+        }
+        Ok(())
+    }
+
+    /// [`Op::Route`] of the tokens `part`.
+    fn route(
+        &mut self,
+        logits: BufferId,
+        routes: BufferId,
+        top_k: usize,
+        renormalise: bool,
+        part: std::ops::Range<usize>,
+    ) {
+        let experts = self.width(logits);
+        let mut output = std::mem::take(&mut self.buffers[routes.0 as usize]);
+        for t in part {
+            let logits = &self.buffers[logits.0 as usize][experts * t..][..experts];
+            let (weights, numbers) = output[2 * top_k * t..][..2 * top_k].split_at_mut(top_k);
+            let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            let all: f32 = logits.iter().map(|l| (l - largest).exp()).sum();
+            let mut last = (f32::INFINITY, 0);
+            for (weight, number) in weights.iter_mut().zip(&mut *numbers) {
+                // The next one in the order of falling logits, then of rising numbers.
+                let after = |&(i, l): &(usize, &f32)| *l < last.0 || *l == last.0 && i > last.1;
+                let behind = logits.iter().enumerate().filter(after);
+                let best = behind.reduce(|a, b| if b.1 > a.1 { b } else { a });
+                let (i, &logit) = best.unwrap_or((0, &f32::NEG_INFINITY));
+                last = (logit, i);
+                (*weight, *number) = ((logit - largest).exp() / all, i as f32);
+            }
+            if renormalise {
+                let sum: f32 = weights.iter().sum();
+                weights.iter_mut().for_each(|weight| *weight /= sum);
+            }
+        }
+        self.buffers[routes.0 as usize] = output;
+    }
+
+    /// Brings the rows that go through the same expert together.
+    fn gather(&mut self, x: BufferId, routes: BufferId, count: usize) -> Result<()> {
+        let (width, per_token) = (self.width(x), self.per_token(x));
+        let top_k = self.width(routes) / 2;
+        let n_tokens = self.cursor.tokens.len();
+        let pairs = n_tokens * top_k;
+        let routes = &self.buffers[routes.0 as usize];
+        let expert = |pair: usize| routes[2 * top_k * (pair / top_k) + top_k + pair % top_k] as usize;
+        let gathered = &mut self.gathered;
+        gathered.order.clear();
+        gathered.order.extend(0..pairs);
+        gathered.order.sort_by_key(|&pair| expert(pair));
+        gathered.groups.clear();
+        gathered.x.clear();
+        for (i, &pair) in gathered.order.iter().enumerate() {
+            match gathered.groups.last_mut() {
+                // Without NaN among the logits a token goes through an expert once; with it, rows still fit the scratch.
+                Some(group) if group.expert == expert(pair) && group.rows.len() < n_tokens => group.rows.end = i + 1,
+                _ => gathered.groups.push(matmul::Group { expert: expert(pair).min(count - 1), rows: i..i + 1 }),
+            }
+            let row = if per_token == 1 { pair / top_k } else { pair };
+            gathered.x.extend_from_slice(&self.buffers[x.0 as usize][row * width..][..width]);
         }
         Ok(())
     }

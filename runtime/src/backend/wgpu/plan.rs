@@ -11,6 +11,7 @@ use bytemuck::Pod;
 use wgpu::BufferUsages;
 
 mod attention;
+mod experts;
 mod fuse;
 mod linear;
 mod stage;
@@ -22,6 +23,7 @@ use super::weights::GpuWeight;
 use crate::backend::{Activation, BufferId, KvType, NormKind, Op, Program, Rows, RunnerConfig, Span, WeightId};
 use crate::error::{Error, ErrorKind, Result};
 use crate::tensor::DenseType;
+use experts::Experts;
 use linear::{Linear, gemv_rows};
 
 /// The dispatches of a program.
@@ -176,6 +178,8 @@ struct Planner<'a> {
     staged: HashMap<BufferId, wgpu::Buffer>,
     /// Half precision inputs of many rows and their scales, by chunks of a row.
     half_buffers: HashMap<u32, (wgpu::Buffer, wgpu::Buffer)>,
+    /// Rows of a step by expert, and their tiles.
+    pair_buffers: Option<(wgpu::Buffer, wgpu::Buffer)>,
     max_tokens: u32,
     staged_bytes: u64,
     /// Only find out which kernels it takes.
@@ -194,6 +198,7 @@ impl<'a> Planner<'a> {
             few_rows: gemv_rows(backend.gpu.summary.kind).min(max_tokens),
             staged: HashMap::new(),
             half_buffers: HashMap::new(),
+            pair_buffers: None,
             max_tokens,
             staged_bytes: 0,
             dry,
@@ -241,16 +246,22 @@ impl<'a> Planner<'a> {
             Op::Attention { qkv, out, layer, scale, softcap, window } => {
                 self.attention(qkv, out, layer, (scale, softcap), window, rest)
             }
+            Op::Route { logits, routes, top_k, renormalise } => self.route(logits, routes, top_k, renormalise, rest),
+            Op::Experts { x, weight, count, routes, out } => self.experts(&Experts { x, weight, count, routes, out }),
+            Op::Combine { x, routes, out } => self.combine(x, routes, out),
+            Op::Gate { x, gate } => self.gate(x, gate),
             Op::Scale { x, scale, cap, rows } => self.scale(x, scale, cap, row_mode(rows)),
             Op::Glu { x, out, activation } => {
                 let width = self.width(out)?;
                 self.fits(x.into(), width.saturating_mul(2))?;
                 let (x_stride, out_stride) = (self.stride(x), self.stride(out));
-                let params = glu::Params { width, x_stride, out_stride, activation: activation_of(activation) as u32 };
+                let per_token = self.per_token(x);
+                let activation = activation_of(activation) as u32;
+                let params = glu::Params { width, x_stride, out_stride, activation, per_token, ..Default::default() };
                 let storage = vec![self.buffer(x), self.buffer(out)];
                 let launch = move |step: &Step| Launch {
-                    grid: glu::grid(&params, step.n_tokens),
-                    cost: glu::cost(&params, step.n_tokens),
+                    grid: glu::grid(&params, step.n_tokens * per_token),
+                    cost: glu::cost(&params, step.n_tokens * per_token),
                 };
                 let draft = self.draft(&glu::KERNEL, self.variant(), &params, storage, launch)?;
                 Ok(DraftOp::always(RowMode::All, vec![draft]))
@@ -318,7 +329,7 @@ impl<'a> Planner<'a> {
                     dispatches.push(self.embed_packed(table.packed, params, &part.codes, &part.group_params, out)?);
                 }
             }
-            GpuWeight::Vector { .. } | GpuWeight::Order { .. } => {}
+            GpuWeight::Vector { .. } | GpuWeight::Order { .. } | GpuWeight::Expert { .. } => {}
         }
         Ok(DraftOp::always(RowMode::All, dispatches))
     }
@@ -513,6 +524,11 @@ impl<'a> Planner<'a> {
 
     fn stride(&self, id: BufferId) -> u32 {
         self.memory.activations[id.0 as usize].stride
+    }
+
+    /// Rows of a token.
+    fn per_token(&self, id: BufferId) -> u32 {
+        self.program.buffers.get(id.0 as usize).map_or(1, |desc| desc.per_token)
     }
 
     fn width(&self, id: BufferId) -> Result<u32> {

@@ -263,8 +263,13 @@ fn reads_before_write(ops: &[Op], buffer: BufferId) -> bool {
             Op::Glu { x, out, .. } => (Some(x), out),
             Op::Scale { x, .. } => (Some(x), x),
             Op::Arrange { x, out, .. } => (Some(x), out),
+            Op::Route { logits, routes, .. } => (Some(logits), routes),
+            Op::Experts { x, out, .. } => (Some(x), out.buffer),
+            Op::Combine { x, out, .. } => (Some(x), out),
+            Op::Gate { x, .. } => (Some(x), x),
         };
-        let adds = matches!(*op, Op::Norm { accumulate: true, .. } | Op::Linear { accumulate: true, .. });
+        let adds =
+            matches!(*op, Op::Norm { accumulate: true, .. } | Op::Linear { accumulate: true, .. } | Op::Combine { .. });
         if reads == Some(buffer) || adds && writes == buffer {
             return true;
         }

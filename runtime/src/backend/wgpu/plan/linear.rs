@@ -68,7 +68,7 @@ impl<'a> Planner<'a> {
             GpuWeight::W4(matrix) => self.linear_w4(matrix, op, ready, rest),
             GpuWeight::Packed(matrix) => self.linear_packed(matrix, op),
             GpuWeight::Dense(matrix) => self.linear_dense(matrix, op),
-            GpuWeight::Vector { .. } | GpuWeight::Order { .. } => Err(no_matrix()),
+            GpuWeight::Vector { .. } | GpuWeight::Order { .. } | GpuWeight::Expert { .. } => Err(no_matrix()),
         }
     }
 
