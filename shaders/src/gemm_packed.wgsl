@@ -34,5 +34,5 @@ fn main(
     if (n_tile * TILE >= params.n) {
         return;
     }
-    gemm_tile(n_tile, group.z, local_index);
+    gemm_tile(n_tile, 0u, group.z * TILE, row_count(params.row_mode), local_index);
 }
