@@ -52,6 +52,7 @@ pub mod gemm_w4_experts;
 pub mod gemv_dense;
 pub mod gemv_w4;
 pub mod gemv_w4_experts;
+pub mod gemv_w4_glu_experts;
 pub mod gemv_w4_rope;
 pub mod gemv_w4_swiglu;
 pub mod glu;
@@ -501,7 +502,7 @@ impl Kernel {
 }
 
 /// Every kernel.
-pub static ALL: [&Kernel; 31] = [
+pub static ALL: [&Kernel; 32] = [
     &embed::KERNEL,
     &stage::KERNEL,
     &norm::KERNEL,
@@ -524,6 +525,7 @@ pub static ALL: [&Kernel; 31] = [
     &route::KERNEL,
     &group::KERNEL,
     &gemv_w4_experts::KERNEL,
+    &gemv_w4_glu_experts::KERNEL,
     &gemm_w4_experts::KERNEL,
     &gemm_dense_experts::KERNEL,
     &combine::KERNEL,
