@@ -56,6 +56,7 @@ pub mod gemv_dense;
 pub mod gemv_packed;
 pub mod gemv_w4;
 pub mod gemv_w4_experts;
+pub mod gemv_w4_glu_experts;
 pub mod gemv_w4_rope;
 pub mod gemv_w4_swiglu;
 pub mod glu;
@@ -557,7 +558,7 @@ impl Kernel {
 }
 
 /// Every kernel.
-pub static ALL: [&Kernel; 35] = [
+pub static ALL: [&Kernel; 36] = [
     &embed::KERNEL,
     &embed_packed::KERNEL,
     &arrange::KERNEL,
@@ -584,6 +585,7 @@ pub static ALL: [&Kernel; 35] = [
     &route::KERNEL,
     &group::KERNEL,
     &gemv_w4_experts::KERNEL,
+    &gemv_w4_glu_experts::KERNEL,
     &gemm_w4_experts::KERNEL,
     &gemm_dense_experts::KERNEL,
     &combine::KERNEL,

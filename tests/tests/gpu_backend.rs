@@ -422,8 +422,11 @@ fn build(case: &Case) -> Model {
             b.linear(&dense, input, (count as usize, hidden), span(ROUTER, 0), false, false);
             let renormalise = layer % 2 == 0;
             b.ops.push(Op::Route { logits: BufferId(ROUTER), routes, top_k: TOP_K, renormalise });
-            for offset in [0, ffn] {
-                let weight = b.experts(case, count, ffn, hidden);
+            // Packed gates and ups are one matrix, dense ones two.
+            let stacked = matches!(case.projections, Projection::W4 { .. });
+            let (n, offsets): (usize, &[usize]) = if stacked { (2 * ffn, &[0]) } else { (ffn, &[0, ffn]) };
+            for &offset in offsets {
+                let weight = b.experts(case, count, n, hidden);
                 b.ops.push(Op::Experts { x, weight, count, routes, out: span(EXPERTS_GATE_UP, offset) });
             }
             let activation = Activation::Silu;

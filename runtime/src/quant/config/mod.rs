@@ -96,17 +96,20 @@ impl Quantization {
         }
         let found = Self::from_config(config, None);
         let found = found.map_err(|error| error.in_file(checkpoint.dir().join("config.json")))?;
-        if found.is_some() {
+        // Some exports of ModelOpt say the group size only in their own file.
+        let complete = |q: &Self| q.dialect != Dialect::ModelOpt || modelopt::has_group_size(config);
+        if found.as_ref().is_some_and(complete) {
             return Ok(found);
         }
         // Files of their own, as AutoAWQ, AutoGPTQ and ModelOpt wrote them in their earlier versions.
         for name in ["quant_config.json", "quantize_config.json", "hf_quant_config.json"] {
             if let Some(fallback) = checkpoint.json(name)? {
+                let config = if found.is_some() { &Value::Null } else { config };
                 return Self::from_config(config, Some(&fallback))
                     .map_err(|error| error.in_file(checkpoint.dir().join(name)));
             }
         }
-        Ok(None)
+        Ok(found)
     }
 
     /// Reads `quantization_config` of a `config.json`; if it has none, `fallback` is a separate file as older writers

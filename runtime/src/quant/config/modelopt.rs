@@ -11,6 +11,12 @@ pub(super) fn is_separate(section: &Value) -> bool {
     field(section, &["quantization"]).is_some_and(|inner| inner.get("quant_algo").is_some())
 }
 
+/// Whether the section of a `config.json` says how large groups are.
+pub(super) fn has_group_size(config: &Value) -> bool {
+    let Some(section) = field(config, &["quantization_config"]) else { return false };
+    field(section, &["group_size"]).is_some() || field(section, &["config_groups"]).is_some()
+}
+
 pub(super) fn read(section: &Value) -> Result<Quantization> {
     // In the separate file everything is one level down.
     let inner = field(section, &["quantization"]).unwrap_or(section);
