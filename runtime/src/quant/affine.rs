@@ -11,7 +11,7 @@ use super::canonical::pack_params;
 
 /// A matrix of unsigned codes with a scale and a zero point for every group of a row.
 ///
-/// A weight is `f16((q - z) * s)`, rounded once as in [`W4Matrix`].
+/// A weight is `f16((q - z) * s)`, rounded once as in [`W4Matrix`](crate::tensor::W4Matrix).
 #[derive(Debug, Clone, PartialEq)]
 pub struct AffineMatrix {
     /// Output features.
