@@ -103,6 +103,9 @@ pub(super) fn decode_gemv_fast(checkpoint: &Checkpoint, prefix: &str, shape: Sha
     check(qweight, Dtype::I16, &[n / 4, k])?;
     qzeros.expect_shape(&[8 * zeros_width, n])?;
     scales.expect_shape(&[8 * zeros_width, n])?;
+    if qzeros.dtype != scales.dtype {
+        return Err(qzeros.error(format!("expected dtype {} as of the scales, found {}", scales.dtype, qzeros.dtype)));
+    }
     let (scale_values, rounding) = numbers(scales)?;
     let (biases, _) = numbers(qzeros)?;
     // What lies past the last group is padding.
