@@ -23,6 +23,7 @@ mod inspect;
 mod safetensors;
 mod shards;
 pub mod source;
+mod torch;
 
 pub use files::map_file;
 pub use inspect::{Inspection, TensorInfo, TensorKind, inspect};
@@ -32,6 +33,8 @@ use source::Extent;
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
+const TORCH_SINGLE: &str = "pytorch_model.bin";
+const TORCH_INDEX: &str = "pytorch_model.bin.index.json";
 
 /// One tensor of a checkpoint: its description, and where its bytes are.
 #[derive(Debug, Clone)]
@@ -210,8 +213,9 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// Opens the folder `dir`: `config.json`, and `model.safetensors` or the shards of `model.safetensors.index.json`.
-    /// A GGUF file is opened as the folder that its metadata describe, see [`gguf::GgufModel::hf_form`].
+    /// Opens the folder `dir`: `config.json`, and `model.safetensors` or the shards of `model.safetensors.index.json`,
+    /// or else the same of `pytorch_model.bin`. A GGUF file is opened as the folder that its metadata describe, see
+    /// [`gguf::GgufModel::hf_form`]; a file of `torch.save`, such as llm-awq's `.pt`, as the weights of its own folder.
     ///
     /// # Errors
     /// [`ErrorKind::Io`] if a file is missing or unreadable, [`ErrorKind::InvalidFile`] if one breaks its format,
@@ -226,6 +230,11 @@ impl Checkpoint {
     /// As [`Self::open`].
     pub fn open_source(source: Source) -> Result<Self> {
         if let Some(file) = source.whole() {
+            if let Some(folder) = source.around().filter(|_| torch::is_archive(&file).unwrap_or(false)) {
+                let mut checkpoint = Self::without_tensors(folder)?;
+                checkpoint.add_entries(&file, torch::read)?;
+                return Ok(checkpoint);
+            }
             let Some(opened) = gguf::open(&file)? else {
                 let message = "expected a checkpoint folder or a GGUF file, found another file";
                 return Err(Error::new(ErrorKind::Unsupported, message).in_file(file.path()));
@@ -233,18 +242,23 @@ impl Checkpoint {
             let gguf::Opened { source, config, tensors, bytes_on_disk } = opened;
             return Ok(Self { source, config, tensors, unlisted: Vec::new(), bytes_on_disk, is_gguf: true });
         }
+        let mut checkpoint = Self::without_tensors(source)?;
+        let added = checkpoint.add_file(SINGLE, safetensors::read_header)?
+            || checkpoint.add_shards(INDEX, safetensors::read_header)?
+            || checkpoint.add_file(TORCH_SINGLE, torch::read)?
+            || checkpoint.add_shards(TORCH_INDEX, torch::read)?;
+        if added { Ok(checkpoint) } else { Err(checkpoint.no_weights()) }
+    }
+
+    /// The folder `source` with its configuration only.
+    fn without_tensors(source: Source) -> Result<Self> {
         let config_path = source.place().join("config.json");
         let config = source.json("config.json")?.ok_or_else(|| missing(&config_path))?;
         if !config.is_object() {
             return Err(Error::new(ErrorKind::InvalidFile, "expected a JSON object").in_file(&config_path));
         }
-
         let tensors = BTreeMap::new();
-        let mut checkpoint = Self { source, config, tensors, unlisted: Vec::new(), bytes_on_disk: 0, is_gguf: false };
-        if !checkpoint.add_file(SINGLE)? {
-            checkpoint.add_shards()?;
-        }
-        Ok(checkpoint)
+        Ok(Self { source, config, tensors, unlisted: Vec::new(), bytes_on_disk: 0, is_gguf: false })
     }
 
     /// Where it was opened, as messages call it.
@@ -373,14 +387,13 @@ impl Checkpoint {
         self.source.read(file_name, limit)
     }
 
-    fn add_shards(&mut self) -> Result<()> {
-        let index_path = self.dir().join(INDEX);
-        let Some(bytes) = self.source.read(INDEX, shards::MAX_INDEX)? else {
-            return Err(self.no_weights());
-        };
+    /// Adds the tensors of the shards that the index `index_name` lists; `false` if it does not exist.
+    fn add_shards(&mut self, index_name: &str, read: ReadEntries) -> Result<bool> {
+        let index_path = self.dir().join(index_name);
+        let Some(bytes) = self.source.read(index_name, shards::MAX_INDEX)? else { return Ok(false) };
         let index = shards::Index::parse(&bytes).map_err(|error| error.in_file(&index_path))?;
         for file in index.files() {
-            if !self.add_file(file)? {
+            if !self.add_file(file, read)? {
                 return Err(missing(&self.dir().join(file)));
             }
         }
@@ -393,14 +406,18 @@ impl Checkpoint {
             }
         }
         self.unlisted = self.tensors.keys().filter(|name| !index.weight_map.contains_key(*name)).cloned().collect();
-        Ok(())
+        Ok(true)
     }
 
     /// Adds the tensors of the weight file `name`; `false` if it does not exist.
-    fn add_file(&mut self, name: &str) -> Result<bool> {
+    fn add_file(&mut self, name: &str, read: ReadEntries) -> Result<bool> {
         let Some(whole) = self.source.open(name)? else { return Ok(false) };
+        self.add_entries(&whole, read).map(|()| true)
+    }
+
+    fn add_entries(&mut self, whole: &Extent, read: ReadEntries) -> Result<()> {
         let path = whole.path();
-        for (name, entry) in safetensors::read_header(&whole).map_err(|error| error.in_file(path))? {
+        for (name, entry) in read(whole).map_err(|error| error.in_file(path))? {
             if let Some(other) = self.tensors.get(&name) {
                 let message = format!("also in {}", other.file.display());
                 return Err(Error::new(ErrorKind::InvalidFile, message).in_file(path).in_tensor(name));
@@ -419,23 +436,23 @@ impl Checkpoint {
             self.tensors.insert(name, view);
         }
         self.bytes_on_disk += whole.len() as u64;
-        Ok(true)
+        Ok(())
     }
 
     /// Why there is nothing to open, naming what the folder has instead.
     fn no_weights(&self) -> Error {
-        for (name, what) in [
-            ("pytorch_model.bin", "PyTorch pickle weights are not read; convert them to safetensors"),
-            ("pytorch_model.bin.index.json", "PyTorch pickle weights are not read; convert them to safetensors"),
-            ("consolidated.safetensors", "consolidated weights are not read; use the Hugging Face form"),
-        ] {
-            if matches!(self.source.open(name), Ok(Some(_))) {
-                return Error::new(ErrorKind::Unsupported, what).in_file(self.dir().join(name));
-            }
+        let consolidated = "consolidated.safetensors";
+        if matches!(self.source.open(consolidated), Ok(Some(_))) {
+            let message = "consolidated weights are not read; use the Hugging Face form";
+            return Error::new(ErrorKind::Unsupported, message).in_file(self.dir().join(consolidated));
         }
-        Error::new(ErrorKind::Io, format!("found neither {SINGLE} nor {INDEX}")).in_file(self.dir())
+        let message = format!("found neither {SINGLE} nor {INDEX} (other weight files are opened by their own path)");
+        Error::new(ErrorKind::Io, message).in_file(self.dir())
     }
 }
+
+/// Reads what tensors a weight file has.
+type ReadEntries = fn(&Extent) -> Result<BTreeMap<String, safetensors::Entry>>;
 
 fn missing(path: &Path) -> Error {
     Error::new(ErrorKind::Io, "file not found").in_file(path)

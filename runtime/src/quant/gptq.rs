@@ -113,15 +113,17 @@ pub(super) fn decode(checkpoint: &Checkpoint, prefix: &str, shape: Shape, scheme
 fn zero_points(packed: &[u8], (groups, n): (usize, usize), bits: u32, stored: ZeroPoints) -> Vec<u8> {
     let n_words = row_words(n, bits);
     let mask = ((1u32 << bits) - 1) as u8;
-    let added = |column: usize| match (stored, bits, column % 3) {
-        (ZeroPoints::Plain | ZeroPoints::FieldsLessOne, ..) => 0,
-        (_, 2, _) => 0x5555_5555,
-        // Ones in every field would be 0x49249249, 0x92492492, 0x24924924: the first and the last word are exchanged.
-        (_, 3, 0) => 0x2492_4924,
-        (_, 3, 1) => 0x9249_2492,
-        (_, 3, _) => 0x4924_9249,
-        (_, 4, _) => 0x1111_1111,
-        _ => 0x0101_0101u32,
+    let added = |column: usize| {
+        let ZeroPoints::WordsLessOne(bits) = stored else { return 0 };
+        match (bits, column % 3) {
+            (2, _) => 0x5555_5555,
+            // Ones in every field would be 0x49249249, 0x92492492, 0x24924924: the first and the last are exchanged.
+            (3, 0) => 0x2492_4924,
+            (3, 1) => 0x9249_2492,
+            (3, _) => 0x4924_9249,
+            (4, _) => 0x1111_1111,
+            _ => 0x0101_0101u32,
+        }
     };
     let mut zeros = vec![0; groups * n];
     for (zeros, packed) in zeros.chunks_exact_mut(n).zip(packed.chunks_exact(4 * n_words)) {

@@ -18,7 +18,9 @@ pub(super) fn read(section: &Value) -> Result<Quantization> {
     let by_gptq_model = writer.as_deref().is_some_and(|writer| writer.starts_with("gptqmodel"));
     let (dialect, zeros) = match format.as_str() {
         "gptq_v2" => (Dialect::GptqV2, ZeroPoints::Plain),
-        "gptq" | "gemm" if by_gptq_model => (Dialect::Gptq, ZeroPoints::WordsLessOne),
+        "gptq" | "gemm" if by_gptq_model => {
+            (Dialect::Gptq, ZeroPoints::WordsLessOne(read_bits(field(section, &["bits"]), BITS)?))
+        }
         "gptq" | "gemm" => (Dialect::Gptq, ZeroPoints::FieldsLessOne),
         _ => {
             let message = format!("GPTQ checkpoint format {format:?} (gptq and gptq_v2 are read)");

@@ -45,9 +45,10 @@ pub enum ZeroPoints {
     Plain,
     /// Each less one, before it was packed.
     FieldsLessOne,
-    /// Packed, then a constant taken from each word, which borrows between fields; the constant of 3-bit words is not
-    /// ones in every field.
-    WordsLessOne,
+    /// Packed, then a constant taken from each word, which borrows between fields: the one for codes of so many bits,
+    /// those of the checkpoint as a whole even where a module has others. The constant for 3 bits is not ones in every
+    /// field.
+    WordsLessOne(u32),
 }
 
 impl Scheme {
@@ -109,7 +110,10 @@ impl Quantization {
                     .map_err(|error| error.in_file(checkpoint.dir().join(name)));
             }
         }
-        Ok(found)
+        match found {
+            Some(found) => Ok(Some(found)),
+            None => Ok(awq::tiny_chat(checkpoint)),
+        }
     }
 
     /// Reads `quantization_config` of a `config.json`; if it has none, `fallback` is a separate file as older writers
