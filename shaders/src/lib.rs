@@ -54,6 +54,7 @@ pub mod head_norm;
 pub mod penalize;
 pub mod rms_norm;
 pub mod rope_append;
+pub mod round_groups;
 pub mod sample;
 pub mod silu_mul;
 pub mod stage;
@@ -420,7 +421,7 @@ impl Kernel {
 }
 
 /// Every kernel.
-pub static ALL: [&Kernel; 23] = [
+pub static ALL: [&Kernel; 24] = [
     &embed::KERNEL,
     &stage::KERNEL,
     &rms_norm::KERNEL,
@@ -434,6 +435,7 @@ pub static ALL: [&Kernel; 23] = [
     &gemv_dense::KERNEL,
     &gemm_dense::KERNEL,
     &rope_append::KERNEL,
+    &round_groups::KERNEL,
     &attention::KERNEL,
     &attention_few::KERNEL,
     &attention_coop::KERNEL,
