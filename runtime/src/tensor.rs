@@ -305,6 +305,26 @@ pub enum Weight {
 }
 
 impl Weight {
+    /// The rows `rows` in that order, each below the number of rows; of a vector, its elements. Mapped rows are copied.
+    pub(crate) fn select_rows(self, rows: &[usize]) -> Self {
+        fn pick<T: Copy>(from: &[T], width: usize, rows: &[usize]) -> Vec<T> {
+            rows.iter().flat_map(|row| &from[row * width..(row + 1) * width]).copied().collect()
+        }
+        match self {
+            Self::W4(m) => Self::W4(W4Matrix {
+                n: rows.len(),
+                qweight: pick(&m.qweight, m.k / 8, rows),
+                group_params: pick(&m.group_params, m.groups(), rows),
+                ..m
+            }),
+            Self::Dense(m) => {
+                let bytes = Bytes::owned(pick(&m.bytes, m.row_bytes(), rows));
+                Self::Dense(DenseMatrix { n: rows.len(), bytes, ..m })
+            }
+            Self::Vector(v) => Self::Vector(pick(&v, 1, rows)),
+        }
+    }
+
     /// Its form and size.
     pub fn shape(&self) -> WeightShape {
         match self {

@@ -33,8 +33,10 @@ params! {
         splits_max: u32,
         /// Positions of a split.
         split_len: u32,
+        /// Bound of the scores; 0 for none.
+        cap: f32,
         /// Unused.
-        pad: [u32; 3],
+        pad: [u32; 2],
     }
 }
 
@@ -42,7 +44,7 @@ params! {
 pub static KERNEL: Kernel = Kernel {
     name: "attention",
     body: include_str!("attention.wgsl"),
-    preludes: &[Prelude::Step, Prelude::Kv],
+    preludes: &[Prelude::Step, Prelude::Kv, Prelude::Softcap],
     constants: &[("WG", WG), ("HEADS", HEADS), ("TILE", TILE), ("HEAD_DIM_MAX", HEAD_DIM_MAX)],
     sizes: &[],
     params: Params::FIELDS,
@@ -120,7 +122,7 @@ pub fn reference(
                     .map(|j| {
                         let k = &k_cache[row(j)..row(j) + dim];
                         let dot: f64 = q.iter().zip(k).map(|(&q, &k)| f64::from(q) * f64::from(k)).sum();
-                        dot * f64::from(params.scale)
+                        scale::softcap(dot * f64::from(params.scale), params.cap)
                     })
                     .collect();
                 let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
@@ -163,6 +165,8 @@ pub struct Case {
     pub window: u32,
     /// Positions of a split.
     pub split_len: u32,
+    /// Bound of the scores, 0 for none.
+    pub cap: f32,
 }
 
 /// One position, whole and ragged tiles and splits, groups of query heads that fit, fill and exceed a workgroup,
@@ -176,6 +180,7 @@ pub fn cases() -> Vec<Case> {
         tokens,
         window,
         split_len,
+        cap: 0.0,
     };
     vec![
         case(1, 1, 2, 0, 1, 0, 64),
@@ -185,6 +190,7 @@ pub fn cases() -> Vec<Case> {
         case(6, 1, 256, 40, 1, 0, 32),
         case(4, 2, 96, 100, 2, 24, 32),
         case(2, 1, 32, 200, 2, 90, 64),
+        Case { cap: 1.5, ..case(8, 4, 128, 90, 2, 60, 64) },
     ]
 }
 
@@ -194,7 +200,7 @@ fn trials(variant: Variant, rng: &mut Rng) -> Vec<Trial> {
 
 /// Random data for a case; rows of qkv have `pad` elements more than needed.
 pub(crate) fn trial(case: Case, pad: u32, variant: Variant, rng: &mut Rng) -> Trial {
-    let Case { heads, kv_heads, head_dim, position, tokens, window, split_len } = case;
+    let Case { heads, kv_heads, head_dim, position, tokens, window, split_len, cap } = case;
     let context = position + tokens + 3;
     let params = Params {
         heads,
@@ -206,7 +212,8 @@ pub(crate) fn trial(case: Case, pad: u32, variant: Variant, rng: &mut Rng) -> Tr
         window,
         splits_max: splits_max(window, split_len, context),
         split_len,
-        pad: [0; 3],
+        cap,
+        pad: [0; 2],
     };
     let step = Step { n_tokens: tokens, position, ..Step::default() };
     let qkv = rng.values((tokens * params.qkv_stride) as usize, 3.0);
@@ -270,7 +277,8 @@ mod tests {
                 window,
                 splits_max,
                 split_len,
-                pad: [0; 3],
+                cap: 0.0,
+                pad: [0; 2],
             };
             let step = Step { n_tokens: 1, position, ..Step::default() };
             let qkv = rng.values(16, 2.0);

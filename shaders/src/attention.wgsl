@@ -1,5 +1,6 @@
 // One split of softmax(scale * q k) v for the query heads of one kv head: unnormalised output, largest score m and
-// sum l of exp(score - m), over the positions of the split that the token may see, max(0, pos - window + 1)..=pos.
+// sum l of exp(score - m), over the positions of the split that the token may see, max(0, pos - window + 1)..=pos. Scores
+// are bounded by params.cap (prelude/softcap.wgsl) if it is above 0.
 //
 // Splits are numbered from the first one the token sees and begin at multiples of split_len in absolute positions, so
 // a token's partial results do not depend on how its prompt was cut into steps.
@@ -18,6 +19,7 @@ struct Params {
     window: u32,
     splits_max: u32,
     split_len: u32,
+    cap: f32,
 }
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(2) var<storage, read> qkv: array<f32>;                    // (n_tokens, qkv_stride), q first
@@ -104,6 +106,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                 for (var i = 1u; i < PARTS; i++) {
                     score += scratch[local_index * PARTS + i];
                 }
+                score = softcap4(score, params.cap);
             }
             scores[local_index] = score;
         }

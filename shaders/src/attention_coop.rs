@@ -31,6 +31,10 @@ params! {
         scale: f32,
         /// Positions a token sees, itself included; 0 for all.
         window: u32,
+        /// Bound of the scores; 0 for none.
+        cap: f32,
+        /// Unused.
+        pad: [u32; 3],
     }
 }
 
@@ -38,7 +42,7 @@ params! {
 pub static KERNEL: Kernel = Kernel {
     name: "attention_coop",
     body: include_str!("attention_coop.wgsl"),
-    preludes: &[Prelude::Step, Prelude::Coop],
+    preludes: &[Prelude::Step, Prelude::Coop, Prelude::Softcap],
     constants: &[("WG", WG), ("TILE", TILE), ("SPAN", SPAN), ("HEAD_DIM_MAX", HEAD_DIM_MAX)],
     sizes: &[],
     params: Params::FIELDS,
@@ -74,6 +78,7 @@ pub fn cases() -> Vec<attention::Case> {
         tokens,
         window,
         split_len: u32::MAX,
+        cap: 0.0,
     };
     vec![
         case(1, 1, 16, 0, 1, 0),
@@ -81,6 +86,7 @@ pub fn cases() -> Vec<attention::Case> {
         case(2, 1, 128, 70, 64, 0),
         case(3, 1, 80, 33, 40, 0),
         case(2, 2, 96, 100, 90, 24),
+        attention::Case { cap: 1.5, ..case(2, 1, 64, 10, 70, 0) },
     ]
 }
 
@@ -89,7 +95,7 @@ fn trials(_variant: Variant, rng: &mut Rng) -> Vec<Trial> {
 }
 
 fn trial(case: attention::Case, rng: &mut Rng) -> Trial {
-    let attention::Case { heads, kv_heads, head_dim, position, tokens, window, .. } = case;
+    let attention::Case { heads, kv_heads, head_dim, position, tokens, window, cap, .. } = case;
     let context = position + tokens + 3;
     let dim = head_dim as usize;
     let columns = heads as usize * dim;
@@ -102,6 +108,8 @@ fn trial(case: attention::Case, rng: &mut Rng) -> Trial {
         context,
         scale: 1.0 / (head_dim as f32).sqrt(),
         window,
+        cap,
+        pad: [0; 3],
     };
     let step = Step { n_tokens: tokens, position, ..Step::default() };
     let qkv = rng.values((tokens * params.qkv_stride) as usize, 3.0);
@@ -129,7 +137,7 @@ fn trial(case: attention::Case, rng: &mut Rng) -> Trial {
             let row = |at: u32| (kv_head * context as usize + at as usize) * dim;
             let score = |at: u32| -> f64 {
                 let dot: f64 = q.iter().zip(&k[row(at)..]).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
-                dot * f64::from(params.scale)
+                scale::softcap(dot * f64::from(params.scale), params.cap)
             };
             let largest = (first..=last).map(score).fold(f64::NEG_INFINITY, f64::max);
             let weights: Vec<f64> = (first..=last).map(|at| (score(at) - largest).exp()).collect();

@@ -15,6 +15,7 @@ struct Params {
     context: u32,
     scale: f32,
     window: u32,
+    cap: f32,
 }
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(2) var<storage, read> qkv: array<f32>;              // (n_tokens, qkv_stride), q first
@@ -93,7 +94,10 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         for (var i = 0u; i < SPAN / 2u; i++) {
             let at = span + part + i;
             if (at >= first && at <= position) {
-                span_largest = max(span_largest, scores[row * SPAN + part + i]);
+                // An invocation bounds the scores that only it reads.
+                let score = softcap(scores[row * SPAN + part + i], params.cap);
+                scores[row * SPAN + part + i] = score;
+                span_largest = max(span_largest, score);
             }
         }
         if (span_largest > LOWEST) {
@@ -142,7 +146,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             for (var e = 0u; e < 4u; e++) {
                 let at = span + part + i * 4u + e;
                 if (at >= first && at <= position) {
-                    weights[e] = exp(scores[row * SPAN + part + i * 4u + e] - joined) * inverse_sum;
+                    let score = softcap(scores[row * SPAN + part + i * 4u + e], params.cap);
+                    weights[e] = exp(score - joined) * inverse_sum;
                 }
             }
             p_tile[row * P_VECS + part / 4u + i] = vec4<f16>(weights);

@@ -15,7 +15,7 @@ pub const PASSES: u32 = 4;
 pub static KERNEL: Kernel = Kernel {
     name: "attention_few",
     body: include_str!("attention_few.wgsl"),
-    preludes: &[Prelude::Step, Prelude::Kv],
+    preludes: &[Prelude::Step, Prelude::Kv, Prelude::Softcap],
     constants: &[("WG", WG), ("HEADS", HEADS), ("PASSES", PASSES)],
     sizes: &[],
     params: Params::FIELDS,
@@ -39,6 +39,7 @@ pub fn cases() -> Vec<attention::Case> {
         tokens: 1,
         window: 0,
         split_len: 512,
+        cap: 0.0,
     });
     cases
 }

@@ -16,6 +16,7 @@ struct Params {
     window: u32,
     splits_max: u32,
     split_len: u32,
+    cap: f32,
 }
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(2) var<storage, read> qkv: array<vec4<f32>>;              // (n_tokens, qkv_stride / 4), q first
@@ -124,7 +125,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             for (var l = 1u; l < lanes; l++) {
                 score += scratch[start + l];
             }
-            scores[i] = score;
+            scores[i] = softcap4(score, params.cap);
         }
         // Orders the scores before every invocation looks for the largest.
         workgroupBarrier();

@@ -1,4 +1,4 @@
-// out[t, i] = table[tokens[t], i] for the rows first_row..first_row + n_rows of the table that this part holds.
+// out[t, i] = scale * table[tokens[t], i] for the rows first_row..first_row + n_rows of the table that this part holds.
 //
 // Mapping: an invocation copies one element; grid x numbers blocks of WG columns, z rows.
 // Traffic: one table row and one output row a token.
@@ -9,6 +9,7 @@ struct Params {
     first_row: u32,
     n_rows: u32,
     out_stride: u32,
+    scale: f32,
 }
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(2) var<storage, read> tokens: array<u32>;         // (n_tokens)
@@ -28,5 +29,5 @@ fn main(@builtin(global_invocation_id) id: vec3<u32>) {
         return;
     }
     let word = table[row * params.row_words + column / DENSE_PER_WORD];
-    out[token * params.out_stride + column] = dense_element(word, column);
+    out[token * params.out_stride + column] = params.scale * dense_element(word, column);
 }

@@ -4,8 +4,6 @@
 // Traffic: the weights once per TILE rows, x once per TILE outputs. The tiles are f32: a bf16 weight may leave the
 // range of f16.
 
-alias Elem = f32;
-
 struct Params {
     n: u32,
     k: u32,
@@ -23,26 +21,6 @@ struct Params {
 @group(0) @binding(4) var<storage, read> bias: array<f32>;             // (bias_offset + n)
 @group(0) @binding(5) var<storage, read_write> out: array<f32>;        // (rows, out_stride)
 
-// Weights of output `n` for inputs k..k+8; what lies in the padding of a row meets zero inputs.
-fn weights8(n: u32, k: u32) -> Weights8 {
-    let word = k / DENSE_PER_WORD;
-    let start = n * params.row_words / 4u;
-    let a = weight[start + word / 4u];
-    if (DENSE_PER_WORD == 2u) {
-        let p0 = dense_pair(a.x);
-        let p1 = dense_pair(a.y);
-        let p2 = dense_pair(a.z);
-        let p3 = dense_pair(a.w);
-        return Weights8(vec4<f32>(p0, p1), vec4<f32>(p2, p3));
-    }
-    // Two vec4 of single precision words; a row of fewer than eight left over has only the first.
-    var b = vec4<u32>(0u);
-    if (word + 4u < params.row_words) {
-        b = weight[start + word / 4u + 1u];
-    }
-    return Weights8(bitcast<vec4<f32>>(a), bitcast<vec4<f32>>(b));
-}
-
 @compute @workgroup_size(WG)
 fn main(
     @builtin(workgroup_id) group: vec3<u32>,
@@ -53,5 +31,5 @@ fn main(
     if (n_tile * TILE >= params.n) {
         return;
     }
-    gemm_tile(n_tile, group.z, local_index);
+    gemm_tile(n_tile, 0u, group.z * TILE, row_count(params.row_mode), local_index);
 }

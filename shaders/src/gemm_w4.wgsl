@@ -24,17 +24,6 @@ struct Params {
 @group(0) @binding(5) var<storage, read> bias: array<f32>;             // (bias_offset + n)
 @group(0) @binding(6) var<storage, read_write> out: array<f32>;        // (rows, out_stride)
 
-// Weights of output `n` for inputs k..k+8.
-fn weights8(n: u32, k: u32) -> Weights8 {
-    let word = qweight[chunk_index(n, k / 32u, params.chunks) * 4u + k / 8u % 4u];
-    let group = unpack_group(group_params[group_index(n, k / params.group_size, params.groups)], params.flags);
-    let even = vec4<f32>(unpack4xU8(word & 0x0f0f0f0fu)) - group.zero;
-    let odd = vec4<f32>(unpack4xU8((word >> 4u) & 0x0f0f0f0fu)) - group.zero;
-    let lo = vec4<f32>(even.x, odd.x, even.y, odd.y);
-    let hi = vec4<f32>(even.z, odd.z, even.w, odd.w);
-    return Weights8(lo * group.s + group.c, hi * group.s + group.c);
-}
-
 @compute @workgroup_size(WG)
 fn main(
     @builtin(workgroup_id) group: vec3<u32>,
@@ -45,5 +34,5 @@ fn main(
     if (n_tile * TILE >= params.n) {
         return;
     }
-    gemm_tile(n_tile, group.z, local_index);
+    gemm_tile(n_tile, 0u, group.z * TILE, row_count(params.row_mode), local_index);
 }

@@ -109,7 +109,7 @@ pub fn cases() -> Vec<Case> {
 }
 
 /// Words of a row in the element type of the variant, padded with zeros to whole vec4.
-fn pack_row(dense: Dense, values: &[f32]) -> Vec<u32> {
+pub(crate) fn pack_row(dense: Dense, values: &[f32]) -> Vec<u32> {
     let mut words = match dense {
         Dense::F16 => trial::pack_halves(values),
         Dense::BF16 => values

@@ -37,8 +37,10 @@ params! {
         eps: f32,
         /// Quads of a row of staged outputs.
         stage_quads: u32,
+        /// [`crate::Activation`].
+        activation: u32,
         /// Unused.
-        pad: [u32; 3],
+        pad: [u32; 2],
     }
 }
 
@@ -46,7 +48,15 @@ params! {
 pub static KERNEL: Kernel = Kernel {
     name: "gemv_w4_swiglu",
     body: include_str!("gemv_w4_swiglu.wgsl"),
-    preludes: &[Prelude::Step, Prelude::W4, Prelude::Elem, Prelude::Stage, Prelude::StageOut, Prelude::GemvW4],
+    preludes: &[
+        Prelude::Step,
+        Prelude::W4,
+        Prelude::Elem,
+        Prelude::Stage,
+        Prelude::StageOut,
+        Prelude::GemvW4,
+        Prelude::Activation,
+    ],
     constants: &[("WG", WG)],
     sizes: gemv_w4::SIZES,
     params: Params::FIELDS,
@@ -85,7 +95,7 @@ pub fn cases() -> Vec<Case> {
 
 fn trials(variant: Variant, rng: &mut Rng) -> Vec<Trial> {
     let f16 = variant.elem == Elem::F16;
-    let one = |case: Case, rng: &mut Rng| {
+    let one = |(case, activation): (Case, Activation), rng: &mut Rng| {
         let width = (case.n / 2) as usize;
         // Gates of some tens, not thousands: beyond that silu is the identity or zero.
         let data = Data::random(case, width as u32, 0.05, variant.elem, rng);
@@ -102,6 +112,7 @@ fn trials(variant: Variant, rng: &mut Rng) -> Vec<Trial> {
             row_mode: shared.row_mode,
             eps: shared.eps,
             stage_quads: shared.stage_quads,
+            activation: activation as u32,
             ..Params::default()
         };
         let layout = Layout { k: width, elem: variant.elem };
@@ -115,19 +126,19 @@ fn trials(variant: Variant, rng: &mut Rng) -> Vec<Trial> {
             let out: Vec<f32> = (0..width)
                 .map(|i| {
                     let [gate, up] = gate_up(&data, &x, i);
-                    let value = (gate / (1.0 + (-gate).exp()) * up) as f32;
+                    let value = (activation.of(gate) * up) as f32;
                     let [gate, up] = [gate.abs() as f32, up.abs() as f32];
                     let [gate_off, up_off] =
                         [i, width + i].map(|n| data.matrix.tolerance(n, &x, f16) + 1e-6 * (gate + up + 20.0));
-                    // silu is at most |v| + 0.3 and changes at most 1.1 times as fast as its argument.
-                    error = error.max(1.1 * gate_off * (up + up_off) + up_off * (gate + 0.3) + 1e-5 * value.abs());
+                    // An activation is at most |v| + 0.3 and changes at most 1.2 times as fast as its argument.
+                    error = error.max(1.2 * gate_off * (up + up_off) + up_off * (gate + 0.3) + 1e-5 * value.abs());
                     value
                 })
                 .collect();
             expected.extend(layout.expected(6, row as usize, &out, None, error));
         }
         Trial {
-            label: format!("{case:?}"),
+            label: format!("{case:?}, {activation:?}"),
             params: bytemuck::bytes_of(&params).to_vec(),
             step: data.step,
             storage,
@@ -136,5 +147,6 @@ fn trials(variant: Variant, rng: &mut Rng) -> Vec<Trial> {
         }
     };
     let fits = |case: &Case| Groups::of(case.group_size, case.k) <= variant.groups;
-    cases().into_iter().filter(fits).map(|case| one(case, rng)).collect()
+    let activations = [Activation::Silu, Activation::GeluTanh, Activation::Gelu].into_iter().cycle();
+    cases().into_iter().zip(activations).filter(|(case, _)| fits(case)).map(|case| one(case, rng)).collect()
 }

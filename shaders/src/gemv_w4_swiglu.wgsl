@@ -1,6 +1,6 @@
-// y[t, i] = silu(g) * u with (g, u) = factor(t) * sum_k x[t, k] * w[(i, n / 2 + i), k] (+ bias), staged as the input of the
+// y[t, i] = activation(g) * u with (g, u) = factor(t) * sum_k x[t, k] * w[(i, n / 2 + i), k] (+ bias), staged as the input of the
 // next matrix; w in the 4-bit layout of the device with the gate projection above the up projection, x staged, for few
-// rows t; silu(v) = v / (1 + exp(-v)), factor as in gemv_w4.
+// rows t; activation as in prelude/activation.wgsl, factor as in gemv_w4.
 //
 // Mapping: see prelude/gemv_w4.wgsl, lanes below 32 hold gates and the others their ups; grid x, y number chunks of 32
 // outputs, z rows. Traffic: every weight once a row, x once a workgroup (from cache after the first).
@@ -19,6 +19,7 @@ struct Params {
     row_mode: u32,
     eps: f32,
     stage_quads: u32,
+    activation: u32,
 }
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(2) var<storage, read> x: array<vec4<u32>>;              // (rows) of staged inputs
@@ -56,8 +57,7 @@ fn main(
     // Orders the ups before the gates meet them.
     workgroupBarrier();
     if (local_index < 32u) {
-        // exp(80) is finite; below -80 silu is smaller than any number that matters.
-        value = value / (1.0 + exp(-max(value, -80.0))) * ups[local_index];
+        value = activate(value, params.activation) * ups[local_index];
     }
     stage_chunk(local_index, select(0.0, value, i < width), 1.0, chunk, token, params.stage_quads);
 }

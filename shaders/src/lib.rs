@@ -41,22 +41,30 @@ pub mod attention_coop;
 pub mod attention_few;
 pub mod attention_reduce;
 pub mod catalogue;
+pub mod combine;
 pub mod embed;
+pub mod gate;
 pub mod gemm_dense;
+pub mod gemm_dense_experts;
 pub mod gemm_w4;
 pub mod gemm_w4_coop;
+pub mod gemm_w4_experts;
 pub mod gemv_dense;
 pub mod gemv_w4;
+pub mod gemv_w4_experts;
 pub mod gemv_w4_rope;
 pub mod gemv_w4_swiglu;
+pub mod glu;
+pub mod group;
 pub mod halve;
 pub mod head_norm;
+pub mod norm;
 pub mod penalize;
-pub mod rms_norm;
 pub mod rope_append;
 pub mod round_groups;
+pub mod route;
 pub mod sample;
-pub mod silu_mul;
+pub mod scale;
 pub mod stage;
 pub mod staged;
 pub mod top_k;
@@ -86,6 +94,10 @@ pub const FLAG_NORM: u32 = 16;
 pub const FLAG_STAGE: u32 = 32;
 /// Staged outputs are weighted for a norm (bit of a matmul's `flags`).
 pub const FLAG_STAGE_NORM: u32 = 64;
+/// The mean is subtracted first (bit of a norm's `flags`).
+pub const FLAG_CENTER: u32 = 128;
+/// Every segment has weights of its own (bit of a norm's `flags`).
+pub const FLAG_SEGMENTS: u32 = 256;
 
 /// The flags by the names they have in shaders.
 const FLAGS: Constants = &[
@@ -96,6 +108,8 @@ const FLAGS: Constants = &[
     ("FLAG_NORM", FLAG_NORM),
     ("FLAG_STAGE", FLAG_STAGE),
     ("FLAG_STAGE_NORM", FLAG_STAGE_NORM),
+    ("FLAG_CENTER", FLAG_CENTER),
+    ("FLAG_SEGMENTS", FLAG_SEGMENTS),
 ];
 
 params! {
@@ -143,6 +157,61 @@ impl RowMode {
             _ => Self::All,
         }
     }
+}
+
+/// The function on the gate of a gated MLP.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[repr(u32)]
+pub enum Activation {
+    /// v / (1 + exp(-v))
+    Silu = 0,
+    /// v / 2 * (1 + tanh(sqrt(2 / pi) * (v + 0.044715 * v^3)))
+    GeluTanh = 1,
+    /// v / 2 * (1 + erf(v / sqrt(2)))
+    Gelu = 2,
+}
+
+impl Activation {
+    /// The activation with this number, `Silu` for an unknown one.
+    pub fn from_u32(activation: u32) -> Self {
+        match activation {
+            1 => Self::GeluTanh,
+            2 => Self::Gelu,
+            _ => Self::Silu,
+        }
+    }
+
+    /// Its value.
+    pub fn of(self, v: f64) -> f64 {
+        match self {
+            Self::Silu => v / (1.0 + (-v).exp()),
+            // 1 + tanh(z) is 2 / (1 + exp(-2 z)).
+            Self::GeluTanh => {
+                v / (1.0 + (-2.0 * (2.0 / std::f64::consts::PI).sqrt() * (v + 0.044715 * v.powi(3))).exp())
+            }
+            Self::Gelu => 0.5 * v * (1.0 + erf(v * std::f64::consts::FRAC_1_SQRT_2)),
+        }
+    }
+}
+
+/// The error function, to about 1e-12.
+fn erf(v: f64) -> f64 {
+    let x = v.abs();
+    if x > 6.0 {
+        return v.signum();
+    }
+    if x > 2.5 {
+        // The continued fraction of erfc.
+        let fraction = (1..=60).rev().fold(x, |below, k| x + f64::from(k) / 2.0 / below);
+        return v.signum() * (1.0 - (-x * x).exp() / (std::f64::consts::PI.sqrt() * fraction));
+    }
+    // erf(x) = 2 / sqrt(pi) * exp(-x^2) * sum_n 2^n x^(2n + 1) / (2n + 1)!!
+    let (mut term, mut sum) = (x, x);
+    for n in 1..60 {
+        term *= 2.0 * x * x / f64::from(2 * n + 1);
+        sum += term;
+    }
+    v.signum() * std::f64::consts::FRAC_2_SQRT_PI * (-x * x).exp() * sum
 }
 
 /// Element type that a W4 matmul dequantises and multiplies in.
@@ -315,8 +384,16 @@ pub enum Prelude {
     Kv,
     /// Group parameters of the canonical 4-bit layout.
     W4,
-    /// The tiled matrix product, given `weights8`.
+    /// The tiled matrix product, given `weights8`, `x_row` and `out_row`.
     Gemm,
+    /// `weights8` of the 4-bit layout.
+    Weights8W4,
+    /// `weights8` of a dense matrix.
+    Weights8Dense,
+    /// Rows of a tiled product: those of the step.
+    GemmRows,
+    /// Rows of a tiled product: pairs of tokens and experts.
+    GemmPairs,
     /// The product of a packed matrix with one row of staged inputs.
     GemvW4,
     /// The layout of staged inputs.
@@ -327,6 +404,10 @@ pub enum Prelude {
     Coop,
     /// Total order of scores with their ids.
     Order,
+    /// The function on the gate of a gated MLP.
+    Activation,
+    /// Bounded scores.
+    Softcap,
 }
 
 /// A kernel: its body, the preludes it needs and the numbers shared with its twin.
@@ -421,10 +502,10 @@ impl Kernel {
 }
 
 /// Every kernel.
-pub static ALL: [&Kernel; 24] = [
+pub static ALL: [&Kernel; 32] = [
     &embed::KERNEL,
     &stage::KERNEL,
-    &rms_norm::KERNEL,
+    &norm::KERNEL,
     &head_norm::KERNEL,
     &gemv_w4::KERNEL,
     &gemv_w4_rope::KERNEL,
@@ -440,7 +521,15 @@ pub static ALL: [&Kernel; 24] = [
     &attention_few::KERNEL,
     &attention_coop::KERNEL,
     &attention_reduce::KERNEL,
-    &silu_mul::KERNEL,
+    &glu::KERNEL,
+    &scale::KERNEL,
+    &route::KERNEL,
+    &group::KERNEL,
+    &gemv_w4_experts::KERNEL,
+    &gemm_w4_experts::KERNEL,
+    &gemm_dense_experts::KERNEL,
+    &combine::KERNEL,
+    &gate::KERNEL,
     &penalize::KERNEL,
     &argmax::KERNEL,
     &argmax_reduce::KERNEL,
@@ -463,10 +552,8 @@ pub fn compose(kernel: &Kernel, variant: Variant) -> String {
         let value = sized.iter().find(|(other, _)| *other == name).map_or(value, |&(_, value)| value);
         source += &format!("const {name}: u32 = {value}u;\n");
     }
-    if [Prelude::W4, Prelude::Dense, Prelude::Stage].iter().any(|with_flags| kernel.preludes.contains(with_flags)) {
-        for &(name, value) in FLAGS {
-            source += &format!("const {name}: u32 = {value}u;\n");
-        }
+    for &(name, value) in FLAGS {
+        source += &format!("const {name}: u32 = {value}u;\n");
     }
     if kernel.preludes.contains(&Prelude::GemvW4) {
         source += &format!("const GROUPS: u32 = {}u;\n", variant.groups as u32);
@@ -491,7 +578,13 @@ pub fn compose(kernel: &Kernel, variant: Variant) -> String {
             (Prelude::Stage, _) => include_str!("prelude/stage.wgsl"),
             (Prelude::StageOut, _) => include_str!("prelude/stage_out.wgsl"),
             (Prelude::Gemm, _) => include_str!("prelude/gemm.wgsl"),
+            (Prelude::Weights8W4, _) => include_str!("prelude/weights8_w4.wgsl"),
+            (Prelude::Weights8Dense, _) => include_str!("prelude/weights8_dense.wgsl"),
+            (Prelude::GemmRows, _) => include_str!("prelude/gemm_rows.wgsl"),
+            (Prelude::GemmPairs, _) => include_str!("prelude/gemm_pairs.wgsl"),
             (Prelude::Order, _) => include_str!("prelude/order.wgsl"),
+            (Prelude::Activation, _) => include_str!("prelude/activation.wgsl"),
+            (Prelude::Softcap, _) => include_str!("prelude/softcap.wgsl"),
         };
     }
     source + kernel.body

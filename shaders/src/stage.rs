@@ -21,8 +21,10 @@ params! {
         row_mode: u32,
         /// Quads of a staged row.
         quads: u32,
+        /// Rows of a token.
+        per_token: u32,
         /// Unused.
-        pad: [u32; 2],
+        pad: u32,
     }
 }
 
@@ -69,7 +71,8 @@ fn trials(variant: Variant, rng: &mut Rng) -> Vec<Trial> {
             flags,
             row_mode: row_mode as u32,
             quads: layout.quads() as u32,
-            pad: [0; 2],
+            per_token: 1,
+            pad: 0,
         };
         let step = Step { n_tokens: tokens, position: 0, logits_start: tokens / 2, logits_rows: tokens - tokens / 2 };
         let mut x = trial::poisoned((tokens * params.x_stride) as usize);

@@ -1,7 +1,7 @@
 // Stages inputs for the gemv_w4 kernels (prelude/stage.wgsl) where no kernel before does: x[t, k], weighted with norm[k]
 // under FLAG_NORM.
 //
-// Mapping: a workgroup a chunk of 32 inputs; grid x, y number chunks, z rows. Traffic: x once, the staged inputs once.
+// Mapping: a workgroup a chunk of 32 inputs; grid x, y number chunks, z rows, per_token of each token. Traffic: x once, the staged inputs once.
 
 struct Params {
     k: u32,
@@ -10,6 +10,7 @@ struct Params {
     flags: u32,
     row_mode: u32,
     quads: u32,
+    per_token: u32,
 }
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(2) var<storage, read> x: array<f32>;                    // (rows, x_stride)
@@ -24,7 +25,7 @@ fn main(
 ) {
     let chunk = group.x + group.y * groups.x;
     let row = group.z;
-    if (chunk * 32u >= params.k || row >= row_count(params.row_mode)) {
+    if (chunk * 32u >= params.k || row >= row_count(params.row_mode) * params.per_token) {
         return;
     }
     let k = chunk * 32u + local_index;

@@ -1,7 +1,7 @@
 //! A naive interpretation of a [`Program`]: every operation as its documentation spells it, in f64 where it sums.
 //! Slow and obvious on purpose; backends are compared with it.
 
-use awqua::backend::{BufferId, KvType, LogitsRows, Op, Program, Rows, Span};
+use awqua::backend::{Activation, BufferId, KvType, LogitsRows, NormKind, Op, Program, Rows, Span};
 use awqua::tensor::{DenseType, Offset, W4Matrix, Weight};
 use half::{bf16, f16};
 
@@ -58,7 +58,7 @@ impl<'a> Oracle<'a> {
         let range = logits.range(tokens.len());
         self.logits_rows = range.len();
         for (desc, buffer) in self.program.buffers.iter().zip(&mut self.buffers) {
-            buffer.resize(tokens.len() * desc.width as usize, 0.0);
+            buffer.resize(tokens.len() * (desc.width * desc.per_token) as usize, 0.0);
         }
         for op in &self.program.ops {
             self.op(op, tokens, position, range.clone());
@@ -95,24 +95,33 @@ impl<'a> Oracle<'a> {
         let (heads, kv_heads) = (shape.heads as usize, shape.kv_heads as usize);
         let dim = shape.head_dim as usize;
         match *op {
-            Op::Embed { table, out } => {
+            Op::Embed { table, out, scale } => {
                 let width = self.width(out);
                 for (t, &token) in tokens.iter().enumerate() {
-                    let row = self.weights[table.0 as usize][token as usize * width..][..width].to_vec();
+                    let row = &self.weights[table.0 as usize][token as usize * width..][..width];
+                    let row: Vec<f32> = row.iter().map(|v| v * scale).collect();
                     self.put(out.into(), t, &row);
                 }
             }
-            Op::RmsNorm { x, weight, out, dim, segments, eps, rows } => {
+            Op::Norm { kind, x, weight, bias, out, dim, segments, eps, accumulate, rows } => {
                 for (from, to) in self.rows(rows, tokens.len(), &logits) {
                     for segment in 0..segments {
                         let shift = |s: Span| Span { offset: s.offset + segment * dim, ..s };
-                        let mut values = self.row(shift(x), from, dim as usize);
-                        let mean = values.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / f64::from(dim);
-                        let scale = 1.0 / (mean + f64::from(eps)).sqrt();
-                        for (v, w) in values.iter_mut().zip(&self.weights[weight.0 as usize]) {
-                            *v = (f64::from(*v) * scale * f64::from(*w)) as f32;
+                        let values: Vec<f64> =
+                            self.row(shift(x), from, dim as usize).into_iter().map(f64::from).collect();
+                        let mean = values.iter().sum::<f64>() / f64::from(dim);
+                        let center = if kind == NormKind::Layer { mean } else { 0.0 };
+                        let squares = values.iter().map(|v| (v - center).powi(2)).sum::<f64>() / f64::from(dim);
+                        let scale = 1.0 / (squares + f64::from(eps)).sqrt();
+                        let weight = &self.weights[weight.0 as usize];
+                        let own = if weight.len() > dim as usize { (segment * dim) as usize } else { 0 };
+                        let mut result = self.row(shift(out), to, dim as usize);
+                        for (i, r) in result.iter_mut().enumerate() {
+                            let mut v = (values[i] - center) * scale * f64::from(weight[own + i]);
+                            v += bias.map_or(0.0, |b| f64::from(self.weights[b.0 as usize][i]));
+                            *r = if accumulate { *r } else { 0.0 } + v as f32;
                         }
-                        self.put(shift(out), to, &values);
+                        self.put(shift(out), to, &result);
                     }
                 }
             }
@@ -149,7 +158,7 @@ impl<'a> Oracle<'a> {
                     }
                 }
             }
-            Op::Attention { qkv, out, layer, scale, window } => {
+            Op::Attention { qkv, out, layer, scale, softcap, window } => {
                 for t in 0..tokens.len() {
                     let last = position + t;
                     let first = window.map_or(0, |w| (last + 1).saturating_sub(w as usize));
@@ -161,7 +170,8 @@ impl<'a> Oracle<'a> {
                         let score = |j: usize| {
                             let key = &self.keys[layer as usize][row(j)];
                             let dot = |(a, b): (&f32, &f32)| f64::from(*a) * f64::from(*b);
-                            f64::from(scale) * q[h * dim..][..dim].iter().zip(key).map(dot).sum::<f64>()
+                            let score = f64::from(scale) * q[h * dim..][..dim].iter().zip(key).map(dot).sum::<f64>();
+                            bounded(score, softcap)
                         };
                         let scores: Vec<f64> = (first..=last).map(score).collect();
                         let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
@@ -177,12 +187,68 @@ impl<'a> Oracle<'a> {
                     self.put(out.into(), t, &result);
                 }
             }
-            Op::SiluMul { x, out } => {
-                let width = self.width(out);
+            Op::Scale { x, scale, cap, rows } => {
+                for (from, to) in self.rows(rows, tokens.len(), &logits) {
+                    let row = self.row(x.into(), from, self.width(x));
+                    let row: Vec<f32> =
+                        row.iter().map(|v| bounded(f64::from(*v) * f64::from(scale), cap) as f32).collect();
+                    self.put(x.into(), to, &row);
+                }
+            }
+            Op::Route { logits, routes, top_k, renormalise } => {
                 for t in 0..tokens.len() {
+                    let logits = self.row(logits.into(), t, self.width(logits));
+                    let largest = logits.iter().fold(f32::NEG_INFINITY, |m, l| m.max(*l));
+                    let exp = |l: f32| (f64::from(l) - f64::from(largest)).exp();
+                    let mut best: Vec<usize> = (0..logits.len()).collect();
+                    best.sort_by(|a, b| logits[*b].total_cmp(&logits[*a]));
+                    best.truncate(top_k as usize);
+                    let over = if renormalise { best.clone() } else { (0..logits.len()).collect() };
+                    let sum: f64 = over.iter().map(|&i| exp(logits[i])).sum();
+                    let weights = best.iter().map(|&i| (exp(logits[i]) / sum) as f32);
+                    let row: Vec<f32> = weights.chain(best.iter().map(|&i| i as f32)).collect();
+                    self.put(routes.into(), t, &row);
+                }
+            }
+            Op::Experts { x, weight, count, routes, out } => {
+                let (k, top_k) = (self.width(x), self.width(routes) / 2);
+                let per_token = self.program.buffers[x.0 as usize].per_token as usize;
+                for pair in 0..tokens.len() * top_k {
+                    let route = self.row(routes.into(), pair / top_k, 2 * top_k);
+                    let expert = route[top_k + pair % top_k] as u32;
+                    assert!(expert < count);
+                    let input = self.row(x.into(), if per_token == 1 { pair / top_k } else { pair }, k);
+                    let rows = self.weights[(weight.0 + expert) as usize].chunks(k);
+                    let dot = |w: &[f32]| w.iter().zip(&input).map(|(w, x)| f64::from(*w) * f64::from(*x)).sum::<f64>();
+                    let result: Vec<f32> = rows.map(|w| dot(w) as f32).collect();
+                    self.put(out, pair, &result);
+                }
+            }
+            Op::Combine { x, routes, out } => {
+                let (width, top_k) = (self.width(out), self.width(routes) / 2);
+                for t in 0..tokens.len() {
+                    let route = self.row(routes.into(), t, 2 * top_k);
+                    let mut row = self.row(out.into(), t, width);
+                    for i in 0..top_k {
+                        let part = self.row(x.into(), t * top_k + i, width);
+                        row.iter_mut().zip(part).for_each(|(r, v)| *r += route[i] * v);
+                    }
+                    self.put(out.into(), t, &row);
+                }
+            }
+            Op::Gate { x, gate } => {
+                for t in 0..tokens.len() {
+                    let factor = 1.0 / (1.0 + (-self.row(gate.into(), t, 1)[0]).exp());
+                    let row: Vec<f32> = self.row(x.into(), t, self.width(x)).iter().map(|v| v * factor).collect();
+                    self.put(x.into(), t, &row);
+                }
+            }
+            Op::Glu { x, out, activation } => {
+                let width = self.width(out);
+                for t in 0..tokens.len() * self.program.buffers[x.0 as usize].per_token as usize {
                     let row = self.row(x.into(), t, 2 * width);
-                    let silu = |v: f32| v / (1.0 + (-v).exp());
-                    let result: Vec<f32> = (0..width).map(|i| silu(row[i]) * row[width + i]).collect();
+                    let activate = |v: f32| activation_of(activation).of(f64::from(v)) as f32;
+                    let result: Vec<f32> = (0..width).map(|i| activate(row[i]) * row[width + i]).collect();
                     self.put(out.into(), t, &result);
                 }
             }
@@ -198,6 +264,19 @@ impl<'a> Oracle<'a> {
             head[i] = a * cos - b * sin;
             head[i + half] = b * cos + a * sin;
         }
+    }
+}
+
+fn bounded(value: f64, cap: Option<f32>) -> f64 {
+    cap.map_or(value, |cap| f64::from(cap) * (value / f64::from(cap)).tanh())
+}
+
+/// The definition that the kernels are tested with.
+fn activation_of(activation: Activation) -> awqua_shaders::Activation {
+    match activation {
+        Activation::Silu => awqua_shaders::Activation::Silu,
+        Activation::GeluTanh => awqua_shaders::Activation::GeluTanh,
+        Activation::Gelu => awqua_shaders::Activation::Gelu,
     }
 }
 

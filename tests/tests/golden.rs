@@ -24,6 +24,9 @@ const FORMATS: &[&str] = &[
 ];
 
 const ARCHS: &[&str] = &[
+    "gemma2",
+    "gemma3-text",
+    "granite",
     "llama-dynamic",
     "llama-linear",
     "llama-llama3rope",
@@ -34,13 +37,21 @@ const ARCHS: &[&str] = &[
     "mistral",
     "mistral-awq-gemm-g64",
     "mistral-ct-asym-g32",
+    "mixtral",
+    "olmo2",
+    "phi3",
+    "phi3-longrope",
     "qwen2",
     "qwen2-awq-gemm-g64",
     "qwen2-ct-asym-g32",
+    "qwen2-moe",
     "qwen2-window",
     "qwen3",
     "qwen3-awq-gemm-g64",
     "qwen3-ct-asym-g32",
+    "qwen3-moe",
+    "smollm3",
+    "stablelm",
 ];
 
 /// Greedy choices closer than this can go either way within rounding, so they prove nothing.

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use awqua::ErrorKind;
 use awqua::backend::wgpu::{DeviceChoice, WgpuBackend, WgpuOptions, adapters};
 use awqua::backend::{
-    AttentionShape, Backend, BufferDesc, BufferId, KvType, LogitsRows, Op, Program, ROW_STEP, Rows, Runner,
-    RunnerConfig, Span, Step, WeightId,
+    Activation, AttentionShape, Backend, BufferDesc, BufferId, KvType, LogitsRows, NormKind, Op, Program, ROW_STEP,
+    Rows, Runner, RunnerConfig, Span, Step, WeightId,
 };
 use awqua::session::sampler::{SampleRequest, Sampling, pick};
 use awqua::tensor::{Bytes, DenseMatrix, DenseType, Offset, W4Matrix, Weight};
@@ -28,6 +28,7 @@ struct Case {
     shape: AttentionShape,
     qk_norm: bool,
     bias: bool,
+    style: Style,
     window: Option<u32>,
     /// Rotary tables; layer i uses table i modulo this, no rotation at 0.
     rope_tables: u32,
@@ -35,6 +36,19 @@ struct Case {
     embedding: DenseType,
     head: Projection,
     kv: KvType,
+}
+
+/// What differs between families of decoders.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Style {
+    /// Norms in front, SiLU.
+    Llama,
+    /// Norms in front and behind, GELU, factors, bounded scores.
+    Gemma,
+    /// Layer norms, of heads with weights of their own, attention and MLP side by side.
+    StableLm,
+    /// Norms behind, of all heads together.
+    Olmo,
 }
 
 /// How the projections are stored.
@@ -61,6 +75,7 @@ fn cases() -> Vec<Case> {
             shape: shape(4, 2, 16, 16),
             qk_norm: false,
             bias: true,
+            style: Style::Llama,
             window: None,
             rope_tables: 1,
             projections: w4(32, Offset::Zero),
@@ -77,6 +92,7 @@ fn cases() -> Vec<Case> {
             shape: shape(6, 2, 12, 8),
             qk_norm: true,
             bias: false,
+            style: Style::Llama,
             window: Some(5),
             rope_tables: 2,
             projections: w4(8, Offset::Bias),
@@ -93,6 +109,7 @@ fn cases() -> Vec<Case> {
             shape: shape(3, 1, 10, 10),
             qk_norm: true,
             bias: true,
+            style: Style::Llama,
             window: None,
             rope_tables: 0,
             projections: Projection::Dense(DenseType::F16),
@@ -109,6 +126,7 @@ fn cases() -> Vec<Case> {
             shape: shape(1, 1, 32, 16),
             qk_norm: false,
             bias: false,
+            style: Style::Llama,
             window: Some(200),
             rope_tables: 1,
             projections: Projection::Dense(DenseType::BF16),
@@ -125,11 +143,63 @@ fn cases() -> Vec<Case> {
             shape: shape(2, 1, 128, 128),
             qk_norm: false,
             bias: true,
+            style: Style::Llama,
             window: None,
             rope_tables: 1,
             projections: w4(0, Offset::Zero),
             embedding: DenseType::F32,
             head: w4(0, Offset::Zero),
+            kv: KvType::F16,
+        },
+        Case {
+            name: "norms behind, bounded scores",
+            hidden: 96,
+            ffn: 128,
+            vocab: 200,
+            layers: 2,
+            shape: shape(4, 2, 32, 32),
+            qk_norm: true,
+            bias: false,
+            style: Style::Gemma,
+            window: Some(9),
+            rope_tables: 2,
+            projections: w4(32, Offset::Zero),
+            embedding: DenseType::BF16,
+            head: Projection::Dense(DenseType::BF16),
+            kv: KvType::F16,
+        },
+        Case {
+            name: "layer norms side by side",
+            hidden: 64,
+            ffn: 96,
+            vocab: 200,
+            layers: 2,
+            shape: shape(4, 4, 16, 4),
+            qk_norm: true,
+            bias: true,
+            style: Style::StableLm,
+            window: None,
+            rope_tables: 1,
+            projections: w4(32, Offset::Zero),
+            embedding: DenseType::F16,
+            head: w4(32, Offset::Zero),
+            kv: KvType::F32,
+        },
+        Case {
+            name: "norms behind only",
+            hidden: 64,
+            ffn: 128,
+            vocab: 200,
+            layers: 2,
+            shape: shape(4, 1, 16, 16),
+            qk_norm: true,
+            bias: false,
+            style: Style::Olmo,
+            window: None,
+            rope_tables: 1,
+            projections: w4(64, Offset::Bias),
+            embedding: DenseType::F16,
+            head: Projection::Dense(DenseType::F16),
             kv: KvType::F16,
         },
     ]
@@ -216,9 +286,23 @@ impl Builder {
         self.ops.push(Op::Linear { x: BufferId(x), weight, bias, out, accumulate, rows: Rows::All });
     }
 
-    fn norm(&mut self, x: Span, out: Span, dim: usize, segments: u32, rows: Rows) {
-        let weight = self.vector(dim, 1.0, 0.3);
-        self.ops.push(Op::RmsNorm { x, weight, out, dim: dim as u32, segments, eps: 1e-5, rows });
+    fn norm(&mut self, kind: NormKind, x: Span, out: Span, (dim, segments): (usize, u32), rows: Rows) {
+        let own_weights = kind == NormKind::Layer && segments > 1;
+        let weight = self.vector(if own_weights { dim * segments as usize } else { dim }, 1.0, 0.3);
+        let bias = (kind == NormKind::Layer && segments == 1).then(|| self.vector(dim, 0.0, 0.3));
+        let accumulate = x == span(BRANCH, 0);
+        let dim = dim as u32;
+        self.ops.push(Op::Norm { kind, x, weight, bias, out, dim, segments, eps: 1e-5, accumulate, rows });
+    }
+
+    /// Adds a projection to the residual stream, behind a norm in the styles that have one.
+    fn residual(&mut self, case: &Case, x: u32, k: usize, bias: bool) {
+        if matches!(case.style, Style::Gemma | Style::Olmo) {
+            self.linear(case, x, (case.hidden, k), span(BRANCH, 0), bias, false);
+            self.norm(NormKind::Rms, span(BRANCH, 0), span(HIDDEN, 0), (case.hidden, 1), Rows::All);
+        } else {
+            self.linear(case, x, (case.hidden, k), span(HIDDEN, 0), bias, true);
+        }
     }
 }
 
@@ -230,6 +314,7 @@ const GATE_UP: u32 = 4;
 const PRODUCT: u32 = 5;
 const LAST: u32 = 6;
 const LOGITS: u32 = 7;
+const BRANCH: u32 = 8;
 
 fn span(buffer: u32, offset: usize) -> Span {
     Span { buffer: BufferId(buffer), offset: offset as u32 }
@@ -243,13 +328,22 @@ fn build(case: &Case) -> Model {
     let mut b = Builder { rng: Rng(0x9E37_79B9 + hidden as u64), weights: Vec::new(), ops: Vec::new() };
 
     let table = b.dense(case.vocab, hidden, case.embedding, 1.0);
-    b.ops.push(Op::Embed { table, out: BufferId(HIDDEN) });
+    let style = case.style;
+    let gemma = style == Style::Gemma;
+    let kind = if style == Style::StableLm { NormKind::Layer } else { NormKind::Rms };
+    b.ops.push(Op::Embed { table, out: BufferId(HIDDEN), scale: if gemma { 3.5 } else { 1.0 } });
     for layer in 0..case.layers {
-        b.norm(span(HIDDEN, 0), span(NORMED, 0), hidden, 1, Rows::All);
-        b.linear(case, NORMED, (qkv, hidden), span(QKV, 0), case.bias, false);
-        if case.qk_norm {
-            b.norm(span(QKV, 0), span(QKV, 0), dim, shape.heads, Rows::All);
-            b.norm(span(QKV, heads * dim), span(QKV, heads * dim), dim, shape.kv_heads, Rows::All);
+        let input = if style == Style::Olmo { HIDDEN } else { NORMED };
+        if input == NORMED {
+            b.norm(kind, span(HIDDEN, 0), span(NORMED, 0), (hidden, 1), Rows::All);
+        }
+        b.linear(case, input, (qkv, hidden), span(QKV, 0), case.bias, false);
+        if case.qk_norm && style == Style::Olmo {
+            b.norm(kind, span(QKV, 0), span(QKV, 0), (heads * dim, 1), Rows::All);
+            b.norm(kind, span(QKV, heads * dim), span(QKV, heads * dim), (kv_heads * dim, 1), Rows::All);
+        } else if case.qk_norm {
+            b.norm(kind, span(QKV, 0), span(QKV, 0), (dim, shape.heads), Rows::All);
+            b.norm(kind, span(QKV, heads * dim), span(QKV, heads * dim), (dim, shape.kv_heads), Rows::All);
         }
         let rope = layer.checked_rem(case.rope_tables);
         b.ops.push(Op::RopeAppend { qkv: BufferId(QKV), layer, rope });
@@ -258,21 +352,28 @@ fn build(case: &Case) -> Model {
             out: BufferId(ATTENTION),
             layer,
             scale: 1.0 / (dim as f32).sqrt(),
-            window: case.window,
+            softcap: gemma.then_some(1.5),
+            window: case.window.filter(|_| !gemma || layer == 0),
         });
-        b.linear(case, ATTENTION, (hidden, heads * dim), span(HIDDEN, 0), case.bias, true);
-        b.norm(span(HIDDEN, 0), span(NORMED, 0), hidden, 1, Rows::All);
-        b.linear(case, NORMED, (ffn, hidden), span(GATE_UP, 0), false, false);
-        b.linear(case, NORMED, (ffn, hidden), span(GATE_UP, ffn), case.bias, false);
-        b.ops.push(Op::SiluMul { x: BufferId(GATE_UP), out: BufferId(PRODUCT) });
-        b.linear(case, PRODUCT, (hidden, ffn), span(HIDDEN, 0), false, true);
+        b.residual(case, ATTENTION, heads * dim, case.bias);
+        if !matches!(style, Style::Olmo | Style::StableLm) {
+            b.norm(kind, span(HIDDEN, 0), span(NORMED, 0), (hidden, 1), Rows::All);
+        }
+        b.linear(case, input, (ffn, hidden), span(GATE_UP, 0), false, false);
+        b.linear(case, input, (ffn, hidden), span(GATE_UP, ffn), case.bias, false);
+        let activation = if gemma { Activation::GeluTanh } else { Activation::Silu };
+        b.ops.push(Op::Glu { x: BufferId(GATE_UP), out: BufferId(PRODUCT), activation });
+        b.residual(case, PRODUCT, ffn, false);
     }
-    b.norm(span(HIDDEN, 0), span(LAST, 0), hidden, 1, Rows::Logits);
+    b.norm(kind, span(HIDDEN, 0), span(LAST, 0), (hidden, 1), Rows::Logits);
     let weight = b.matrix(case.vocab, hidden, case.head);
     let out = span(LOGITS, 0);
     b.ops.push(Op::Linear { x: BufferId(LAST), weight, bias: None, out, accumulate: false, rows: Rows::Compacted });
+    if gemma {
+        b.ops.push(Op::Scale { x: BufferId(LOGITS), scale: 1.0, cap: Some(3.0), rows: Rows::Compacted });
+    }
 
-    let buffer = |name, width: usize, logits_rows| BufferDesc { name, width: width as u32, logits_rows };
+    let buffer = |name, width: usize, logits_rows| BufferDesc { name, width: width as u32, logits_rows, per_token: 1 };
     let program = Program {
         buffers: vec![
             buffer("hidden", hidden, false),
@@ -283,6 +384,7 @@ fn build(case: &Case) -> Model {
             buffer("product", ffn, false),
             buffer("last", hidden, true),
             buffer("logits", case.vocab, true),
+            buffer("branch", hidden, false),
         ],
         ops: b.ops,
         layers: case.layers,

@@ -265,9 +265,14 @@ fn folders_that_contradict_themselves_are_refused_by_name() {
     config("untied", ErrorKind::InvalidTensor, "lm_head", |c| c["tie_word_embeddings"] = false.into());
     config("heads", ErrorKind::InvalidConfig, "num_attention_heads", |c| c["num_key_value_heads"] = 3.into());
     config("method", ErrorKind::Unsupported, "aqlm", |c| c["quantization_config"]["quant_method"] = "aqlm".into());
-    config("rope", ErrorKind::Unsupported, "longrope", |c| {
+    config("rope", ErrorKind::Unsupported, "spiral", |c| {
+        c["rope_scaling"] = serde_json::json!({"rope_type": "spiral", "factor": 4.0});
+    });
+    config("longrope", ErrorKind::InvalidConfig, "short_factor", |c| {
         c["rope_scaling"] = serde_json::json!({"rope_type": "longrope", "factor": 4.0});
     });
+    config("bounded", ErrorKind::Unsupported, "attn_logit_softcapping", |c| c["attn_logit_softcapping"] = 50.into());
+    config("activation", ErrorKind::Unsupported, "relu", |c| c["hidden_act"] = "relu".into());
     let error = changed("eos", "generation_config.json", |c| c["eos_token_id"] = 5000.into());
     assert_eq!(error.kind(), ErrorKind::InvalidConfig, "{error}");
     assert!(error.to_string().contains("generation_config.json: `eos_token_id`"), "{error}");

@@ -79,7 +79,7 @@ impl DeviceArgs {
     /// A session; without `--ctx` its context is at least `needed` tokens.
     pub fn session(&self, model: &Arc<Model>, needed: usize) -> Outcome<Session> {
         let config = model.config();
-        let trained = config.rope.positions(config.max_position_embeddings).min(4096);
+        let trained = config.positions().min(4096);
         let needed = u32::try_from(trained.max(needed)).unwrap_or(u32::MAX);
         let options = SessionOptions {
             context: Some(self.ctx.unwrap_or(needed)),

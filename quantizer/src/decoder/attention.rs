@@ -6,7 +6,7 @@ use crate::math::{View, gemm};
 /// Rotates the heads of `x` (tokens, heads * head_dim) by their positions, or back.
 pub(super) fn rotate(decoder: &Decoder, x: &mut [f32], heads: usize, back: bool) {
     let head_dim = decoder.config.head_dim;
-    let half = decoder.config.rope.rotary_dim / 2;
+    let half = decoder.config.ropes[0].rotary_dim / 2;
     let sign = if back { -1.0 } else { 1.0 };
     for (row, angles) in x.chunks_exact_mut(heads * head_dim).zip(decoder.rope.chunks_exact(2 * half)) {
         for head in row.chunks_exact_mut(head_dim) {
@@ -31,7 +31,7 @@ pub(super) fn attention(
     let (heads, kv_heads, dim) = heads(decoder);
     let (q_width, kv_width) = (heads * dim, kv_heads * dim);
     let t = q.len() / q_width;
-    let window = decoder.config.windows[layer].map_or(usize::MAX, |w| w as usize);
+    let window = decoder.config.layers[layer].window.map_or(usize::MAX, |w| w as usize);
     let scale = 1.0 / (dim as f32).sqrt();
     let mut out = vec![0.0; t * q_width];
     let mut kept = vec![0.0; if keep { heads * t * t } else { 0 }];

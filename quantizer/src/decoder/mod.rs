@@ -160,12 +160,13 @@ impl Decoder {
     /// The decoder of a checkpoint, for sequences of at most `length` tokens.
     ///
     /// # Errors
-    /// Those of [`ModelConfig::from_json`].
+    /// Those of [`ModelConfig::from_json`] and [`ModelConfig::require_plain`].
     pub fn new(checkpoint: &Checkpoint, length: usize, compute: impl Into<Compute>) -> Result<Self> {
         let Compute { threads, device } = compute.into();
         let config = ModelConfig::from_json(checkpoint.config())
+            .and_then(|config| config.require_plain().map(|()| config))
             .map_err(|error| error.in_file(checkpoint.dir().join("config.json")))?;
-        let rope = config.rope.rows(0, length, length);
+        let rope = config.ropes[0].rows(0, length, length);
         Ok(Self { config, threads, device, rope })
     }
 
@@ -325,7 +326,7 @@ pub(crate) fn tiny(seed: u64, head_norms: bool) -> (Decoder, Block) {
         "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 32, "rms_norm_eps": 1e-6,
     });
     let config = ModelConfig::from_json(&config).expect("a valid configuration");
-    let rope = config.rope.rows(0, 64, 64);
+    let rope = config.ropes[0].rows(0, 64, 64);
     let decoder = Decoder { config, threads: Threads::new(2), device: None, rope };
     let mut random = Random::new(seed);
     let mut around_one = |n: usize| random.normals(n).iter().map(|v| 1.0 + 0.2 * v).collect::<Vec<f32>>();

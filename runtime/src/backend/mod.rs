@@ -57,23 +57,50 @@ pub enum Rows {
     Compacted,
 }
 
+/// What a norm divides by, see [`Op::Norm`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NormKind {
+    /// The root of the mean of squares.
+    Rms,
+    /// The standard deviation, after the mean is subtracted.
+    Layer,
+}
+
+/// The function on the gate of a gated MLP.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activation {
+    /// v / (1 + exp(-v))
+    Silu,
+    /// GELU by its tanh formula: v / 2 * (1 + tanh(sqrt(2 / pi) * (v + 0.044715 * v^3)))
+    GeluTanh,
+    /// GELU by the error function: v / 2 * (1 + erf(v / sqrt(2)))
+    Gelu,
+}
+
 /// One semantic operation. Activations are f32, row-major, one row a token.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Op {
-    /// `out[t, :] = table[token[t], :]`
+    /// `out[t, :] = table[token[t], :] * scale`
     Embed {
         /// Dense (vocab_size, width).
         table: WeightId,
         /// (n_tokens, width).
         out: BufferId,
+        /// Factor on the rows of the table, 1 for most models.
+        scale: f32,
     },
-    /// Each of `segments` consecutive runs of `dim` columns: out = x / sqrt(mean(x^2) + eps) * weight.
-    /// `x` and `out` may be the same span (in place).
-    RmsNorm {
+    /// Each of `segments` consecutive runs of `dim` columns: out = (x - m) / sqrt(mean((x - m)^2) + eps) * weight + bias
+    /// with m the mean of x for [`NormKind::Layer`] and 0 for [`NormKind::Rms`]; added to what is there if `accumulate`.
+    /// `x` and `out` may be the same span (in place) unless `accumulate`.
+    Norm {
+        /// What is divided by.
+        kind: NormKind,
         /// First column of the first segment.
         x: Span,
-        /// Vector (dim).
+        /// Vector (dim), or (segments * dim) where every segment has weights of its own.
         weight: WeightId,
+        /// Vector (dim), with one segment only.
+        bias: Option<WeightId>,
         /// First column of the first segment.
         out: Span,
         /// Columns of one segment.
@@ -82,6 +109,8 @@ pub enum Op {
         segments: u32,
         /// Added to the mean of squares.
         eps: f32,
+        /// Add to the output (residual connection) instead of overwriting it.
+        accumulate: bool,
         /// Rows worked on.
         rows: Rows,
     },
@@ -111,8 +140,9 @@ pub enum Op {
         /// Rotary table ([`Runner::write_rope`]); `None` leaves q and k unrotated.
         rope: Option<u32>,
     },
-    /// `out[t, h, :] = sum_j softmax_j(scale * q[t, h] . k[j, h / (heads / kv_heads)]) v[j]`, over the cached positions
-    /// j <= position of t, and j > position - window where a window is given.
+    /// `out[t, h, :] = sum_j softmax_j(s(q[t, h] . k[j, h / (heads / kv_heads)])) v[j]`, over the cached positions
+    /// j <= position of t, and j > position - window where a window is given; s(d) = scale * d, or
+    /// softcap * tanh(scale * d / softcap) where scores are capped.
     Attention {
         /// As in `RopeAppend`; only q is read, keys and values come from the cache.
         qkv: BufferId,
@@ -122,15 +152,72 @@ pub enum Op {
         layer: u32,
         /// Factor on the dot products, usually 1 / sqrt(head_dim).
         scale: f32,
+        /// Bound of the scores.
+        softcap: Option<f32>,
         /// Sliding window in tokens, the token itself included.
         window: Option<u32>,
     },
-    /// `out[t, i] = silu(x[t, i]) * x[t, width + i]`, silu(v) = v / (1 + exp(-v)).
-    SiluMul {
+    /// `out[t, i] = activation(x[t, i]) * x[t, width + i]`, for every row of a token.
+    Glu {
         /// (n_tokens, 2 * width): gate, then up.
         x: BufferId,
         /// (n_tokens, width).
         out: BufferId,
+        /// The function on the gate.
+        activation: Activation,
+    },
+    /// `x[t, i] = scale * x[t, i]`, or `cap * tanh(scale * x[t, i] / cap)` where a cap is given, in place.
+    Scale {
+        /// The whole rows.
+        x: BufferId,
+        /// Factor.
+        scale: f32,
+        /// Bound of the magnitude.
+        cap: Option<f32>,
+        /// Rows worked on; [`Rows::All`] or [`Rows::Compacted`].
+        rows: Rows,
+    },
+    /// Chooses for every token the `top_k` experts of the largest logits, the first of equal ones, in descending order.
+    /// Their weights are the softmax over all logits, divided by the sum of the chosen ones if `renormalise`.
+    Route {
+        /// (n_tokens, experts).
+        logits: BufferId,
+        /// (n_tokens, 2 * top_k): the weights, then the numbers of the experts.
+        routes: BufferId,
+        /// Experts a token.
+        top_k: u32,
+        /// Whether weights are made to add up to 1.
+        renormalise: bool,
+    },
+    /// `out[t, i, offset..offset + N] = W[expert of (t, i)] x[t]`, or `x[t, i]` where x has rows for every expert of a
+    /// token. Every expert's matrix is read once, and only if a token goes through it.
+    Experts {
+        /// (n_tokens, K) or (n_tokens, top_k, K).
+        x: BufferId,
+        /// The first of `count` matrices (N, K), with ids that follow each other ([`Backend::reserve_in_stack`]).
+        weight: WeightId,
+        /// Experts.
+        count: u32,
+        /// As in `Route`.
+        routes: BufferId,
+        /// (n_tokens, top_k, width).
+        out: Span,
+    },
+    /// `out[t, :] += sum_i weight of (t, i) * x[t, i, :]`
+    Combine {
+        /// (n_tokens, top_k, width).
+        x: BufferId,
+        /// As in `Route`.
+        routes: BufferId,
+        /// (n_tokens, width).
+        out: BufferId,
+    },
+    /// `x[t, :] = x[t, :] / (1 + exp(-gate[t, 0]))`, in place.
+    Gate {
+        /// (n_tokens, width).
+        x: BufferId,
+        /// (n_tokens, 1).
+        gate: BufferId,
     },
 }
 
@@ -143,6 +230,16 @@ pub struct BufferDesc {
     pub width: u32,
     /// Whether the rows are logits rows ([`RunnerConfig::max_logits_rows`]) instead of token rows.
     pub logits_rows: bool,
+    /// Rows of a token: 1, or the number of experts it goes through.
+    pub per_token: u32,
+}
+
+impl BufferDesc {
+    /// Most rows under `config`.
+    pub(crate) fn rows(&self, config: &RunnerConfig) -> u32 {
+        let rows = if self.logits_rows { config.max_logits_rows } else { config.max_tokens };
+        rows.saturating_mul(self.per_token)
+    }
 }
 
 /// Head geometry, the same in every layer.
@@ -396,6 +493,16 @@ pub trait Backend: Any + Send + Sync {
     /// # Errors
     /// [`ErrorKind::OutOfMemory`], [`ErrorKind::Unsupported`] or a device error.
     fn reserve(&mut self, name: &str, shape: &WeightShape) -> Result<WeightId>;
+
+    /// As [`Self::reserve`], for matrix `index` of `count` of the same form that [`Op::Experts`] chooses among; they are
+    /// reserved one after the other.
+    ///
+    /// # Errors
+    /// As [`Self::reserve`]; [`ErrorKind::Unsupported`] where the backend can not choose among matrices of this form.
+    fn reserve_in_stack(&mut self, name: &str, shape: &WeightShape, index: usize, count: usize) -> Result<WeightId> {
+        let _ = (index, count);
+        self.reserve(name, shape)
+    }
 
     /// Takes the next rows of the weight reserved last: all of them, or multiples of [`ROW_STEP`] but for the last ones. Does not wait
     /// for the device, see [`Self::upload_is_settled`].

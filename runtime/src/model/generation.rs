@@ -23,8 +23,8 @@ impl GenerationConfig {
             generation
                 .and_then(|g| g.get(key))
                 .filter(|v| !v.is_null())
-                .or_else(|| config.get(key))
-                .filter(|v| !v.is_null())
+                .or_else(|| config.get(key).filter(|v| !v.is_null()))
+                .or_else(|| config.get("text_config")?.get(key).filter(|v| !v.is_null()))
         };
         let id = |key: &str, value: &Value| -> Result<u32> {
             value.as_u64().filter(|&id| id < vocab_size as u64).map(|id| id as u32).ok_or_else(|| {

@@ -19,7 +19,7 @@ mod residence;
 mod rope;
 mod weights;
 
-pub use config::ModelConfig;
+pub use config::{ExpertConfig, LayerConfig, ModelConfig};
 pub use generation::GenerationConfig;
 pub use load::{Estimate, Load};
 pub use residence::{LoadBudget, LoadProgress, LoadStage};

@@ -63,47 +63,113 @@ pub enum RopeScaling {
         /// Whether the ramp's ends are rounded to whole dimensions.
         truncate: bool,
     },
+    /// LongRoPE: a divisor for every frequency, one set up to the original context and another one beyond it.
+    LongRope {
+        /// Divisors for sequences of at most `original` tokens, (rotary_dim / 2).
+        short: Vec<f64>,
+        /// Divisors for longer ones.
+        long: Vec<f64>,
+        /// Positions of the original training.
+        original: f64,
+        /// Factor on cos and sin.
+        attention_factor: f64,
+    },
+}
+
+/// A set of rotary parameters under their keys: `rope_parameters` of newer configurations or `rope_scaling` of older ones,
+/// with what the configuration itself says.
+struct Parameters<'a> {
+    scaling: Option<&'a Value>,
+    config: &'a Value,
+}
+
+impl Parameters<'_> {
+    fn value(&self, key: &str) -> Option<&Value> {
+        self.scaling.and_then(|s| s.get(key)).filter(|v| !v.is_null())
+    }
+
+    fn outer(&self, key: &str) -> Result<Option<f64>> {
+        positive(key, self.config.get(key).filter(|v| !v.is_null()))
+    }
+
+    fn number(&self, key: &str) -> Result<Option<f64>> {
+        positive(&format!("{key}` of `rope_scaling"), self.value(key))
+    }
+
+    fn required(&self, key: &str) -> Result<f64> {
+        self.number(key)?.ok_or_else(|| invalid(format!("`rope_scaling` has no `{key}`")))
+    }
+
+    /// `n` positive numbers.
+    fn factors(&self, key: &str, n: usize) -> Result<Vec<f64>> {
+        let list = self.value(key).and_then(Value::as_array);
+        let list = list.ok_or_else(|| invalid(format!("`rope_scaling` has no list `{key}`")))?;
+        if list.len() != n {
+            return Err(invalid(format!("`{key}` of `rope_scaling` has {} entries, expected {n}", list.len())));
+        }
+        let name = format!("{key}` of `rope_scaling");
+        list.iter().map(|v| positive(&name, Some(v)).map(|n| n.unwrap_or(1.0))).collect()
+    }
+}
+
+fn positive(key: &str, value: Option<&Value>) -> Result<Option<f64>> {
+    match value {
+        None => Ok(None),
+        Some(value) => match value.as_f64() {
+            Some(n) if n.is_finite() && n > 0.0 => Ok(Some(n)),
+            _ => Err(invalid(format!("`{key}` must be a number above 0, found {value}"))),
+        },
+    }
 }
 
 impl Rope {
-    /// Reads `rope_theta`, `rope_scaling` or the newer `rope_parameters`, and `partial_rotary_factor`.
-    pub(super) fn from_json(config: &Value, head_dim: usize, max_positions: usize) -> Result<Self> {
+    /// Reads `rope_theta`, `rope_scaling` or the newer `rope_parameters`, and `partial_rotary_factor` where it counts.
+    pub(super) fn from_json(config: &Value, head_dim: usize, max_positions: usize, partial: bool) -> Result<Self> {
         let parameters = config.get("rope_parameters").filter(|v| !v.is_null());
+        // Newer files of models with windows have a set for each type of layer.
+        let parameters = parameters.map(|p| p.get("full_attention").unwrap_or(p));
         let scaling = parameters.or_else(|| config.get("rope_scaling").filter(|v| !v.is_null()));
-        if scaling.is_some_and(|s| !s.is_object()) {
-            return Err(invalid("`rope_scaling` must be an object"));
+        Self::read(&Parameters { scaling, config }, head_dim, max_positions, partial)
+    }
+
+    /// The rotation of layers with a window where it is another one: `rope_local_base_freq`, never scaled.
+    pub(super) fn local_from_json(config: &Value, head_dim: usize, max_positions: usize) -> Result<Self> {
+        if let Some(scaling) = config.get("rope_parameters").and_then(|p| p.get("sliding_attention")) {
+            return Self::read(&Parameters { scaling: Some(scaling), config }, head_dim, max_positions, false);
         }
-        let number = |key: &str| -> Result<Option<f64>> {
-            match scaling.and_then(|s| s.get(key)).filter(|v| !v.is_null()) {
-                None => Ok(None),
-                Some(value) => match value.as_f64() {
-                    Some(n) if n.is_finite() && n > 0.0 => Ok(Some(n)),
-                    _ => Err(invalid(format!("`{key}` of `rope_scaling` must be a number above 0, found {value}"))),
-                },
-            }
-        };
-        let required = |key: &str| -> Result<f64> {
-            number(key)?.ok_or_else(|| invalid(format!("`rope_scaling` has no `{key}`")))
-        };
-        let theta = match number("rope_theta")? {
-            Some(theta) => theta,
-            None => match config.get("rope_theta").filter(|v| !v.is_null()) {
-                None => 10_000.0,
-                Some(v) => v
-                    .as_f64()
-                    .filter(|t| t.is_finite() && *t > 0.0)
-                    .ok_or_else(|| invalid(format!("`rope_theta` must be a number above 0, found {v}")))?,
-            },
-        };
+        let theta = Parameters { scaling: None, config }.outer("rope_local_base_freq")?.unwrap_or(10_000.0);
+        Self::new(theta, head_dim, RopeScaling::None)
+    }
+
+    fn new(theta: f64, rotary_dim: usize, scaling: RopeScaling) -> Result<Self> {
         if theta <= 1.0 {
             return Err(invalid(format!("`rope_theta` must be above 1, found {theta}")));
         }
-        let partial = match number("partial_rotary_factor")? {
-            Some(partial) => partial,
-            None => config.get("partial_rotary_factor").and_then(Value::as_f64).unwrap_or(1.0),
+        Ok(Self { rotary_dim, theta, scaling })
+    }
+
+    fn read(parameters: &Parameters<'_>, head_dim: usize, max_positions: usize, partial: bool) -> Result<Self> {
+        let scaling = parameters.scaling;
+        if scaling.is_some_and(|s| !s.is_object()) {
+            return Err(invalid("`rope_scaling` must be an object"));
+        }
+        let (number, required) = (|key: &str| parameters.number(key), |key: &str| parameters.required(key));
+        let theta = match number("rope_theta")? {
+            Some(theta) => theta,
+            None => parameters.outer("rope_theta")?.unwrap_or(10_000.0),
         };
-        if partial != 1.0 {
-            return Err(unsupported(format!("`partial_rotary_factor` {partial}")));
+        let factor = match number("partial_rotary_factor")? {
+            Some(factor) => factor,
+            None => parameters.outer("partial_rotary_factor")?.unwrap_or(1.0),
+        };
+        let rotary_dim = (head_dim as f64 * factor) as usize;
+        if factor != 1.0 && !partial {
+            return Err(unsupported(format!("`partial_rotary_factor` {factor} of this architecture")));
+        }
+        if factor > 1.0 || rotary_dim == 0 || !rotary_dim.is_multiple_of(2) {
+            let message =
+                format!("`partial_rotary_factor` {factor} of heads of {head_dim} (an even number of elements)");
+            return Err(unsupported(message));
         }
         let kind = scaling.and_then(|s| s.get("rope_type").or_else(|| s.get("type")));
         let kind = match kind {
@@ -112,7 +178,36 @@ impl Rope {
             Some(kind) => kind.as_str().ok_or_else(|| invalid("`rope_type` must be a string"))?,
         };
         let max = max_positions as f64;
+        // Early files of Phi-3 have other names for LongRoPE.
+        let long = kind == "su" || kind == "yarn" && scaling.is_some_and(|s| s.get("long_factor").is_some());
         let scaling = match kind {
+            _ if long || kind == "longrope" => {
+                let original = match number("original_max_position_embeddings")? {
+                    Some(original) => Some(original),
+                    None => parameters.outer("original_max_position_embeddings")?,
+                };
+                let factor = match original {
+                    Some(original) => max / original,
+                    None => required("factor")?,
+                };
+                let original = original.unwrap_or(max);
+                for key in ["short_mscale", "long_mscale"] {
+                    if number(key)?.is_some_and(|m| m != 1.0) {
+                        return Err(unsupported(format!("`{key}` of `rope_scaling`")));
+                    }
+                }
+                let attention_factor = match number("attention_factor")? {
+                    Some(given) => given,
+                    None if factor <= 1.0 => 1.0,
+                    None => (1.0 + factor.ln() / original.ln()).sqrt(),
+                };
+                RopeScaling::LongRope {
+                    short: parameters.factors("short_factor", rotary_dim / 2)?,
+                    long: parameters.factors("long_factor", rotary_dim / 2)?,
+                    original,
+                    attention_factor,
+                }
+            }
             "default" => RopeScaling::None,
             "linear" => RopeScaling::Linear { factor: required("factor")? },
             "dynamic" => RopeScaling::Dynamic { factor: required("factor")?, original: max },
@@ -140,12 +235,12 @@ impl Rope {
                     beta_fast: number("beta_fast")?.unwrap_or(32.0),
                     beta_slow: number("beta_slow")?.unwrap_or(1.0),
                     attention_factor,
-                    truncate: scaling.and_then(|s| s.get("truncate")).and_then(Value::as_bool).unwrap_or(true),
+                    truncate: parameters.value("truncate").and_then(Value::as_bool).unwrap_or(true),
                 }
             }
             other => return Err(unsupported(format!("rope scaling `{other}`"))),
         };
-        Ok(Self { rotary_dim: head_dim, theta, scaling })
+        Self::new(theta, rotary_dim, scaling)
     }
 
     /// Positions the rotation is meant for, given the `max_position_embeddings` of the configuration.
@@ -156,9 +251,20 @@ impl Rope {
         }
     }
 
-    /// Whether rows depend on the length of the sequence and not on the position alone.
-    pub fn depends_on_length(&self) -> bool {
-        matches!(self.scaling, RopeScaling::Dynamic { .. })
+    /// Whether the rows of a position are the same in sequences of `a` and of `b` tokens.
+    pub fn same_rows(&self, a: usize, b: usize) -> bool {
+        match self.scaling {
+            // Beyond the original length every token has frequencies of its own.
+            RopeScaling::Dynamic { original, .. } => a as f64 <= original && b as f64 <= original,
+            RopeScaling::LongRope { original, .. } => (a as f64 > original) == (b as f64 > original),
+            _ => true,
+        }
+    }
+
+    /// Whether keys must be computed again once their rows have changed: a model with LongRoPE expects all keys of a
+    /// sequence to be rotated alike, whereas with dynamic scaling cached keys keep their rotation, as in Transformers.
+    pub fn must_agree(&self) -> bool {
+        matches!(self.scaling, RopeScaling::LongRope { .. })
     }
 
     /// Angular frequencies, (rotary_dim / 2), and the factor on cos and sin, for a sequence of `length` tokens.
@@ -166,15 +272,15 @@ impl Rope {
         let dim = self.rotary_dim as f64;
         let series = |base: f64| (0..self.rotary_dim / 2).map(move |i| base.powf(-2.0 * i as f64 / dim));
         let to_f32 = |f: f64| f as f32;
-        match self.scaling {
+        match &self.scaling {
             RopeScaling::None => (series(self.theta).map(to_f32).collect(), 1.0),
-            RopeScaling::Linear { factor } => (series(self.theta).map(|f| to_f32(f / factor)).collect(), 1.0),
-            RopeScaling::Dynamic { factor, original } => {
+            &RopeScaling::Linear { factor } => (series(self.theta).map(|f| to_f32(f / factor)).collect(), 1.0),
+            &RopeScaling::Dynamic { factor, original } => {
                 let length = (length as f64).max(original);
                 let base = self.theta * (factor * length / original - (factor - 1.0)).powf(dim / (dim - 2.0));
                 (series(base).map(to_f32).collect(), 1.0)
             }
-            RopeScaling::Llama3 { factor, low, high, original } => {
+            &RopeScaling::Llama3 { factor, low, high, original } => {
                 let scale = |f: f64| {
                     let wavelength = 2.0 * PI / f;
                     if wavelength < original / high {
@@ -188,7 +294,7 @@ impl Rope {
                 };
                 (series(self.theta).map(|f| to_f32(scale(f))).collect(), 1.0)
             }
-            RopeScaling::Yarn { factor, original, beta_fast, beta_slow, attention_factor, truncate } => {
+            &RopeScaling::Yarn { factor, original, beta_fast, beta_slow, attention_factor, truncate } => {
                 // Dimension at which a frequency makes `rotations` turns over the original context.
                 let dimension =
                     |rotations: f64| dim * (original / (rotations * 2.0 * PI)).ln() / (2.0 * self.theta.ln());
@@ -205,6 +311,11 @@ impl Rope {
                     to_f32(f / factor * divided + f * (1.0 - divided))
                 };
                 (series(self.theta).enumerate().map(blend).collect(), attention_factor as f32)
+            }
+            RopeScaling::LongRope { short, long, original, attention_factor } => {
+                let divisors = if length as f64 > *original { long } else { short };
+                let frequencies = series(self.theta).zip(divisors).map(|(f, divisor)| to_f32(f / divisor));
+                (frequencies.collect(), *attention_factor as f32)
             }
         }
     }

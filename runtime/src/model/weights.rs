@@ -3,7 +3,8 @@
 
 use std::ops::Range;
 
-use super::config::ModelConfig;
+use super::arch::{ExpertNames, NormWeights, QkNorm, Stacked};
+use super::config::{ExpertConfig, ModelConfig};
 use crate::backend::{Backend, ROW_STEP, WeightId};
 use crate::checkpoint::Checkpoint;
 use crate::checksum::Checksum;
@@ -20,17 +21,50 @@ pub(super) struct Projection {
     pub(super) offset: u32,
 }
 
+/// A norm on the backend.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Norm {
+    pub(super) weight: WeightId,
+    pub(super) bias: Option<WeightId>,
+}
+
 /// Weights of one decoder layer.
 #[derive(Debug, Clone)]
 pub(super) struct LayerWeights {
-    pub(super) input_norm: WeightId,
-    /// q, k, v: one projection where they could be stacked.
+    pub(super) attention_in: Option<Norm>,
+    /// q, k, v: one projection where they are or could be stacked.
     pub(super) qkv: Vec<Projection>,
-    pub(super) q_norm: Option<WeightId>,
-    pub(super) k_norm: Option<WeightId>,
+    pub(super) qk_norms: Option<[WeightId; 2]>,
     pub(super) o: Projection,
-    pub(super) post_attention_norm: WeightId,
-    /// gate, up: one projection where they could be stacked.
+    pub(super) attention_out: Option<Norm>,
+    pub(super) mlp_in: Option<Norm>,
+    pub(super) mlp: Mlp,
+    pub(super) mlp_out: Option<Norm>,
+}
+
+/// Weights of what follows attention.
+#[derive(Debug, Clone)]
+pub(super) enum Mlp {
+    Dense(GatedWeights),
+    Sparse(ExpertWeights),
+}
+
+/// Weights of a mixture of experts; the offsets of projections are columns of an expert's row.
+#[derive(Debug, Clone)]
+pub(super) struct ExpertWeights {
+    pub(super) router: Projection,
+    /// The first expert's gate and up, the others follow: one projection where they could be stacked.
+    pub(super) gate_up: Vec<Projection>,
+    /// The first expert's.
+    pub(super) down: Projection,
+    /// The expert that every token goes through, and its gate.
+    pub(super) shared: Option<(GatedWeights, Projection)>,
+}
+
+/// Weights of a gated MLP.
+#[derive(Debug, Clone)]
+pub(super) struct GatedWeights {
+    /// gate, up: one projection where they are or could be stacked.
     pub(super) gate_up: Vec<Projection>,
     pub(super) down: Projection,
 }
@@ -40,61 +74,202 @@ pub(super) struct LayerWeights {
 pub(super) struct ModelWeights {
     pub(super) embedding: WeightId,
     pub(super) layers: Vec<LayerWeights>,
-    pub(super) norm: WeightId,
+    pub(super) norm: Norm,
     pub(super) head: WeightId,
 }
 
 /// Lists the weights of the whole model and checks their shapes; no tensor is read.
 pub(super) fn plan(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<(UploadPlan, ModelWeights)> {
     let quantization = Quantization::of(checkpoint)?;
-    let mut planner = Planner { checkpoint, quantization, config, items: Vec::new() };
-    let embedding = planner.dense("model.embed_tokens.weight", config.vocab_size, config.hidden_size)?;
+    let names = &config.arch.names;
+    let root = root(checkpoint, names.embedding);
+    let mut planner = Planner { checkpoint, quantization, config, root, items: Vec::new() };
+    let table = format!("{root}{}.weight", names.embedding);
+    let embedding = planner.dense(&table, config.vocab_size, config.hidden_size)?;
     let layers = (0..config.num_hidden_layers).map(|layer| planner.layer(layer)).collect::<Result<Vec<_>>>()?;
-    let norm = planner.vector("model.norm.weight", config.hidden_size)?;
+    let norm = planner.norm(&format!("{root}{}", names.final_norm))?;
     let head = if config.tie_word_embeddings {
         embedding
     } else {
-        planner.linear("lm_head", config.vocab_size, config.hidden_size, false)?.weight
+        let head = planner.head(names.head);
+        planner.linear(&head, config.vocab_size, config.hidden_size, false)?.weight
     };
     let Planner { quantization, items, .. } = planner;
     Ok((UploadPlan { quantization, items }, ModelWeights { embedding, layers, norm, head }))
+}
+
+/// What stands in front of the names of the decoder's tensors: multimodal files keep it at different depths.
+fn root(checkpoint: &Checkpoint, embedding: &str) -> &'static str {
+    let roots = ["model.", "language_model.model.", "model.language_model."];
+    let has = |root: &&&str| checkpoint.tensor(&format!("{root}{embedding}.weight")).is_some();
+    roots.iter().find(has).copied().unwrap_or(roots[0])
 }
 
 struct Planner<'a> {
     checkpoint: &'a Checkpoint,
     quantization: Option<Quantization>,
     config: &'a ModelConfig,
+    root: &'static str,
     items: Vec<Item>,
 }
 
 impl Planner<'_> {
     fn layer(&mut self, layer: usize) -> Result<LayerWeights> {
         let c = self.config;
+        let names = &c.arch.names;
         let (hidden, inter) = (c.hidden_size, c.intermediate_size);
         let (q, kv) = (c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim);
-        let name = |rest: &str| format!("model.layers.{layer}.{rest}");
-        let qk_norm = |planner: &mut Self, rest: &str| match c.arch.qk_norm {
-            true => planner.vector(&name(rest), c.head_dim).map(Some),
-            false => Ok(None),
+        let root = self.root;
+        let name = |rest: &str| format!("{root}layers.{layer}.{rest}");
+        let attention_in = self.optional_norm(names.norms.attention_in.map(name))?;
+        let qkv = self.stacked(&names.qkv, &name, &[q, kv, kv], hidden, c.qkv_bias)?;
+        let [q_norm, k_norm] = names.qk_norms.map(name);
+        let qk_norms = match c.qk_norm {
+            QkNorm::None => None,
+            QkNorm::Heads => Some([self.norm_weight(&q_norm, c.head_dim)?, self.norm_weight(&k_norm, c.head_dim)?]),
+            QkNorm::Whole => Some([self.norm_weight(&q_norm, q)?, self.norm_weight(&k_norm, kv)?]),
+            QkNorm::LayerPerHead => Some([
+                self.norm_per_head(&q_norm, c.num_attention_heads)?,
+                self.norm_per_head(&k_norm, c.num_key_value_heads)?,
+            ]),
         };
-        Ok(LayerWeights {
-            input_norm: self.vector(&name("input_layernorm.weight"), hidden)?,
-            qkv: self.stacked(
-                &[(name("self_attn.q_proj"), q), (name("self_attn.k_proj"), kv), (name("self_attn.v_proj"), kv)],
-                hidden,
-                c.qkv_bias,
-            )?,
-            q_norm: qk_norm(self, "self_attn.q_norm.weight")?,
-            k_norm: qk_norm(self, "self_attn.k_norm.weight")?,
-            o: self.linear(&name("self_attn.o_proj"), hidden, q, c.o_bias)?,
-            post_attention_norm: self.vector(&name("post_attention_layernorm.weight"), hidden)?,
-            gate_up: self.stacked(
-                &[(name("mlp.gate_proj"), inter), (name("mlp.up_proj"), inter)],
-                hidden,
-                c.mlp_bias,
-            )?,
-            down: self.linear(&name("mlp.down_proj"), hidden, inter, c.mlp_bias)?,
-        })
+        let o = self.linear(&name(names.attention_out), hidden, q, c.o_bias)?;
+        let attention_out = self.optional_norm(names.norms.attention_out.map(name))?;
+        let mlp_in = if c.parallel_residual { None } else { names.norms.mlp_in };
+        let mlp_in = self.optional_norm(mlp_in.map(name))?;
+        let mlp = match (&c.experts, &names.experts) {
+            (Some(experts), Some(names)) if c.layers[layer].sparse => Mlp::Sparse(self.experts(experts, names, &name)?),
+            _ => Mlp::Dense(GatedWeights {
+                gate_up: self.stacked(&names.gate_up, &name, &[inter, inter], hidden, c.mlp_bias)?,
+                down: self.linear(&name(names.down), hidden, inter, c.mlp_bias)?,
+            }),
+        };
+        let mlp_out = self.optional_norm(names.norms.mlp_out.map(name))?;
+        Ok(LayerWeights { attention_in, qkv, qk_norms, o, attention_out, mlp_in, mlp, mlp_out })
+    }
+
+    fn experts(
+        &mut self,
+        experts: &ExpertConfig,
+        names: &ExpertNames,
+        name: &dyn Fn(&str) -> String,
+    ) -> Result<ExpertWeights> {
+        let (hidden, inter) = (self.config.hidden_size, experts.intermediate_size);
+        let router = self.linear(&name(names.router), experts.count, hidden, false)?;
+        let [gate, up, down] = names.projections;
+        let module = |expert: usize, rest: &str| name(&format!("{}.{expert}.{rest}", names.prefix));
+        let modules = |rest: &str| (0..experts.count).map(|expert| module(expert, rest)).collect::<Vec<_>>();
+        let pairs: Vec<_> = modules(gate).into_iter().zip(modules(up)).map(|(gate, up)| [gate, up]).collect();
+        let gate_up = match self.expert_stack(&pairs, inter, hidden)? {
+            Some(both) => vec![both],
+            None => {
+                let mut apart = Vec::new();
+                for (i, rest) in [gate, up].into_iter().enumerate() {
+                    let alone: Vec<_> = modules(rest).into_iter().map(|module| [module]).collect();
+                    let one = self.expert_stack(&alone, inter, hidden)?;
+                    apart.extend(one.map(|one| Projection { offset: (i * inter) as u32, ..one }));
+                }
+                apart
+            }
+        };
+        let downs: Vec<_> = modules(down).into_iter().map(|module| [module]).collect();
+        let down = self.expert_stack(&downs, hidden, inter)?;
+        let down = down.ok_or_else(|| Error::new(ErrorKind::InvalidConfig, "a layer has no experts"))?;
+        let shared = match experts.shared_intermediate_size {
+            None => None,
+            Some(inter) => {
+                let [prefix, gate] = names.shared;
+                let module = |rest: &str| name(&format!("{prefix}.{rest}"));
+                let gate_up = Stacked::Apart(&["gate_proj", "up_proj"]);
+                let weights = GatedWeights {
+                    gate_up: self.stacked(&gate_up, &module, &[inter, inter], hidden, false)?,
+                    down: self.linear(&module("down_proj"), hidden, inter, false)?,
+                };
+                Some((weights, self.linear(&name(gate), 1, hidden, false)?))
+            }
+        };
+        Ok(ExpertWeights { router, gate_up, down, shared })
+    }
+
+    /// Lists a matrix for every expert, of the modules that belong to it stacked along their `n` outputs each; the first
+    /// of them, or `None` where several modules can not be stacked.
+    fn expert_stack<const M: usize>(
+        &mut self,
+        modules: &[[String; M]],
+        n: usize,
+        k: usize,
+    ) -> Result<Option<Projection>> {
+        let mut shapes = Vec::with_capacity(modules.len());
+        for parts in modules {
+            let mut own = Vec::with_capacity(M);
+            for prefix in parts {
+                own.push(quant::linear_shape(self.checkpoint, self.quantization.as_ref(), prefix, n, k)?);
+                self.bias(prefix, n, false)?;
+            }
+            match (own.first(), stack(&own)) {
+                (Some(&shape), _) if M == 1 => shapes.push(shape),
+                (_, Some(shape)) => shapes.push(shape),
+                _ => return Ok(None),
+            }
+        }
+        let mut first = None;
+        for (index, (parts, shape)) in modules.iter().zip(shapes).enumerate() {
+            let name = parts.join(" + ");
+            let parts = parts.iter().map(|prefix| linear_part(prefix, n, k)).collect();
+            let id = self.push(&name, shape, parts);
+            if let Some(item) = self.items.last_mut() {
+                item.stack = Some((index, modules.len()));
+            }
+            first.get_or_insert(id);
+        }
+        Ok(first.map(|weight| Projection { weight, bias: None, offset: 0 }))
+    }
+
+    /// Name of the output head: beside the decoder, or beside the language model that it is a part of.
+    fn head(&self, name: &str) -> String {
+        let nested = format!("language_model.{name}");
+        let has = |module: &str| self.checkpoint.tensors_of(&format!("{module}.")).next().is_some();
+        if !has(name) && has(&nested) { nested } else { name.to_owned() }
+    }
+
+    fn optional_norm(&mut self, name: Option<String>) -> Result<Option<Norm>> {
+        name.map(|name| self.norm(&name)).transpose()
+    }
+
+    /// The norm `name` of the residual stream.
+    fn norm(&mut self, name: &str) -> Result<Norm> {
+        let hidden = self.config.hidden_size;
+        let weight = self.norm_weight(name, hidden)?;
+        let bias = match self.config.arch.norm {
+            NormWeights::Layer => Some(self.vector(&format!("{name}.bias"), hidden)?),
+            NormWeights::Rms | NormWeights::RmsPlusOne => None,
+        };
+        Ok(Norm { weight, bias })
+    }
+
+    fn norm_weight(&mut self, name: &str, len: usize) -> Result<WeightId> {
+        let name = format!("{name}.weight");
+        if self.config.arch.norm != NormWeights::RmsPlusOne {
+            return self.vector(&name, len);
+        }
+        let mut part = self.vector_part(&name, len)?;
+        let read = part.read;
+        part.read = Box::new(move |input, rows| {
+            let mut weight = read(input, rows)?;
+            if let Some(Weight::Vector(weight)) = &mut weight {
+                weight.iter_mut().for_each(|w| *w += 1.0);
+            }
+            Ok(weight)
+        });
+        Ok(self.push(&name, WeightShape::Vector { len }, vec![part]))
+    }
+
+    /// The weights of a module with a norm for each head, one behind the other.
+    fn norm_per_head(&mut self, name: &str, heads: usize) -> Result<WeightId> {
+        let dim = self.config.head_dim;
+        let part = |head| self.vector_part(&format!("{name}.norms.{head}.weight"), dim);
+        let parts = (0..heads).map(part).collect::<Result<Vec<_>>>()?;
+        Ok(self.push(name, WeightShape::Vector { len: heads * dim }, parts))
     }
 
     fn dense(&mut self, name: &str, n: usize, k: usize) -> Result<WeightId> {
@@ -151,12 +326,27 @@ impl Planner<'_> {
         }
     }
 
-    /// Projections of one input, stacked along their outputs if all are 4-bit of the same kind: one launch instead of
-    /// several. Others stay apart; stacking them would copy what is mapped.
-    fn stacked(&mut self, parts: &[(String, usize)], k: usize, bias: bool) -> Result<Vec<Projection>> {
+    /// Projections of one input with `sizes` outputs, stacked along their outputs if the file stacks them or all are
+    /// 4-bit of the same kind: one launch instead of several. Others stay apart; stacking them would copy what is
+    /// mapped.
+    fn stacked(
+        &mut self,
+        names: &Stacked,
+        name: &dyn Fn(&str) -> String,
+        sizes: &[usize],
+        k: usize,
+        bias: bool,
+    ) -> Result<Vec<Projection>> {
+        let n = sizes.iter().sum();
+        let modules = match names {
+            Stacked::Apart(modules) => modules,
+            Stacked::Fused(module) => return Ok(vec![self.linear(&name(module), n, k, bias)?]),
+            Stacked::Grouped(module) => return Ok(vec![self.grouped(&name(module), n, k, bias)?]),
+        };
+        let parts: Vec<_> = modules.iter().zip(sizes).map(|(module, &n)| (name(module), n)).collect();
         let mut shapes = Vec::with_capacity(parts.len());
         let mut biases = Vec::with_capacity(parts.len());
-        for (prefix, n) in parts {
+        for (prefix, n) in &parts {
             shapes.push(quant::linear_shape(self.checkpoint, self.quantization.as_ref(), prefix, *n, k)?);
             biases.push(self.bias(prefix, *n, bias)?);
         }
@@ -175,8 +365,24 @@ impl Planner<'_> {
         Ok(projections)
     }
 
+    /// A module of [`Stacked::Grouped`], its rows in the order of all q, all k, all v.
+    fn grouped(&mut self, prefix: &str, n: usize, k: usize, bias: bool) -> Result<Projection> {
+        let c = self.config;
+        let (heads, groups, dim) = (c.num_attention_heads, c.num_key_value_heads, c.head_dim);
+        let queries = heads / groups;
+        let head_of = |group: usize, place: usize| group * (queries + 2) + place;
+        let q = (0..heads).map(|head| head_of(head / queries, head % queries));
+        let k_and_v = (0..2).flat_map(|i| (0..groups).map(move |group| head_of(group, queries + i)));
+        let order: Vec<usize> = q.chain(k_and_v).flat_map(|head| head * dim..(head + 1) * dim).collect();
+
+        let shape = quant::linear_shape(self.checkpoint, self.quantization.as_ref(), prefix, n, k)?;
+        let bias = self.bias(prefix, n, bias)?.map(|part| part.in_order(order.clone()));
+        let part = linear_part(prefix, n, k).in_order(order);
+        Ok(self.project(prefix, shape, vec![part], bias.into_iter().collect(), 0))
+    }
+
     fn push(&mut self, name: &str, shape: WeightShape, parts: Vec<Part>) -> WeightId {
-        self.items.push(Item { name: name.to_owned(), shape, parts });
+        self.items.push(Item { name: name.to_owned(), shape, stack: None, parts });
         WeightId(self.items.len() as u32 - 1)
     }
 }
@@ -205,6 +411,8 @@ pub(super) struct UploadPlan {
 struct Item {
     name: String,
     shape: WeightShape,
+    /// Which one of how many matrices of experts it is.
+    stack: Option<(usize, usize)>,
     /// In the order of their rows.
     parts: Vec<Part>,
 }
@@ -244,6 +452,16 @@ impl Part {
         read: impl Fn(&Input<'_>, Range<usize>) -> Result<Option<Weight>> + Send + Sync + 'static,
     ) -> Self {
         Self { prefix: prefix.to_owned(), rows, read: Box::new(read) }
+    }
+
+    /// The same rows in the order of `order`.
+    fn in_order(self, order: Vec<usize>) -> Self {
+        let Self { prefix, rows: n, read } = self;
+        let read = move |input: &Input<'_>, rows: Range<usize>| match rows == (0..n) {
+            true => Ok(read(input, rows)?.map(|weight| weight.select_rows(&order))),
+            false => Ok(None),
+        };
+        Self { prefix, rows: n, read: Box::new(read) }
     }
 }
 
@@ -333,7 +551,11 @@ impl Upload {
                 if let Some(next) = plan.items.get(self.item + 1) {
                     prefetch(checkpoint, next);
                 }
-                *self.id.insert(backend.reserve(&item.name, &item.shape)?)
+                let id = match item.stack {
+                    Some((index, count)) => backend.reserve_in_stack(&item.name, &item.shape, index, count)?,
+                    None => backend.reserve(&item.name, &item.shape)?,
+                };
+                *self.id.insert(id)
             }
         };
         let Some(part) = item.parts.get(self.part) else {

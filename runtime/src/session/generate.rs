@@ -155,7 +155,7 @@ impl Session {
                 && recent.counts().is_empty()
                 && recent.window == 0
                 && ids.len() + ahead + 1 < options.max_tokens
-                && !model.config().rope.depends_on_length()
+                && model.config().same_rope_rows(self.rope_length, self.tokens.len() + ahead + 1)
                 && self.sample_ahead(&options.sampling, ahead, &mut random)?
             {
                 ahead += 1;
@@ -206,8 +206,7 @@ impl Session {
                     },
                 }
             }
-            let length = self.tokens.len() + 1;
-            self.step(&[id], length, crate::backend::LogitsRows::Last)?;
+            self.append(&[id], &CancelToken::default())?;
         };
         // Steps computed in vain left their logits behind, and keys and values beyond the end of the cache.
         self.has_logits &= ahead == 0 && !in_vain;

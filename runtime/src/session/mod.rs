@@ -66,7 +66,7 @@ pub struct SessionOptions {
 impl SessionOptions {
     /// What they mean for a model of this configuration.
     pub(crate) fn runner_config(&self, model: &ModelConfig, engine: &Engine) -> Result<RunnerConfig> {
-        let trained = u32::try_from(model.rope.positions(model.max_position_embeddings)).unwrap_or(u32::MAX);
+        let trained = u32::try_from(model.positions()).unwrap_or(u32::MAX);
         let context = self.context.unwrap_or(trained.min(DEFAULT_CONTEXT));
         let chunk = self.chunk.unwrap_or(DEFAULT_CHUNK).min(context);
         let threads = self.threads.or(engine.options().threads);
@@ -107,8 +107,9 @@ pub struct Session {
     tokens: Vec<u32>,
     /// Whether the last run left logits of the last token.
     has_logits: bool,
-    /// Rows of the rotary table written so far (static rotations are written once).
+    /// Rows of the rotary tables written so far, and the length of the sequence they are for.
     rope_rows: usize,
+    rope_length: usize,
     context: u32,
     chunk: usize,
     logits: Vec<f32>,
@@ -141,6 +142,7 @@ impl Session {
             tokens: Vec::new(),
             has_logits: false,
             rope_rows: 0,
+            rope_length: 0,
             context,
             chunk: chunk as usize,
             logits: Vec::new(),
@@ -197,9 +199,9 @@ impl Session {
         if common == ids.len() && self.tokens.len() == ids.len() && self.has_logits {
             return Ok(common);
         }
-        // The last token is always computed, for its logits. Rotations that depend on the length were written for
-        // another length, so nothing of them is reused.
-        let reused = if self.model.config().rope.depends_on_length() { 0 } else { common.min(ids.len() - 1) };
+        // The last token is always computed, for its logits. Keys that were rotated for another length are not reused.
+        let same = self.model.config().same_rope_rows(self.rope_length, ids.len());
+        let reused = if same { common.min(ids.len() - 1) } else { 0 };
         self.truncate(reused);
         self.append(&ids[reused..], cancel)?;
         Ok(reused)
@@ -212,6 +214,11 @@ impl Session {
     pub fn append(&mut self, ids: &[u32], cancel: &CancelToken) -> Result<()> {
         self.check_ids(ids, self.tokens.len())?;
         let length = self.tokens.len() + ids.len();
+        if !self.tokens.is_empty() && self.model.config().keys_change(self.rope_length, length) {
+            let all = [&self.tokens[..], ids].concat();
+            self.truncate(0);
+            return self.append(&all, cancel);
+        }
         let chunks = ids.len().div_ceil(self.chunk);
         for (i, chunk) in ids.chunks(self.chunk).enumerate() {
             cancel.check()?;
@@ -275,17 +282,23 @@ impl Session {
     }
 
     fn write_rope(&mut self, n: usize, length: usize) -> Result<()> {
-        let rope = &self.model.config().rope;
+        let model = Arc::clone(&self.model);
+        let config = model.config();
         let first = self.tokens.len();
-        if rope.depends_on_length() {
-            return self.runner.write_rope(0, first as u32, &rope.rows(first, n, length));
+        let changed = !config.same_rope_rows(self.rope_length, length);
+        if changed {
+            self.rope_rows = first;
         }
+        self.rope_length = length;
         if self.rope_rows < first + n {
-            // Blocks, so that the decode loop writes once in a while and not for every token.
+            // Blocks, so that the decode loop writes once in a while and not for every token, unless rows change with it.
             const BLOCK: usize = 256;
-            let end = (first + n).next_multiple_of(BLOCK).min(self.context as usize);
-            let rows = rope.rows(self.rope_rows, end - self.rope_rows, length);
-            self.runner.write_rope(0, self.rope_rows as u32, &rows)?;
+            let block = if changed { 1 } else { BLOCK };
+            let end = (first + n).next_multiple_of(block).min(self.context as usize);
+            for (table, rope) in config.ropes.iter().enumerate() {
+                let rows = rope.rows(self.rope_rows, end - self.rope_rows, length);
+                self.runner.write_rope(table as u32, self.rope_rows as u32, &rows)?;
+            }
             self.rope_rows = end;
         }
         Ok(())

@@ -1,12 +1,8 @@
-// The tiled product of gemm_w4 and gemm_dense. The body defines `weights8`, `params` and the bindings x, bias, out.
+// The tiled product of the gemm kernels. The body defines `params` and the bindings x, bias, out; preludes define
+// `weights8`, `x_row` and `out_row`.
 //
 // A workgroup computes TILE tokens by TILE outputs, 4 by 4 an invocation, over steps of K_STEP inputs held in
 // workgroup memory with the inputs outermost, so that one vec4 is four tokens or four outputs of the same input.
-
-struct Weights8 {
-    lo: vec4<f32>,
-    hi: vec4<f32>,
-}
 
 const QUADS: u32 = TILE / 4u;
 var<workgroup> x_tile: array<vec4<f32>, K_STEP * QUADS>;
@@ -21,17 +17,16 @@ fn inputs4(row_start: u32, column: u32, row_is_valid: bool) -> vec4<f32> {
     return select(vec4<f32>(0.0), x[row_start + column / 4u], columns < vec4<u32>(params.k));
 }
 
-fn gemm_tile(n_tile: u32, token_tile: u32, local_index: u32) {
-    let rows = row_count(params.row_mode);
+// Computes outputs from n_tile * TILE on of the rows token_start..rows, at most TILE; weights begin at row weight_start.
+fn gemm_tile(n_tile: u32, weight_start: u32, token_start: u32, rows: u32, local_index: u32) {
     let n_start = n_tile * TILE;
-    let token_start = token_tile * TILE;
 
     // Loading: invocation = (row of the tile, part), a part is eight inputs.
     let load_row = local_index % TILE;
     let load_part = local_index / TILE;
     let load_token = token_start + load_row;
     let token_is_valid = load_token < rows;
-    let x_start = input_row(params.row_mode, load_token) * params.x_stride / 4u;
+    let x_start = x_row(min(load_token, rows - 1u));
     let n_is_valid = n_start + load_row < params.n;
     let slot = load_part * 8u * QUADS + load_row / 4u;
     let lane = load_row % 4u;
@@ -50,7 +45,7 @@ fn gemm_tile(n_tile: u32, token_tile: u32, local_index: u32) {
         let x_hi = inputs4(x_start, k + 4u, token_is_valid);
         var w = Weights8(vec4<f32>(0.0), vec4<f32>(0.0));
         if (n_is_valid && k < params.k) {
-            w = weights8(n_start + load_row, k);
+            w = weights8(weight_start + n_start + load_row, k);
         }
         for (var i = 0u; i < 4u; i++) {
             x_tile[slot + i * QUADS][lane] = x_lo[i];
@@ -84,8 +79,9 @@ fn store4(token: u32, rows: u32, n: u32, values: vec4<f32>) {
     if (token >= rows) {
         return;
     }
+    let start = out_row(token) + n;
     for (var i = 0u; i < 4u && n + i < params.n; i++) {
-        let index = token * params.out_stride + params.out_offset + n + i;
+        let index = start + i;
         var value = values[i];
         if ((params.flags & FLAG_BIAS) != 0u) {
             value += bias[params.bias_offset + n + i];

@@ -7,7 +7,7 @@ use memmap2::MmapMut;
 
 use super::kernels::Kernels;
 use super::pool::Pool;
-use super::{Scratch, zero_pages};
+use super::{Scratch, softcap, zero_pages};
 use crate::backend::{AttentionShape, KvType};
 use crate::error::Result;
 
@@ -205,6 +205,7 @@ pub(super) struct Inputs<'a> {
     pub(super) position: usize,
     pub(super) n_tokens: usize,
     pub(super) scale: f32,
+    pub(super) softcap: Option<f32>,
     pub(super) window: usize,
 }
 
@@ -260,7 +261,7 @@ pub(super) fn attention(
             let keys = store.keys.read(kernels, (base + from) * dim, n * dim, rows);
             for (q, scores) in q.chunks_exact(dim).zip(scores.chunks_exact_mut(len)) {
                 for (key, score) in keys.chunks_exact(dim).zip(&mut scores[from - start..]) {
-                    *score = kernels.dot(q, key) * inputs.scale;
+                    *score = softcap(kernels.dot(q, key) * inputs.scale, inputs.softcap);
                 }
             }
         }

@@ -95,31 +95,118 @@ pub(super) fn matmul(
         let Scratch { weights, sums } = &mut *scratch;
         for block in part.start + blocks * task / tasks..part.start + blocks * (task + 1) / tasks {
             let first = block * TILE;
+            let sums = block_sums(kernels, weight, first, x, n_tokens, k, weights, sums);
             let rows = TILE.min(n - first);
-            let sums = &mut sums[..TILE * n_tokens];
-            sums.fill(0.0);
-            for k0 in (0..k).step_by(K_TILE) {
-                let len = K_TILE.min(k - k0);
-                for r in 0..rows {
-                    expand(kernels, weight, first + r, k0, &mut weights[r * len..][..len]);
-                }
-                for (tile, sums) in sums.chunks_mut(TILE * TILE).enumerate() {
-                    let t0 = tile * TILE;
-                    let cols = TILE.min(n_tokens - t0);
-                    let mut acc = [[0.0; TILE]; TILE];
-                    kernels.dot_tile(weights, len, rows, &x[t0 * k + k0..], k, cols, len, &mut acc);
-                    for (c, sums) in sums.chunks_exact_mut(TILE).enumerate() {
-                        for (sum, acc) in sums.iter_mut().zip(&acc) {
-                            *sum += acc[c];
-                        }
-                    }
-                }
-            }
             for (t, sums) in sums.chunks_exact(TILE).enumerate() {
                 for (r, &sum) in sums.iter().enumerate().take(rows) {
                     let value = sum + bias.map_or(0.0, |b| b[first + r]);
                     // SAFETY: blocks of weight rows are dealt to tasks without overlap.
                     unsafe { output.set(t, first + r, value, accumulate) };
+                }
+            }
+        }
+    });
+    Ok(())
+}
+
+/// Products of the block of weight rows from `first` on with `n_tokens` rows of `x`: TILE sums a row of x.
+#[allow(clippy::too_many_arguments, reason = "operands, shape and scratch memory of one product")]
+fn block_sums<'a>(
+    kernels: &dyn Kernels,
+    weight: &Weight,
+    first: usize,
+    x: &[f32],
+    n_tokens: usize,
+    k: usize,
+    weights: &mut [f32],
+    sums: &'a mut [f32],
+) -> &'a [f32] {
+    let rows = TILE.min(rows_of(weight) - first);
+    let sums = &mut sums[..TILE * n_tokens];
+    sums.fill(0.0);
+    for k0 in (0..k).step_by(K_TILE) {
+        let len = K_TILE.min(k - k0);
+        for r in 0..rows {
+            expand(kernels, weight, first + r, k0, &mut weights[r * len..][..len]);
+        }
+        for (tile, sums) in sums.chunks_mut(TILE * TILE).enumerate() {
+            let t0 = tile * TILE;
+            let cols = TILE.min(n_tokens - t0);
+            let mut acc = [[0.0; TILE]; TILE];
+            kernels.dot_tile(weights, len, rows, &x[t0 * k + k0..], k, cols, len, &mut acc);
+            for (c, sums) in sums.chunks_exact_mut(TILE).enumerate() {
+                for (sum, acc) in sums.iter_mut().zip(&acc) {
+                    *sum += acc[c];
+                }
+            }
+        }
+    }
+    sums
+}
+
+/// Rows of a matrix.
+pub(super) fn rows_of(weight: &Weight) -> usize {
+    match weight {
+        Weight::W4(m) => m.n,
+        Weight::Dense(m) => m.n,
+        Weight::Vector(_) => 1,
+    }
+}
+
+/// Input features of a matrix.
+fn columns_of(weight: &Weight) -> usize {
+    match weight {
+        Weight::W4(m) => m.k,
+        Weight::Dense(m) => m.k,
+        Weight::Vector(v) => v.len(),
+    }
+}
+
+/// Rows of activations that go through one expert.
+pub(super) struct Group {
+    /// The expert.
+    pub(super) expert: usize,
+    /// Its rows of the gathered inputs, and of the list of their outputs.
+    pub(super) rows: std::ops::Range<usize>,
+}
+
+/// Multiplies gathered rows of `x`, (rows, K), with the blocks `part` of their expert's matrix, an entry of `experts`;
+/// row i goes to row `order[i]` of `out`, which starts at the first output column, rows `stride` apart.
+#[allow(clippy::too_many_arguments, reason = "one product names its operands; a struct would only rename them")]
+pub(super) fn experts(
+    pool: &mut Pool,
+    scratch: &[Mutex<Scratch>],
+    kernels: &dyn Kernels,
+    experts: &[Weight],
+    groups: &[Group],
+    order: &[usize],
+    part: std::ops::Range<usize>,
+    x: &[f32],
+    out: &mut [f32],
+    stride: usize,
+) -> Result<()> {
+    let Some(first) = experts.first() else { return Ok(()) };
+    let (n, k) = (rows_of(first), columns_of(first));
+    if experts.iter().any(|weight| rows_of(weight) != n || columns_of(weight) != k) || x.len() != order.len() * k {
+        return Err(super::mismatch("experts of the same shape"));
+    }
+    let part = part.start..part.end.min(blocks(n));
+    let tasks = part.len().min(pool.threads() * TASKS_PER_THREAD);
+    let output = Output { first: out.as_mut_ptr(), stride, len: out.len() };
+    pool.run(tasks, &|task, worker| {
+        let mut scratch = scratch[worker].lock().unwrap_or_else(|e| e.into_inner());
+        let Scratch { weights, sums } = &mut *scratch;
+        let blocks = part.len();
+        for first in part.start + blocks * task / tasks..part.start + blocks * (task + 1) / tasks {
+            let first = first * TILE;
+            for group in groups {
+                let rows = &x[group.rows.start * k..group.rows.end * k];
+                let sums = block_sums(kernels, &experts[group.expert], first, rows, group.rows.len(), k, weights, sums);
+                for (&row, sums) in order[group.rows.clone()].iter().zip(sums.chunks_exact(TILE)) {
+                    for (r, &sum) in sums.iter().enumerate().take(TILE.min(n - first)) {
+                        // SAFETY: blocks of weight rows are dealt to tasks without overlap.
+                        unsafe { output.set(row, first + r, sum, false) };
+                    }
                 }
             }
         }

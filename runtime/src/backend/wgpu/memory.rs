@@ -107,7 +107,7 @@ impl<B> Memory<B> {
             .buffers
             .iter()
             .map(|desc| {
-                let rows = if desc.logits_rows { config.max_logits_rows } else { config.max_tokens };
+                let rows = desc.rows(config);
                 let stride = stride(desc);
                 let what = format!("activation buffer `{}`", desc.name);
                 Ok(Activation { buffer: storage(&what, size(&[rows, stride], 4))?, stride })

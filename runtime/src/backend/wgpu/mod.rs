@@ -203,6 +203,7 @@ impl WgpuDevice {
             weights: Vec::new(),
             evicted: AtomicBool::new(false),
             filled: 0,
+            stack: None,
             weight_bytes: 0,
         }
     }
@@ -243,6 +244,8 @@ pub struct WgpuBackend {
     evicted: AtomicBool,
     /// Rows of the last weight that came so far.
     filled: usize,
+    /// The first expert of the stack under way, and the form of all.
+    stack: Option<(WeightId, WeightShape)>,
     weight_bytes: u64,
 }
 
@@ -301,12 +304,44 @@ impl Backend for WgpuBackend {
         Ok(WeightId(id))
     }
 
+    fn reserve_in_stack(&mut self, name: &str, shape: &WeightShape, index: usize, count: usize) -> Result<WeightId> {
+        if matches!(shape, WeightShape::Vector { .. }) {
+            return Err(Error::new(ErrorKind::Unsupported, "experts of this form on this device").in_tensor(name));
+        }
+        let id = u32::try_from(self.weights.len())
+            .map_err(|_| Error::new(ErrorKind::Unsupported, "too many weights".to_owned()))?;
+        if index == 0 {
+            let stack = GpuWeight::reserve_experts(&self.gpu, name, shape, count)?;
+            self.weights.push(stack);
+            self.stack = Some((WeightId(id), *shape));
+        } else {
+            // The kernels know one form for all.
+            let Some((first, _)) = self.stack.filter(|(_, first)| first == shape) else {
+                let message = "experts of different forms on this device";
+                return Err(Error::new(ErrorKind::Unsupported, message).in_tensor(name));
+            };
+            let n = u32::try_from(shape.rows()).unwrap_or(u32::MAX);
+            self.weights.push(GpuWeight::Expert { n, first: first.0 });
+        }
+        self.filled = 0;
+        self.weight_bytes += weights::bytes(shape);
+        Ok(WeightId(id))
+    }
+
     fn fill(&mut self, id: WeightId, rows: Weight) -> Result<()> {
         let last = self.weights.len().checked_sub(1);
         let count = rows.shape().rows();
-        match self.weights.get_mut(id.0 as usize) {
-            Some(weight) if last == Some(id.0 as usize) && self.filled + count <= weight.rows() => {
-                weight.fill(&self.gpu, self.filled, &rows)?;
+        // Experts lie in the first one's buffers.
+        let (at, before) = match (self.weights.get(id.0 as usize), self.stack) {
+            (Some(&GpuWeight::Expert { first, .. }), Some((_, shape))) => {
+                (first, (id.0 - first) as usize * weights::expert_rows(&shape))
+            }
+            _ => (id.0, 0),
+        };
+        let room = self.weights.get(id.0 as usize).map_or(0, GpuWeight::rows);
+        match self.weights.get_mut(at as usize) {
+            Some(weight) if last == Some(id.0 as usize) && self.filled + count <= room => {
+                weight.fill(&self.gpu, before + self.filled, &rows)?;
                 self.filled += count;
                 Ok(())
             }

@@ -4,12 +4,14 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use awqua_shaders::{
-    Cost, Dense, Kernel, Kv, RowMode, Step, Variant, embed, head_norm, rms_norm, rope_append, silu_mul, uniform_bytes,
+    Cost, Dense, FLAG_ACCUMULATE, FLAG_BIAS, FLAG_CENTER, FLAG_SEGMENTS, Kernel, Kv, RowMode, Step, Variant, embed,
+    glu, head_norm, norm, rope_append, scale, uniform_bytes,
 };
 use bytemuck::Pod;
 use wgpu::BufferUsages;
 
 mod attention;
+mod experts;
 mod fuse;
 mod linear;
 mod stage;
@@ -18,9 +20,10 @@ use super::WgpuBackend;
 use super::memory::Memory;
 use super::pipelines::Pipeline;
 use super::weights::{GpuDense, GpuWeight};
-use crate::backend::{BufferId, KvType, Op, Program, Rows, RunnerConfig, Span, WeightId};
+use crate::backend::{Activation, BufferId, KvType, NormKind, Op, Program, Rows, RunnerConfig, Span, WeightId};
 use crate::error::{Error, ErrorKind, Result};
 use crate::tensor::DenseType;
+use experts::Experts;
 use linear::{Linear, gemv_rows};
 
 /// The dispatches of a program.
@@ -175,6 +178,8 @@ struct Planner<'a> {
     staged: HashMap<BufferId, wgpu::Buffer>,
     /// Half precision inputs of many rows and their scales, by chunks of a row.
     half_buffers: HashMap<u32, (wgpu::Buffer, wgpu::Buffer)>,
+    /// Rows of a step by expert, and their tiles.
+    pair_buffers: Option<(wgpu::Buffer, wgpu::Buffer)>,
     max_tokens: u32,
     staged_bytes: u64,
     /// Only find out which kernels it takes.
@@ -193,6 +198,7 @@ impl<'a> Planner<'a> {
             few_rows: gemv_rows(backend.gpu.summary.kind).min(max_tokens),
             staged: HashMap::new(),
             half_buffers: HashMap::new(),
+            pair_buffers: None,
             max_tokens,
             staged_bytes: 0,
             dry,
@@ -229,41 +235,40 @@ impl<'a> Planner<'a> {
     fn op(&mut self, op: &Op, rest: &[Op]) -> Result<DraftOp> {
         let ready = self.ready.take();
         match *op {
-            Op::Embed { table, out } => self.embed(table, out),
-            Op::RmsNorm { x, weight, out, dim, segments, eps, rows } => {
-                let rows = row_mode(rows);
-                if x.buffer == out.buffer {
-                    return self.norm_in_place(x, out, weight, (dim, segments), eps, rows);
-                }
-                let mut dispatches = Vec::new();
-                for segment in 0..segments {
-                    let at = |span: Span| Span { offset: span.offset.saturating_add(segment * dim), ..span };
-                    dispatches.push(self.norm(at(x), at(out), weight, dim, eps, rows)?);
-                }
-                Ok(DraftOp::always(rows, dispatches))
-            }
+            Op::Embed { table, out, scale } => self.embed(table, out, scale),
+            Op::Norm { x, out, .. } if x.buffer == out.buffer => self.norm_in_place(op),
+            Op::Norm { .. } => self.norm(op),
             Op::Linear { x, weight, bias, out, accumulate, rows } => {
                 self.linear(&Linear { x, weight, bias, out, accumulate, rows: row_mode(rows) }, ready, rest)
             }
             Op::RopeAppend { qkv, layer, rope } => self.rope_append(qkv, layer, rope),
-            Op::Attention { qkv, out, layer, scale, window } => self.attention(qkv, out, layer, scale, window, rest),
-            Op::SiluMul { x, out } => {
+            Op::Attention { qkv, out, layer, scale, softcap, window } => {
+                self.attention(qkv, out, layer, (scale, softcap), window, rest)
+            }
+            Op::Route { logits, routes, top_k, renormalise } => self.route(logits, routes, top_k, renormalise, rest),
+            Op::Experts { x, weight, count, routes, out } => self.experts(&Experts { x, weight, count, routes, out }),
+            Op::Combine { x, routes, out } => self.combine(x, routes, out),
+            Op::Gate { x, gate } => self.gate(x, gate),
+            Op::Scale { x, scale, cap, rows } => self.scale(x, scale, cap, row_mode(rows)),
+            Op::Glu { x, out, activation } => {
                 let width = self.width(out)?;
                 self.fits(x.into(), width.saturating_mul(2))?;
                 let (x_stride, out_stride) = (self.stride(x), self.stride(out));
-                let params = silu_mul::Params { width, x_stride, out_stride, ..Default::default() };
+                let per_token = self.per_token(x);
+                let activation = activation_of(activation) as u32;
+                let params = glu::Params { width, x_stride, out_stride, activation, per_token, ..Default::default() };
                 let storage = vec![self.buffer(x), self.buffer(out)];
                 let launch = move |step: &Step| Launch {
-                    grid: silu_mul::grid(&params, step.n_tokens),
-                    cost: silu_mul::cost(&params, step.n_tokens),
+                    grid: glu::grid(&params, step.n_tokens * per_token),
+                    cost: glu::cost(&params, step.n_tokens * per_token),
                 };
-                let draft = self.draft(&silu_mul::KERNEL, self.variant(), &params, storage, launch)?;
+                let draft = self.draft(&glu::KERNEL, self.variant(), &params, storage, launch)?;
                 Ok(DraftOp::always(RowMode::All, vec![draft]))
             }
         }
     }
 
-    fn embed(&mut self, table: WeightId, out: BufferId) -> Result<DraftOp> {
+    fn embed(&mut self, table: WeightId, out: BufferId, scale: f32) -> Result<DraftOp> {
         let table = self.dense(table)?;
         let width = table.k;
         self.fits(out.into(), width)?;
@@ -275,6 +280,7 @@ impl<'a> Planner<'a> {
                 first_row: part.first_row,
                 n_rows: part.rows,
                 out_stride: self.stride(out),
+                scale,
                 ..Default::default()
             };
             let storage = vec![self.memory.tokens.clone(), part.words.clone(), self.buffer(out)];
@@ -288,50 +294,82 @@ impl<'a> Planner<'a> {
         Ok(DraftOp::always(RowMode::All, dispatches))
     }
 
-    fn norm(&mut self, x: Span, out: Span, weight: WeightId, dim: u32, eps: f32, rows: RowMode) -> Result<Draft> {
+    /// A norm from one buffer to another.
+    fn norm(&mut self, op: &Op) -> Result<DraftOp> {
+        let Op::Norm { kind, x, weight, bias, out, dim, segments: 1, eps, accumulate, rows } = *op else {
+            return Err(unsupported("a norm of several segments works in place"));
+        };
         self.fits(x, dim)?;
         self.fits(out, dim)?;
-        let weight = self.vector(weight, dim)?;
-        let params = rms_norm::Params {
+        let row_mode = row_mode(rows);
+        let flag = |condition: bool, flag: u32| if condition { flag } else { 0 };
+        let params = norm::Params {
             dim,
             x_stride: self.stride(x.buffer),
             x_offset: x.offset,
             out_stride: self.stride(out.buffer),
             out_offset: out.offset,
             eps,
-            row_mode: rows as u32,
-            ..Default::default()
+            row_mode: row_mode as u32,
+            flags: flag(kind == NormKind::Layer, FLAG_CENTER)
+                | flag(bias.is_some(), FLAG_BIAS)
+                | flag(accumulate, FLAG_ACCUMULATE),
         };
-        let storage = vec![self.buffer(x.buffer), weight, self.buffer(out.buffer)];
+        let bias = match bias {
+            Some(bias) => self.vector(bias, dim)?,
+            None => self.memory.dummy.clone(),
+        };
+        let storage = vec![self.buffer(x.buffer), self.vector(weight, dim)?, bias, self.buffer(out.buffer)];
         let launch = move |step: &Step| Launch {
-            grid: rms_norm::grid(&params, rows.count(step)),
-            cost: rms_norm::cost(&params, rows.count(step)),
+            grid: norm::grid(&params, row_mode.count(step)),
+            cost: norm::cost(&params, row_mode.count(step)),
         };
-        self.draft(&rms_norm::KERNEL, self.variant(), &params, storage, launch)
+        let draft = self.draft(&norm::KERNEL, self.variant(), &params, storage, launch)?;
+        Ok(DraftOp::always(row_mode, vec![draft]))
     }
 
-    fn norm_in_place(
-        &mut self,
-        x: Span,
-        out: Span,
-        weight: WeightId,
-        (dim, segments): (u32, u32),
-        eps: f32,
-        rows: RowMode,
-    ) -> Result<DraftOp> {
-        if x.offset != out.offset || rows != RowMode::All {
-            return Err(unsupported("a norm within one buffer works on the same columns of all rows"));
+    fn norm_in_place(&mut self, op: &Op) -> Result<DraftOp> {
+        let Op::Norm { kind, x, weight, bias: None, out, dim, segments, eps, accumulate: false, rows: Rows::All } = *op
+        else {
+            return Err(unsupported("a norm within one buffer has all rows, no bias and no sum"));
+        };
+        if x.offset != out.offset {
+            return Err(unsupported("a norm within one buffer works on the same columns"));
         }
-        self.fits(x, dim.saturating_mul(segments))?;
-        let weight = self.vector(weight, dim)?;
+        let columns = dim.saturating_mul(segments);
+        self.fits(x, columns)?;
+        let own_weights = segments > 1 && self.vector(weight, columns).is_ok();
+        let weight = self.vector(weight, if own_weights { columns } else { dim })?;
+        let center = if kind == NormKind::Layer { FLAG_CENTER } else { 0 };
+        let flags = center | if own_weights { FLAG_SEGMENTS } else { 0 };
         let stride = self.stride(x.buffer);
-        let params = head_norm::Params { dim, segments, stride, offset: x.offset, eps, ..Default::default() };
+        let params = head_norm::Params { dim, segments, stride, offset: x.offset, eps, flags, ..Default::default() };
         let launch = move |step: &Step| Launch {
             grid: head_norm::grid(&params, step.n_tokens),
             cost: head_norm::cost(&params, step.n_tokens),
         };
         let storage = vec![self.buffer(x.buffer), weight];
         let draft = self.draft(&head_norm::KERNEL, self.variant(), &params, storage, launch)?;
+        Ok(DraftOp::always(RowMode::All, vec![draft]))
+    }
+
+    fn scale(&mut self, x: BufferId, factor: f32, cap: Option<f32>, rows: RowMode) -> Result<DraftOp> {
+        if rows == RowMode::Logits {
+            return Err(unsupported("scaling in place does not move rows"));
+        }
+        let params = scale::Params {
+            width: self.width(x)?,
+            stride: self.stride(x),
+            scale: factor,
+            cap: cap.unwrap_or(0.0),
+            row_mode: rows as u32,
+            ..Default::default()
+        };
+        let launch = move |step: &Step| Launch {
+            grid: scale::grid(&params, rows.count(step)),
+            cost: scale::cost(&params, rows.count(step)),
+        };
+        let draft = self.draft(&scale::KERNEL, self.variant(), &params, vec![self.buffer(x)], launch)?;
         Ok(DraftOp::always(rows, vec![draft]))
     }
 
@@ -395,6 +433,11 @@ impl<'a> Planner<'a> {
         self.memory.activations[id.0 as usize].stride
     }
 
+    /// Rows of a token.
+    fn per_token(&self, id: BufferId) -> u32 {
+        self.program.buffers.get(id.0 as usize).map_or(1, |desc| desc.per_token)
+    }
+
     fn width(&self, id: BufferId) -> Result<u32> {
         match self.program.buffers.get(id.0 as usize) {
             Some(desc) => Ok(desc.width),
@@ -436,6 +479,15 @@ fn row_mode(rows: Rows) -> RowMode {
         Rows::All => RowMode::All,
         Rows::Logits => RowMode::Logits,
         Rows::Compacted => RowMode::Compacted,
+    }
+}
+
+/// The kernels' number of an activation.
+fn activation_of(activation: Activation) -> awqua_shaders::Activation {
+    match activation {
+        Activation::Silu => awqua_shaders::Activation::Silu,
+        Activation::GeluTanh => awqua_shaders::Activation::GeluTanh,
+        Activation::Gelu => awqua_shaders::Activation::Gelu,
     }
 }
 

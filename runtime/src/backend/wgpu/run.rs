@@ -35,7 +35,10 @@ fn readback_bytes(row_bytes: u64, all: u64) -> u64 {
 pub(super) fn bytes(program: &Program, config: &RunnerConfig) -> u64 {
     let vocab = u64::from(program.vocab_size);
     let readback = readback_bytes(vocab * 4, vocab * 4 * u64::from(config.max_logits_rows));
-    let widths = program.buffers.iter().map(|desc| u64::from(desc.width)).sum::<u64>();
+    let widths = program.buffers.iter().map(|desc| u64::from(desc.width) * u64::from(desc.per_token)).sum::<u64>();
+    // Rows by expert and their tiles, of which there is at most one a row.
+    let per_token = program.buffers.iter().map(|desc| desc.per_token).max().unwrap_or(1);
+    let by_expert = u64::from(config.max_tokens).saturating_mul(u64::from(per_token) * 20 * 2);
     // Staged rows of few tokens in f32 with their sums, halves of many, and a uniform block for every dispatch.
     let staged = widths.saturating_mul(5 * 32 + 2 * u64::from(config.max_tokens.next_multiple_of(128)));
     let uniforms = 256 * 8 * program.ops.len() as u64;
@@ -43,6 +46,7 @@ pub(super) fn bytes(program: &Program, config: &RunnerConfig) -> u64 {
         .saturating_add(sampling::bytes(program.vocab_size, config.context))
         .saturating_add(readback)
         .saturating_add(staged)
+        .saturating_add(if per_token > 1 { by_expert } else { 0 })
         .saturating_add(uniforms)
 }
 
@@ -110,7 +114,9 @@ impl WgpuRunner {
     pub(super) fn new(backend: Arc<WgpuBackend>, program: &Arc<Program>, config: &RunnerConfig) -> Result<Self> {
         let gpu = &backend.gpu;
         gpu.check()?;
-        if config.max_tokens > shaders::MAX_GROUPS || config.max_tokens == 0 || config.context == 0 {
+        let per_token = program.buffers.iter().map(|desc| desc.per_token).max().unwrap_or(1);
+        let rows = config.max_tokens.saturating_mul(per_token);
+        if rows > shaders::MAX_GROUPS || config.max_tokens == 0 || config.context == 0 {
             let message = format!("{} tokens a step of a context of {}", config.max_tokens, config.context);
             return Err(Error::new(ErrorKind::InvalidInput, message));
         }

@@ -6,8 +6,8 @@
 use std::collections::VecDeque;
 
 use awqua_shaders::{
-    Elem, Kernel, Reduce, Rng, Size, Trial, Variant, attention, attention_coop, gemm_w4, gemm_w4_coop, gemv_w4,
-    rms_norm, uniform_bytes,
+    Elem, Kernel, Reduce, Rng, Size, Trial, Variant, attention, attention_coop, gemm_w4, gemm_w4_coop, gemv_w4, norm,
+    uniform_bytes,
 };
 use wgpu::{BufferUsages, Features};
 
@@ -18,7 +18,7 @@ use super::readback::Readback;
 use crate::error::{Error, ErrorKind, Result};
 
 /// Kernels that together use every variant axis and the features that go wrong most.
-static KERNELS: [&Kernel; 4] = [&rms_norm::KERNEL, &gemv_w4::KERNEL, &gemm_w4::KERNEL, &attention::KERNEL];
+static KERNELS: [&Kernel; 4] = [&norm::KERNEL, &gemv_w4::KERNEL, &gemm_w4::KERNEL, &attention::KERNEL];
 
 /// The variants in use.
 pub(super) struct Choice {

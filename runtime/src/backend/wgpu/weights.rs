@@ -17,7 +17,15 @@ const ROW_BYTES: usize = 16;
 pub(super) enum GpuWeight {
     W4(GpuW4),
     Dense(GpuDense),
-    Vector { len: u32, buffer: wgpu::Buffer },
+    Vector {
+        len: u32,
+        buffer: wgpu::Buffer,
+    },
+    /// A matrix of experts behind the first one, which holds the rows of all.
+    Expert {
+        n: u32,
+        first: u32,
+    },
 }
 
 /// A packed matrix in the layout of [`w4`].
@@ -77,14 +85,30 @@ impl GpuWeight {
     /// # Errors
     /// [`ErrorKind::OutOfMemory`], [`ErrorKind::Unsupported`] for shapes beyond 32 bits, or a device error.
     pub(super) fn reserve(gpu: &Gpu, name: &str, shape: &WeightShape) -> Result<Self> {
+        let unit = if matches!(shape, WeightShape::W4 { .. }) { w4::TILE_N } else { 1 };
+        Self::reserve_units(gpu, name, shape, unit)
+    }
+
+    /// As [`Self::reserve`], for `count` matrices of `shape`, each padded to [`expert_rows`] and whole in one part.
+    ///
+    /// # Errors
+    /// As [`Self::reserve`].
+    pub(super) fn reserve_experts(gpu: &Gpu, name: &str, shape: &WeightShape, count: usize) -> Result<Self> {
+        let rows = expert_rows(shape);
+        let all = rows.checked_mul(count).ok_or_else(|| Error::new(ErrorKind::Unsupported, "too many experts"))?;
+        Self::reserve_units(gpu, name, &shape.with_rows(all), rows)
+    }
+
+    /// Makes the buffers; parts have a multiple of `unit` rows.
+    fn reserve_units(gpu: &Gpu, name: &str, shape: &WeightShape, unit: usize) -> Result<Self> {
         match *shape {
             WeightShape::W4 { n, k, group_size, offset } => {
                 let shape = w4::Shape { n, k, group_size };
-                let tile_bytes = 4 * shape.words(1).max(shape.params(1));
-                let parts = split(gpu, name, n.div_ceil(w4::TILE_N), tile_bytes)?
+                let unit_bytes = 4 * shape.words(unit).max(shape.params(unit));
+                let parts = split(gpu, name, n.div_ceil(unit), unit_bytes)?
                     .into_iter()
-                    .map(|tiles| {
-                        let rows = tiles.start * w4::TILE_N..n.min(tiles.end * w4::TILE_N);
+                    .map(|units| {
+                        let rows = units.start * unit..n.min(units.end * unit);
                         Ok(W4Part {
                             first_row: dimension(rows.start)?,
                             rows: dimension(rows.len())?,
@@ -108,9 +132,10 @@ impl GpuWeight {
             }
             WeightShape::Dense { n, k, dtype } => {
                 let padded = (k * dtype.size()).next_multiple_of(ROW_BYTES);
-                let parts = split(gpu, name, n, padded)?
+                let parts = split(gpu, name, n.div_ceil(unit), unit * padded)?
                     .into_iter()
-                    .map(|rows| {
+                    .map(|units| {
+                        let rows = units.start * unit..n.min(units.end * unit);
                         let words = weight_buffer(gpu, name, rows.len() * padded)?;
                         Ok(DensePart { first_row: dimension(rows.start)?, rows: dimension(rows.len())?, words })
                     })
@@ -135,6 +160,7 @@ impl GpuWeight {
             Self::W4(m) => m.n as usize,
             Self::Dense(m) => m.n as usize,
             Self::Vector { len, .. } => *len as usize,
+            Self::Expert { n, .. } => *n as usize,
         }
     }
 
@@ -167,6 +193,7 @@ impl GpuWeight {
             }),
             Self::Dense(m) => m.parts.iter().for_each(|part| part.words.destroy()),
             Self::Vector { buffer, .. } => buffer.destroy(),
+            Self::Expert { .. } => {}
         }
     }
 }
@@ -212,6 +239,15 @@ impl GpuDense {
             }
         }
         Ok(())
+    }
+}
+
+/// Rows from one expert's matrix of `shape` to the next.
+pub(super) fn expert_rows(shape: &WeightShape) -> usize {
+    match *shape {
+        WeightShape::W4 { n, .. } => n.next_multiple_of(w4::TILE_N),
+        WeightShape::Dense { n, .. } => n,
+        WeightShape::Vector { len } => len,
     }
 }
 

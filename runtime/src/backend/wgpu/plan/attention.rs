@@ -12,10 +12,11 @@ impl Planner<'_> {
         qkv: BufferId,
         out: BufferId,
         layer: u32,
-        scale: f32,
+        (scale, softcap): (f32, Option<f32>),
         window: Option<u32>,
         rest: &[Op],
     ) -> Result<DraftOp> {
+        let cap = softcap.unwrap_or(0.0);
         let shape = self.program.attention;
         if shape.head_dim > attention::HEAD_DIM_MAX {
             return Err(unsupported(&format!("heads of {} elements, more than 256", shape.head_dim)));
@@ -32,7 +33,7 @@ impl Planner<'_> {
         let coop = self.backend.coop && kv == Kv::F16 && attention_coop::handles(shape.head_dim);
         for (most, staged) in [(few_tokens, true), (self.few_rows, true), (u32::MAX, false)] {
             if coop && !staged {
-                levels.push((most, vec![self.attention_coop(qkv, out, layer, scale, window)?]));
+                levels.push((most, vec![self.attention_coop(qkv, out, layer, (scale, cap), window)?]));
                 continue;
             }
             let context = self.memory.context;
@@ -49,6 +50,7 @@ impl Planner<'_> {
                 window,
                 splits_max,
                 split_len,
+                cap,
                 ..Default::default()
             };
             let (keys, values) = self.memory.cache(layer)?;
@@ -98,7 +100,7 @@ impl Planner<'_> {
         qkv: BufferId,
         out: BufferId,
         layer: u32,
-        scale: f32,
+        (scale, cap): (f32, f32),
         window: Option<u32>,
     ) -> Result<Draft> {
         let shape = self.program.attention;
@@ -112,6 +114,8 @@ impl Planner<'_> {
             context: self.memory.context,
             scale,
             window,
+            cap,
+            ..Default::default()
         };
         let (keys, values) = self.memory.cache(layer)?;
         let storage = vec![self.buffer(qkv), keys.clone(), values.clone(), self.buffer(out)];

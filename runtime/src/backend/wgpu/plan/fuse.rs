@@ -4,8 +4,8 @@ use awqua_shaders::{FLAG_BIAS, FLAG_NORM, RowMode, Step, gemv_w4_rope, gemv_w4_s
 
 use super::super::weights::{GpuW4, GpuWeight};
 use super::linear::{Gemv, matrix_params};
-use super::{Draft, DraftOp, Launch, Planner};
-use crate::backend::{BufferId, Op, Rows, WeightId};
+use super::{Draft, DraftOp, Launch, Planner, activation_of};
+use crate::backend::{Activation, BufferId, NormKind, Op, Rows, WeightId};
 use crate::error::Result;
 
 /// A norm over whole rows and where its result goes.
@@ -21,9 +21,18 @@ pub(super) struct Norm {
 impl Norm {
     pub(super) fn of(op: &Op) -> Option<Self> {
         match *op {
-            Op::RmsNorm { x, weight, out, dim, segments: 1, eps, rows: Rows::All }
-                if x.offset == 0 && out.offset == 0 && x.buffer != out.buffer =>
-            {
+            Op::Norm {
+                kind: NormKind::Rms,
+                x,
+                weight,
+                bias: None,
+                out,
+                dim,
+                segments: 1,
+                eps,
+                accumulate: false,
+                rows: Rows::All,
+            } if x.offset == 0 && out.offset == 0 && x.buffer != out.buffer => {
                 Some(Self { x: x.buffer, weight, out: out.buffer, dim, eps })
             }
             _ => None,
@@ -52,7 +61,9 @@ impl<'a> Planner<'a> {
                 let draft = self.linear_rope(norm, linear, *qkv, *layer, *rope)?;
                 draft.map(|draft| Fused { few: vec![draft], count: 3, ready: None })
             }
-            [_, linear, Op::SiluMul { x, out }, rest @ ..] => self.linear_swiglu(norm, linear, *x, *out, rest)?,
+            [_, linear, Op::Glu { x, out, activation }, rest @ ..] => {
+                self.linear_glu(norm, linear, (*x, *out), *activation, rest)?
+            }
             _ => None,
         };
         let fused = match fused {
@@ -135,12 +146,12 @@ impl<'a> Planner<'a> {
     }
 
     /// Gate and up projections and their product, for the packed matrix that follows.
-    fn linear_swiglu(
+    fn linear_glu(
         &mut self,
         norm: Norm,
         linear: &Op,
-        x: BufferId,
-        out: BufferId,
+        (x, out): (BufferId, BufferId),
+        activation: Activation,
         rest: &[Op],
     ) -> Result<Option<Fused>> {
         let Some((matrix, bias)) = self.whole_matrix(linear, norm.out, x)? else { return Ok(None) };
@@ -162,6 +173,7 @@ impl<'a> Planner<'a> {
             row_mode: RowMode::All as u32,
             eps: norm.eps,
             stage_quads: target.quads,
+            activation: activation_of(activation) as u32,
             ..Default::default()
         };
         let part = &matrix.parts[0];
@@ -244,13 +256,20 @@ fn reads_before_write(ops: &[Op], buffer: BufferId) -> bool {
     for op in ops {
         let (reads, writes) = match *op {
             Op::Embed { out, .. } => (None, out),
-            Op::RmsNorm { x, out, .. } => (Some(x.buffer), out.buffer),
+            Op::Norm { x, out, .. } => (Some(x.buffer), out.buffer),
             Op::Linear { x, out, .. } => (Some(x), out.buffer),
             Op::RopeAppend { qkv, .. } => (Some(qkv), qkv),
             Op::Attention { qkv, out, .. } => (Some(qkv), out),
-            Op::SiluMul { x, out } => (Some(x), out),
+            Op::Glu { x, out, .. } => (Some(x), out),
+            Op::Scale { x, .. } => (Some(x), x),
+            Op::Route { logits, routes, .. } => (Some(logits), routes),
+            Op::Experts { x, out, .. } => (Some(x), out.buffer),
+            Op::Combine { x, out, .. } => (Some(x), out),
+            Op::Gate { x, .. } => (Some(x), x),
         };
-        if reads == Some(buffer) {
+        let adds =
+            matches!(*op, Op::Norm { accumulate: true, .. } | Op::Linear { accumulate: true, .. } | Op::Combine { .. });
+        if reads == Some(buffer) || adds && writes == buffer {
             return true;
         }
         if writes == buffer {

@@ -60,7 +60,9 @@ impl<'a> Planner<'a> {
         let (n, k) = match backend.weight(op.weight)? {
             GpuWeight::W4(w) => (w.n, w.k),
             GpuWeight::Dense(w) => (w.n, w.k),
-            GpuWeight::Vector { .. } => return Err(unsupported("a linear layer needs a matrix")),
+            GpuWeight::Vector { .. } | GpuWeight::Expert { .. } => {
+                return Err(unsupported("a linear layer needs a matrix"));
+            }
         };
         self.fits(op.out, n)?;
         if self.width(op.x)? != k {
@@ -70,7 +72,7 @@ impl<'a> Planner<'a> {
         match backend.weight(op.weight)? {
             GpuWeight::W4(matrix) => self.linear_w4(matrix, op, ready, rest),
             GpuWeight::Dense(matrix) => self.linear_dense(matrix, op),
-            GpuWeight::Vector { .. } => Err(unsupported("a linear layer needs a matrix")),
+            GpuWeight::Vector { .. } | GpuWeight::Expert { .. } => Err(unsupported("a linear layer needs a matrix")),
         }
     }
 

@@ -35,7 +35,8 @@ impl Planner<'_> {
         if let Some(staged) = self.staged.get(&buffer) {
             return Ok(staged.clone());
         }
-        let bytes = u64::from(self.few_rows) * self.layout(buffer)?.words() as u64 * 4;
+        let rows = u64::from(self.few_rows) * u64::from(self.per_token(buffer));
+        let bytes = rows * self.layout(buffer)?.words() as u64 * 4;
         let what = format!("staged inputs `{}`", self.program.buffers[buffer.0 as usize].name);
         let staged = self.storage(&what, bytes)?;
         self.staged.insert(buffer, staged.clone());
@@ -75,6 +76,7 @@ impl Planner<'_> {
             flags: if norm.is_some() { FLAG_NORM } else { 0 },
             row_mode: rows as u32,
             quads: self.quads(of)?,
+            per_token: self.per_token(x),
             ..Default::default()
         };
         let norm = match norm {
@@ -83,8 +85,8 @@ impl Planner<'_> {
         };
         let storage = vec![self.buffer(x), norm, self.staged(of)?];
         let launch = move |step: &Step| Launch {
-            grid: stage::grid(&params, rows.count(step)),
-            cost: stage::cost(&params, rows.count(step)),
+            grid: stage::grid(&params, rows.count(step) * params.per_token),
+            cost: stage::cost(&params, rows.count(step) * params.per_token),
         };
         self.draft(&stage::KERNEL, self.variant(), &params, storage, launch)
     }

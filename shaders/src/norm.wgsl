@@ -1,4 +1,5 @@
-// out[t, i] = x[t, i] / sqrt(mean_i(x[t, i]^2) + eps) * weight[i].
+// out[t, i] = (x[t, i] - m) / sqrt(mean_i((x[t, i] - m)^2) + eps) * weight[i] (+ bias[i]) (+ out[t, i]), m = mean_i(x[t, i])
+// with FLAG_CENTER, else 0.
 //
 // Mapping: a workgroup a row; grid z numbers rows. Traffic: x twice (the second time from cache), out once.
 
@@ -10,11 +11,13 @@ struct Params {
     out_offset: u32,
     eps: f32,
     row_mode: u32,
+    flags: u32,
 }
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(2) var<storage, read> x: array<f32>;              // (rows, x_stride)
 @group(0) @binding(3) var<storage, read> weight: array<f32>;         // (dim)
-@group(0) @binding(4) var<storage, read_write> out: array<f32>;      // (rows, out_stride)
+@group(0) @binding(4) var<storage, read> bias: array<f32>;           // (dim)
+@group(0) @binding(5) var<storage, read_write> out: array<f32>;      // (rows, out_stride)
 
 @compute @workgroup_size(WG)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local_index: u32) {
@@ -23,14 +26,29 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         return;
     }
     let x_start = input_row(params.row_mode, row) * params.x_stride + params.x_offset;
+    var center = 0.0;
+    if ((params.flags & FLAG_CENTER) != 0u) {
+        var sum = 0.0;
+        for (var i = local_index; i < params.dim; i += WG) {
+            sum += x[x_start + i];
+        }
+        center = workgroup_sum(sum, local_index) / f32(params.dim);
+    }
     var squares = 0.0;
     for (var i = local_index; i < params.dim; i += WG) {
-        let value = x[x_start + i];
+        let value = x[x_start + i] - center;
         squares = fma(value, value, squares);
     }
     let factor = inverseSqrt(workgroup_sum(squares, local_index) / f32(params.dim) + params.eps);
     let out_start = row * params.out_stride + params.out_offset;
     for (var i = local_index; i < params.dim; i += WG) {
-        out[out_start + i] = x[x_start + i] * factor * weight[i];
+        var value = (x[x_start + i] - center) * factor * weight[i];
+        if ((params.flags & FLAG_BIAS) != 0u) {
+            value += bias[i];
+        }
+        if ((params.flags & FLAG_ACCUMULATE) != 0u) {
+            value += out[out_start + i];
+        }
+        out[out_start + i] = value;
     }
 }
