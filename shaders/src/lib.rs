@@ -52,6 +52,7 @@ pub mod gemm_w4_experts;
 pub mod gemv_dense;
 pub mod gemv_w4;
 pub mod gemv_w4_experts;
+pub mod gemv_w4_glu_experts;
 pub mod gemv_w4_rope;
 pub mod gemv_w4_swiglu;
 pub mod glu;
@@ -526,6 +527,7 @@ pub static ALL: [&Kernel; 32] = [
     &route::KERNEL,
     &group::KERNEL,
     &gemv_w4_experts::KERNEL,
+    &gemv_w4_glu_experts::KERNEL,
     &gemm_w4_experts::KERNEL,
     &gemm_dense_experts::KERNEL,
     &combine::KERNEL,

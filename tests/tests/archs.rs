@@ -171,6 +171,55 @@ fn cpu_greedy_tokens_match_transformers() {
     assert!(compared > 0 && failures.is_empty(), "{} of {compared} differ:\n{}", failures.len(), failures.join("\n"));
 }
 
+/// What a session reuses, shifts or computes again must be what a new session computes.
+#[test]
+fn sessions_agree_with_new_ones() {
+    let options = LoadOptions { backend: BackendChoice::Cpu, ..Default::default() };
+    let none = CancelToken::default();
+    for case in cases("sessions") {
+        let Ok(model) = Model::open(&case.folder, &options) else { continue };
+        let session = |context| {
+            let options = SessionOptions { context: Some(context), chunk: Some(13), ..Default::default() };
+            Session::new(&model, &options).unwrap()
+        };
+        let agrees = |used: &mut Session, ids: &[u32], what: &str| {
+            used.set_prompt(ids, &none).unwrap();
+            let mut fresh = session(128);
+            fresh.set_prompt(ids, &none).unwrap();
+            let difference = difference(used.logits().unwrap(), fresh.logits().unwrap());
+            assert!(difference < 1e-4, "{}: {what}: {difference:e}", case.name);
+        };
+        let prompts: Vec<_> = case.data["prompts"].as_array().unwrap().iter().map(|p| ids(&p["ids"])).collect();
+        let longest = prompts.iter().max_by_key(|ids| ids.len()).unwrap();
+        let mut used = session(128);
+        // From long to short and back, over every length at which a rotation may change, with shared beginnings.
+        for end in [longest.len(), 5, 30, 18, 70, 17, 16, longest.len() - 1] {
+            agrees(&mut used, &longest[..end.min(longest.len())], "a shared beginning");
+        }
+
+        // With dynamic scaling cached keys keep their rotation, as in Transformers, so a new session differs.
+        if case.data["config"].to_string().contains("dynamic") {
+            continue;
+        }
+        used.truncate(9);
+        used.append(&longest[9..40], &none).unwrap();
+        let tokens = used.tokens().to_vec();
+        agrees(&mut used, &tokens, "after appending");
+        let mut used = session(32);
+        let generate = GenerateOptions {
+            max_tokens: 40,
+            sampling: Sampling::greedy(),
+            ignore_eos: true,
+            shift: Some(awqua::session::ContextShift { keep: 4 }),
+            ..Default::default()
+        };
+        used.generate(&longest[..20], &generate, &mut |_| std::ops::ControlFlow::Continue(())).unwrap();
+        let tokens = used.tokens().to_vec();
+        assert!(tokens.len() <= 32, "{}", case.name);
+        agrees(&mut used, &tokens, "after a shift");
+    }
+}
+
 #[cfg(feature = "wgpu")]
 #[test]
 fn gpu_logits_match_transformers() {

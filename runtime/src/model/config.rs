@@ -491,3 +491,6 @@ pub(super) fn invalid(message: impl Into<String>) -> Error {
 pub(super) fn unsupported(message: impl Into<String>) -> Error {
     Error::new(ErrorKind::Unsupported, message)
 }
+
+#[cfg(test)]
+mod tests;

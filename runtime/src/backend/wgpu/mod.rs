@@ -332,13 +332,13 @@ impl Backend for WgpuBackend {
         let last = self.weights.len().checked_sub(1);
         let count = rows.shape().rows();
         // Experts lie in the first one's buffers.
-        let (at, before) = match (self.weights.get(id.0 as usize), self.stack) {
-            (Some(&GpuWeight::Expert { first, .. }), Some((_, shape))) => {
-                (first, (id.0 - first) as usize * weights::expert_rows(&shape))
+        let (at, before, room) = match (self.weights.get(id.0 as usize), self.stack) {
+            (Some(&GpuWeight::Expert { n, first }), Some((_, shape))) => {
+                (first, (id.0 - first) as usize * weights::expert_rows(&shape), n as usize)
             }
-            _ => (id.0, 0),
+            (_, Some((first, shape))) if first == id => (id.0, 0, shape.rows()),
+            (weight, _) => (id.0, 0, weight.map_or(0, GpuWeight::rows)),
         };
-        let room = self.weights.get(id.0 as usize).map_or(0, GpuWeight::rows);
         match self.weights.get_mut(at as usize) {
             Some(weight) if last == Some(id.0 as usize) && self.filled + count <= room => {
                 weight.fill(&self.gpu, before + self.filled, &rows)?;

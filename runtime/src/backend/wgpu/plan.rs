@@ -246,7 +246,9 @@ impl<'a> Planner<'a> {
                 self.attention(qkv, out, layer, (scale, softcap), window, rest)
             }
             Op::Route { logits, routes, top_k, renormalise } => self.route(logits, routes, top_k, renormalise, rest),
-            Op::Experts { x, weight, count, routes, out } => self.experts(&Experts { x, weight, count, routes, out }),
+            Op::Experts { x, weight, count, routes, out } => {
+                self.experts(&Experts { x, weight, count, routes, out }, ready)
+            }
             Op::Combine { x, routes, out } => self.combine(x, routes, out),
             Op::Gate { x, gate } => self.gate(x, gate),
             Op::Scale { x, scale, cap, rows } => self.scale(x, scale, cap, row_mode(rows)),

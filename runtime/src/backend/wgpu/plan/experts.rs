@@ -2,11 +2,12 @@
 
 use awqua_shaders::{
     FLAG_NORM, Groups, RowMode, Step, Variant, combine, gate, gemm_dense_experts, gemm_w4_experts, gemv_w4,
-    gemv_w4_experts, group, route, w4,
+    gemv_w4_experts, gemv_w4_glu_experts, group, route, w4,
 };
 
 use super::super::weights::{GpuDense, GpuW4, GpuWeight};
-use super::{Draft, DraftOp, Launch, Planner, dense, unsupported};
+use super::fuse::reads_before_write;
+use super::{Draft, DraftOp, Launch, Planner, activation_of, dense, unsupported};
 use crate::backend::{BufferId, Op, Span, WeightId};
 use crate::error::Result;
 
@@ -85,7 +86,71 @@ impl<'a> Planner<'a> {
         Ok(self.pair_buffers.insert(made).clone())
     }
 
-    pub(super) fn experts(&mut self, op: &Experts) -> Result<DraftOp> {
+    /// Gate and up of packed experts and their product as one, for the packed experts that follow; `None` where the
+    /// operations at the start of `ops` are others.
+    pub(super) fn experts_glu(&mut self, ops: &[Op]) -> Result<Option<(DraftOp, usize)>> {
+        let [
+            Op::Experts { x, weight, count, routes, out },
+            Op::Glu { x: gate_up, out: product, activation },
+            Op::Experts { x: next, weight: down, .. },
+            rest @ ..,
+        ] = ops
+        else {
+            return Ok(None);
+        };
+        let op = Experts { x: *x, weight: *weight, count: *count, routes: *routes, out: *out };
+        let (GpuWeight::W4(matrix), GpuWeight::W4(_)) = (self.backend.weight(*weight)?, self.backend.weight(*down)?)
+        else {
+            return Ok(None);
+        };
+        let (n, expert_rows) = self.outputs(&op, matrix.n)?;
+        let top_k = self.per_token(*product);
+        let whole = out.buffer == *gate_up && out.offset == 0 && self.width(*gate_up)? == n;
+        let halves = self.width(*product)?.checked_mul(2) == Some(n) && self.width(*x)? == matrix.k;
+        if !whole || !halves || next != product || self.per_token(*x) != 1 || reads_before_write(rest, *product) {
+            return Ok(None);
+        }
+        let mut few = vec![self.stage(*x, None, *x, RowMode::All)?];
+        for part in &matrix.parts {
+            let params = gemv_w4_glu_experts::Params {
+                n,
+                k: matrix.k,
+                chunks: matrix.chunks,
+                group_size: matrix.group_size,
+                group_shift: gemv_w4::group_shift(matrix.group_size, matrix.k),
+                groups: matrix.groups,
+                flags: matrix.flags,
+                stage_quads: self.quads(*product)?,
+                activation: activation_of(*activation) as u32,
+                top_k,
+                routes_stride: self.stride(*routes),
+                first_expert: part.first_row / expert_rows,
+                experts: part.rows / expert_rows,
+                expert_rows,
+                ..Default::default()
+            };
+            let storage = vec![
+                self.staged(*x)?,
+                part.qweight.clone(),
+                part.group_params.clone(),
+                self.buffer(*routes),
+                self.staged(*product)?,
+            ];
+            let launch = move |step: &Step| Launch {
+                grid: gemv_w4_glu_experts::grid(&params, step.n_tokens),
+                cost: gemv_w4_glu_experts::cost(&params, step.n_tokens),
+            };
+            let variant = self.sized(matrix, (n / 2).div_ceil(32).saturating_mul(top_k));
+            few.push(self.draft(&gemv_w4_glu_experts::KERNEL, variant, &params, storage, launch)?);
+        }
+        let mut many = self.experts_many(matrix, &op, top_k, true)?;
+        many.extend(self.op(&ops[1], &[])?.many());
+        self.ready = Some(*product);
+        Ok(Some((DraftOp { rows: RowMode::All, levels: vec![(self.few_rows, few), (u32::MAX, many)] }, 2)))
+    }
+
+    /// `ready` is the buffer whose staged form is up to date.
+    pub(super) fn experts(&mut self, op: &Experts, ready: Option<BufferId>) -> Result<DraftOp> {
         let backend = self.backend;
         let (top_k, shared) = (self.per_token(op.out.buffer), self.per_token(op.x) == 1);
         if !shared && self.per_token(op.x) != top_k {
@@ -94,7 +159,7 @@ impl<'a> Planner<'a> {
         self.fits(op.routes.into(), 2 * top_k)?;
         match backend.weight(op.weight)? {
             GpuWeight::W4(matrix) => {
-                let few = self.experts_few(matrix, op, top_k, shared)?;
+                let few = self.experts_few(matrix, op, top_k, shared, ready)?;
                 let many = self.experts_many(matrix, op, top_k, shared)?;
                 Ok(DraftOp { rows: RowMode::All, levels: vec![(self.few_rows, few), (u32::MAX, many)] })
             }
@@ -117,12 +182,22 @@ impl<'a> Planner<'a> {
     }
 
     /// A pair at a time, from staged inputs.
-    fn experts_few(&mut self, matrix: &'a GpuW4, op: &Experts, top_k: u32, shared: bool) -> Result<Vec<Draft>> {
+    fn experts_few(
+        &mut self,
+        matrix: &'a GpuW4,
+        op: &Experts,
+        top_k: u32,
+        shared: bool,
+        ready: Option<BufferId>,
+    ) -> Result<Vec<Draft>> {
         let (n, expert_rows) = self.outputs(op, matrix.n)?;
         if self.width(op.x)? != matrix.k {
             return Err(unsupported("experts of another width than their input"));
         }
-        let mut drafts = vec![self.stage(op.x, None, op.x, RowMode::All)?];
+        let mut drafts = Vec::new();
+        if ready != Some(op.x) {
+            drafts.push(self.stage(op.x, None, op.x, RowMode::All)?);
+        }
         for part in &matrix.parts {
             let params = gemv_w4_experts::Params {
                 n,

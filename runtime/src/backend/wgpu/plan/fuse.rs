@@ -52,6 +52,9 @@ struct Fused {
 impl<'a> Planner<'a> {
     /// The operations at the start of `ops` as one, and how many they are; `None` where there is nothing to gain.
     pub(super) fn fused(&mut self, ops: &[Op]) -> Result<Option<(DraftOp, usize)>> {
+        if let Some(Op::Experts { .. }) = ops.first() {
+            return self.experts_glu(ops);
+        }
         let Some(norm) = ops.first().and_then(Norm::of) else { return Ok(None) };
         if self.width(norm.x)? != norm.dim || self.width(norm.out)? != norm.dim {
             return Ok(None);
@@ -252,7 +255,7 @@ impl<'a> Planner<'a> {
 }
 
 /// Whether one of `ops` reads `buffer` before another one writes it anew.
-fn reads_before_write(ops: &[Op], buffer: BufferId) -> bool {
+pub(super) fn reads_before_write(ops: &[Op], buffer: BufferId) -> bool {
     for op in ops {
         let (reads, writes) = match *op {
             Op::Embed { out, .. } => (None, out),
