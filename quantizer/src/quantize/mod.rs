@@ -1,6 +1,6 @@
 //! From a floating-point checkpoint to a packed one, a decoder block at a time.
 //!
-//! Weights are read from the mapping when their block comes up, and finished blocks wait on disk ([`state`]) for the
+//! Weights are read from the mapping when their block comes up, and finished blocks wait on disk for the
 //! writing of the checkpoint, so memory holds one block and the calibration tokens. The same source, options and
 //! calibration give the same bytes, interrupted or not, on any number of threads.
 
