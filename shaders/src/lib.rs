@@ -503,7 +503,7 @@ impl Kernel {
 }
 
 /// Every kernel.
-pub static ALL: [&Kernel; 32] = [
+pub static ALL: [&Kernel; 33] = [
     &embed::KERNEL,
     &stage::KERNEL,
     &norm::KERNEL,
