@@ -18,6 +18,7 @@ use awqua_quantizer::random::Random;
 mod disk;
 
 /// Every usable adapter, with each of these limits of what a kernel sees at once.
+#[expect(clippy::print_stderr, reason = "a skipped test has to be visible")]
 fn devices(limits: &[Option<u64>]) -> Vec<Arc<dyn Products>> {
     let mut found = Vec::new();
     for adapter in adapters().iter().filter(|adapter| adapter.unusable.is_none()) {
@@ -27,7 +28,7 @@ fn devices(limits: &[Option<u64>]) -> Vec<Arc<dyn Products>> {
         }
     }
     if found.is_empty() {
-        assert!(std::env::var_os("AWQUA_REQUIRE_GPU").is_none(), "no adapter");
+        assert!(std::env::var_os("AWQUA_REQUIRE_GPU").is_none(), "AWQUA_REQUIRE_GPU is set and there is no adapter");
         eprintln!("skipped: no GPU adapter");
     }
     found

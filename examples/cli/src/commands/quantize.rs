@@ -145,7 +145,7 @@ fn choose_bits(
     if target.target_size.is_none() && target.target_bits.is_none() {
         return Ok(None);
     }
-    let sensitivity = sensitivity(args, calibration, options, &compute)?;
+    let sensitivity = sensitivity(args, calibration, options, compute)?;
     // Any width will do here: what is asked are sizes.
     let plan = quantize::plan(&args.dir, calibration, options, compute)?;
     let mut sizes = BTreeMap::new();
