@@ -7,6 +7,7 @@
 
 pub mod calibration;
 pub mod decoder;
+pub mod device;
 pub mod evaluate;
 pub mod grid;
 pub mod import;

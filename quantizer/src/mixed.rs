@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::calibration::Calibration;
 use crate::decoder::{Block, Decoder, Head, Site, Slot};
+use crate::device::Compute;
 use crate::grid::{Grid, dequantize};
 use crate::math::Threads;
 use crate::quantize::GroupSize;
@@ -82,13 +83,14 @@ pub fn measure(
     calibration: &Calibration,
     group_size: GroupSize,
     granularity: Granularity,
-    threads: Threads,
+    compute: impl Into<Compute>,
     progress: &mut dyn FnMut(usize, usize) -> Result<()>,
 ) -> Result<Sensitivity> {
     let checkpoint = Checkpoint::open(source)?;
     let sequences = probe(calibration);
     let length = sequences.iter().map(Vec::len).max().unwrap_or(0);
-    let decoder = Decoder::new(&checkpoint, length, threads)?;
+    let decoder = Decoder::new(&checkpoint, length, compute)?;
+    let threads = decoder.threads;
     Calibration::of_ids(&calibration.name, sequences.clone()).check(decoder.config.vocab_size)?;
     let group_size = group_size.resolve(&decoder).map_err(|error| error.in_file(source))?;
     let head = Head::load(&decoder, &checkpoint, None)?;

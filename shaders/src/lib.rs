@@ -67,6 +67,7 @@ pub mod norm;
 pub mod packed;
 pub mod penalize;
 pub mod rope_append;
+pub mod round_groups;
 pub mod route;
 pub mod sample;
 pub mod scale;
@@ -558,7 +559,7 @@ impl Kernel {
 }
 
 /// Every kernel.
-pub static ALL: [&Kernel; 36] = [
+pub static ALL: [&Kernel; 37] = [
     &embed::KERNEL,
     &embed_packed::KERNEL,
     &arrange::KERNEL,
@@ -576,6 +577,7 @@ pub static ALL: [&Kernel; 36] = [
     &gemv_packed::KERNEL,
     &gemm_packed::KERNEL,
     &rope_append::KERNEL,
+    &round_groups::KERNEL,
     &attention::KERNEL,
     &attention_few::KERNEL,
     &attention_coop::KERNEL,

@@ -8,6 +8,11 @@ use std::process::ExitCode;
 use clap::error::ErrorKind as ClapKind;
 use clap::{Parser, Subcommand};
 
+#[cfg(feature = "wgpu")]
+mod accelerator;
+#[cfg(not(feature = "wgpu"))]
+#[path = "no_accelerator.rs"]
+mod accelerator;
 mod commands;
 mod options;
 mod output;

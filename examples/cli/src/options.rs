@@ -6,6 +6,8 @@ use std::sync::Arc;
 
 use awqua::backend::KvType;
 use awqua::{BackendChoice, LoadOptions, Model, Sampling, Session, SessionOptions};
+use awqua_quantizer::device::Compute;
+use awqua_quantizer::math::Threads;
 use clap::{Args, ValueEnum};
 
 use crate::output::{self, Failure, Outcome, Unit};
@@ -89,6 +91,39 @@ impl DeviceArgs {
             chunk: None,
         };
         Ok(Session::new(model, &options)?)
+    }
+}
+
+/// What quantizing and evaluating compute with.
+#[derive(Args, Debug, Clone)]
+pub struct ComputeArgs {
+    /// Whether a GPU helps the processor
+    #[arg(long, value_enum, default_value_t = BackendArg::Auto)]
+    pub backend: BackendArg,
+    /// Use the first adapter whose name contains this
+    #[arg(long, value_name = "SUBSTRING")]
+    pub device: Option<String>,
+    /// Threads [default: all]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    pub threads: Option<u16>,
+}
+
+impl ComputeArgs {
+    /// Threads and the device.
+    pub fn compute(&self) -> Outcome<Compute> {
+        let threads = self.threads.map_or_else(Threads::available, |n| Threads::new(n.into()));
+        Ok(Compute { threads, device: crate::accelerator::open(self.backend, self.device.as_deref())? })
+    }
+}
+
+/// Says which device helped, or why it stopped to.
+pub fn note_device(compute: &Compute) {
+    if let Some(device) = &compute.device {
+        let products = device.products();
+        match device.take_failure() {
+            Some(error) => output::note(&format!("went on without `{}`: {error}", products.name())),
+            None => output::note(&format!("{} held at most {}", products.name(), output::bytes(products.peak_bytes()))),
+        }
     }
 }
 

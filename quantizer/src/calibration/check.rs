@@ -14,7 +14,7 @@ use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::Serialize;
 
 use crate::decoder::{Decoder, Site};
-use crate::math::Threads;
+use crate::device::Compute;
 
 /// Name of the file in a packed checkpoint. It is in safetensors form under another extension, because loaders take
 /// every `.safetensors` of a folder for weights.
@@ -116,7 +116,7 @@ fn read(checkpoint: &Checkpoint, decoder: &Decoder) -> Result<Vec<Halves>> {
 pub fn check(
     dir: &Path,
     sequences: &[Vec<u32>],
-    threads: Threads,
+    compute: impl Into<Compute>,
     progress: &mut dyn FnMut(usize, usize) -> Result<()>,
 ) -> Result<Shift> {
     if sequences.iter().all(Vec::is_empty) {
@@ -125,7 +125,7 @@ pub fn check(
     let checkpoint = Checkpoint::open(dir)?;
     let quantization = Quantization::of(&checkpoint)?;
     let longest = sequences.iter().map(Vec::len).max().unwrap_or(0);
-    let decoder = Decoder::new(&checkpoint, longest, threads)?;
+    let decoder = Decoder::new(&checkpoint, longest, compute)?;
     let calibration = read(&checkpoint, &decoder)?;
     let mut streams: Vec<Vec<f32>> =
         sequences.iter().map(|ids| decoder.embed(&checkpoint, ids)).collect::<Result<_>>()?;

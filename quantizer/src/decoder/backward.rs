@@ -46,13 +46,13 @@ impl Decoder {
         let Projected { q, k, v, raw_q, raw_k } = self.project(block, &normed);
         let (attended, probabilities) = attention(self, block.layer, (&q, &k, &v), true);
         let mut middle = x.to_vec();
-        block.linear(Slot::O).accumulate(self.threads, &attended, &mut middle);
+        block.linear(Slot::O).accumulate(self, &attended, &mut middle);
         let mlp_normed = self.mlp_input(block, &middle);
-        let gate = block.linear(Slot::Gate).forward(self.threads, &mlp_normed);
-        let up = block.linear(Slot::Up).forward(self.threads, &mlp_normed);
+        let gate = block.linear(Slot::Gate).forward(self, &mlp_normed);
+        let up = block.linear(Slot::Up).forward(self, &mlp_normed);
         let activated: Vec<f32> = gate.iter().zip(&up).map(|(&g, &u)| silu(g) * u).collect();
         let mut out = middle.clone();
-        block.linear(Slot::Down).accumulate(self.threads, &activated, &mut out);
+        block.linear(Slot::Down).accumulate(self, &activated, &mut out);
         let x = x.to_vec();
         Trace {
             x,

@@ -2,7 +2,7 @@
 
 use super::attention::{attention, rotate};
 use super::{Block, Decoder, Linear, Site, Slot};
-use crate::math::{Threads, View, gemm, times_transposed};
+use crate::math::{View, gemm, times_transposed};
 
 /// out = x / sqrt(mean(x²) + eps) * weight, over runs of `weight.len()` elements.
 pub(super) fn rms_norm(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
@@ -27,26 +27,38 @@ pub(super) fn silu(v: f32) -> f32 {
 
 impl Linear {
     /// The output for `x` (tokens, k): (tokens, n).
-    pub fn forward(&self, threads: Threads, x: &[f32]) -> Vec<f32> {
-        let mut out = times_transposed(threads, x, &self.weight, self.k);
-        if let Some(bias) = &self.bias {
-            for row in out.chunks_exact_mut(self.n) {
-                for (out, b) in row.iter_mut().zip(bias) {
-                    *out += b;
-                }
-            }
-        }
+    pub fn forward(&self, decoder: &Decoder, x: &[f32]) -> Vec<f32> {
+        let rows = x.len() / self.k;
+        let there_only = self.weight.is_empty();
+        let on_device = || {
+            let device = decoder.device.as_ref()?;
+            let takes = there_only || device.takes(rows, self.n, self.k);
+            takes.then(|| device.multiply(x, self.resident(device)?)).flatten()
+        };
+        let here = || match there_only {
+            // The device failed after it was given a candidate; whoever asked will find it bad and try others.
+            true => vec![0.0; rows * self.n],
+            false => times_transposed(decoder.threads, x, &self.weight, self.k),
+        };
+        let mut out = on_device().unwrap_or_else(here);
+        self.add_bias(&mut out);
         out
     }
 
     /// Adds the output for `x` (tokens, k) to `out` (tokens, n).
-    pub fn accumulate(&self, threads: Threads, x: &[f32], out: &mut [f32]) {
-        gemm(threads, 1.0, View::new(x, self.k), View::new(&self.weight, self.k).t(), 1.0, out, self.n);
+    pub fn accumulate(&self, decoder: &Decoder, x: &[f32], out: &mut [f32]) {
+        if decoder.device.as_ref().is_some_and(|device| device.takes(x.len() / self.k, self.n, self.k)) {
+            out.iter_mut().zip(self.forward(decoder, x)).for_each(|(out, more)| *out += more);
+            return;
+        }
+        gemm(decoder.threads, 1.0, View::new(x, self.k), View::new(&self.weight, self.k).t(), 1.0, out, self.n);
+        self.add_bias(out);
+    }
+
+    fn add_bias(&self, out: &mut [f32]) {
         if let Some(bias) = &self.bias {
             for row in out.chunks_exact_mut(self.n) {
-                for (out, b) in row.iter_mut().zip(bias) {
-                    *out += b;
-                }
+                row.iter_mut().zip(bias).for_each(|(out, b)| *out += b);
             }
         }
     }
@@ -70,7 +82,7 @@ impl Decoder {
     }
 
     pub(super) fn project(&self, block: &Block, normed: &[f32]) -> Projected {
-        let out = |slot: Slot| block.linear(slot).forward(self.threads, normed);
+        let out = |slot: Slot| block.linear(slot).forward(self, normed);
         let (mut q, mut k, v) = (out(Slot::Q), out(Slot::K), out(Slot::V));
         let (mut raw_q, mut raw_k) = (Vec::new(), Vec::new());
         let eps = self.config.rms_norm_eps;
@@ -98,8 +110,8 @@ impl Decoder {
 
     /// Input of down, from that of gate and up.
     pub fn activate(&self, block: &Block, normed: &[f32]) -> Vec<f32> {
-        let mut gate = block.linear(Slot::Gate).forward(self.threads, normed);
-        let up = block.linear(Slot::Up).forward(self.threads, normed);
+        let mut gate = block.linear(Slot::Gate).forward(self, normed);
+        let up = block.linear(Slot::Up).forward(self, normed);
         let width = block.linear(Slot::Up).n;
         self.threads.rows(&mut gate, width, |first, rows| {
             for (g, u) in rows.iter_mut().zip(&up[first * width..]) {
@@ -116,11 +128,11 @@ impl Decoder {
         tap(Site::Attention, &normed);
         let attended = self.attend(block, &normed);
         tap(Site::Attended, &attended);
-        block.linear(Slot::O).accumulate(self.threads, &attended, x);
+        block.linear(Slot::O).accumulate(self, &attended, x);
         let normed = self.mlp_input(block, x);
         tap(Site::Mlp, &normed);
         let activated = self.activate(block, &normed);
         tap(Site::Activated, &activated);
-        block.linear(Slot::Down).accumulate(self.threads, &activated, x);
+        block.linear(Slot::Down).accumulate(self, &activated, x);
     }
 }

@@ -5,9 +5,18 @@
 //! that attend to each other only.
 
 use awqua::checkpoint::Checkpoint;
+<<<<<<< HEAD
 use awqua::quant::{self, LinearWeight, Quantization};
+=======
+use awqua::quant::{self, Quantization};
+use awqua::tensor::Weight;
+use std::sync::OnceLock;
+
+use awqua::backend::Resident;
+>>>>>>> main
 use awqua::{Error, ErrorKind, ModelConfig, Result};
 
+use crate::device::{Accelerator, Compute};
 use crate::math::Threads;
 
 mod attention;
@@ -95,6 +104,8 @@ pub struct Decoder {
     pub config: ModelConfig,
     /// Threads of every pass.
     pub threads: Threads,
+    /// Multiplies what is worth its way there.
+    pub device: Option<Accelerator>,
     /// (cos, sin) of every position so far, (positions, rotary_dim / 2, 2).
     rope: Vec<f32>,
 }
@@ -106,10 +117,30 @@ pub struct Linear {
     pub n: usize,
     /// Input features.
     pub k: usize,
-    /// (n, k), row-major.
+    /// (n, k), row-major; empty in a module that only a device has.
     pub weight: Vec<f32>,
     /// (n).
     pub bias: Option<Vec<f32>>,
+    /// The weight on the device, once it was needed there; `None` if it could not be brought there.
+    resident: OnceLock<Option<Resident>>,
+}
+
+impl Linear {
+    /// A module of these weights (n, k).
+    pub fn new(n: usize, k: usize, weight: Vec<f32>, bias: Option<Vec<f32>>) -> Self {
+        Self { n, k, weight, bias, resident: OnceLock::new() }
+    }
+
+    /// A module whose weight is on the device only.
+    pub(crate) fn on_device(resident: Resident, bias: Option<Vec<f32>>) -> Self {
+        let (n, k) = (resident.n, resident.k);
+        Self { n, k, weight: Vec::new(), bias, resident: Some(resident).into() }
+    }
+
+    /// The weight on the device.
+    pub(crate) fn resident(&self, device: &Accelerator) -> Option<&Resident> {
+        self.resident.get_or_init(|| device.upload(&self.weight, self.k)).as_ref()
+    }
 }
 
 /// The weights of one block in f32.
@@ -134,12 +165,13 @@ impl Decoder {
     ///
     /// # Errors
     /// Those of [`ModelConfig::from_json`] and [`ModelConfig::require_plain`].
-    pub fn new(checkpoint: &Checkpoint, length: usize, threads: Threads) -> Result<Self> {
+    pub fn new(checkpoint: &Checkpoint, length: usize, compute: impl Into<Compute>) -> Result<Self> {
+        let Compute { threads, device } = compute.into();
         let config = ModelConfig::from_json(checkpoint.config())
             .and_then(|config| config.require_plain().map(|()| config))
             .map_err(|error| error.in_file(checkpoint.dir().join("config.json")))?;
         let rope = config.ropes[0].rows(0, length, length);
-        Ok(Self { config, threads, rope })
+        Ok(Self { config, threads, device, rope })
     }
 
     /// Features of a query row: heads * head_dim.
@@ -200,7 +232,7 @@ impl Decoder {
             let weight = quant::load_linear(checkpoint, quantization, &module, n, k)?;
             let weight = self.widen(&weight).map_err(|error| error.in_file(checkpoint.dir()).in_tensor(&module))?;
             let bias = self.has_bias(slot).then(|| checkpoint.vector(&format!("{module}.bias"), n)).transpose()?;
-            Ok(Linear { n, k, weight, bias })
+            Ok(Linear::new(n, k, weight, bias))
         });
         Ok(Block {
             layer,
@@ -271,7 +303,10 @@ impl Block {
 
     /// The linear module in a slot.
     pub fn linear_mut(&mut self, slot: Slot) -> &mut Linear {
-        &mut self.linears[slot as usize]
+        let linear = &mut self.linears[slot as usize];
+        // What the device has is about to be out of date.
+        linear.resident = OnceLock::new();
+        linear
     }
 }
 
@@ -286,7 +321,7 @@ pub(crate) fn tiny(seed: u64, head_norms: bool) -> (Decoder, Block) {
     });
     let config = ModelConfig::from_json(&config).expect("a valid configuration");
     let rope = config.ropes[0].rows(0, 64, 64);
-    let decoder = Decoder { config, threads: Threads::new(2), rope };
+    let decoder = Decoder { config, threads: Threads::new(2), device: None, rope };
     let mut random = Random::new(seed);
     let mut around_one = |n: usize| random.normals(n).iter().map(|v| 1.0 + 0.2 * v).collect::<Vec<f32>>();
     let (input_norm, post_norm, q_norm, k_norm) = (around_one(64), around_one(64), around_one(16), around_one(16));
@@ -294,7 +329,7 @@ pub(crate) fn tiny(seed: u64, head_norms: bool) -> (Decoder, Block) {
         let (n, k) = decoder.shape(slot);
         let weight = random.normals(n * k).iter().map(|v| v / (k as f32).sqrt()).collect();
         let bias = decoder.has_bias(slot).then(|| random.normals(n));
-        Linear { n, k, weight, bias }
+        Linear::new(n, k, weight, bias)
     });
     let linears = linears.collect();
     let norm = |norm: Vec<f32>| Some(norm).filter(|_| head_norms);

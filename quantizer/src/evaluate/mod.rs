@@ -12,7 +12,7 @@ use serde::Serialize;
 use sha2::{Digest, Sha256};
 
 use crate::decoder::{Decoder, Head};
-use crate::math::Threads;
+use crate::device::Compute;
 
 mod report;
 pub mod tasks;
@@ -166,10 +166,10 @@ impl Streams {
     pub fn compute(
         dir: &Path,
         windows: &[Vec<u32>],
-        threads: Threads,
+        compute: impl Into<Compute>,
         progress: &mut dyn FnMut(usize, usize) -> Result<()>,
     ) -> Result<Self> {
-        let mut run = Run::start(dir, windows, threads)?;
+        let mut run = Run::start(dir, windows, compute)?;
         while run.layer < run.layers() {
             progress(run.layer, run.layers())?;
             run.advance()?;
@@ -186,10 +186,12 @@ impl Streams {
         reference: &Path,
         candidate: &Path,
         windows: &[Vec<u32>],
-        threads: Threads,
+        compute: impl Into<Compute>,
         progress: &mut dyn FnMut(usize, usize) -> Result<()>,
     ) -> Result<(Self, Self, Vec<LayerError>)> {
-        let (mut a, mut b) = (Run::start(reference, windows, threads)?, Run::start(candidate, windows, threads)?);
+        let compute = compute.into();
+        let mut a = Run::start(reference, windows, compute.clone())?;
+        let mut b = Run::start(candidate, windows, compute)?;
         let hidden = a.decoder.config.hidden_size;
         if (a.layers(), hidden) != (b.layers(), b.decoder.config.hidden_size) {
             let message = "the two models differ in layers or hidden size";
@@ -223,11 +225,12 @@ impl Streams {
     pub fn cached(
         dir: &Path,
         windows: &[Vec<u32>],
-        threads: Threads,
+        compute: impl Into<Compute>,
         cache: &Path,
         progress: &mut dyn FnMut(usize, usize) -> Result<()>,
     ) -> Result<Self> {
-        let Run { checkpoint, decoder, head, .. } = Run::start(dir, windows, threads)?;
+        let compute = compute.into();
+        let Run { checkpoint, decoder, head, .. } = Run::start(dir, windows, compute.clone())?;
         let key = key(&checkpoint, windows)?;
         let hidden = decoder.config.hidden_size;
         let expected = 32 + windows.iter().map(|ids| 4 * ids.len() * hidden).sum::<usize>();
@@ -241,7 +244,7 @@ impl Streams {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
             Err(error) => return Err(Error::io(cache, &error)),
         }
-        let streams = Self::compute(dir, windows, threads, progress)?;
+        let streams = Self::compute(dir, windows, compute, progress)?;
         let mut bytes = key.to_vec();
         bytes.extend(streams.windows.iter().flatten().flat_map(|v| v.to_le_bytes()));
         std::fs::write(cache, bytes).map_err(|error| Error::io(cache, &error))?;
@@ -260,14 +263,14 @@ struct Run {
 }
 
 impl Run {
-    fn start(dir: &Path, windows: &[Vec<u32>], threads: Threads) -> Result<Self> {
+    fn start(dir: &Path, windows: &[Vec<u32>], compute: impl Into<Compute>) -> Result<Self> {
         if windows.is_empty() || windows.iter().any(|ids| ids.len() < 2) {
             return Err(Error::new(ErrorKind::InvalidInput, "every window needs at least two tokens"));
         }
         let checkpoint = Checkpoint::open(dir)?;
         let quantization = Quantization::of(&checkpoint)?;
         let longest = windows.iter().map(Vec::len).max().unwrap_or(0);
-        let decoder = Decoder::new(&checkpoint, longest, threads)?;
+        let decoder = Decoder::new(&checkpoint, longest, compute)?;
         let head = Head::load(&decoder, &checkpoint, quantization.as_ref())?;
         let streams = windows.iter().map(|ids| decoder.embed(&checkpoint, ids)).collect::<Result<_>>()?;
         Ok(Self { checkpoint, quantization, decoder, head, streams, layer: 0 })

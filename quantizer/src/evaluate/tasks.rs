@@ -10,7 +10,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::Streams;
-use crate::math::Threads;
+use crate::device::Compute;
 
 /// Tokens computed at a time; a longer request is still computed whole.
 const BATCH_TOKENS: usize = 16_384;
@@ -150,9 +150,10 @@ pub fn score(
     name: &str,
     requests: &[Request],
     tokenizer: &Tokenizer,
-    threads: Threads,
+    compute: impl Into<Compute>,
     progress: &mut dyn FnMut(usize, usize) -> Result<()>,
 ) -> Result<TaskReport> {
+    let compute = compute.into();
     let encoded: Vec<(Vec<u32>, usize)> =
         requests.iter().map(|request| encode(tokenizer, request)).collect::<Result<_>>()?;
     let mut scores: Vec<Score> = Vec::with_capacity(requests.len());
@@ -167,7 +168,8 @@ pub fn score(
         let batch = &rest[..taken.count().max(1)];
         // The last token is predicted and predicts nothing.
         let windows: Vec<Vec<u32>> = batch.iter().map(|(ids, _)| ids.clone()).collect();
-        let streams = Streams::compute(dir, &windows, threads, &mut |_, _| progress(scores.len(), encoded.len()))?;
+        let streams =
+            Streams::compute(dir, &windows, compute.clone(), &mut |_, _| progress(scores.len(), encoded.len()))?;
         let found: Vec<Score> =
             batch.iter().enumerate().map(|(i, (ids, first))| score_one(&streams, i, ids, *first)).collect();
         scores.extend(found);

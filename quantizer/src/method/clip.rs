@@ -163,7 +163,7 @@ mod tests {
             for bits in [2, 3, 4] {
                 let grid = Grid { bits, group_size, symmetric: false };
                 let mut moments = Moments::new(k, k);
-                moments.add(Threads::new(1), &x, None);
+                moments.add(Threads::new(1), &x);
                 let steps = search(Threads::new(2), &w, k, grid, &moments);
                 assert_eq!(steps, search(Threads::new(1), &w, k, grid, &moments));
                 let (found, full) = (error(&w, k, grid, &steps, &x), error(&w, k, grid, &grid.spans(&w, k), &x));

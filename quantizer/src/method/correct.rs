@@ -9,7 +9,6 @@ use serde::{Deserialize, Serialize};
 
 use super::Moments;
 use super::gptq::{self, Factor};
-use super::moments::weigh;
 use crate::decoder::Linear;
 use crate::math::{Threads, View, gemm};
 
@@ -40,18 +39,10 @@ pub(crate) enum Cross {
 }
 
 impl Cross {
-    /// Adds rows: errors (tokens, k or n), inputs (tokens, k), and weights of the tokens.
-    pub fn add(&mut self, threads: Threads, errors: &[f32], x: &[f32], k: usize, weights: Option<&[f32]>) {
+    /// Adds rows: errors (tokens, k or n) and inputs (tokens, k).
+    pub fn add(&mut self, threads: Threads, errors: &[f32], x: &[f32], k: usize) {
         let (Self::Input(sums) | Self::Output(sums)) = self;
         let n = sums.len() / k;
-        let weighed;
-        let errors = match weights {
-            Some(weights) => {
-                weighed = weigh(errors, n, weights.iter().copied());
-                &weighed
-            }
-            None => errors,
-        };
         gemm(threads, 1.0, View::new(errors, n).t(), View::new(x, k), 1.0, sums, k);
     }
 }

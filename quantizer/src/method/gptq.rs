@@ -239,7 +239,7 @@ mod tests {
         let x = inputs(900, k);
         let w = Random::new(12).normals(n * k);
         let mut moments = Moments::new(k, k);
-        moments.add(Threads::new(2), &x, None);
+        moments.add(Threads::new(2), &x);
         let grid = Grid { bits: 3, group_size: Some(64), symmetric: false };
         let steps = grid.spans(&w, k);
         let options = Options { damp: 0.01, act_order: false };
@@ -258,7 +258,7 @@ mod tests {
         let x = inputs(1000, k);
         let w = Random::new(13).normals(n * k);
         let mut moments = Moments::new(k, k);
-        moments.add(Threads::new(2), &x, None);
+        moments.add(Threads::new(2), &x);
         for group_size in [Some(32), Some(128), None] {
             for bits in [2, 3, 4, 8] {
                 let grid = Grid { bits, group_size, symmetric: bits == 4 };
@@ -283,7 +283,7 @@ mod tests {
         let mut x = inputs(10, k);
         x.chunks_exact_mut(k).for_each(|row| row[5..40].fill(0.0));
         let mut moments = Moments::new(k, k);
-        moments.add(Threads::new(1), &x, None);
+        moments.add(Threads::new(1), &x);
         let factor = Factor::new(Threads::new(1), &moments, Options::default()).unwrap();
         let grid = Grid { bits: 4, group_size: Some(32), symmetric: false };
         let w = Random::new(14).normals(4 * k);

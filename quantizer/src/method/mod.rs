@@ -29,9 +29,6 @@ pub struct Recipe {
     /// Make up for what earlier rounding did to the inputs, before compensation.
     #[serde(default)]
     pub correct: Option<correct::Options>,
-    /// Count tokens by the inverse of their squared size where modules write to the residual stream.
-    #[serde(default)]
-    pub weigh: bool,
     /// Learn rounding and ranges of a block against its output.
     pub learn: Option<learn::Options>,
     /// Tune scales, norms and biases of the packed model end to end.
@@ -74,8 +71,7 @@ impl Method {
     /// The parts this method is made of, for codes of `bits` bits.
     pub fn recipe(self, bits: u32) -> Recipe {
         let compensate = Some(gptq::Options::default());
-        let none =
-            Recipe { scale: false, clip: false, compensate: None, correct: None, weigh: true, learn: None, tune: None };
+        let none = Recipe { scale: false, clip: false, compensate: None, correct: None, learn: None, tune: None };
         match self {
             Self::Rtn => none,
             Self::Awq => Recipe { scale: true, clip: true, ..none },

@@ -25,23 +25,14 @@ impl Moments {
         Self { k, tokens: 0, block, gram: vec![0.0; k * block] }
     }
 
-    /// Adds rows of activations, (tokens, k); each counts with its weight (tokens), or all the same.
+    /// Adds rows of activations, (tokens, k).
     ///
     /// # Panics
-    /// If `x` does not consist of whole rows, or has not as many as there are weights.
-    pub fn add(&mut self, threads: Threads, x: &[f32], weights: Option<&[f32]>) {
+    /// If `x` does not consist of whole rows.
+    pub fn add(&mut self, threads: Threads, x: &[f32]) {
         let Self { k, block, .. } = *self;
         assert!(x.len().is_multiple_of(k), "rows are whole");
         self.tokens += x.len() / k;
-        let weighed;
-        let x = match weights {
-            Some(weights) => {
-                assert_eq!(weights.len(), x.len() / k, "a weight a row");
-                weighed = weigh(x, k, weights.iter().map(|w| w.sqrt()));
-                &weighed
-            }
-            None => x,
-        };
         if block == k {
             return add_gram(threads, x, k, &mut self.gram);
         }
@@ -84,11 +75,6 @@ impl Moments {
     }
 }
 
-/// The rows of `x` (tokens, k), each times its factor.
-pub(crate) fn weigh(x: &[f32], k: usize, factors: impl Iterator<Item = f32>) -> Vec<f32> {
-    x.chunks_exact(k).zip(factors).flat_map(|(row, factor)| row.iter().map(move |v| v * factor)).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -99,8 +85,8 @@ mod tests {
         let x = Random::new(5).normals(40 * 32);
         let (mut whole, mut parts) = (Moments::new(32, 32), Moments::new(32, 8));
         for x in x.chunks(8 * 32) {
-            whole.add(Threads::new(2), x, None);
-            parts.add(Threads::new(3), x, Some(&vec![1.0; x.len() / 32]));
+            whole.add(Threads::new(2), x);
+            parts.add(Threads::new(3), x);
         }
         for first in [0, 8, 24] {
             let (a, b) = (whole.diagonal_block(first, 8), parts.diagonal_block(first, 8));

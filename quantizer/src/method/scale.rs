@@ -23,14 +23,10 @@ const SAMPLE_TOKENS: usize = 256;
 pub struct Sample {
     /// Residual streams at the start of a few sequences.
     sequences: Vec<Vec<f32>>,
-    /// Weights of their tokens.
-    sequence_weights: Vec<f32>,
     /// For each [`Site`]: sums of magnitudes, and rows spread over all tokens.
     sites: Vec<SiteSample>,
-    /// Weights of those rows.
-    row_weights: Vec<f32>,
+    /// Every how manyth token is kept.
     stride: usize,
-    tokens: usize,
 }
 
 #[derive(Debug)]
@@ -59,35 +55,17 @@ impl Sample {
             let width = decoder.width(site);
             SiteSample { width, tokens: 0, magnitudes: vec![0.0; width], rows: Vec::new() }
         });
-        Self {
-            sequences: Vec::new(),
-            sequence_weights: Vec::new(),
-            sites: sites.collect(),
-            row_weights: Vec::new(),
-            stride: tokens.div_ceil(SAMPLE_TOKENS).max(1),
-            tokens: 0,
-        }
+        Self { sequences: Vec::new(), sites: sites.collect(), stride: tokens.div_ceil(SAMPLE_TOKENS).max(1) }
     }
 
     /// Runs the unquantized `block` over the residual stream `x` (length, hidden) of a sequence and notes what it sees.
-    /// `weigh` gives the weights of the tokens from what the block puts out.
-    pub fn add(&mut self, decoder: &Decoder, block: &Block, x: &[f32], weigh: impl Fn(&[f32]) -> Vec<f32>) {
-        let hidden = decoder.config.hidden_size;
-        let mut out = x.to_vec();
-        let (stride, sites) = (self.stride, &mut self.sites);
-        decoder.forward(block, &mut out, &mut |site, x| sites[site as usize].add(stride, x));
-        let weights = weigh(&out);
-        for &weight in &weights {
-            if self.tokens.is_multiple_of(stride) {
-                self.row_weights.push(weight);
-            }
-            self.tokens += 1;
-        }
+    pub fn add(&mut self, decoder: &Decoder, block: &Block, x: &[f32]) {
         if self.sequences.len() < ATTENTION_SEQUENCES {
-            let kept = ATTENTION_TOKENS.min(weights.len());
-            self.sequences.push(x[..kept * hidden].to_vec());
-            self.sequence_weights.extend_from_slice(&weights[..kept]);
+            let kept = (ATTENTION_TOKENS * decoder.config.hidden_size).min(x.len());
+            self.sequences.push(x[..kept].to_vec());
         }
+        let (stride, sites) = (self.stride, &mut self.sites);
+        decoder.forward(block, &mut x.to_vec(), &mut |site, x| sites[site as usize].add(stride, x));
     }
 }
 
@@ -261,20 +239,32 @@ impl Judge<'_> {
             let linear = self.block.linear(slot);
             let grid = (self.grid)(slot).filter(|_| self.site.slots().contains(&slot));
             changed.linears.push(match (grid, self.reads(slot)) {
-                (Some(grid), _) => rounded(self.decoder.threads, linear, grid, scales),
+                (Some(grid), _) => self.rounded(linear, grid, scales),
                 (None, true) => linear.clone(),
-                (None, false) => Linear { n: linear.n, k: linear.k, weight: Vec::new(), bias: None },
+                (None, false) => Linear::new(linear.n, linear.k, Vec::new(), None),
             });
         }
         let output = self.output(&changed);
-        let weights = match self.site {
-            Site::Attention => &self.sample.sequence_weights,
-            _ => &self.sample.row_weights,
+        output.iter().zip(expected).map(|(a, b)| f64::from(a - b).powi(2)).sum()
+    }
+
+    /// The module with Q(W s) / s as its weight, on the device if that will compute with it.
+    fn rounded(&self, linear: &Linear, grid: Grid, scales: Option<&[f32]>) -> Linear {
+        let rows = self.sample.sites[self.site as usize].rows.len() / linear.k;
+        let device = self.decoder.device.as_ref().filter(|device| device.takes(rows, linear.n, linear.k));
+        let ones;
+        let scales = match scales {
+            Some(scales) => scales,
+            None => {
+                ones = vec![1.0; linear.k];
+                &ones
+            }
         };
-        let hidden = self.decoder.config.hidden_size;
-        let rows = output.chunks_exact(hidden).zip(expected.chunks_exact(hidden)).zip(weights);
-        let square = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>();
-        rows.map(|((a, b), &weight)| f64::from(weight) * square(a, b)).sum()
+        let there = device.and_then(|device| device.rounded(linear.resident(device)?, scales, grid));
+        match there {
+            Some(resident) => Linear::on_device(resident, linear.bias.clone()),
+            None => rounded(self.decoder.threads, linear, grid, scales),
+        }
     }
 
     /// Whether the judged output depends on the module.
@@ -288,19 +278,18 @@ impl Judge<'_> {
 
     /// The output that is judged: of attention, of the MLP, or of the module itself.
     fn output(&self, block: &Block) -> Vec<f32> {
-        let threads = self.decoder.threads;
         let rows = &self.sample.sites[self.site as usize].rows;
         match self.site {
             Site::Attention => {
                 let of = |x: &Vec<f32>| {
                     let attended = self.decoder.attend(block, &self.decoder.attention_input(block, x));
-                    block.linear(Slot::O).forward(threads, &attended)
+                    block.linear(Slot::O).forward(self.decoder, &attended)
                 };
                 self.sample.sequences.iter().flat_map(of).collect()
             }
-            Site::Mlp => block.linear(Slot::Down).forward(threads, &self.decoder.activate(block, rows)),
-            Site::Attended => block.linear(Slot::O).forward(threads, rows),
-            Site::Activated => block.linear(Slot::Down).forward(threads, rows),
+            Site::Mlp => block.linear(Slot::Down).forward(self.decoder, &self.decoder.activate(block, rows)),
+            Site::Attended => block.linear(Slot::O).forward(self.decoder, rows),
+            Site::Activated => block.linear(Slot::Down).forward(self.decoder, rows),
         }
     }
 }
@@ -321,17 +310,9 @@ fn scales(x_mean: &[f64], w_mean: &[f64], alpha: f32) -> Vec<f32> {
 }
 
 /// The module with Q(W s) / s as its weight.
-fn rounded(threads: Threads, linear: &Linear, grid: Grid, scales: Option<&[f32]>) -> Linear {
+fn rounded(threads: Threads, linear: &Linear, grid: Grid, scales: &[f32]) -> Linear {
     let (n, k) = (linear.n, linear.k);
     let group = grid.group(k);
-    let ones;
-    let scales = match scales {
-        Some(scales) => scales,
-        None => {
-            ones = vec![1.0; k];
-            &ones
-        }
-    };
     let inverses: Vec<f32> = scales.iter().map(|s| 1.0 / s).collect();
     let mut weight = vec![0.0; n * k];
     threads.rows(&mut weight, k, |first, rows| {
@@ -350,5 +331,5 @@ fn rounded(threads: Threads, linear: &Linear, grid: Grid, scales: Option<&[f32]>
             }
         })
     });
-    Linear { n, k, weight, bias: linear.bias.clone() }
+    Linear::new(n, k, weight, linear.bias.clone())
 }

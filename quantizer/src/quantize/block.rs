@@ -12,7 +12,7 @@ use crate::method::scale::{self, Sample, SiteScale};
 use crate::method::{Moments, Recipe, clip, learn};
 
 /// Most tokens that AWQ's scales are searched on; more tell it nothing new.
-const SCALE_TOKENS: usize = 4096;
+const SCALE_TOKENS: usize = 1024;
 
 /// Most tokens that the reported error of a block is measured on.
 const PROBE_TOKENS: usize = 128;
@@ -159,21 +159,8 @@ impl Task<'_> {
         let chosen: Vec<&Vec<f32>> = streams.iter().step_by(every).collect();
         let tokens = chosen.iter().map(|x| x.len() / hidden).sum();
         let mut sample = Sample::new(self.decoder, tokens);
-        chosen.iter().for_each(|x| sample.add(self.decoder, block, x, |out| self.weights(out)));
+        chosen.iter().for_each(|x| sample.add(self.decoder, block, x));
         sample
-    }
-
-    /// Weights of the tokens whose residual stream is `x` (tokens, hidden): a norm will divide by its size.
-    fn weights(&self, x: &[f32]) -> Vec<f32> {
-        let hidden = self.decoder.config.hidden_size;
-        let weight = |row: &[f32]| match self.recipe.weigh {
-            true => {
-                let square: f64 = row.iter().map(|&v| f64::from(v).powi(2)).sum();
-                (hidden as f64 / (square + 1e-6)) as f32
-            }
-            false => 1.0,
-        };
-        x.chunks_exact(hidden).map(weight).collect()
     }
 }
 
@@ -214,7 +201,7 @@ impl Rounding<'_> {
         let meant: Option<Streams> =
             exact.as_deref().map(|exact| exact.iter().map(|x| decoder.attention_input(scaled, x)).collect());
         for (i, x) in normed.iter().enumerate() {
-            seen.add(threads, x, None, || meant.as_ref().map(|meant| difference(&meant[i], x)));
+            seen.add(threads, x, || meant.as_ref().map(|meant| difference(&meant[i], x)));
         }
         self.site(Site::Attention, seen);
 
@@ -225,10 +212,9 @@ impl Rounding<'_> {
             let before = exact.as_deref().map(|exact| exact[i].clone());
             if let (Some(exact), Some(meant)) = (exact.as_deref_mut(), &meant) {
                 let attended = decoder.attend(scaled, &meant[i]);
-                scaled.linear(Slot::O).accumulate(threads, &attended, &mut exact[i]);
+                scaled.linear(Slot::O).accumulate(decoder, &attended, &mut exact[i]);
             }
-            let weights = self.task.weights(exact.as_deref().map_or(&streams[i], |exact| &exact[i]));
-            seen.add(threads, x, Some(&weights), || {
+            seen.add(threads, x, || {
                 let after = &exact.as_deref()?[i];
                 Some(self.output_error(Slot::O, x, &streams[i], before.as_deref()?, after, residual))
             });
@@ -237,13 +223,13 @@ impl Rounding<'_> {
         self.site(Site::Attended, seen);
         let computing = if propagate { &self.block } else { scaled };
         for (x, attended) in streams.iter_mut().zip(attended) {
-            computing.linear(Slot::O).accumulate(threads, &attended, x);
+            computing.linear(Slot::O).accumulate(decoder, &attended, x);
         }
 
         let mut seen = self.nothing_seen(Site::Mlp, corrects);
         let normed: Streams = streams.iter().map(|x| decoder.mlp_input(&self.block, x)).collect();
         for (i, x) in normed.iter().enumerate() {
-            seen.add(threads, x, None, || Some(difference(&decoder.mlp_input(scaled, &exact.as_deref()?[i]), x)));
+            seen.add(threads, x, || Some(difference(&decoder.mlp_input(scaled, &exact.as_deref()?[i]), x)));
         }
         self.site(Site::Mlp, seen);
 
@@ -254,10 +240,9 @@ impl Rounding<'_> {
             let before = exact.as_deref().map(|exact| exact[i].clone());
             if let Some(exact) = exact.as_deref_mut() {
                 let activated = decoder.activate(scaled, &decoder.mlp_input(scaled, &exact[i]));
-                scaled.linear(Slot::Down).accumulate(threads, &activated, &mut exact[i]);
+                scaled.linear(Slot::Down).accumulate(decoder, &activated, &mut exact[i]);
             }
-            let weights = self.task.weights(exact.as_deref().map_or(&streams[i], |exact| &exact[i]));
-            seen.add(threads, x, Some(&weights), || {
+            seen.add(threads, x, || {
                 let after = &exact.as_deref()?[i];
                 Some(self.output_error(Slot::Down, x, &streams[i], before.as_deref()?, after, residual))
             });
@@ -265,7 +250,7 @@ impl Rounding<'_> {
         self.site(Site::Activated, seen);
         let computing = if propagate { &self.block } else { scaled };
         for (x, activated) in streams.iter_mut().zip(activated) {
-            computing.linear(Slot::Down).accumulate(threads, &activated, x);
+            computing.linear(Slot::Down).accumulate(decoder, &activated, x);
         }
     }
 
@@ -282,7 +267,7 @@ impl Rounding<'_> {
     ) -> Vec<f32> {
         let mut reached: Vec<f32> =
             before.iter().zip(ours).map(|(before, ours)| before + residual * (ours - before)).collect();
-        self.scaled.linear(slot).accumulate(self.task.decoder.threads, x, &mut reached);
+        self.scaled.linear(slot).accumulate(self.task.decoder, x, &mut reached);
         difference(after, &reached)
     }
 
@@ -356,8 +341,8 @@ impl Rounding<'_> {
 
 impl Seen {
     /// Notes the input of one sequence; `error` is what the cross moments are of.
-    fn add(&mut self, threads: Threads, x: &[f32], weights: Option<&[f32]>, error: impl FnOnce() -> Option<Vec<f32>>) {
-        self.moments.add(threads, x, weights);
+    fn add(&mut self, threads: Threads, x: &[f32], error: impl FnOnce() -> Option<Vec<f32>>) {
+        self.moments.add(threads, x);
         let (squares, tokens) = &mut self.squares[self.sequences % 2];
         for row in x.chunks_exact(self.moments.k) {
             squares.iter_mut().zip(row).for_each(|(sum, &x)| *sum += f64::from(x * x));
@@ -367,7 +352,7 @@ impl Seen {
         if let Some(cross) = &mut self.cross
             && let Some(error) = error()
         {
-            cross.add(threads, &error, x, self.moments.k, weights);
+            cross.add(threads, &error, x, self.moments.k);
         }
     }
 }

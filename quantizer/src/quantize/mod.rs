@@ -16,8 +16,8 @@ use sha2::{Digest, Sha256};
 
 use crate::calibration::Calibration;
 use crate::decoder::{Decoder, Slot};
+use crate::device::Compute;
 use crate::grid::Grid;
-use crate::math::Threads;
 use crate::method::{Method, Recipe};
 use crate::write::DEFAULT_SHARD_BYTES;
 
@@ -144,13 +144,18 @@ pub struct Plan {
 /// # Errors
 /// [`ErrorKind::Unsupported`] if the source is packed already, of an unknown architecture or cannot be written in the
 /// dialect; [`ErrorKind::InvalidInput`] for options or a calibration that cannot be used; those of reading.
-pub fn plan(source: &Path, calibration: &Calibration, options: &QuantizeOptions, threads: Threads) -> Result<Plan> {
+pub fn plan(
+    source: &Path,
+    calibration: &Calibration,
+    options: &QuantizeOptions,
+    compute: impl Into<Compute>,
+) -> Result<Plan> {
     let checkpoint = Checkpoint::open(source)?;
     if Quantization::of(&checkpoint)?.is_some() {
         return Err(Error::new(ErrorKind::Unsupported, "the checkpoint is already quantized").in_file(source));
     }
     let length = calibration.sequences.iter().map(Vec::len).max().unwrap_or(0);
-    let decoder = Decoder::new(&checkpoint, length, threads)?;
+    let decoder = Decoder::new(&checkpoint, length, compute)?;
     let recipe = options.recipe.clone().unwrap_or_else(|| options.method.recipe(options.bits));
     if recipe.uses_tokens() {
         calibration.check(decoder.config.vocab_size)?;
@@ -254,10 +259,10 @@ pub fn quantize(
     out: &Path,
     calibration: &Calibration,
     options: &QuantizeOptions,
-    threads: Threads,
+    compute: impl Into<Compute>,
     progress: &mut dyn FnMut(Progress) -> Result<()>,
 ) -> Result<QuantizeReport> {
-    let plan = plan(source, calibration, options, threads)?;
+    let plan = plan(source, calibration, options, compute)?;
     let (decoder, recipe, seed) = (&plan.decoder, &plan.recipe, options.seed);
     let layers = decoder.config.num_hidden_layers;
     // Refuses an output that cannot be used before the work, not after it.

@@ -147,7 +147,7 @@ impl Layer {
                 Some(matrix) => dequantize(decoder.threads, matrix),
                 None => linear.weight.clone(),
             };
-            Linear { weight, n: linear.n, k: linear.k, bias: linear.bias.clone() }
+            Linear::new(linear.n, linear.k, weight, linear.bias.clone())
         });
         Block { linears: linears.collect(), ..self.block.without_linears() }
     }

@@ -15,7 +15,10 @@ use crate::tensor::{Weight, WeightShape};
 
 pub use crate::quant::ROW_STEP;
 
+pub use products::{Products, Resident, RoundingGrid};
+
 pub mod cpu;
+mod products;
 #[cfg(feature = "wgpu")]
 pub mod wgpu;
 

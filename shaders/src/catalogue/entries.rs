@@ -427,6 +427,25 @@ pub const ENTRIES: &[Entry] = &[
         ],
     },
     Entry {
+        name: "round_groups",
+        bindings: &[
+            Binding { index: 0, name: "params", kind: BindingKind::Uniform, min_size: 24 },
+            Binding { index: 2, name: "w", kind: BindingKind::StorageRead, min_size: 4 },
+            Binding { index: 3, name: "s", kind: BindingKind::StorageRead, min_size: 4 },
+            Binding { index: 4, name: "out", kind: BindingKind::StorageReadWrite, min_size: 4 },
+        ],
+        workgroup_size: [64, 1, 1],
+        workgroup_memory: 512,
+        params: &[
+            Field { name: "n", offset: 0 },
+            Field { name: "k", offset: 4 },
+            Field { name: "row_words", offset: 8 },
+            Field { name: "group_size", offset: 12 },
+            Field { name: "max_code", offset: 16 },
+            Field { name: "symmetric", offset: 20 },
+        ],
+    },
+    Entry {
         name: "attention",
         bindings: &[
             Binding { index: 0, name: "params", kind: BindingKind::Uniform, min_size: 40 },

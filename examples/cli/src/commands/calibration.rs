@@ -7,8 +7,8 @@ use awqua::session::chat::ChatTemplate;
 use awqua::session::tokenizer::Tokenizer;
 use awqua::{Error, ErrorKind, ModelConfig};
 use awqua_quantizer::calibration::{self, Calibration, check};
-use awqua_quantizer::math::Threads;
 
+use crate::options::ComputeArgs;
 use crate::output::{self, Outcome, Unit};
 
 #[derive(clap::Args)]
@@ -72,9 +72,8 @@ pub struct CheckArgs {
     /// Sites with the largest shift to list
     #[arg(long, value_name = "N", default_value_t = 5)]
     worst: usize,
-    /// Threads [default: all]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
-    threads: Option<u16>,
+    #[command(flatten)]
+    compute: ComputeArgs,
     /// Print JSON
     #[arg(long)]
     pub json: bool,
@@ -82,9 +81,9 @@ pub struct CheckArgs {
 
 pub fn run(args: &CheckArgs) -> Outcome {
     let text = args.calibration.load(&args.dir)?;
-    let threads = args.threads.map_or_else(Threads::available, |n| Threads::new(n.into()));
+    let compute = args.compute.compute()?;
     let bar = output::progress("reading", Unit::Blocks);
-    let found = check::check(&args.dir, &text.sequences, threads, &mut |done, total| {
+    let found = check::check(&args.dir, &text.sequences, compute.clone(), &mut |done, total| {
         bar.set_length(total as u64);
         bar.set_position(done as u64);
         Ok(())

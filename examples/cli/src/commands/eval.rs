@@ -5,10 +5,11 @@ use std::path::{Path, PathBuf};
 use awqua::checkpoint::Checkpoint;
 use awqua::session::tokenizer::Tokenizer;
 use awqua::{Error, ErrorKind, ModelConfig};
+use awqua_quantizer::device::Compute;
 use awqua_quantizer::evaluate::{self, Comparison, Evaluation, Streams, TaskReport, tasks};
-use awqua_quantizer::math::Threads;
 
 use super::perplexity::{Ids, read_ids};
+use crate::options::ComputeArgs;
 use crate::output::{self, Failure, Outcome, Unit};
 
 #[derive(clap::Args)]
@@ -48,9 +49,8 @@ pub struct Args {
     /// Write a page with plots, which needs nothing but itself
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
-    /// Threads [default: all]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
-    threads: Option<u16>,
+    #[command(flatten)]
+    compute: ComputeArgs,
     /// Print JSON
     #[arg(long)]
     pub json: bool,
@@ -58,9 +58,9 @@ pub struct Args {
 
 pub fn run(args: &Args) -> Outcome {
     let tokenizer = tokenizer(&args.dir)?;
-    let threads = args.threads.map_or_else(Threads::available, |n| Threads::new(n.into()));
+    let compute = args.compute.compute()?;
     let comparison = match args.text.is_some() || args.ids_file.is_some() {
-        true => Some(compare(args, tokenizer.as_ref(), threads)?),
+        true => Some(compare(args, tokenizer.as_ref(), &compute)?),
         false => None,
     };
     let mut scored = Vec::new();
@@ -72,7 +72,7 @@ pub fn run(args: &Args) -> Outcome {
             let no_tokenizer = || Failure::Usage("--task needs models with a tokenizer".into());
             let tokenizer = self::tokenizer(dir)?.ok_or_else(no_tokenizer)?;
             let bar = output::progress(&name, Unit::Parts);
-            let report = tasks::score(dir, &name, &requests, &tokenizer, threads, &mut |done, total| {
+            let report = tasks::score(dir, &name, &requests, &tokenizer, compute.clone(), &mut |done, total| {
                 bar.set_length(total as u64);
                 bar.set_position(done as u64);
                 Ok(())
@@ -100,7 +100,7 @@ pub fn run(args: &Args) -> Outcome {
     evaluation.tasks.iter().try_for_each(|(model, task)| print_task(model, task))
 }
 
-fn compare(args: &Args, tokenizer: Option<&Tokenizer>, threads: Threads) -> Outcome<Comparison> {
+fn compare(args: &Args, tokenizer: Option<&Tokenizer>, compute: &Compute) -> Outcome<Comparison> {
     let windows = windows(args, tokenizer)?;
     let bar = output::progress("both models", Unit::Blocks);
     let mut progress = |done: usize, total: usize| {
@@ -111,12 +111,13 @@ fn compare(args: &Args, tokenizer: Option<&Tokenizer>, threads: Threads) -> Outc
     let (reference, candidate, layers) = match &args.reference_cache {
         Some(cache) => {
             bar.set_message("reference");
-            let reference = Streams::cached(&args.reference, &windows, threads, cache, &mut progress)?;
+            let reference = Streams::cached(&args.reference, &windows, compute.clone(), cache, &mut progress)?;
             bar.set_message("candidate");
-            (reference, Streams::compute(&args.dir, &windows, threads, &mut progress)?, None)
+            (reference, Streams::compute(&args.dir, &windows, compute.clone(), &mut progress)?, None)
         }
         None => {
-            let (a, b, layers) = Streams::compute_pair(&args.reference, &args.dir, &windows, threads, &mut progress)?;
+            let (a, b, layers) =
+                Streams::compute_pair(&args.reference, &args.dir, &windows, compute.clone(), &mut progress)?;
             (a, b, Some(layers))
         }
     };

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use awqua::{Error, ErrorKind};
 use awqua_quantizer::calibration::Calibration;
-use awqua_quantizer::math::Threads;
+use awqua_quantizer::device::Compute;
 use awqua_quantizer::method::Method;
 use awqua_quantizer::mixed::{self, Allocation, Granularity, Sensitivity, Unit};
 use awqua_quantizer::plot::{Chart, Mark, Series};
@@ -14,6 +14,7 @@ use awqua_quantizer::rtn::Report;
 use awqua_quantizer::{RtnOptions, quantize_rtn};
 
 use super::calibration::CalibrationArgs;
+use crate::options::{ComputeArgs, note_device};
 use crate::output::{self, Failure, Outcome};
 
 #[derive(clap::Args)]
@@ -48,9 +49,8 @@ pub struct Args {
     /// Seed of the random numbers
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
-    /// Threads [default: all]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
-    threads: Option<u16>,
+    #[command(flatten)]
+    compute: ComputeArgs,
     /// JSON that replaces parts of the method (scale, clip, compensate, learn), for experiments
     #[arg(long, value_name = "JSON", hide = true)]
     recipe: Option<String>,
@@ -139,15 +139,15 @@ fn choose_bits(
     args: &Args,
     calibration: &Calibration,
     options: &mut QuantizeOptions,
-    threads: Threads,
+    compute: &Compute,
 ) -> Outcome<Option<Allocation>> {
     let target = &args.target;
     if target.target_size.is_none() && target.target_bits.is_none() {
         return Ok(None);
     }
-    let sensitivity = sensitivity(args, calibration, options, threads)?;
+    let sensitivity = sensitivity(args, calibration, options, compute)?;
     // Any width will do here: what is asked are sizes.
-    let plan = quantize::plan(&args.dir, calibration, options, threads)?;
+    let plan = quantize::plan(&args.dir, calibration, options, compute)?;
     let mut sizes = BTreeMap::new();
     for unit in &sensitivity.units {
         for bits in mixed::WIDTHS {
@@ -217,7 +217,7 @@ fn sensitivity(
     args: &Args,
     calibration: &Calibration,
     options: &QuantizeOptions,
-    threads: Threads,
+    compute: &Compute,
 ) -> Outcome<Sensitivity> {
     let granularity = if args.target.per_module { Granularity::Module } else { Granularity::Fused };
     if let Some(file) = &args.target.sensitivity
@@ -233,12 +233,18 @@ fn sensitivity(
         return Ok(known);
     }
     let bar = output::progress("measuring", output::Unit::Blocks);
-    let measured =
-        mixed::measure(&args.dir, calibration, options.group_size, granularity, threads, &mut |done, total| {
+    let measured = mixed::measure(
+        &args.dir,
+        calibration,
+        options.group_size,
+        granularity,
+        compute.clone(),
+        &mut |done, total| {
             bar.set_length(total as u64);
             bar.set_position(done as u64);
             Ok(())
-        })?;
+        },
+    )?;
     bar.finish_and_clear();
     if let Some(file) = &args.target.sensitivity {
         let text = serde_json::to_string(&measured).map_err(std::io::Error::from)?;
@@ -289,17 +295,20 @@ pub fn run(args: &Args) -> Outcome {
     if plain && options.format == Format::AwqGemm && !args.symmetric && options.group_size != GroupSize::Channel {
         return round_to_nearest(args);
     }
-    let threads = args.threads.map_or_else(Threads::available, |n| Threads::new(n.into()));
-    let allocation = choose_bits(args, &calibration, &mut options, threads)?;
+    let compute = args.compute.compute()?;
+    let allocation = choose_bits(args, &calibration, &mut options, &compute)?;
     if !args.json {
-        let needed = quantize::plan(&args.dir, &calibration, &options, threads)?.peak_memory(&calibration);
+        let needed = quantize::plan(&args.dir, &calibration, &options, &compute)?.peak_memory(&calibration);
         output::note(&format!(
             "{} calibration tokens, at most {} of memory besides the mapped source",
             calibration.tokens(),
             output::bytes(needed)
         ));
     }
-    let report = with_progress(&args.dir, &args.out, &calibration, &options, threads)?;
+    let report = with_progress(&args.dir, &args.out, &calibration, &options, &compute)?;
+    if !args.json {
+        note_device(&compute);
+    }
     if args.json {
         return output::json(&Printed { report: &report, allocation });
     }
@@ -364,10 +373,10 @@ pub fn with_progress(
     out: &Path,
     calibration: &Calibration,
     options: &QuantizeOptions,
-    threads: Threads,
+    compute: &Compute,
 ) -> Outcome<QuantizeReport> {
     let bar = output::progress("quantizing", output::Unit::Blocks);
-    let report = quantize::quantize(source, out, calibration, options, threads, &mut |p| {
+    let report = quantize::quantize(source, out, calibration, options, compute.clone(), &mut |p| {
         bar.set_length(p.total as u64);
         bar.set_position(p.done as u64);
         Ok(())

@@ -21,6 +21,7 @@ mod memory;
 mod pace;
 mod pipelines;
 mod plan;
+mod products;
 mod profile;
 mod readback;
 mod run;
@@ -31,6 +32,7 @@ mod vulkan;
 mod weights;
 
 pub use adapters::{AdapterSummary, DeviceIds, adapters};
+pub use products::products;
 
 use device::Gpu;
 use pipelines::Pipelines;
@@ -123,6 +125,18 @@ pub(crate) fn runner_bytes(program: &Program, config: &RunnerConfig) -> u64 {
     run::bytes(program, config)
 }
 
+fn open_gpu(options: &WgpuOptions) -> Result<Gpu> {
+    match &options.device {
+        DeviceChoice::Shared(shared) => Gpu::share(shared, options),
+        choice => {
+            let adapters = adapters::enumerate();
+            let mut summaries: Vec<_> = adapters.iter().enumerate().map(|(i, a)| adapters::summary(i, a)).collect();
+            let index = adapters::select(&summaries, choice)?;
+            Gpu::open(&adapters[index], summaries.swap_remove(index), options)
+        }
+    }
+}
+
 /// Begins to open what `options` mean.
 pub fn begin_open(options: WgpuOptions) -> Box<dyn Opening> {
     Box::new(WgpuOpening { options, testing: None })
@@ -137,16 +151,7 @@ struct WgpuOpening {
 impl WgpuOpening {
     fn piece(&mut self) -> Result<Option<WgpuDevice>> {
         let Some((gpu, pipelines, test)) = &mut self.testing else {
-            let gpu = match &self.options.device {
-                DeviceChoice::Shared(shared) => Gpu::share(shared, &self.options)?,
-                choice => {
-                    let adapters = adapters::enumerate();
-                    let mut summaries: Vec<_> =
-                        adapters.iter().enumerate().map(|(i, a)| adapters::summary(i, a)).collect();
-                    let index = adapters::select(&summaries, choice)?;
-                    Gpu::open(&adapters[index], summaries.swap_remove(index), &self.options)?
-                }
-            };
+            let gpu = open_gpu(&self.options)?;
             let saved = self.options.pipeline_cache.as_ref().map(|saved| saved.as_slice());
             let (pipelines, test) = (Pipelines::new(&gpu, saved), SelfTest::new(&gpu, &self.options));
             self.testing = Some((Arc::new(gpu), Arc::new(pipelines), test));

@@ -138,15 +138,33 @@ impl SelfTest {
             return Ok(false);
         } else if let Some(kernel) = self.kernels.pop_front() {
             pipelines.get(gpu, kernel, variant)?;
-            let fits = |trial: &Trial| {
-                let bytes = trial.storage.iter().map(|words| words.len() as u64 * 4).max().unwrap_or(0);
-                bytes <= gpu.limits.max_storage_buffer_binding_size
-            };
-            let trials = (kernel.trials)(variant, &mut Rng::new(1)).into_iter().filter(fits);
-            self.trials.extend(trials.map(|trial| (kernel, trial)));
+            self.trials.extend(trials_that_fit(gpu, kernel, variant).map(|trial| (kernel, trial)));
         }
         Ok(self.kernels.is_empty() && self.trials.is_empty() && self.flight.is_none())
     }
+}
+
+fn trials_that_fit(gpu: &Gpu, kernel: &Kernel, variant: Variant) -> impl Iterator<Item = Trial> {
+    let limit = gpu.limits.max_storage_buffer_binding_size;
+    let fits = move |trial: &Trial| trial.storage.iter().all(|words| words.len() as u64 * 4 <= limit);
+    (kernel.trials)(variant, &mut Rng::new(1)).into_iter().filter(fits)
+}
+
+/// Runs the trials of one kernel.
+///
+/// # Errors
+/// [`ErrorKind::Device`] naming the kernel that computes wrongly, or a device error.
+pub(super) fn pass(gpu: &Gpu, pipelines: &Pipelines, kernel: &'static Kernel, variant: Variant) -> Result<()> {
+    for trial in trials_that_fit(gpu, kernel, variant) {
+        let mut flight = Flight::begin(gpu, pipelines, kernel, variant, trial)?;
+        loop {
+            gpu.wait_until(None, || flight.readback.arrived())?;
+            if let Step::Done = flight.advance(gpu)? {
+                break;
+            }
+        }
+    }
+    Ok(())
 }
 
 /// A trial on the device.

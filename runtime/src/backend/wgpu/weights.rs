@@ -515,7 +515,14 @@ fn weight_buffer(gpu: &Gpu, name: &str, bytes: usize) -> Result<wgpu::Buffer> {
 }
 
 /// Writes rows of `row_bytes` each at multiples of `padded` bytes from byte `offset` on, a bounded slice at a time.
-fn write(gpu: &Gpu, buffer: &wgpu::Buffer, offset: u64, data: &[u8], row_bytes: usize, padded: usize) -> Result<()> {
+pub(super) fn write(
+    gpu: &Gpu,
+    buffer: &wgpu::Buffer,
+    offset: u64,
+    data: &[u8],
+    row_bytes: usize,
+    padded: usize,
+) -> Result<()> {
     if row_bytes == padded {
         return gpu.write(buffer, offset, data);
     }
