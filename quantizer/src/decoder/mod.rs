@@ -4,16 +4,11 @@
 //! intermediate value and gradient can be had. Activations are row-major, one row a token; a sequence is a run of rows
 //! that attend to each other only.
 
-use awqua::checkpoint::Checkpoint;
-<<<<<<< HEAD
-use awqua::quant::{self, LinearWeight, Quantization};
-=======
-use awqua::quant::{self, Quantization};
-use awqua::tensor::Weight;
 use std::sync::OnceLock;
 
 use awqua::backend::Resident;
->>>>>>> main
+use awqua::checkpoint::Checkpoint;
+use awqua::quant::{self, LinearWeight, Quantization};
 use awqua::{Error, ErrorKind, ModelConfig, Result};
 
 use crate::device::{Accelerator, Compute};
