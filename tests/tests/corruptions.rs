@@ -430,6 +430,9 @@ fn gguf_entry(file: &[u8], tensor: &str) -> usize {
     file.windows(named.len()).position(|window| window == named).unwrap() + named.len()
 }
 
+/// A change of a file, and what it is called.
+type FileChange<'a> = (&'a str, &'a dyn Fn(&mut Vec<u8>));
+
 #[test]
 fn every_change_of_meaning_in_gguf_files_is_found() {
     for name in ["gguf-q4_0", "gguf-q4_1-q8_0", "gguf-q4_k-q6_k", "gguf-q5", "gguf-q5_k"] {
@@ -443,7 +446,7 @@ fn every_change_of_meaning_in_gguf_files_is_found() {
         let data = (last + 4 + 8 * dims + 4 + 8_usize).next_multiple_of(alignment);
         let offset = u64::from_le_bytes(file[at + 24..at + 32].try_into().unwrap()) as usize;
         let word = |file: &mut Vec<u8>, at: usize, value: u32| file[at..at + 4].copy_from_slice(&value.to_le_bytes());
-        let changes: &[(&str, &dyn Fn(&mut Vec<u8>))] = &[
+        let changes: &[FileChange<'_>] = &[
             ("one dimension", &|file| word(file, at, 1)),
             ("nine dimensions", &|file| word(file, at, 9)),
             ("other inputs", &|file| word(file, at + 4, 96)),
