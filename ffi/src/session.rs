@@ -409,6 +409,7 @@ pub unsafe extern "C" fn awqua_session_create(
                 kv_type,
                 threads: Some(model.config.threads),
                 chunk: optional(desc.chunk),
+                exact: false,
             };
             let driver = Driver::new(model.loaded()?, &options)?;
             *out = Handle::into_c(Session { driver }, Shared::default());

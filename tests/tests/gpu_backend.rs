@@ -499,6 +499,7 @@ fn config() -> RunnerConfig {
         kv_type: None,
         threads: None,
         jobs: None,
+        exact: true,
     }
 }
 

@@ -186,6 +186,7 @@ fn worst(mut backend: Box<dyn Backend>, program: &Program, weights: &[Weight], e
         kv_type: Some(KvType::F32),
         threads: Some(2),
         jobs: None,
+        exact: true,
     };
     let backend: Arc<dyn Backend> = backend.into();
     let mut runner: Box<dyn Runner> = backend.runner(&Arc::new(program.clone()), &config).unwrap();

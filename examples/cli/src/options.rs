@@ -33,6 +33,9 @@ pub struct DeviceArgs {
     /// Use only the GPU kernels that run everywhere: no f16 arithmetic, no subgroups
     #[arg(long)]
     pub portable_kernels: bool,
+    /// On the CPU: multiply 4-bit weights in f32 instead of rounding activations to 8 bits
+    #[arg(long)]
+    pub exact: bool,
 }
 
 #[derive(ValueEnum, Debug, Clone, Copy, PartialEq, Eq)]
@@ -89,6 +92,7 @@ impl DeviceArgs {
             }),
             threads: Some(self.threads.map_or_else(default_threads, usize::from)),
             chunk: None,
+            exact: self.exact,
         };
         Ok(Session::new(model, &options)?)
     }

@@ -352,6 +352,8 @@ pub struct RunnerConfig {
     pub threads: Option<usize>,
     /// The host's own threads, used instead of threads of ours. GPU backends ignore it.
     pub jobs: Option<Jobs>,
+    /// Never round activations, see [`crate::SessionOptions::exact`]. GPU backends ignore it.
+    pub exact: bool,
 }
 
 /// A host's `parallel_for`: runs tasks on threads that the host owns.

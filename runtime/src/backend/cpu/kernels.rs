@@ -2,6 +2,7 @@
 //!
 //! Holding a value of an implementation proves that the processor supports it.
 
+use super::int8::{self, Block, Codes, Tile};
 use crate::tensor::{DenseType, Offset};
 
 /// Rows and columns of a [`Kernels::dot_tile`].
@@ -41,6 +42,14 @@ pub(super) trait Kernels: Send + Sync {
 
     /// y[i] += a * x[i]
     fn axpy(&self, a: f32, x: &[f32], y: &mut [f32]);
+
+    /// Rounds the columns of one span; returns their scale and the sum of what they became. Every implementation
+    /// computes the same bits.
+    fn round_span(&self, x: &[f32], blocks: &mut [Block]) -> (f32, f32);
+
+    /// acc[r][c] += w[r] . x[c] for the rows of `w` and `x`. A sum is added up in an order that does not depend on how
+    /// many others are computed with it; its integer parts are exact.
+    fn dot_codes(&self, w: &Codes<'_>, x: &Tile<'_>, acc: &mut [[f32; TILE]; TILE]);
 }
 
 /// The best implementation for this processor.
@@ -133,6 +142,14 @@ impl Kernels for Portable {
         for (x, y) in x.iter().zip(y) {
             *y += a * x;
         }
+    }
+
+    fn round_span(&self, x: &[f32], blocks: &mut [Block]) -> (f32, f32) {
+        int8::round_span(x, blocks)
+    }
+
+    fn dot_codes(&self, w: &Codes<'_>, x: &Tile<'_>, acc: &mut [[f32; TILE]; TILE]) {
+        int8::dot_codes(w, x, acc);
     }
 }
 

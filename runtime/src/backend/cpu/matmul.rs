@@ -11,7 +11,7 @@ use crate::tensor::{DenseType, Weight};
 /// Columns expanded at a time: TILE rows of them are 32 KiB, so they stay in the first cache levels.
 const K_TILE: usize = 2048;
 /// Tasks a thread gets on average; more balance better, fewer cost less.
-const TASKS_PER_THREAD: usize = 4;
+pub(super) const TASKS_PER_THREAD: usize = 4;
 
 /// Elements of [`Scratch::weights`] a matrix product needs. A group longer than a tile is expanded whole.
 pub(super) fn scratch_weights() -> usize {
@@ -32,7 +32,7 @@ pub(super) fn widen(kernels: &dyn Kernels, dtype: DenseType, bytes: &[u8], out: 
 }
 
 /// Output rows written by tasks that own disjoint columns.
-struct Output {
+pub(super) struct Output {
     first: *mut f32,
     stride: usize,
     len: usize,
@@ -42,11 +42,16 @@ struct Output {
 unsafe impl Sync for Output {}
 
 impl Output {
+    /// `out` starts at the first output column, rows are `stride` apart. The tasks must not outlive the borrow.
+    pub(super) fn new(out: &mut [f32], stride: usize) -> Self {
+        Self { first: out.as_mut_ptr(), stride, len: out.len() }
+    }
+
     /// Writes (or adds to) column `n` of row `t`.
     ///
     /// # Safety
     /// No two threads may pass the same `n` during one matrix product.
-    unsafe fn set(&self, t: usize, n: usize, value: f32, accumulate: bool) {
+    pub(super) unsafe fn set(&self, t: usize, n: usize, value: f32, accumulate: bool) {
         let at = t * self.stride + n;
         assert!(at < self.len);
         // SAFETY: in bounds by the assertion; unshared by the caller's promise.
@@ -88,7 +93,7 @@ pub(super) fn matmul(
     let part = part.start..part.end.min(blocks(n));
     let blocks = part.len();
     let tasks = blocks.min(pool.threads() * TASKS_PER_THREAD);
-    let output = Output { first: out.as_mut_ptr(), stride, len: out.len() };
+    let output = Output::new(out, stride);
     pool.run(tasks, &|task, worker| {
         let mut scratch = scratch[worker].lock().unwrap_or_else(|e| e.into_inner());
         let Scratch { weights, sums } = &mut *scratch;
@@ -183,7 +188,7 @@ pub(super) fn experts(
     }
     let part = part.start..part.end.min(blocks(n));
     let tasks = part.len().min(pool.threads() * TASKS_PER_THREAD);
-    let output = Output { first: out.as_mut_ptr(), stride, len: out.len() };
+    let output = Output::new(out, stride);
     pool.run(tasks, &|task, worker| {
         let mut scratch = scratch[worker].lock().unwrap_or_else(|e| e.into_inner());
         let Scratch { weights, sums } = &mut *scratch;

@@ -15,6 +15,9 @@ use kernels::Kernels;
 use pool::Pool;
 
 mod attention;
+mod int8;
+#[cfg(target_arch = "x86_64")]
+mod int8_x86;
 mod kernels;
 mod matmul;
 mod pool;
@@ -58,7 +61,7 @@ pub(crate) fn runner_bytes(program: &Program, config: &RunnerConfig) -> u64 {
     let floats = activations.fold(ropes + sampling + gathered_len(program, config), u64::saturating_add);
     let floats = floats.saturating_add((weights as u64).saturating_add(sums as u64).saturating_mul(threads as u64));
     let kv = super::kv_bytes(program, config.kv_type.unwrap_or(KvType::F32), config.context);
-    floats.saturating_mul(4).saturating_add(kv)
+    floats.saturating_mul(4).saturating_add(kv).saturating_add(int8::bytes(program, config))
 }
 
 /// Elements of [`Gathered::x`].
@@ -281,6 +284,8 @@ struct CpuRunner {
     ropes: Vec<Vec<f32>>,
     /// Inputs of experts.
     gathered: Gathered,
+    /// Input of the product under way, if that is computed in integers.
+    rounded: int8::Activations,
     /// Logits rows of the last run.
     logits_rows: usize,
     /// Copy of the logits row that sampling may change.
@@ -387,6 +392,7 @@ impl CpuRunner {
             })
             .collect::<Result<Vec<_>>>()?;
         let sample_row = zeros(Some(program.vocab_size as usize), "the sampling row")?;
+        let rounded = int8::Activations::new(&program, config)?;
         Ok(Self {
             backend,
             config: config.clone(),
@@ -397,6 +403,7 @@ impl CpuRunner {
             caches,
             ropes,
             gathered: Gathered { x: Vec::with_capacity(gathered), ..Gathered::default() },
+            rounded,
             logits_rows: 0,
             sample_row,
             candidates: Vec::with_capacity(program.vocab_size as usize),
@@ -537,7 +544,28 @@ impl CpuRunner {
                 let first = weight.0 as usize;
                 let experts = weights.get(first..first + count as usize).ok_or_else(|| mismatch("experts"))?;
                 let stride = self.width(out.buffer);
+                let in_integers = !self.config.exact && experts.iter().all(|weight| int8::takes(weight).is_some());
+                if let Some(matrix) = experts.first().and_then(int8::takes).filter(|_| in_integers && part.start == 0) {
+                    self.rounded.round(&mut self.pool, &*self.backend.kernels, matrix, &self.gathered.x)?;
+                }
                 let mut output = std::mem::take(&mut self.buffers[out.buffer.0 as usize]);
+                if in_integers {
+                    let result = int8::matmul(
+                        &mut self.pool,
+                        &*self.backend.kernels,
+                        &self.rounded,
+                        experts,
+                        &self.gathered.groups,
+                        Some(&self.gathered.order),
+                        part,
+                        None,
+                        false,
+                        &mut output[out.offset as usize..],
+                        stride,
+                    );
+                    self.buffers[out.buffer.0 as usize] = output;
+                    return result;
+                }
                 let result = matmul::experts(
                     &mut self.pool,
                     &self.scratch,
@@ -731,20 +759,42 @@ impl CpuRunner {
             Some(_) => return Err(mismatch("a vector")),
             None => None,
         };
+        let in_integers = int8::takes(weight).filter(|_| !self.config.exact);
+        let input = &self.buffers[x.0 as usize][rows.start * x_width..rows.end * x_width];
+        if let Some(matrix) = in_integers.filter(|_| part.start == 0) {
+            self.rounded.round(&mut self.pool, &*backend.kernels, matrix, input)?;
+        }
+        // An operation may not read what it writes.
         let mut output = std::mem::take(&mut self.buffers[out.buffer.0 as usize]);
-        let result = matmul::matmul(
-            &mut self.pool,
-            &self.scratch,
-            &*backend.kernels,
-            weight,
-            part,
-            &self.buffers[x.0 as usize][rows.start * x_width..rows.end * x_width],
-            rows.len(),
-            bias,
-            accumulate,
-            &mut output[out.offset as usize..],
-            out_width,
-        );
+        let input = &self.buffers[x.0 as usize][rows.start * x_width..rows.end * x_width];
+        let result = match in_integers {
+            Some(_) => int8::matmul(
+                &mut self.pool,
+                &*backend.kernels,
+                &self.rounded,
+                std::slice::from_ref(weight),
+                &[matmul::Group { expert: 0, rows: 0..rows.len() }],
+                None,
+                part,
+                bias,
+                accumulate,
+                &mut output[out.offset as usize..],
+                out_width,
+            ),
+            None => matmul::matmul(
+                &mut self.pool,
+                &self.scratch,
+                &*backend.kernels,
+                weight,
+                part,
+                input,
+                rows.len(),
+                bias,
+                accumulate,
+                &mut output[out.offset as usize..],
+                out_width,
+            ),
+        };
         self.buffers[out.buffer.0 as usize] = output;
         result
     }

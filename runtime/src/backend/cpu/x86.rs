@@ -5,6 +5,8 @@
 
 use std::arch::x86_64::*;
 
+use super::int8::{Block, Codes, Tile};
+use super::int8_x86;
 use super::kernels::{Kernels, Portable, TILE};
 use crate::tensor::{DenseType, Offset};
 
@@ -79,6 +81,16 @@ impl Kernels for Avx2 {
         assert!(x.len() == y.len());
         // SAFETY: `self` proves AVX2 and FMA; the lengths were just checked.
         unsafe { axpy_avx2(a, x, y) }
+    }
+
+    fn round_span(&self, x: &[f32], blocks: &mut [Block]) -> (f32, f32) {
+        // SAFETY: `self` proves AVX2.
+        unsafe { int8_x86::round_span(x, blocks) }
+    }
+
+    fn dot_codes(&self, w: &Codes<'_>, x: &Tile<'_>, acc: &mut [[f32; TILE]; TILE]) {
+        // SAFETY: `self` proves AVX2, FMA and F16C.
+        unsafe { int8_x86::dot_codes(w, x, acc) }
     }
 }
 
@@ -157,6 +169,14 @@ impl Kernels for Avx512 {
 
     fn axpy(&self, a: f32, x: &[f32], y: &mut [f32]) {
         self.0.axpy(a, x, y);
+    }
+
+    fn round_span(&self, x: &[f32], blocks: &mut [Block]) -> (f32, f32) {
+        self.0.round_span(x, blocks)
+    }
+
+    fn dot_codes(&self, w: &Codes<'_>, x: &Tile<'_>, acc: &mut [[f32; TILE]; TILE]) {
+        self.0.dot_codes(w, x, acc);
     }
 }
 
@@ -259,7 +279,7 @@ fn narrow_f16_f16c(values: &[f32], out: &mut [half::f16]) {
 }
 
 #[target_feature(enable = "avx")]
-fn sum_avx(v: __m256) -> f32 {
+pub(super) fn sum_avx(v: __m256) -> f32 {
     let v = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
     let v = _mm_add_ps(v, _mm_movehl_ps(v, v));
     _mm_cvtss_f32(_mm_add_ss(v, _mm_movehdup_ps(v)))
