@@ -128,8 +128,13 @@ fn cpu_logits_match_transformers() {
         };
         // As one step, in chunks that divide nothing, and token by token.
         for chunk in [Some(128), Some(7), Some(1)] {
-            let session =
-                SessionOptions { context: Some(128), kv_type: Some(KvType::F32), chunk, ..Default::default() };
+            let session = SessionOptions {
+                context: Some(128),
+                kv_type: Some(KvType::F32),
+                chunk,
+                exact: true,
+                ..Default::default()
+            };
             let worst = worst(&model, &case, &session);
             println!("{} cpu chunk {chunk:?}: {worst:.1e}", case.name);
             if worst > 1e-3 {
@@ -146,7 +151,7 @@ fn cpu_greedy_tokens_match_transformers() {
     let (mut compared, mut failures) = (0, Vec::new());
     for case in cases("greedy") {
         let Ok(model) = Model::open(&case.folder, &options) else { continue };
-        let session = SessionOptions { context: Some(128), ..Default::default() };
+        let session = SessionOptions { context: Some(128), exact: true, ..Default::default() };
         let mut session = Session::new(&model, &session).unwrap();
         for greedy in case.data["greedy"].as_array().unwrap() {
             if greedy["min_gap"].as_f64().unwrap() <= DECIDED {
