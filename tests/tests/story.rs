@@ -74,6 +74,36 @@ fn the_packed_model_tells_its_story_on_the_cpu() {
     assert_eq!(generate(&mut session, PROMPT, &greedy(64)).text, TEXT);
 }
 
+/// log softmax
+fn log_probabilities(logits: &[f32]) -> Vec<f64> {
+    let largest = logits.iter().fold(f32::NEG_INFINITY, |most, &l| most.max(l));
+    let sum: f64 = logits.iter().map(|&l| f64::from(l - largest).exp()).sum();
+    logits.iter().map(|&l| f64::from(l - largest) - sum.ln()).collect()
+}
+
+#[test]
+fn rounded_activations_predict_as_exact_ones_do() {
+    let model = packed();
+    let none = CancelToken::default();
+    let mut exact = session(&model, SessionOptions { exact: true, ..Default::default() });
+    let mut rounded = session(&model, SessionOptions::default());
+    // A text that the model finds likely, and not only its likeliest one.
+    let sampling = Sampling { temperature: 1.0, ..Sampling::greedy() };
+    let ids = generate(&mut exact, PROMPT, &GenerateOptions { sampling, seed: 4, ..greedy(300) }).ids;
+    let mut expected = Vec::new();
+    exact.score(&ids, &none, &mut |_, logits| expected.push(log_probabilities(logits))).unwrap();
+    let mut divergences = Vec::new();
+    rounded
+        .score(&ids, &none, &mut |position, logits| {
+            let (p, q) = (&expected[position], log_probabilities(logits));
+            divergences.push(p.iter().zip(&q).map(|(p, q)| p.exp() * (p - q)).sum::<f64>());
+        })
+        .unwrap();
+    let mean = divergences.iter().sum::<f64>() / divergences.len() as f64;
+    println!("mean KL {mean:.1e} over {} tokens", divergences.len());
+    assert!(divergences.len() == 300 && mean > 0.0 && mean <= 1e-4, "{mean:e}");
+}
+
 #[cfg(feature = "wgpu")]
 #[test]
 fn the_packed_model_tells_its_story_on_a_gpu() {

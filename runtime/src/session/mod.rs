@@ -89,9 +89,8 @@ pub struct SessionOptions {
     /// chunks that end at multiples of `chunk`, and only whole ones are reused: a little slower where a budget would
     /// have liked another size.
     pub deterministic: bool,
-    /// On the CPU: multiply 4-bit weights in f32, as their formats define it. Otherwise activations are rounded to 8 bits
-    /// with a scale for every 4 of them, which is several times faster and changes logits by less than the rounding of
-    /// the weights did. GPUs ignore it.
+    /// On the CPU: multiply 4-bit weights in f32, as their formats define it. Otherwise, where groups are
+    /// multiples of 64, activations are rounded to 16 bits, which is faster. GPUs ignore it.
     pub exact: bool,
 }
 

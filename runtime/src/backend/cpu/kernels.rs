@@ -2,7 +2,7 @@
 //!
 //! Holding a value of an implementation proves that the processor supports it.
 
-use super::int8::{self, Block, Codes, Tile};
+use super::integer::{self, Block, Codes, Tile};
 use crate::tensor::{DenseType, Offset};
 
 /// Rows and columns of a [`Kernels::dot_tile`].
@@ -145,11 +145,11 @@ impl Kernels for Portable {
     }
 
     fn round_span(&self, x: &[f32], blocks: &mut [Block]) -> (f32, f32) {
-        int8::round_span(x, blocks)
+        integer::round_span(x, blocks)
     }
 
     fn dot_codes(&self, w: &Codes<'_>, x: &Tile<'_>, acc: &mut [[f32; TILE]; TILE]) {
-        int8::dot_codes(w, x, acc);
+        integer::dot_codes(w, x, acc);
     }
 }
 

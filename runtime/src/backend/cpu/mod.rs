@@ -15,9 +15,9 @@ use kernels::Kernels;
 use pool::Pool;
 
 mod attention;
-mod int8;
+mod integer;
 #[cfg(target_arch = "x86_64")]
-mod int8_x86;
+mod integer_x86;
 mod kernels;
 mod matmul;
 mod pool;
@@ -61,7 +61,7 @@ pub(crate) fn runner_bytes(program: &Program, config: &RunnerConfig) -> u64 {
     let floats = activations.fold(ropes + sampling + gathered_len(program, config), u64::saturating_add);
     let floats = floats.saturating_add((weights as u64).saturating_add(sums as u64).saturating_mul(threads as u64));
     let kv = super::kv_bytes(program, config.kv_type.unwrap_or(KvType::F32), config.context);
-    floats.saturating_mul(4).saturating_add(kv).saturating_add(int8::bytes(program, config))
+    floats.saturating_mul(4).saturating_add(kv).saturating_add(integer::bytes(program, config))
 }
 
 /// Elements of [`Gathered::x`].
@@ -285,7 +285,7 @@ struct CpuRunner {
     /// Inputs of experts.
     gathered: Gathered,
     /// Input of the product under way, if that is computed in integers.
-    rounded: int8::Activations,
+    rounded: integer::Activations,
     /// The run of columns that a norm works on.
     norm_row: Vec<f32>,
     /// Logits rows of the last run.
@@ -394,7 +394,7 @@ impl CpuRunner {
             })
             .collect::<Result<Vec<_>>>()?;
         let sample_row = zeros(Some(program.vocab_size as usize), "the sampling row")?;
-        let rounded = int8::Activations::new(&program, config)?;
+        let rounded = integer::Activations::new(&program, config)?;
         Ok(Self {
             backend,
             config: config.clone(),
@@ -547,13 +547,15 @@ impl CpuRunner {
                 let first = weight.0 as usize;
                 let experts = weights.get(first..first + count as usize).ok_or_else(|| mismatch("experts"))?;
                 let stride = self.width(out.buffer);
-                let in_integers = !self.config.exact && experts.iter().all(|weight| int8::takes(weight).is_some());
-                if let Some(matrix) = experts.first().and_then(int8::takes).filter(|_| in_integers && part.start == 0) {
+                let in_integers = !self.config.exact && experts.iter().all(|weight| integer::takes(weight).is_some());
+                if let Some(matrix) =
+                    experts.first().and_then(integer::takes).filter(|_| in_integers && part.start == 0)
+                {
                     self.rounded.round(&mut self.pool, &*self.backend.kernels, matrix, &self.gathered.x)?;
                 }
                 let mut output = std::mem::take(&mut self.buffers[out.buffer.0 as usize]);
                 if in_integers {
-                    let result = int8::matmul(
+                    let result = integer::matmul(
                         &mut self.pool,
                         &*self.backend.kernels,
                         &self.rounded,
@@ -765,7 +767,7 @@ impl CpuRunner {
             Some(_) => return Err(mismatch("a vector")),
             None => None,
         };
-        let in_integers = int8::takes(weight).filter(|_| !self.config.exact);
+        let in_integers = integer::takes(weight).filter(|_| !self.config.exact);
         let input = &self.buffers[x.0 as usize][rows.start * x_width..rows.end * x_width];
         if let Some(matrix) = in_integers.filter(|_| part.start == 0) {
             self.rounded.round(&mut self.pool, &*backend.kernels, matrix, input)?;
@@ -774,7 +776,7 @@ impl CpuRunner {
         let mut output = std::mem::take(&mut self.buffers[out.buffer.0 as usize]);
         let input = &self.buffers[x.0 as usize][rows.start * x_width..rows.end * x_width];
         let result = match in_integers {
-            Some(_) => int8::matmul(
+            Some(_) => integer::matmul(
                 &mut self.pool,
                 &*backend.kernels,
                 &self.rounded,

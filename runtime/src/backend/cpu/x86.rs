@@ -5,8 +5,8 @@
 
 use std::arch::x86_64::*;
 
-use super::int8::{Block, Codes, Tile};
-use super::int8_x86;
+use super::integer::{Block, Codes, Tile};
+use super::integer_x86;
 use super::kernels::{Kernels, Portable, TILE};
 use crate::tensor::{DenseType, Offset};
 
@@ -85,12 +85,12 @@ impl Kernels for Avx2 {
 
     fn round_span(&self, x: &[f32], blocks: &mut [Block]) -> (f32, f32) {
         // SAFETY: `self` proves AVX2.
-        unsafe { int8_x86::round_span(x, blocks) }
+        unsafe { integer_x86::round_span(x, blocks) }
     }
 
     fn dot_codes(&self, w: &Codes<'_>, x: &Tile<'_>, acc: &mut [[f32; TILE]; TILE]) {
         // SAFETY: `self` proves AVX2, FMA and F16C.
-        unsafe { int8_x86::dot_codes(w, x, acc) }
+        unsafe { integer_x86::dot_codes(w, x, acc) }
     }
 }
 

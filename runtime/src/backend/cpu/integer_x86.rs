@@ -1,13 +1,12 @@
-//! [`super::int8`] with AVX2.
+//! [`super::integer`] with AVX2.
 //!
-//! 32 bytes of a weight row are 64 codes: their low nibbles meet a block's even columns in `vpmaddubsw`, their high
-//! nibbles the odd ones. The two 16-bit results cannot saturate (4 * 15 * 127) and belong to the same 4 columns lane by
-//! lane, so one `vpmaddwd` with the multipliers ends the block: for 64 products 2 + 1 + 1 + 1 instructions, and 4 for
-//! the nibbles, which all tokens of a tile share.
+//! 32 bytes of a weight row are 64 codes, four in each 16-bit word. Shifted and masked, the codes of one place meet 16
+//! activations in `vpmaddwd`: for 64 products 4 of those and 4 additions, and 7 instructions for the codes, which all
+//! tokens of a tile share.
 
 use std::arch::x86_64::*;
 
-use super::int8::{BLOCK, Block, Codes, Extents, MAX_CODE, MAX_MULTIPLIER, OCTET, QUAD, TINY, Tile};
+use super::integer::{self, BLOCK, Block, Codes, Extents, OCTET, QUAD, Tile};
 use super::kernels::TILE;
 
 /// See [`super::kernels::Kernels::dot_codes`].
@@ -53,7 +52,7 @@ unsafe fn dot_tile<const R: usize, const C: usize>(
 ) {
     let groups = extents.spans / extents.per_group;
     let per_span = x.span / BLOCK;
-    let low = _mm256_set1_epi8(15);
+    let low = _mm256_set1_epi16(15);
     let mut words: [*const __m256i; R] = [std::ptr::null(); R];
     for r in 0..R {
         words[r] = w.words[(first + r) * (w.k / 8)..].as_ptr().cast();
@@ -84,24 +83,23 @@ unsafe fn dot_tile<const R: usize, const C: usize>(
             let mut lanes = [[_mm256_setzero_si256(); C]; R];
             for block in 0..per_span {
                 let at = (octet + span) * per_span + block;
-                let mut nibbles = [[_mm256_setzero_si256(); 2]; R];
+                let mut bits = [_mm256_setzero_si256(); R];
                 for r in 0..R {
                     // SAFETY: `at` is below the blocks of a row, 32 bytes each.
-                    let bytes = unsafe { _mm256_loadu_si256(words[r].add(at)) };
-                    nibbles[r] = [_mm256_and_si256(bytes, low), _mm256_and_si256(_mm256_srli_epi16::<4>(bytes), low)];
+                    bits[r] = unsafe { _mm256_loadu_si256(words[r].add(at)) };
                 }
-                for c in 0..C {
-                    // SAFETY: `at` is below the blocks of a token; a block is three aligned vectors.
-                    let (even, odd, multipliers) = unsafe {
-                        let block = blocks[c].add(at).cast::<__m256i>();
-                        (_mm256_load_si256(block), _mm256_load_si256(block.add(1)), _mm256_load_si256(block.add(2)))
-                    };
+                for place in 0..QUAD {
+                    let mut codes = bits;
                     for r in 0..R {
-                        let pairs = _mm256_add_epi16(
-                            _mm256_maddubs_epi16(nibbles[r][0], even),
-                            _mm256_maddubs_epi16(nibbles[r][1], odd),
-                        );
-                        lanes[r][c] = _mm256_add_epi32(lanes[r][c], _mm256_madd_epi16(pairs, multipliers));
+                        codes[r] = _mm256_and_si256(codes[r], low);
+                        bits[r] = _mm256_srli_epi16::<4>(bits[r]);
+                    }
+                    for c in 0..C {
+                        // SAFETY: `at` is below the blocks of a token; a block is four aligned vectors.
+                        let x = unsafe { _mm256_load_si256(blocks[c].add(at).cast::<__m256i>().add(place)) };
+                        for r in 0..R {
+                            lanes[r][c] = _mm256_add_epi32(lanes[r][c], _mm256_madd_epi16(codes[r], x));
+                        }
                     }
                 }
             }
@@ -143,70 +141,8 @@ fn numbers(params: &[u32], first: usize, per_group: usize, bias: bool) -> (__m25
     (s, b)
 }
 
-/// See [`super::kernels::Kernels::round_span`]: the same bits as in plain Rust.
+/// See [`super::kernels::Kernels::round_span`].
 #[target_feature(enable = "avx2")]
 pub(super) fn round_span(x: &[f32], blocks: &mut [Block]) -> (f32, f32) {
-    assert!(x.len() == blocks.len() * BLOCK);
-    let magnitude = _mm256_set1_ps(f32::from_bits(!(1 << 31)));
-    let mut most = _mm256_setzero_si256();
-    for x in x.as_chunks::<8>().0 {
-        // SAFETY: a load of 8 floats from an array of 8.
-        let v = unsafe { _mm256_loadu_ps(x.as_ptr()) };
-        most = _mm256_max_epu32(most, _mm256_castps_si256(_mm256_and_ps(v, magnitude)));
-    }
-    let mut eight = [0u32; 8];
-    // SAFETY: a store of 8 words to an array of 8.
-    unsafe { _mm256_storeu_si256(eight.as_mut_ptr().cast(), most) };
-    let largest = f32::from_bits(eight.into_iter().fold(0, u32::max));
-    if largest < TINY {
-        blocks.fill(Block::ZERO);
-        return (0.0, 0.0);
-    }
-    let scale = largest / (MAX_CODE * MAX_MULTIPLIER);
-    let inverse = 1.0 / scale;
-    let to_multiplier = _mm256_set1_ps(inverse * (1.0 / MAX_CODE));
-    let mut sums = _mm256_setzero_si256();
-    for (x, block) in x.as_chunks::<BLOCK>().0.iter().zip(blocks) {
-        let mut codes = [_mm256_setzero_si256(); 8];
-        for i in 0..8 {
-            // SAFETY: `i` counts the eights of a block of 64.
-            let v = unsafe { _mm256_loadu_ps(x.as_ptr().add(8 * i)) };
-            // Every lane of a quad gets the quad's largest magnitude.
-            let most = _mm256_and_ps(v, magnitude);
-            let most = _mm256_max_ps(most, _mm256_permute_ps::<0b10_11_00_01>(most));
-            let most = _mm256_max_ps(most, _mm256_permute_ps::<0b01_00_11_10>(most));
-            let m = _mm256_ceil_ps(_mm256_mul_ps(most, to_multiplier));
-            let m = _mm256_min_ps(_mm256_max_ps(m, _mm256_set1_ps(1.0)), _mm256_set1_ps(MAX_MULTIPLIER));
-            codes[i] = _mm256_cvtps_epi32(_mm256_mul_ps(v, _mm256_div_ps(_mm256_set1_ps(inverse), m)));
-            let m = _mm256_cvtps_epi32(m);
-            sums = _mm256_add_epi32(sums, _mm256_mullo_epi32(codes[i], m));
-            const { assert!(QUAD == 4) };
-            block.multipliers[2 * i] = _mm256_cvtsi256_si32(m) as i16;
-            block.multipliers[2 * i + 1] = _mm_cvtsi128_si32(_mm256_extracti128_si256::<1>(m)) as i16;
-        }
-        // Packing works on 128-bit halves; the permutation puts quarters back in order.
-        let pack = |a: __m256i, b: __m256i, c: __m256i, d: __m256i| {
-            let low = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi32(a, b));
-            let high = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi32(c, d));
-            let bytes = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi16(low, high));
-            let apart = _mm256_setr_epi8(
-                0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15, 0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13,
-                15,
-            );
-            // 16 even columns, then 16 odd ones.
-            _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_shuffle_epi8(bytes, apart))
-        };
-        let first = pack(codes[0], codes[1], codes[2], codes[3]);
-        let second = pack(codes[4], codes[5], codes[6], codes[7]);
-        // SAFETY: two stores of 32 bytes to an array of 64.
-        unsafe {
-            let to = block.codes.as_mut_ptr().cast::<__m256i>();
-            _mm256_storeu_si256(to, _mm256_permute2x128_si256::<0x20>(first, second));
-            _mm256_storeu_si256(to.add(1), _mm256_permute2x128_si256::<0x31>(first, second));
-        }
-    }
-    let mut eight = [0i32; 8];
-    // SAFETY: a store of 8 words to an array of 8.
-    unsafe { _mm256_storeu_si256(eight.as_mut_ptr().cast(), sums) };
-    (scale, scale * eight.into_iter().fold(0, i32::wrapping_add) as f32)
+    integer::round_span(x, blocks)
 }
