@@ -57,20 +57,7 @@ impl FolderWriter {
     /// # Errors
     /// [`ErrorKind::InvalidInput`] if `out` is in use or not a folder's name, [`ErrorKind::Io`].
     pub fn create(out: &Path) -> Result<Self> {
-        let refuse = |message: &str| Error::new(ErrorKind::InvalidInput, message).in_file(out);
-        let name = out.file_name().ok_or_else(|| refuse("expected the name of a new folder"))?;
-        match fs::read_dir(out) {
-            Ok(mut entries) => {
-                if entries.next().is_some() {
-                    return Err(refuse("output folder is not empty"));
-                }
-            }
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-            Err(error) if error.kind() == std::io::ErrorKind::NotADirectory => {
-                return Err(refuse("output exists and is not a folder"));
-            }
-            Err(error) => return Err(Error::io(out, &error)),
-        }
+        let name = free_name(out)?;
         let parent = match out.parent() {
             Some(parent) if !parent.as_os_str().is_empty() => parent,
             _ => Path::new("."),
@@ -87,7 +74,22 @@ impl FolderWriter {
                 Err(error) => return Err(Error::io(&temporary, &error)),
             }
         }
-        Err(refuse("no free temporary name beside the output folder"))
+        Err(Error::new(ErrorKind::InvalidInput, "no free temporary name beside the output folder").in_file(out))
+    }
+
+    /// As [`FolderWriter::create`], built as `temporary`, which has to be on the same file system; what is there is
+    /// removed.
+    ///
+    /// # Errors
+    /// As [`FolderWriter::create`].
+    pub fn create_as(out: &Path, temporary: PathBuf) -> Result<Self> {
+        free_name(out)?;
+        match fs::remove_dir_all(&temporary) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(Error::io(&temporary, &error)),
+            _ => {}
+        }
+        fs::create_dir(&temporary).map_err(|error| Error::io(&temporary, &error))?;
+        Ok(Self { out: out.to_path_buf(), temporary, finished: false })
     }
 
     /// Where the files are until [`FolderWriter::finish`].
@@ -193,6 +195,26 @@ impl Drop for FolderWriter {
             // Nobody is left to tell if this fails; the leftover has a name that says what it is.
             let _ = fs::remove_dir_all(&self.temporary);
         }
+    }
+}
+
+/// The last part of the name of the folder `out`, which does not exist or is empty.
+///
+/// # Errors
+/// [`ErrorKind::InvalidInput`] if it is in use or not a folder's name, [`ErrorKind::Io`].
+pub fn free_name(out: &Path) -> Result<&std::ffi::OsStr> {
+    let refuse = |message: &str| Error::new(ErrorKind::InvalidInput, message).in_file(out);
+    let name = out.file_name().ok_or_else(|| refuse("expected the name of a new folder"))?;
+    match fs::read_dir(out) {
+        Ok(mut entries) => match entries.next() {
+            Some(_) => Err(refuse("output folder is not empty")),
+            None => Ok(name),
+        },
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(name),
+        Err(error) if error.kind() == std::io::ErrorKind::NotADirectory => {
+            Err(refuse("output exists and is not a folder"))
+        }
+        Err(error) => Err(Error::io(out, &error)),
     }
 }
 

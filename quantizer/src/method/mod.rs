@@ -13,6 +13,7 @@ pub mod correct;
 pub mod gptq;
 pub mod learn;
 mod moments;
+pub mod refit;
 pub mod scale;
 
 pub use moments::Moments;
