@@ -7,7 +7,7 @@
  * pointer that a create function hands out is owned by the caller until it goes to its free function; frees may come
  * in any order, children keep what they need of their parents, and freeing NULL does nothing.
  *
- * Threads. No call makes a thread unless the engine was asked for some. A function that takes `const T *` may run on
+ * Threads. No call makes a thread unless the engine was asked for some (GPU drivers may have their own). A function that takes `const T *` may run on
  * any number of threads at once; one that takes `T *` needs the object for itself. A call that breaks this rule fails
  * with AWQUA_ERR_BUSY and does nothing. awqua_model_cancel and awqua_session_cancel may be called at any time. Freeing
  * an object that another thread is using is the one mistake that can't be caught.
@@ -19,7 +19,7 @@
  * becomes AWQUA_ERR_PANIC and the object it happened in accepts only its free function.
  *
  * Structures start with their size, so that programs and libraries of different age understand each other: start from
- * AWQUA_..._INIT or awqua_..._init, never from uninitialised memory. Later versions append members, and take a member
+ * AWQUA_..._INIT; or, where there are no macros, set struct_size and call awqua_..._init. Later versions append members, and take a member
  * that a program does not have for its default. Texts are UTF-8, a pointer with a length.
  *
  * The library writes nothing to standard output or error, opens no network connection, and writes no file.
@@ -54,17 +54,21 @@
 /* Initialisers: the same values as the functions awqua_..._init write. */
 #define AWQUA_ALLOCATOR_INIT { (uint32_t)sizeof(awqua_allocator), 0, NULL, NULL, NULL }
 #define AWQUA_MEMORY_STATS_INIT { (uint32_t)sizeof(awqua_memory_stats), 0, 0, 0, 0 }
-#define AWQUA_DEVICE_INFO_INIT { (uint32_t)sizeof(awqua_device_info), 0, 0, 0, 0, 0, { 0 }, { 0 }, { 0 } }
-#define AWQUA_ENGINE_DESC_INIT { (uint32_t)sizeof(awqua_engine_desc), 0, 0, 0, { NULL, 0 } }
-#define AWQUA_BUDGET_INIT { (uint32_t)sizeof(awqua_budget), 0, 2000 }
-#define AWQUA_MODEL_DESC_INIT { (uint32_t)sizeof(awqua_model_desc), 0, { NULL, 0 } }
-#define AWQUA_LOAD_PROGRESS_INIT { (uint32_t)sizeof(awqua_load_progress), 0, 0, 0 }
-#define AWQUA_MODEL_INFO_INIT { (uint32_t)sizeof(awqua_model_info), 0, 0, 0, 0, 0, 0, { 0 }, { 0 } }
+#define AWQUA_DEVICE_INFO_INIT { (uint32_t)sizeof(awqua_device_info), 0, 0, 0, 0, 0, { 0 }, { 0 }, { 0 }, { 0 }, { 0 } }
+#define AWQUA_ENGINE_DESC_INIT { (uint32_t)sizeof(awqua_engine_desc), 0, 0, 0, { NULL, 0 }, 0, 0, NULL, 0, { 0 }, \
+                                 { 0 }, NULL, NULL }
+#define AWQUA_ENGINE_INFO_INIT { (uint32_t)sizeof(awqua_engine_info), 0, 0, 0 }
+#define AWQUA_BUDGET_INIT { (uint32_t)sizeof(awqua_budget), 0, 2000, 4000, AWQUA_NO_LIMIT, 1, 0 }
+#define AWQUA_IO_INIT { (uint32_t)sizeof(awqua_io), 0, NULL, NULL, NULL, NULL, NULL, NULL }
+#define AWQUA_MODEL_DESC_INIT { (uint32_t)sizeof(awqua_model_desc), 0, { NULL, 0 }, NULL, 0, NULL }
+#define AWQUA_LOAD_PROGRESS_INIT { (uint32_t)sizeof(awqua_load_progress), 0, 0, 0, 0, 0 }
+#define AWQUA_ESTIMATE_INIT { (uint32_t)sizeof(awqua_estimate), 0, 0, 0, 0, 0 }
+#define AWQUA_MODEL_INFO_INIT { (uint32_t)sizeof(awqua_model_info), 0, 0, 0, 0, 0, 0, { 0 }, { 0 }, 0 }
 #define AWQUA_SESSION_DESC_INIT { (uint32_t)sizeof(awqua_session_desc), 0, 0, 0, 0, 0 }
 #define AWQUA_REQUEST_INIT { (uint32_t)sizeof(awqua_request), 0, 512, 40, 0.95f, 0.0f, 0.7f, 1.0f, 0.0f, 0.0f, 256, \
-                             0, 0, NULL, NULL, 0, 0 }
-#define AWQUA_TICK_RESULT_INIT { (uint32_t)sizeof(awqua_tick_result), 0, 0, 0, 0, 0, 0, 0, 0 }
-#define AWQUA_EVENT_INIT { (uint32_t)sizeof(awqua_event), 0, 0, 0, 0, 0, NULL, 0, 0, 0 }
+                             0, 0, NULL, NULL, 0, 0, NULL, NULL, 0, 0, 0, 0 }
+#define AWQUA_TICK_RESULT_INIT { (uint32_t)sizeof(awqua_tick_result), 0, 0, 0, 0, 0, 0, 0, 0, 0 }
+#define AWQUA_EVENT_INIT { (uint32_t)sizeof(awqua_event), 0, 0, 0, 0, 0, NULL, 0, 0, 0, 0, 0 }
 #define AWQUA_SESSION_INFO_INIT { (uint32_t)sizeof(awqua_session_info), 0, 0, 0, 0, 0, 0 }
 
 
@@ -76,7 +80,7 @@
 /**
  * Raised when functions or fields are appended.
  */
-#define AWQUA_ABI_MINOR 0
+#define AWQUA_ABI_MINOR 1
 
 /**
  * Length of an `awqua_str` whose end is its NUL.
@@ -84,9 +88,20 @@
 #define AWQUA_STRLEN UINT64_MAX
 
 /**
- * Never use half-precision arithmetic or subgroup operations on the GPU, whatever the adapter offers.
+ * On a GPU, never use half-precision arithmetic or subgroup operations, whatever the adapter offers; on the CPU, never
+ * use wide instructions, so that every processor of one family computes the same bits.
  */
 #define AWQUA_ENGINE_PORTABLE_KERNELS 1
+
+/**
+ * Recover from the loss of a device in the next tick, without awqua_engine_recover.
+ */
+#define AWQUA_ENGINE_AUTO_RECOVER 2
+
+/**
+ * The device was lost and not recovered yet.
+ */
+#define AWQUA_ENGINE_LOST 1
 
 /**
  * The adapter can be used.
@@ -102,6 +117,16 @@
  * Its shaders have subgroup operations.
  */
 #define AWQUA_DEVICE_SUBGROUPS 4
+
+/**
+ * As a time or a number of bytes: as much as there is.
+ */
+#define AWQUA_NO_LIMIT UINT64_MAX
+
+/**
+ * The bytes of `files` are copied when the model is made, instead of read where they are.
+ */
+#define AWQUA_MODEL_COPY_FILES 1
 
 /**
  * The model has a tokenizer.
@@ -130,6 +155,13 @@
 #define AWQUA_CHAT_OPEN_ANSWER 1
 
 /**
+ * The same library, adapter, session description and request give the same tokens, whatever the budgets of the ticks
+ * are, whatever the session did before, and also across the loss of a device. Prompts are computed in chunks that end
+ * at multiples of `chunk`, and only whole ones are used again.
+ */
+#define AWQUA_SESSION_DETERMINISTIC 1
+
+/**
  * Go on after the model's end-of-turn ids.
  */
 #define AWQUA_REQUEST_IGNORE_EOS 1
@@ -138,6 +170,17 @@
  * Take sampling values from the model's authors where they recommend some, instead of from the request.
  */
 #define AWQUA_REQUEST_MODEL_SAMPLING 2
+
+/**
+ * When the context is full, forget the older half of what follows the first `shift_keep` tokens, compute the rest again
+ * at its new positions and go on, instead of stopping.
+ */
+#define AWQUA_REQUEST_SHIFT 4
+
+/**
+ * There is nothing to do until the GPU finishes something, so ticking again at once is in vain.
+ */
+#define AWQUA_TICK_WAITING 1
 
 /**
  * What every call returns: 0 is success, negative is a failure, positive is success with something to know.
@@ -250,6 +293,10 @@ enum awqua_status
    * A failure that this ABI has no code for.
    */
   AWQUA_ERR_OTHER = -22,
+  /**
+   * The weights were evicted; awqua_model_restore brings them back.
+   */
+  AWQUA_ERR_EVICTED = -23,
 };
 #ifndef __cplusplus
 #if __STDC_VERSION__ >= 202311L
@@ -411,6 +458,14 @@ enum awqua_phase
    * It makes tokens.
    */
   AWQUA_PHASE_DECODE = 2,
+  /**
+   * The weights are on their way back.
+   */
+  AWQUA_PHASE_LOADING = 3,
+  /**
+   * The device was lost; nothing happens until awqua_engine_recover.
+   */
+  AWQUA_PHASE_LOST = 4,
 };
 #ifndef __cplusplus
 #if __STDC_VERSION__ >= 202311L
@@ -421,7 +476,7 @@ typedef uint32_t awqua_phase;
 #endif // __cplusplus
 
 /**
- * What an event says.
+ * What an event says. Later versions may add kinds; pass over those you do not know.
  */
 enum awqua_event_kind
 #if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
@@ -444,6 +499,18 @@ enum awqua_event_kind
    * The answer failed with `status`; awqua_session_last_error has the text. The session can be prompted again.
    */
   AWQUA_EVENT_ERROR = 3,
+  /**
+   * More of the prompt was computed: `done` of `total` tokens, those found in the cache included.
+   */
+  AWQUA_EVENT_PROGRESS = 4,
+  /**
+   * The device was lost. The answer is kept and goes on after awqua_engine_recover.
+   */
+  AWQUA_EVENT_DEVICE_LOST = 5,
+  /**
+   * Memory is short: something did not fit, or awqua_engine_trim was called. What could be given back was.
+   */
+  AWQUA_EVENT_MEMORY_PRESSURE = 6,
 };
 #ifndef __cplusplus
 #if __STDC_VERSION__ >= 202311L
@@ -485,6 +552,10 @@ enum awqua_stop_reason
    * The caller cancelled.
    */
   AWQUA_STOP_CANCELLED = 5,
+  /**
+   * There was nothing to generate: an embedding is complete.
+   */
+  AWQUA_STOP_COMPLETE = 6,
 };
 #ifndef __cplusplus
 #if __STDC_VERSION__ >= 202311L
@@ -495,7 +566,74 @@ typedef uint32_t awqua_stop_reason;
 #endif // __cplusplus
 
 /**
- * A place where models run. Owns nothing but choices: models keep what they need of it, so it may be freed first.
+ * What loading is busy with.
+ */
+enum awqua_load_stage
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : uint32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+  /**
+   * Configuration, headers, tokenizer.
+   */
+  AWQUA_LOAD_FILES = 0,
+  /**
+   * Driver, and trials of the kernels.
+   */
+  AWQUA_LOAD_DEVICE = 1,
+  /**
+   * Weights on their way to the device.
+   */
+  AWQUA_LOAD_WEIGHTS = 2,
+  /**
+   * Kernels being compiled.
+   */
+  AWQUA_LOAD_KERNELS = 3,
+  /**
+   * Nothing: the model is ready.
+   */
+  AWQUA_LOAD_READY = 4,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum awqua_load_stage awqua_load_stage;
+#else
+typedef uint32_t awqua_load_stage;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+/**
+ * How much memory to give back; each level includes those before it.
+ */
+enum awqua_trim
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : uint32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+  /**
+   * Mapped pages of files: read again when needed.
+   */
+  AWQUA_TRIM_PAGES = 0,
+  /**
+   * Caches of idle sessions: computed again when needed.
+   */
+  AWQUA_TRIM_SESSIONS = 1,
+  /**
+   * Weights of models whose sessions are idle: awqua_model_restore brings them back.
+   */
+  AWQUA_TRIM_WEIGHTS = 2,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum awqua_trim awqua_trim;
+#else
+typedef uint32_t awqua_trim;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+/**
+ * A place where models run: a device, budgets, and what they hold. Models keep what they need of it, so it may be freed
+ * first.
  */
 typedef struct awqua_engine awqua_engine;
 
@@ -588,6 +726,18 @@ typedef struct awqua_str {
 typedef void (*awqua_log_fn)(void *user, uint32_t level, struct awqua_str text);
 
 /**
+ * A piece of work. Call it from any thread, with the `context` it came with; it does not wait and does not throw.
+ * `worker` tells the calls apart that run at once: below the engine's `threads`, and never used by two of them.
+ */
+typedef void (*awqua_task_fn)(void *context, uint32_t index, uint32_t worker);
+
+/**
+ * Calls `task` once for every index below `count`, in any order, on any threads, the calling one included or not, and
+ * returns once all calls have returned. It comes from inside a tick, must not call the library, and must not throw.
+ */
+typedef void (*awqua_parallel_for_fn)(void *user, uint32_t count, awqua_task_fn task, void *context);
+
+/**
  * What an engine is made from; all zero behind `struct_size` is the default.
  */
 typedef struct awqua_engine_desc {
@@ -605,14 +755,71 @@ typedef struct awqua_engine_desc {
   uint32_t backend;
   /**
    * CPU threads a session computes with, the caller's included: 0 and 1 make no thread, n makes n - 1 that belong
-   * to the session, sleep between its ticks and end with it. Ignored on a GPU.
+   * to the session, sleep between its ticks and end with it. With `parallel_for` it is how many threads of the host
+   * take part, and none is made. Ignored on a GPU.
    */
   uint32_t threads;
   /**
    * Part of the adapter's name in any letter case, or its index in awqua_device_get; empty takes the best one.
    */
   struct awqua_str device;
+  /**
+   * Most bytes of host memory for weights, caches and activations of all models and sessions; 0 is no cap. What does
+   * not fit is refused with AWQUA_ERR_OUT_OF_MEMORY and the needed number.
+   */
+  uint64_t host_budget_bytes;
+  /**
+   * The same of device memory.
+   */
+  uint64_t device_budget_bytes;
+  /**
+   * What awqua_engine_get_pipeline_cache gave at an earlier start, or NULL; shortens the first load. Copied. Trusted
+   * to come from there: damage is noticed, forgery is not.
+   */
+  const void *pipeline_cache;
+  /**
+   * Bytes at `pipeline_cache`.
+   */
+  uint64_t pipeline_cache_len;
+  /**
+   * Takes the adapter with this UUID (VkPhysicalDeviceIDProperties), unless it is all zero.
+   */
+  uint8_t device_uuid[16];
+  /**
+   * Takes the adapter with this LUID (of DXGI or Vulkan), unless it is all zero.
+   */
+  uint8_t device_luid[8];
+  /**
+   * The host's own threads for the CPU, or NULL.
+   */
+  awqua_parallel_for_fn parallel_for;
+  /**
+   * Handed to `parallel_for`.
+   */
+  void *parallel_for_user;
 } awqua_engine_desc;
+
+/**
+ * What an engine holds.
+ */
+typedef struct awqua_engine_info {
+  /**
+   * sizeof(awqua_engine_info).
+   */
+  uint32_t struct_size;
+  /**
+   * AWQUA_ENGINE_LOST, or 0.
+   */
+  uint32_t flags;
+  /**
+   * Bytes of host memory that its models and sessions hold for weights, caches and activations.
+   */
+  uint64_t host_bytes;
+  /**
+   * The same of device memory.
+   */
+  uint64_t device_bytes;
+} awqua_engine_info;
 
 /**
  * An adapter of the machine.
@@ -654,10 +861,18 @@ typedef struct awqua_device_info {
    * Driver and its version.
    */
   char driver[112];
+  /**
+   * By which other interfaces name the same device, all zero if unknown.
+   */
+  uint8_t uuid[16];
+  /**
+   * The same on Windows until it restarts, all zero if unknown.
+   */
+  uint8_t luid[8];
 } awqua_device_info;
 
 /**
- * How much one tick may do.
+ * How much one tick may do. At least one piece of work is done, however small the budget is.
  */
 typedef struct awqua_budget {
   /**
@@ -669,10 +884,89 @@ typedef struct awqua_budget {
    */
   uint32_t flags;
   /**
-   * Microseconds of the calling thread. 0 does the smallest step there is.
+   * Microseconds of the calling thread, looked at between pieces of well under a millisecond. 0 does one piece,
+   * AWQUA_NO_LIMIT all there is until the GPU has to be waited for. 2000.
    */
   uint64_t cpu_us;
+  /**
+   * Microseconds of work that the GPU may have queued when the call returns, what earlier ticks left included, as
+   * far as measurements of earlier work tell. Prompts are cut into chunks accordingly. 4000.
+   */
+  uint64_t gpu_us;
+  /**
+   * For a model: bytes of weights handed over. AWQUA_NO_LIMIT.
+   */
+  uint64_t load_bytes;
+  /**
+   * For a model: GPU kernels compiled; each may take some milliseconds that nobody can cut. 1.
+   */
+  uint32_t load_kernels;
+  /**
+   * 0.
+   */
+  uint32_t reserved;
 } awqua_budget;
+
+/**
+ * A file in memory.
+ */
+typedef struct awqua_file {
+  /**
+   * Its name in the checkpoint's folder, such as "config.json" or "model.safetensors".
+   */
+  struct awqua_str name;
+  /**
+   * First byte.
+   */
+  const void *data;
+  /**
+   * Bytes.
+   */
+  uint64_t len;
+} awqua_file;
+
+/**
+ * Functions of the host that read a checkpoint from wherever it is: a pak file, an Android asset, an archive. They are
+ * called from the threads that tick the model or estimate it, from several at once if several do, and must not call
+ * the library with an object that is in use, nor throw. Any offset may be asked for at any time, also after loading:
+ * weights that were evicted, or lost with a device, are read again.
+ */
+typedef struct awqua_io {
+  /**
+   * sizeof(awqua_io).
+   */
+  uint32_t struct_size;
+  /**
+   * 0.
+   */
+  uint32_t flags;
+  /**
+   * Handed to the functions.
+   */
+  void *user;
+  /**
+   * Opens the file `name` (a plain name, with a NUL behind it) and sets `file` and `size`. Returns AWQUA_OK,
+   * AWQUA_EMPTY if there is no such file, or AWQUA_ERR_IO.
+   */
+  int32_t (*open)(void *user, struct awqua_str name, void **file, uint64_t *size);
+  /**
+   * Reads `size` bytes from `offset` on into `buffer`: all of them and AWQUA_OK, or AWQUA_ERR_IO.
+   */
+  int32_t (*read_at)(void *user, void *file, uint64_t offset, void *buffer, uint64_t size);
+  /**
+   * `size` bytes from `offset` on where they are in memory, valid until the file is closed, or NULL. NULL if no file
+   * can be mapped. Dense weights of the CPU are computed with where they are mapped.
+   */
+  const void *(*map)(void *user, void *file, uint64_t offset, uint64_t size);
+  /**
+   * Closes a file. May be NULL.
+   */
+  void (*close)(void *user, void *file);
+  /**
+   * Called once when `user` is not needed any more: the model was freed, and so were its sessions. May be NULL.
+   */
+  void (*release)(void *user);
+} awqua_io;
 
 /**
  * Which model to load.
@@ -683,17 +977,30 @@ typedef struct awqua_model_desc {
    */
   uint32_t struct_size;
   /**
-   * 0.
+   * AWQUA_MODEL_* flags for `files`.
    */
   uint32_t flags;
   /**
-   * Folder of the checkpoint.
+   * Folder of the checkpoint; with `files` or `io` what messages call it.
    */
   struct awqua_str path;
+  /**
+   * The files of the checkpoint, if they are in memory. They stay where and as they are until the model and its
+   * sessions are freed, unless AWQUA_MODEL_COPY_FILES is set.
+   */
+  const struct awqua_file *files;
+  /**
+   * Number of `files`.
+   */
+  uint64_t n_files;
+  /**
+   * Functions that read the files, if they are neither in a folder nor in memory. Copied.
+   */
+  const struct awqua_io *io;
 } awqua_model_desc;
 
 /**
- * How far loading is; done / total is the share.
+ * How far loading is; done / total is the share of the weights.
  */
 typedef struct awqua_load_progress {
   /**
@@ -705,14 +1012,82 @@ typedef struct awqua_load_progress {
    */
   uint32_t flags;
   /**
-   * Parts loaded.
+   * Bytes of weights handed over.
    */
   uint64_t done;
   /**
-   * Parts of the model; 0 before they are known.
+   * Bytes of all weights; 0 before they are known.
    */
   uint64_t total;
+  /**
+   * An awqua_load_stage.
+   */
+  uint32_t stage;
+  /**
+   * 0.
+   */
+  uint32_t reserved;
 } awqua_load_progress;
+
+/**
+ * Capacities of a session, fixed when it is made; all zero behind `struct_size` is the default.
+ */
+typedef struct awqua_session_desc {
+  /**
+   * sizeof(awqua_session_desc).
+   */
+  uint32_t struct_size;
+  /**
+   * AWQUA_SESSION_* flags.
+   */
+  uint32_t flags;
+  /**
+   * Tokens the KV cache holds; 0 takes the model's length, at most 4096.
+   */
+  uint32_t context;
+  /**
+   * An awqua_kv_type.
+   */
+  uint32_t kv_type;
+  /**
+   * Most prompt tokens computed at a time; 0 takes 256. A tick takes fewer when its budget is short.
+   */
+  uint32_t chunk;
+  /**
+   * 0.
+   */
+  uint32_t reserved;
+} awqua_session_desc;
+
+/**
+ * Memory that a model and a session on it take, in bytes.
+ */
+typedef struct awqua_estimate {
+  /**
+   * sizeof(awqua_estimate).
+   */
+  uint32_t struct_size;
+  /**
+   * 0.
+   */
+  uint32_t flags;
+  /**
+   * Weights in host memory: all of them on the CPU, but for dense ones that are computed with where a file is mapped.
+   */
+  uint64_t weights_host_bytes;
+  /**
+   * Weights in device memory.
+   */
+  uint64_t weights_device_bytes;
+  /**
+   * A session in host memory, at most: its KV cache and what a step needs.
+   */
+  uint64_t session_host_bytes;
+  /**
+   * A session in device memory, at most.
+   */
+  uint64_t session_device_bytes;
+} awqua_estimate;
 
 /**
  * What a loaded model is.
@@ -747,13 +1122,17 @@ typedef struct awqua_model_info {
    */
   uint64_t weight_bytes;
   /**
-   * "cpu" or "wgpu", NUL-terminated.
+   * "cpu" or "wgpu", NUL-terminated; "none" while the weights are away.
    */
   char backend[16];
   /**
    * Adapter or processor, cut if it is longer.
    */
   char device[128];
+  /**
+   * Tells these weights from others: of names, shapes and a part of the values of all tensors.
+   */
+  uint64_t identity;
 } awqua_model_info;
 
 /**
@@ -771,11 +1150,11 @@ typedef struct awqua_message {
 } awqua_message;
 
 /**
- * Capacities of a session, fixed when it is made; all zero behind `struct_size` is the default.
+ * What a session holds.
  */
-typedef struct awqua_session_desc {
+typedef struct awqua_session_info {
   /**
-   * sizeof(awqua_session_desc).
+   * sizeof(awqua_session_info).
    */
   uint32_t struct_size;
   /**
@@ -783,7 +1162,11 @@ typedef struct awqua_session_desc {
    */
   uint32_t flags;
   /**
-   * Tokens the KV cache holds; 0 takes the model's length, at most 4096.
+   * Tokens in the KV cache.
+   */
+  uint32_t n_tokens;
+  /**
+   * Most tokens it holds.
    */
   uint32_t context;
   /**
@@ -791,17 +1174,31 @@ typedef struct awqua_session_desc {
    */
   uint32_t kv_type;
   /**
-   * Most prompt tokens computed at a time; 0 takes 256. A tick takes fewer when its budget is short.
+   * An awqua_phase.
    */
-  uint32_t chunk;
+  uint32_t phase;
   /**
-   * 0.
+   * Bytes held for the session on the device.
    */
-  uint32_t reserved;
-} awqua_session_desc;
+  uint64_t bytes;
+} awqua_session_info;
 
 /**
- * How to answer. Start from AWQUA_REQUEST_INIT or awqua_request_init; not all defaults are zero.
+ * What is added to the logit of a token.
+ */
+typedef struct awqua_logit_bias {
+  /**
+   * Token id.
+   */
+  uint32_t id;
+  /**
+   * Added before anything else; negative infinity bans the token.
+   */
+  float bias;
+} awqua_logit_bias;
+
+/**
+ * How to answer. Not all defaults are zero: start from AWQUA_REQUEST_INIT or awqua_request_init.
  */
 typedef struct awqua_request {
   /**
@@ -872,41 +1269,31 @@ typedef struct awqua_request {
    * 0.
    */
   uint32_t reserved;
-} awqua_request;
-
-/**
- * What a session holds.
- */
-typedef struct awqua_session_info {
   /**
-   * sizeof(awqua_session_info).
+   * Biases of tokens. Copied.
    */
-  uint32_t struct_size;
+  const struct awqua_logit_bias *biases;
+  /**
+   * Ids that are never chosen. Copied.
+   */
+  const uint32_t *banned_ids;
+  /**
+   * Number of `biases`.
+   */
+  uint32_t n_biases;
+  /**
+   * Number of `banned_ids`.
+   */
+  uint32_t n_banned_ids;
+  /**
+   * For AWQUA_REQUEST_SHIFT: leading tokens that are never forgotten, such as a system prompt.
+   */
+  uint32_t shift_keep;
   /**
    * 0.
    */
-  uint32_t flags;
-  /**
-   * Tokens in the KV cache.
-   */
-  uint32_t n_tokens;
-  /**
-   * Most tokens it holds.
-   */
-  uint32_t context;
-  /**
-   * An awqua_kv_type.
-   */
-  uint32_t kv_type;
-  /**
-   * An awqua_phase.
-   */
-  uint32_t phase;
-  /**
-   * Bytes held for the session on the device.
-   */
-  uint64_t bytes;
-} awqua_session_info;
+  uint32_t reserved2;
+} awqua_request;
 
 /**
  * What a tick did.
@@ -917,7 +1304,7 @@ typedef struct awqua_tick_result {
    */
   uint32_t struct_size;
   /**
-   * 0.
+   * AWQUA_TICK_WAITING, or 0.
    */
   uint32_t flags;
   /**
@@ -948,6 +1335,10 @@ typedef struct awqua_tick_result {
    * Microseconds the call took.
    */
   uint64_t cpu_us;
+  /**
+   * Estimated microseconds of work that the GPU has queued.
+   */
+  uint64_t gpu_queued_us;
 } awqua_tick_result;
 
 /**
@@ -994,6 +1385,14 @@ typedef struct awqua_event {
    * Out: bytes of text that wait for the next event.
    */
   uint64_t text_waiting;
+  /**
+   * Out: prompt tokens computed.
+   */
+  uint32_t done;
+  /**
+   * Out: tokens of the prompt.
+   */
+  uint32_t total;
 } awqua_event;
 
 /**
@@ -1200,13 +1599,90 @@ typedef struct awqua_api {
    */
   awqua_status (*session_truncate)(struct awqua_session *session, uint32_t n_tokens);
   /**
+   * awqua_engine_recover
+   */
+  awqua_status (*engine_recover)(const struct awqua_engine *engine);
+  /**
+   * awqua_engine_debug_lose_device
+   */
+  awqua_status (*engine_debug_lose_device)(const struct awqua_engine *engine);
+  /**
+   * awqua_engine_trim
+   */
+  awqua_status (*engine_trim)(const struct awqua_engine *engine, uint32_t level);
+  /**
+   * awqua_engine_get_pipeline_cache
+   */
+  awqua_status (*engine_get_pipeline_cache)(const struct awqua_engine *engine,
+                                            void *buffer,
+                                            uint64_t capacity,
+                                            uint64_t *length);
+  /**
+   * awqua_model_run
+   */
+  awqua_status (*model_run)(struct awqua_model *model);
+  /**
+   * awqua_model_estimate
+   */
+  awqua_status (*model_estimate)(const struct awqua_model *model,
+                                 const struct awqua_session_desc *desc,
+                                 struct awqua_estimate *estimate);
+  /**
+   * awqua_model_evict
+   */
+  awqua_status (*model_evict)(const struct awqua_model *model);
+  /**
+   * awqua_model_restore
+   */
+  awqua_status (*model_restore)(const struct awqua_model *model);
+  /**
+   * awqua_session_save
+   */
+  awqua_status (*session_save)(struct awqua_session *session,
+                               void *buffer,
+                               uint64_t capacity,
+                               uint64_t *length);
+  /**
+   * awqua_session_trim
+   */
+  awqua_status (*session_trim)(struct awqua_session *session);
+  /**
+   * awqua_session_get_embedding
+   */
+  awqua_status (*session_get_embedding)(const struct awqua_session *session,
+                                        float *values,
+                                        uint64_t capacity,
+                                        uint64_t *count);
+  /**
    * awqua_engine_create
    */
   awqua_status (*engine_create)(const struct awqua_engine_desc *desc, struct awqua_engine **engine);
   /**
+   * awqua_engine_get_info
+   */
+  awqua_status (*engine_get_info)(const struct awqua_engine *engine, struct awqua_engine_info *info);
+  /**
    * awqua_session_get_info
    */
   awqua_status (*session_get_info)(const struct awqua_session *session, struct awqua_session_info *info);
+  /**
+   * awqua_session_fork
+   */
+  awqua_status (*session_fork)(struct awqua_session *session, struct awqua_session **forked);
+  /**
+   * awqua_session_restore
+   */
+  awqua_status (*session_restore)(struct awqua_session *session, const void *snapshot, uint64_t length);
+  /**
+   * awqua_session_begin_embedding_tokens
+   */
+  awqua_status (*session_begin_embedding_tokens)(struct awqua_session *session,
+                                                 const uint32_t *ids,
+                                                 uint64_t count);
+  /**
+   * awqua_session_begin_embedding_text
+   */
+  awqua_status (*session_begin_embedding_text)(struct awqua_session *session, struct awqua_str text);
 } awqua_api;
 
 #ifdef __cplusplus
@@ -1234,7 +1710,7 @@ awqua_status awqua_set_log(awqua_log_fn callback,
                            uint32_t level);
 
 /**
- * Fills a description with its defaults.
+ * Fills a description with its defaults, as far as its `struct_size` goes, which has to be set before.
  */
 AWQUA_API awqua_status awqua_engine_desc_init(struct awqua_engine_desc *desc);
 
@@ -1260,6 +1736,45 @@ awqua_status awqua_engine_last_error(const struct awqua_engine *engine,
                                      uint64_t *length);
 
 /**
+ * What the engine holds, over all its models and sessions.
+ */
+AWQUA_API
+awqua_status awqua_engine_get_info(const struct awqua_engine *engine,
+                                   struct awqua_engine_info *info);
+
+/**
+ * Lets go of a lost device, after AWQUA_EVENT_DEVICE_LOST: models find another one the next time they or their sessions
+ * are ticked, upload their weights again from their files, and sessions compute their tokens again and go on with their
+ * answers. Does nothing if no device is lost. After three losses within five minutes AWQUA_BACKEND_AUTO goes on with the
+ * CPU, and AWQUA_BACKEND_GPU fails with AWQUA_ERR_DEVICE_LOST.
+ */
+AWQUA_API
+awqua_status awqua_engine_recover(const struct awqua_engine *engine);
+
+/**
+ * Loses the device on purpose, to test what a program does then. The CPU can not be lost.
+ */
+AWQUA_API awqua_status awqua_engine_debug_lose_device(const struct awqua_engine *engine);
+
+/**
+ * Asks all sessions of the engine to give memory back, as far as an awqua_trim says. Each does so in its next tick, also
+ * an idle one, and makes an AWQUA_EVENT_MEMORY_PRESSURE.
+ */
+AWQUA_API
+awqua_status awqua_engine_trim(const struct awqua_engine *engine,
+                               uint32_t level);
+
+/**
+ * Compiled GPU kernels, for `pipeline_cache` of a later start on the same device and driver. `length` gets its bytes,
+ * also when `capacity` is too small; 0 where there is nothing to keep: no device is open, or it does not give them out.
+ */
+AWQUA_API
+awqua_status awqua_engine_get_pipeline_cache(const struct awqua_engine *engine,
+                                             void *buffer,
+                                             uint64_t capacity,
+                                             uint64_t *length);
+
+/**
  * Number of adapters, the preferred one first. 0 without a driver, which is no failure. Slow: asks every driver.
  */
 AWQUA_API
@@ -1271,12 +1786,12 @@ awqua_status awqua_device_count(uint32_t *count);
 AWQUA_API awqua_status awqua_device_get(uint32_t index, struct awqua_device_info *info);
 
 /**
- * Fills a budget with its defaults.
+ * Fills a budget with its defaults, as far as its `struct_size` goes, which has to be set before.
  */
 AWQUA_API awqua_status awqua_budget_init(struct awqua_budget *budget);
 
 /**
- * Fills a description with its defaults.
+ * Fills a description with its defaults, as far as its `struct_size` goes, which has to be set before.
  */
 AWQUA_API awqua_status awqua_model_desc_init(struct awqua_model_desc *desc);
 
@@ -1289,14 +1804,43 @@ awqua_status awqua_model_create(const struct awqua_engine *engine,
                                 struct awqua_model **model);
 
 /**
- * Goes on loading: AWQUA_PENDING until it returns AWQUA_OK, then the model is ready. Once awqua_model_cancel was
- * called it returns AWQUA_ERR_CANCELLED one time and gives back what was loaded; the next tick starts anew, as it
- * does after any failure. `budget` may be NULL for its defaults, `progress` may be NULL.
+ * Goes on loading: AWQUA_PENDING until it returns AWQUA_OK, then the model is ready. Never waits for the GPU. Once
+ * awqua_model_cancel was called it returns AWQUA_ERR_CANCELLED one time and gives back what was loaded; the next tick
+ * starts anew, as it does after any failure. A ready model whose weights are coming back (see awqua_model_restore and
+ * awqua_engine_recover) goes on with that. `budget` may be NULL for its defaults, `progress` may be NULL.
  */
 AWQUA_API
 awqua_status awqua_model_tick(struct awqua_model *model,
                               const struct awqua_budget *budget,
                               struct awqua_load_progress *progress);
+
+/**
+ * Loads to the end, for tools that have nothing else to do. Cancelled as ticks are.
+ */
+AWQUA_API awqua_status awqua_model_run(struct awqua_model *model);
+
+/**
+ * Memory that the model and a session on it take, read from the headers of its files; also before loading. `desc` may
+ * be NULL for a default session.
+ */
+AWQUA_API
+awqua_status awqua_model_estimate(const struct awqua_model *model,
+                                  const struct awqua_session_desc *desc,
+                                  struct awqua_estimate *estimate);
+
+/**
+ * Gives the memory of a loaded model's weights back. Its sessions keep their caches, and their ticks fail with
+ * AWQUA_ERR_EVICTED, keeping the answer, until awqua_model_restore. Its files stay open.
+ */
+AWQUA_API
+awqua_status awqua_model_evict(const struct awqua_model *model);
+
+/**
+ * Begins to bring evicted weights back from the files; the ticks of the model or of its sessions go on with it. Does
+ * nothing if they are there.
+ */
+AWQUA_API
+awqua_status awqua_model_restore(const struct awqua_model *model);
 
 /**
  * Stops loading at the next tick. Any thread, any time.
@@ -1359,14 +1903,9 @@ awqua_status awqua_model_render_chat(const struct awqua_model *model,
                                      uint64_t *length);
 
 /**
- * Fills a description with its defaults.
+ * Fills a description with its defaults, as far as its `struct_size` goes, which has to be set before.
  */
 AWQUA_API awqua_status awqua_session_desc_init(struct awqua_session_desc *desc);
-
-/**
- * Fills a request with its defaults.
- */
-AWQUA_API awqua_status awqua_request_init(struct awqua_request *request);
 
 /**
  * Makes a session on a loaded model, with an empty cache. `desc` may be NULL for the defaults.
@@ -1398,6 +1937,56 @@ awqua_status awqua_session_get_info(const struct awqua_session *session,
                                     struct awqua_session_info *info);
 
 /**
+ * Forgets all but the first `n_tokens` tokens of the cache. Fails with AWQUA_ERR_STATE while an answer is being made.
+ */
+AWQUA_API
+awqua_status awqua_session_truncate(struct awqua_session *session,
+                                    uint32_t n_tokens);
+
+/**
+ * Makes a session of the same capacities that holds what this one does, without computing it again: many characters on
+ * one system prompt compute it once. On the CPU they share the memory of those tokens as well; a GPU copies them on the
+ * device. Either goes on as if the other one did not exist. Fails with AWQUA_ERR_STATE while an answer is being made.
+ */
+AWQUA_API
+awqua_status awqua_session_fork(struct awqua_session *session,
+                                struct awqua_session **forked);
+
+/**
+ * Copies what the session holds, tokens with their keys and values, to `buffer`; waits for the GPU. `length` gets the
+ * needed bytes, also when `capacity` is too small. What is saved tells its model and has a checksum. Fails with
+ * AWQUA_ERR_STATE while an answer is being made.
+ */
+AWQUA_API
+awqua_status awqua_session_save(struct awqua_session *session,
+                                void *buffer,
+                                uint64_t capacity,
+                                uint64_t *length);
+
+/**
+ * Takes back what awqua_session_save gave, in this session or another one, in this run or a later one, on the same
+ * model; it replaces what the session holds. Fails with AWQUA_ERR_INVALID_ARGUMENT, the session being as it was, for
+ * bytes that are damaged or of another model, with AWQUA_ERR_CONTEXT_FULL if the tokens do not fit, and with
+ * AWQUA_ERR_STATE while an answer is being made.
+ */
+AWQUA_API
+awqua_status awqua_session_restore(struct awqua_session *session,
+                                   const void *snapshot,
+                                   uint64_t length);
+
+/**
+ * Gives the memory of an idle session back; its tokens are known, and computed again when they are needed. Fails with
+ * AWQUA_ERR_STATE while an answer is being made.
+ */
+AWQUA_API
+awqua_status awqua_session_trim(struct awqua_session *session);
+
+/**
+ * Fills a request with its defaults, as far as its `struct_size` goes, which has to be set before.
+ */
+AWQUA_API awqua_status awqua_request_init(struct awqua_request *request);
+
+/**
  * Begins to answer the token ids `ids`, which replace what the session holds; the start they share with it is not
  * computed again. Drops events of an earlier answer. `request` may be NULL for its defaults. Fails with
  * AWQUA_ERR_STATE while an answer is being made: tick it to its end or cancel it first.
@@ -1426,10 +2015,13 @@ awqua_status awqua_session_begin_chat(struct awqua_session *session,
                                       const struct awqua_request *request);
 
 /**
- * Works on the answer for about as long as `budget` allows: AWQUA_PENDING while there is more to do, AWQUA_OK once
- * the answer is complete, failed or was never begun. Its text and its end are polled as events; a failure of the
- * answer is an event as well, and the status of this call. `budget` may be NULL for its defaults, `result` may be
- * NULL.
+ * Works on the answer within `budget`, without waiting for the GPU: AWQUA_PENDING while there is more to do, AWQUA_OK
+ * once the answer is complete, failed or was never begun. Its text and its end are polled as events; a failure of the
+ * answer is an event as well, and the status of this call. AWQUA_ERR_EVICTED keeps the answer, which goes on after
+ * awqua_model_restore; a lost device is AWQUA_PENDING in AWQUA_PHASE_LOST, and goes on after awqua_engine_recover.
+ * `budget` may be NULL for its defaults, `result` may be NULL.
+ *
+ * On the CPU nothing is allocated while tokens are made.
  */
 AWQUA_API
 awqua_status awqua_session_tick(struct awqua_session *session,
@@ -1453,16 +2045,39 @@ AWQUA_API
 awqua_status awqua_session_cancel(const struct awqua_session *session);
 
 /**
- * Ticks until the answer is complete, for tools that have nothing else to do. Its text waits as events.
- */
-AWQUA_API awqua_status awqua_session_run(struct awqua_session *session);
-
-/**
- * Forgets all but the first `n_tokens` tokens of the cache. Fails with AWQUA_ERR_STATE while an answer is being made.
+ * Ticks until the answer is complete, waiting for the GPU, for tools that have nothing else to do. Its text waits as
+ * events. AWQUA_ERR_DEVICE_LOST if the device is lost; the answer is kept then.
  */
 AWQUA_API
-awqua_status awqua_session_truncate(struct awqua_session *session,
-                                    uint32_t n_tokens);
+awqua_status awqua_session_run(struct awqua_session *session);
+
+/**
+ * Begins to embed the token ids `ids` as one vector: the mean of the last hidden states (behind the final norm) of all
+ * of them. They replace what the session holds. awqua_session_tick does the work and makes an AWQUA_EVENT_DONE with
+ * AWQUA_STOP_COMPLETE; then awqua_session_get_embedding has the result. Fails with AWQUA_ERR_STATE while an answer is
+ * being made.
+ */
+AWQUA_API
+awqua_status awqua_session_begin_embedding_tokens(struct awqua_session *session,
+                                                  const uint32_t *ids,
+                                                  uint64_t count);
+
+/**
+ * As awqua_session_begin_embedding_tokens, for a text.
+ */
+AWQUA_API
+awqua_status awqua_session_begin_embedding_text(struct awqua_session *session,
+                                                struct awqua_str text);
+
+/**
+ * Copies the last embedding, as many values as the model's hidden size. `count` gets their number, also when `capacity`
+ * is too small. Fails with AWQUA_ERR_STATE if none was completed since something was begun.
+ */
+AWQUA_API
+awqua_status awqua_session_get_embedding(const struct awqua_session *session,
+                                         float *values,
+                                         uint64_t capacity,
+                                         uint64_t *count);
 
 /**
  * ABI of the library that is loaded, as AWQUA_ABI_VERSION: major << 16 | minor. A program works with a library of the

@@ -46,9 +46,11 @@ template <class T, awqua_status (*Free)(T *)> struct deleter {
 template <class T, awqua_status (*Free)(T *)> using owner = std::unique_ptr<T, deleter<T, Free>>;
 } // namespace detail
 
-inline awqua_budget budget(std::uint64_t cpu_us) noexcept {
+/* Microseconds of the calling thread, and of the GPU. */
+inline awqua_budget budget(std::uint64_t cpu_us, std::uint64_t gpu_us = 4000) noexcept {
     awqua_budget budget = AWQUA_BUDGET_INIT;
     budget.cpu_us = cpu_us;
+    budget.gpu_us = gpu_us;
     return budget;
 }
 
@@ -61,6 +63,15 @@ class engine {
         create(desc);
     }
     explicit engine(const awqua_engine_desc &desc) { create(desc); }
+
+    /* Lets go of a lost device; models and sessions find another one in their next ticks. */
+    void recover() const { check(awqua_engine_recover(object_.get())); }
+    void trim(awqua_trim level) const { check(awqua_engine_trim(object_.get(), level)); }
+    awqua_engine_info info() const {
+        awqua_engine_info info = AWQUA_ENGINE_INFO_INIT;
+        check(awqua_engine_get_info(object_.get(), &info));
+        return info;
+    }
     awqua_engine *get() const noexcept { return object_.get(); }
 
   private:
@@ -83,17 +94,22 @@ class model {
     }
     model(const engine &on, const awqua_model_desc &desc) { create(on, desc); }
 
-    /* Loads for about `cpu_us` microseconds; true once the model is ready. */
-    bool tick(std::uint64_t cpu_us, awqua_load_progress *progress = nullptr) {
-        const awqua_budget b = budget(cpu_us);
-        return check(awqua_model_tick(object_.get(), &b, progress)) == AWQUA_OK;
+    /* Loads within `how`; true once the model is ready. */
+    bool tick(const awqua_budget &how, awqua_load_progress *progress = nullptr) {
+        return check(awqua_model_tick(object_.get(), &how, progress)) == AWQUA_OK;
     }
+    bool tick(std::uint64_t cpu_us, awqua_load_progress *progress = nullptr) { return tick(budget(cpu_us), progress); }
     /* Loads to the end. */
-    void load() {
-        while (!tick(1000000)) {
-        }
-    }
+    void load() { check(awqua_model_run(object_.get())); }
     void cancel() const { check(awqua_model_cancel(object_.get())); }
+
+    awqua_estimate estimate(const awqua_session_desc *desc = nullptr) const {
+        awqua_estimate estimate = AWQUA_ESTIMATE_INIT;
+        check(awqua_model_estimate(object_.get(), desc, &estimate));
+        return estimate;
+    }
+    void evict() const { check(awqua_model_evict(object_.get())); }
+    void restore() const { check(awqua_model_restore(object_.get())); }
 
     awqua_model_info info() const {
         awqua_model_info info = AWQUA_MODEL_INFO_INIT;
@@ -171,11 +187,11 @@ class session {
         check(awqua_session_begin_chat(object_.get(), messages.data(), messages.size(), &how));
     }
 
-    /* Works for about `cpu_us` microseconds; true while there is more to do. */
-    bool tick(std::uint64_t cpu_us, awqua_tick_result *result = nullptr) {
-        const awqua_budget b = budget(cpu_us);
-        return check(awqua_session_tick(object_.get(), &b, result)) == AWQUA_PENDING;
+    /* Works within `how`; true while there is more to do. */
+    bool tick(const awqua_budget &how, awqua_tick_result *result = nullptr) {
+        return check(awqua_session_tick(object_.get(), &how, result)) == AWQUA_PENDING;
     }
+    bool tick(std::uint64_t cpu_us, awqua_tick_result *result = nullptr) { return tick(budget(cpu_us), result); }
 
     /* Polls all events: `on_text(std::string_view)` for each piece; the reason if the answer ended, else
      * AWQUA_STOP_NONE. Throws if it failed. */
@@ -205,6 +221,42 @@ class session {
 
     void cancel() const { check(awqua_session_cancel(object_.get())); }
     void truncate(std::uint32_t n_tokens) { check(awqua_session_truncate(object_.get(), n_tokens)); }
+    /* A session that holds what this one does, without computing it again. */
+    session fork() {
+        awqua_session *object = nullptr;
+        check(awqua_session_fork(object_.get(), &object));
+        return session(object);
+    }
+    std::vector<std::uint8_t> save() {
+        std::uint64_t length = 0;
+        awqua_status status = awqua_session_save(object_.get(), nullptr, 0, &length);
+        std::vector<std::uint8_t> bytes(length);
+        if (status == AWQUA_ERR_BUFFER_TOO_SMALL) {
+            status = awqua_session_save(object_.get(), bytes.data(), bytes.size(), &length);
+        }
+        check(status);
+        return bytes;
+    }
+    void restore(const std::vector<std::uint8_t> &snapshot) {
+        check(awqua_session_restore(object_.get(), snapshot.data(), snapshot.size()));
+    }
+    void trim() { check(awqua_session_trim(object_.get())); }
+
+    /* Begins to embed a text; tick() it to its end, then embedding() has the vector. */
+    void begin_embedding(std::string_view text) {
+        check(awqua_session_begin_embedding_text(object_.get(), str(text)));
+    }
+    std::vector<float> embedding() const {
+        std::uint64_t count = 0;
+        awqua_status status = awqua_session_get_embedding(object_.get(), nullptr, 0, &count);
+        std::vector<float> values(count);
+        if (status == AWQUA_ERR_BUFFER_TOO_SMALL) {
+            status = awqua_session_get_embedding(object_.get(), values.data(), values.size(), &count);
+        }
+        check(status);
+        return values;
+    }
+
     awqua_session_info info() const {
         awqua_session_info info = AWQUA_SESSION_INFO_INIT;
         check(awqua_session_get_info(object_.get(), &info));
@@ -213,6 +265,7 @@ class session {
     awqua_session *get() const noexcept { return object_.get(); }
 
   private:
+    explicit session(awqua_session *object) noexcept : object_(object) {}
     detail::owner<awqua_session, awqua_session_free> object_;
 };
 

@@ -74,20 +74,25 @@ local function own(out, free)
     return ffi.gc(out[0], free)
 end
 
-local budget = ffi.new("awqua_budget")
-check(C.awqua_budget_init(budget))
+-- A structure with its defaults, made by the library's function `init`.
+local function new(name, init)
+    local struct = ffi.new(name)
+    struct.struct_size = ffi.sizeof(struct)
+    check(init(struct))
+    return struct
+end
+
+local budget = new("awqua_budget", C.awqua_budget_init)
 
 function awqua.engine(backend)
-    local desc, out = ffi.new("awqua_engine_desc"), ffi.new("awqua_engine *[1]")
-    check(C.awqua_engine_desc_init(desc))
+    local desc, out = new("awqua_engine_desc", C.awqua_engine_desc_init), ffi.new("awqua_engine *[1]")
     desc.backend = backend or awqua.BACKEND_AUTO
     check(C.awqua_engine_create(desc, out))
     return own(out, C.awqua_engine_free)
 end
 
 function awqua.model(engine, path)
-    local desc, out = ffi.new("awqua_model_desc"), ffi.new("awqua_model *[1]")
-    check(C.awqua_model_desc_init(desc))
+    local desc, out = new("awqua_model_desc", C.awqua_model_desc_init), ffi.new("awqua_model *[1]")
     desc.path = str(path)
     check(C.awqua_model_create(engine, desc, out))
     return own(out, C.awqua_model_free)
@@ -112,8 +117,7 @@ end
 
 -- Begins to continue `prompt`; `options` are members of awqua_request.
 function awqua.begin(session, prompt, options)
-    local request = ffi.new("awqua_request")
-    check(C.awqua_request_init(request))
+    local request = new("awqua_request", C.awqua_request_init)
     for name, value in pairs(options or {}) do
         request[name] = value
     end

@@ -37,7 +37,7 @@ namespace Awqua
 
         public Engine(Backend backend = Backend.Auto)
         {
-            var desc = new Native.EngineDesc();
+            var desc = new Native.EngineDesc { StructSize = (uint)Marshal.SizeOf(typeof(Native.EngineDesc)) };
             Native.Check(Native.awqua_engine_desc_init(ref desc));
             desc.Backend = (uint)backend;
             Native.Check(Native.awqua_engine_create(ref desc, out Handle));
@@ -56,7 +56,7 @@ namespace Awqua
             var text = new Utf8(path);
             try
             {
-                var desc = new Native.ModelDesc();
+                var desc = new Native.ModelDesc { StructSize = (uint)Marshal.SizeOf(typeof(Native.ModelDesc)) };
                 Native.Check(Native.awqua_model_desc_init(ref desc));
                 desc.Path = text.Str;
                 Native.Check(Native.awqua_model_create(engine.Handle, ref desc, out Handle));
@@ -280,7 +280,7 @@ namespace Awqua
 
         internal static Budget BudgetOf(TimeSpan time)
         {
-            var budget = new Budget();
+            var budget = new Budget { StructSize = (uint)Marshal.SizeOf(typeof(Budget)) };
             Check(awqua_budget_init(ref budget));
             budget.CpuUs = (ulong)Math.Max(0, time.Ticks / 10);
             return budget;
@@ -288,7 +288,7 @@ namespace Awqua
 
         internal static RequestDesc RequestOf(Request how)
         {
-            var request = new RequestDesc();
+            var request = new RequestDesc { StructSize = (uint)Marshal.SizeOf(typeof(RequestDesc)) };
             Check(awqua_request_init(ref request));
             request.Flags = how.IgnoreEos ? IgnoreEos : 0;
             request.MaxTokens = how.MaxTokens;

@@ -1,13 +1,17 @@
 //! The engine: where models run, and what the process has to run them on.
 
-use std::ffi::c_char;
+use std::ffi::{c_char, c_void};
+use std::mem::offset_of;
 use std::sync::Arc;
 
-use runtime::{BackendChoice, LoadOptions};
+use runtime::engine::Trim;
+use runtime::{BackendChoice, DeviceChoice, EngineOptions};
 
 use crate::boundary::guard;
 use crate::handle::{self, Handle, Object};
+use crate::jobs::{awqua_parallel_for_fn, jobs};
 use crate::layout::{self, Out, Sized32, layout};
+use crate::model::check_flags;
 use crate::status::awqua_status::{self, *};
 use crate::status::{Failure, Outcome};
 use crate::text::{self, awqua_str};
@@ -25,8 +29,11 @@ pub enum awqua_backend {
     AWQUA_BACKEND_GPU = 2,
 }
 
-/// Never use half-precision arithmetic or subgroup operations on the GPU, whatever the adapter offers.
+/// On a GPU, never use half-precision arithmetic or subgroup operations, whatever the adapter offers; on the CPU, never
+/// use wide instructions, so that every processor of one family computes the same bits.
 pub const AWQUA_ENGINE_PORTABLE_KERNELS: u32 = 1;
+/// Recover from the loss of a device in the next tick, without awqua_engine_recover.
+pub const AWQUA_ENGINE_AUTO_RECOVER: u32 = 2;
 
 /// What an engine is made from; all zero behind `struct_size` is the default.
 #[repr(C)]
@@ -39,33 +46,61 @@ pub struct awqua_engine_desc {
     /// An awqua_backend.
     pub backend: u32,
     /// CPU threads a session computes with, the caller's included: 0 and 1 make no thread, n makes n - 1 that belong
-    /// to the session, sleep between its ticks and end with it. Ignored on a GPU.
+    /// to the session, sleep between its ticks and end with it. With `parallel_for` it is how many threads of the host
+    /// take part, and none is made. Ignored on a GPU.
     pub threads: u32,
     /// Part of the adapter's name in any letter case, or its index in awqua_device_get; empty takes the best one.
     pub device: awqua_str,
+    /// Most bytes of host memory for weights, caches and activations of all models and sessions; 0 is no cap. What does
+    /// not fit is refused with AWQUA_ERR_OUT_OF_MEMORY and the needed number.
+    pub host_budget_bytes: u64,
+    /// The same of device memory.
+    pub device_budget_bytes: u64,
+    /// What awqua_engine_get_pipeline_cache gave at an earlier start, or NULL; shortens the first load. Copied. Trusted
+    /// to come from there: damage is noticed, forgery is not.
+    pub pipeline_cache: *const c_void,
+    /// Bytes at `pipeline_cache`.
+    pub pipeline_cache_len: u64,
+    /// Takes the adapter with this UUID (VkPhysicalDeviceIDProperties), unless it is all zero.
+    pub device_uuid: [u8; 16],
+    /// Takes the adapter with this LUID (of DXGI or Vulkan), unless it is all zero.
+    pub device_luid: [u8; 8],
+    /// The host's own threads for the CPU, or NULL.
+    pub parallel_for: awqua_parallel_for_fn,
+    /// Handed to `parallel_for`.
+    pub parallel_for_user: *mut c_void,
 }
 
-// SAFETY: repr(C), u32 first, no padding; integers and a text.
+// SAFETY: repr(C), u32 first, no padding on 64-bit targets and none that is read elsewhere; integers, pointers, a text
+// and a nullable function.
 unsafe impl Sized32 for awqua_engine_desc {
     const NAME: &'static str = "awqua_engine_desc";
-    const FIRST: usize = size_of::<Self>();
-    const INIT: Self =
-        Self { struct_size: size_of::<Self>() as u32, flags: 0, backend: 0, threads: 0, device: awqua_str::EMPTY };
+    const FIRST: usize = offset_of!(Self, host_budget_bytes);
+    const INIT: Self = Self {
+        struct_size: size_of::<Self>() as u32,
+        flags: 0,
+        backend: 0,
+        threads: 0,
+        device: awqua_str::EMPTY,
+        host_budget_bytes: 0,
+        device_budget_bytes: 0,
+        pipeline_cache: std::ptr::null(),
+        pipeline_cache_len: 0,
+        device_uuid: [0; 16],
+        device_luid: [0; 8],
+        parallel_for: None,
+        parallel_for_user: std::ptr::null_mut(),
+    };
 }
 
-/// A place where models run. Owns nothing but choices: models keep what they need of it, so it may be freed first.
+/// A place where models run: a device, budgets, and what they hold. Models keep what they need of it, so it may be freed
+/// first.
 pub struct awqua_engine {
     _opaque: [u8; 0],
 }
 
-/// What models and sessions need to know of their engine.
-pub struct EngineConfig {
-    pub load: LoadOptions,
-    pub threads: usize,
-}
-
 pub struct Engine {
-    pub config: Arc<EngineConfig>,
+    pub inner: Arc<runtime::Engine>,
 }
 
 impl Object for Engine {
@@ -80,26 +115,50 @@ impl awqua_engine {
     }
 }
 
-fn config(desc: &awqua_engine_desc) -> Outcome<EngineConfig> {
+fn options(desc: &awqua_engine_desc) -> Outcome<EngineOptions> {
     let backend = match desc.backend {
         0 => BackendChoice::Auto,
         1 => BackendChoice::Cpu,
         2 => BackendChoice::Wgpu,
         other => return Err(Failure::invalid(format!("`backend` is {other}, expected an awqua_backend"))),
     };
-    if desc.flags & !AWQUA_ENGINE_PORTABLE_KERNELS != 0 {
-        return Err(Failure::invalid(format!("`flags` has unknown bits: {:#x}", desc.flags)));
-    }
+    check_flags(desc.flags, AWQUA_ENGINE_PORTABLE_KERNELS | AWQUA_ENGINE_AUTO_RECOVER)?;
     if desc.threads > 1024 {
         return Err(Failure::invalid(format!("`threads` is {}, expected at most 1024", desc.threads)));
     }
-    // SAFETY: the caller of the exported function promises readable text.
-    let device = unsafe { desc.device.get_optional("device") }?.map(str::to_owned);
-    let portable_kernels = desc.flags & AWQUA_ENGINE_PORTABLE_KERNELS != 0;
-    Ok(EngineConfig { load: LoadOptions { backend, device, portable_kernels }, threads: desc.threads.max(1) as usize })
+    // SAFETY: the caller of the exported function promises readable text and memory.
+    let (name, cache) = unsafe {
+        let cache = text::slice(desc.pipeline_cache.cast::<u8>(), desc.pipeline_cache_len, "pipeline_cache")?;
+        (desc.device.get_optional("device")?, cache)
+    };
+    let budget = |bytes: u64| Some(bytes).filter(|&bytes| bytes > 0);
+    let threads = desc.threads.max(1) as usize;
+    Ok(EngineOptions {
+        backend,
+        device: device(name, desc)?,
+        portable_kernels: desc.flags & AWQUA_ENGINE_PORTABLE_KERNELS != 0,
+        host_budget: budget(desc.host_budget_bytes),
+        device_budget: budget(desc.device_budget_bytes),
+        pipeline_cache: Some(cache).filter(|cache| !cache.is_empty()).map(|cache| Arc::new(cache.to_vec())),
+        auto_recover: desc.flags & AWQUA_ENGINE_AUTO_RECOVER != 0,
+        threads: Some(threads),
+        jobs: jobs(desc.parallel_for, desc.parallel_for_user, threads),
+    })
 }
 
-/// Fills a description with its defaults.
+/// The adapter that is meant, which may be named in one way only.
+fn device(name: Option<&str>, desc: &awqua_engine_desc) -> Outcome<DeviceChoice> {
+    let (uuid, luid) = (desc.device_uuid != [0; 16], desc.device_luid != [0; 8]);
+    match (name, uuid, luid) {
+        (None, false, false) => Ok(DeviceChoice::Best),
+        (Some(name), false, false) => Ok(DeviceChoice::Named(name.to_owned())),
+        (None, true, false) => Ok(DeviceChoice::Uuid(desc.device_uuid)),
+        (None, false, true) => Ok(DeviceChoice::Luid(desc.device_luid)),
+        _ => Err(Failure::invalid("`device`, `device_uuid` and `device_luid` exclude each other")),
+    }
+}
+
+/// Fills a description with its defaults, as far as its `struct_size` goes, which has to be set before.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn awqua_engine_desc_init(desc: *mut awqua_engine_desc) -> awqua_status {
     // SAFETY: the caller's promise.
@@ -115,7 +174,7 @@ pub unsafe extern "C" fn awqua_engine_create(
     guard("awqua_engine_create", || {
         // SAFETY: the caller's promise.
         let (desc, out) = unsafe { (layout::read_or_init(desc)?, text::out(engine, "engine")?) };
-        *out = Handle::into_c(Engine { config: Arc::new(config(&desc)?) }, ());
+        *out = Handle::into_c(Engine { inner: runtime::Engine::new(options(&desc)?) }, ());
         Ok(AWQUA_OK)
     })
 }
@@ -138,6 +197,128 @@ pub unsafe extern "C" fn awqua_engine_last_error(
     let handle = awqua_engine::handle(engine);
     // SAFETY: the caller's promise.
     unsafe { handle::last_error("awqua_engine_last_error", handle, buffer, capacity, length) }
+}
+
+/// The device was lost and not recovered yet.
+pub const AWQUA_ENGINE_LOST: u32 = 1;
+
+/// What an engine holds.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct awqua_engine_info {
+    /// sizeof(awqua_engine_info).
+    pub struct_size: u32,
+    /// AWQUA_ENGINE_LOST, or 0.
+    pub flags: u32,
+    /// Bytes of host memory that its models and sessions hold for weights, caches and activations.
+    pub host_bytes: u64,
+    /// The same of device memory.
+    pub device_bytes: u64,
+}
+
+// SAFETY: repr(C), u32 first, no padding; integers.
+unsafe impl Sized32 for awqua_engine_info {
+    const NAME: &'static str = "awqua_engine_info";
+    const FIRST: usize = 24;
+    const INIT: Self = Self { struct_size: size_of::<Self>() as u32, flags: 0, host_bytes: 0, device_bytes: 0 };
+}
+
+/// What the engine holds, over all its models and sessions.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn awqua_engine_get_info(
+    engine: *const awqua_engine,
+    info: *mut awqua_engine_info,
+) -> awqua_status {
+    // SAFETY: the caller's promise, for both.
+    unsafe {
+        handle::shared("awqua_engine_get_info", awqua_engine::handle(engine), |engine, ()| {
+            let out = Out::new(info)?;
+            let used = engine.inner.used();
+            out.write(&awqua_engine_info {
+                flags: if engine.inner.is_lost() { AWQUA_ENGINE_LOST } else { 0 },
+                host_bytes: used.host,
+                device_bytes: used.device,
+                ..awqua_engine_info::INIT
+            });
+            Ok(AWQUA_OK)
+        })
+    }
+}
+
+/// Lets go of a lost device, after AWQUA_EVENT_DEVICE_LOST: models find another one the next time they or their sessions
+/// are ticked, upload their weights again from their files, and sessions compute their tokens again and go on with their
+/// answers. Does nothing if no device is lost. After three losses within five minutes AWQUA_BACKEND_AUTO goes on with the
+/// CPU, and AWQUA_BACKEND_GPU fails with AWQUA_ERR_DEVICE_LOST.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn awqua_engine_recover(engine: *const awqua_engine) -> awqua_status {
+    // SAFETY: the caller's promise.
+    unsafe {
+        handle::shared("awqua_engine_recover", awqua_engine::handle(engine), |engine, ()| {
+            engine.inner.recover()?;
+            Ok(AWQUA_OK)
+        })
+    }
+}
+
+/// Loses the device on purpose, to test what a program does then. The CPU can not be lost.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn awqua_engine_debug_lose_device(engine: *const awqua_engine) -> awqua_status {
+    // SAFETY: the caller's promise.
+    unsafe {
+        handle::shared("awqua_engine_debug_lose_device", awqua_engine::handle(engine), |engine, ()| {
+            engine.inner.force_loss();
+            Ok(AWQUA_OK)
+        })
+    }
+}
+
+/// How much memory to give back; each level includes those before it.
+#[repr(u32)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(dead_code, reason = "values the caller uses")]
+pub enum awqua_trim {
+    /// Mapped pages of files: read again when needed.
+    AWQUA_TRIM_PAGES = 0,
+    /// Caches of idle sessions: computed again when needed.
+    AWQUA_TRIM_SESSIONS = 1,
+    /// Weights of models whose sessions are idle: awqua_model_restore brings them back.
+    AWQUA_TRIM_WEIGHTS = 2,
+}
+
+/// Asks all sessions of the engine to give memory back, as far as an awqua_trim says. Each does so in its next tick, also
+/// an idle one, and makes an AWQUA_EVENT_MEMORY_PRESSURE.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn awqua_engine_trim(engine: *const awqua_engine, level: u32) -> awqua_status {
+    // SAFETY: the caller's promise.
+    unsafe {
+        handle::shared("awqua_engine_trim", awqua_engine::handle(engine), |engine, ()| {
+            engine.inner.request_trim(match level {
+                0 => Trim::Pages,
+                1 => Trim::Sessions,
+                2 => Trim::Weights,
+                other => return Err(Failure::invalid(format!("`level` is {other}, expected an awqua_trim"))),
+            });
+            Ok(AWQUA_OK)
+        })
+    }
+}
+
+/// Compiled GPU kernels, for `pipeline_cache` of a later start on the same device and driver. `length` gets its bytes,
+/// also when `capacity` is too small; 0 where there is nothing to keep: no device is open, or it does not give them out.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn awqua_engine_get_pipeline_cache(
+    engine: *const awqua_engine,
+    buffer: *mut c_void,
+    capacity: u64,
+    length: *mut u64,
+) -> awqua_status {
+    // SAFETY: the caller's promise, for all of them.
+    unsafe {
+        handle::shared("awqua_engine_get_pipeline_cache", awqua_engine::handle(engine), |engine, ()| {
+            let cache = engine.inner.pipeline_cache().unwrap_or_default();
+            text::put(&cache, buffer.cast::<u8>(), capacity, length).map(|()| AWQUA_OK)
+        })
+    }
 }
 
 /// The adapter can be used.
@@ -189,6 +370,10 @@ pub struct awqua_device_info {
     pub api: [c_char; 16],
     /// Driver and its version.
     pub driver: [c_char; 112],
+    /// By which other interfaces name the same device, all zero if unknown.
+    pub uuid: [u8; 16],
+    /// The same on Windows until it restarts, all zero if unknown.
+    pub luid: [u8; 8],
 }
 
 // SAFETY: repr(C), u32 first, no padding; integers.
@@ -205,6 +390,8 @@ unsafe impl Sized32 for awqua_device_info {
         name: [0; 128],
         api: [0; 16],
         driver: [0; 112],
+        uuid: [0; 16],
+        luid: [0; 8],
     };
 }
 
@@ -239,6 +426,8 @@ fn devices() -> Vec<awqua_device_info> {
             name: fixed(&adapter.name),
             api: fixed(adapter.api),
             driver: fixed(&adapter.driver),
+            uuid: adapter.ids.uuid.unwrap_or_default(),
+            luid: adapter.ids.luid.unwrap_or_default(),
             ..awqua_device_info::INIT
         }
     };
@@ -276,8 +465,13 @@ pub unsafe extern "C" fn awqua_device_get(index: u32, info: *mut awqua_device_in
     })
 }
 
-layout!(awqua_engine_desc, 32, { struct_size: 0, flags: 4, backend: 8, threads: 12, device: 16 });
-layout!(awqua_device_info, 288, {
+layout!(awqua_engine_desc, 104, {
+    struct_size: 0, flags: 4, backend: 8, threads: 12, device: 16, host_budget_bytes: 32, device_budget_bytes: 40,
+    pipeline_cache: 48, pipeline_cache_len: 56, device_uuid: 64, device_luid: 80, parallel_for: 88,
+    parallel_for_user: 96,
+});
+layout!(awqua_engine_info, 24, { struct_size: 0, flags: 4, host_bytes: 8, device_bytes: 16 });
+layout!(awqua_device_info, 312, {
     struct_size: 0, flags: 4, kind: 8, reserved: 12, max_buffer_bytes: 16, max_binding_bytes: 24, name: 32, api: 160,
-    driver: 176,
+    driver: 176, uuid: 288, luid: 304,
 });

@@ -96,19 +96,13 @@ impl<T: Sized32> Out<T> {
     }
 }
 
-/// Body of an initialiser function.
+/// Body of an initialiser function: a structure of another version gets what it has room for.
 ///
 /// # Safety
-/// `pointer` must be NULL or writable for the whole structure.
+/// `pointer` must be NULL or writable for as many bytes as its `struct_size` says.
 pub unsafe fn init<T: Sized32>(pointer: *mut T) -> Outcome {
-    if pointer.is_null() {
-        return Err(Failure::null(T::NAME));
-    }
-    if !pointer.is_aligned() {
-        return Err(Failure::invalid(format!("`{}` is not aligned to {} bytes", T::NAME, align_of::<T>())));
-    }
-    // SAFETY: not NULL, aligned, and writable by the caller's promise.
-    unsafe { pointer.write(T::INIT) };
+    // SAFETY: the caller's promise.
+    unsafe { Out::new(pointer) }?.write(&T::INIT);
     Ok(AWQUA_OK)
 }
 

@@ -7,6 +7,8 @@
 //! | `layout`, `text` | structures with a size, text and arrays of the caller |
 //! | `alloc`, `log` | the host's memory and log |
 //! | `engine`, `model`, `session` | the objects |
+//! | `source`, `jobs` | the host's files and threads |
+//! | `answer` | what sessions make, tick by tick |
 //! | `api` | the same functions as a table |
 //!
 //! Exported functions keep one order of arguments: object, inputs, outputs; and write outputs only on success.
@@ -14,16 +16,17 @@
 #![allow(clippy::missing_safety_doc, reason = "the header states the contract of all pointers once")]
 
 mod alloc;
+mod answer;
 mod api;
 mod boundary;
-mod driver;
 mod engine;
-mod events;
 mod handle;
+mod jobs;
 mod layout;
 mod log;
 mod model;
 mod session;
+mod source;
 mod status;
 mod table;
 mod text;

@@ -1,22 +1,28 @@
 //! Models: loading as ticks, what they are, their tokenizer and chat template.
 
 use std::ffi::c_char;
-use std::ops::ControlFlow;
-use std::path::PathBuf;
+use std::mem::offset_of;
 use std::sync::Arc;
+use std::time::Duration;
 
+use runtime::session::TickBudget;
 use runtime::session::chat::ChatMessage;
-use runtime::{CancelToken, Model as RuntimeModel};
+use runtime::{CancelToken, Load, LoadBudget, LoadStage, Model as RuntimeModel};
 
 use crate::boundary::guard;
-use crate::engine::{EngineConfig, awqua_engine, fixed};
+use crate::engine::{awqua_engine, fixed};
 use crate::handle::{self, Handle, Object};
 use crate::layout::{self, Out, Sized32, layout};
+use crate::session::{awqua_session_desc, session_options};
+use crate::source::{awqua_file, awqua_io, source};
 use crate::status::awqua_status::{self, *};
 use crate::status::{Failure, Outcome};
 use crate::text::{self, awqua_str};
 
-/// How much one tick may do.
+/// As a time or a number of bytes: as much as there is.
+pub const AWQUA_NO_LIMIT: u64 = u64::MAX;
+
+/// How much one tick may do. At least one piece of work is done, however small the budget is.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct awqua_budget {
@@ -24,18 +30,57 @@ pub struct awqua_budget {
     pub struct_size: u32,
     /// 0.
     pub flags: u32,
-    /// Microseconds of the calling thread. 0 does the smallest step there is.
+    /// Microseconds of the calling thread, looked at between pieces of well under a millisecond. 0 does one piece,
+    /// AWQUA_NO_LIMIT all there is until the GPU has to be waited for. 2000.
     pub cpu_us: u64,
+    /// Microseconds of work that the GPU may have queued when the call returns, what earlier ticks left included, as
+    /// far as measurements of earlier work tell. Prompts are cut into chunks accordingly. 4000.
+    pub gpu_us: u64,
+    /// For a model: bytes of weights handed over. AWQUA_NO_LIMIT.
+    pub load_bytes: u64,
+    /// For a model: GPU kernels compiled; each may take some milliseconds that nobody can cut. 1.
+    pub load_kernels: u32,
+    /// 0.
+    pub reserved: u32,
 }
 
 // SAFETY: repr(C), u32 first, no padding; integers.
 unsafe impl Sized32 for awqua_budget {
     const NAME: &'static str = "awqua_budget";
     const FIRST: usize = 16;
-    const INIT: Self = Self { struct_size: size_of::<Self>() as u32, flags: 0, cpu_us: 2000 };
+    const INIT: Self = Self {
+        struct_size: size_of::<Self>() as u32,
+        flags: 0,
+        cpu_us: 2000,
+        gpu_us: 4000,
+        load_bytes: AWQUA_NO_LIMIT,
+        load_kernels: 1,
+        reserved: 0,
+    };
 }
 
-layout!(awqua_budget, 16, { struct_size: 0, flags: 4, cpu_us: 8 });
+layout!(awqua_budget, 40, {
+    struct_size: 0, flags: 4, cpu_us: 8, gpu_us: 16, load_bytes: 24, load_kernels: 32, reserved: 36,
+});
+
+fn micros(n: u64) -> Option<Duration> {
+    (n != AWQUA_NO_LIMIT).then(|| Duration::from_micros(n))
+}
+
+impl awqua_budget {
+    /// For a session.
+    pub fn tick(&self) -> TickBudget {
+        TickBudget { host: micros(self.cpu_us), device: micros(self.gpu_us) }
+    }
+
+    fn load(&self) -> LoadBudget {
+        let bytes = Some(self.load_bytes).filter(|&bytes| bytes != AWQUA_NO_LIMIT);
+        LoadBudget { host: micros(self.cpu_us), bytes, kernels: Some(self.load_kernels) }
+    }
+}
+
+/// The bytes of `files` are copied when the model is made, instead of read where they are.
+pub const AWQUA_MODEL_COPY_FILES: u32 = 1;
 
 /// Which model to load.
 #[repr(C)]
@@ -43,22 +88,52 @@ layout!(awqua_budget, 16, { struct_size: 0, flags: 4, cpu_us: 8 });
 pub struct awqua_model_desc {
     /// sizeof(awqua_model_desc).
     pub struct_size: u32,
-    /// 0.
+    /// AWQUA_MODEL_* flags for `files`.
     pub flags: u32,
-    /// Folder of the checkpoint.
+    /// Folder of the checkpoint; with `files` or `io` what messages call it.
     pub path: awqua_str,
+    /// The files of the checkpoint, if they are in memory. They stay where and as they are until the model and its
+    /// sessions are freed, unless AWQUA_MODEL_COPY_FILES is set.
+    pub files: *const awqua_file,
+    /// Number of `files`.
+    pub n_files: u64,
+    /// Functions that read the files, if they are neither in a folder nor in memory. Copied.
+    pub io: *const awqua_io,
 }
 
 // SAFETY: repr(C), u32 first, no padding; integers and a text.
 unsafe impl Sized32 for awqua_model_desc {
     const NAME: &'static str = "awqua_model_desc";
-    const FIRST: usize = size_of::<Self>();
-    const INIT: Self = Self { struct_size: size_of::<Self>() as u32, flags: 0, path: awqua_str::EMPTY };
+    const FIRST: usize = offset_of!(Self, files);
+    const INIT: Self = Self {
+        struct_size: size_of::<Self>() as u32,
+        flags: 0,
+        path: awqua_str::EMPTY,
+        files: std::ptr::null(),
+        n_files: 0,
+        io: std::ptr::null(),
+    };
 }
 
-layout!(awqua_model_desc, 24, { struct_size: 0, flags: 4, path: 8 });
+layout!(awqua_model_desc, 48, { struct_size: 0, flags: 4, path: 8, files: 24, n_files: 32, io: 40 });
 
-/// How far loading is; done / total is the share.
+/// What loading is busy with.
+#[repr(u32)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum awqua_load_stage {
+    /// Configuration, headers, tokenizer.
+    AWQUA_LOAD_FILES = 0,
+    /// Driver, and trials of the kernels.
+    AWQUA_LOAD_DEVICE = 1,
+    /// Weights on their way to the device.
+    AWQUA_LOAD_WEIGHTS = 2,
+    /// Kernels being compiled.
+    AWQUA_LOAD_KERNELS = 3,
+    /// Nothing: the model is ready.
+    AWQUA_LOAD_READY = 4,
+}
+
+/// How far loading is; done / total is the share of the weights.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct awqua_load_progress {
@@ -66,20 +141,75 @@ pub struct awqua_load_progress {
     pub struct_size: u32,
     /// 0.
     pub flags: u32,
-    /// Parts loaded.
+    /// Bytes of weights handed over.
     pub done: u64,
-    /// Parts of the model; 0 before they are known.
+    /// Bytes of all weights; 0 before they are known.
     pub total: u64,
+    /// An awqua_load_stage.
+    pub stage: u32,
+    /// 0.
+    pub reserved: u32,
 }
 
 // SAFETY: repr(C), u32 first, no padding; integers.
 unsafe impl Sized32 for awqua_load_progress {
     const NAME: &'static str = "awqua_load_progress";
     const FIRST: usize = 24;
-    const INIT: Self = Self { struct_size: size_of::<Self>() as u32, flags: 0, done: 0, total: 0 };
+    const INIT: Self =
+        Self { struct_size: size_of::<Self>() as u32, flags: 0, done: 0, total: 0, stage: 0, reserved: 0 };
 }
 
-layout!(awqua_load_progress, 24, { struct_size: 0, flags: 4, done: 8, total: 16 });
+layout!(awqua_load_progress, 32, { struct_size: 0, flags: 4, done: 8, total: 16, stage: 24, reserved: 28 });
+
+impl From<runtime::LoadProgress> for awqua_load_progress {
+    fn from(progress: runtime::LoadProgress) -> Self {
+        let stage = match progress.stage {
+            LoadStage::Files => awqua_load_stage::AWQUA_LOAD_FILES,
+            LoadStage::Device => awqua_load_stage::AWQUA_LOAD_DEVICE,
+            LoadStage::Weights => awqua_load_stage::AWQUA_LOAD_WEIGHTS,
+            LoadStage::Kernels => awqua_load_stage::AWQUA_LOAD_KERNELS,
+            LoadStage::Ready => awqua_load_stage::AWQUA_LOAD_READY,
+        };
+        Self { done: progress.done, total: progress.total, stage: stage as u32, ..Self::INIT }
+    }
+}
+
+/// Memory that a model and a session on it take, in bytes.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct awqua_estimate {
+    /// sizeof(awqua_estimate).
+    pub struct_size: u32,
+    /// 0.
+    pub flags: u32,
+    /// Weights in host memory: all of them on the CPU, but for dense ones that are computed with where a file is mapped.
+    pub weights_host_bytes: u64,
+    /// Weights in device memory.
+    pub weights_device_bytes: u64,
+    /// A session in host memory, at most: its KV cache and what a step needs.
+    pub session_host_bytes: u64,
+    /// A session in device memory, at most.
+    pub session_device_bytes: u64,
+}
+
+// SAFETY: repr(C), u32 first, no padding; integers.
+unsafe impl Sized32 for awqua_estimate {
+    const NAME: &'static str = "awqua_estimate";
+    const FIRST: usize = 40;
+    const INIT: Self = Self {
+        struct_size: size_of::<Self>() as u32,
+        flags: 0,
+        weights_host_bytes: 0,
+        weights_device_bytes: 0,
+        session_host_bytes: 0,
+        session_device_bytes: 0,
+    };
+}
+
+layout!(awqua_estimate, 40, {
+    struct_size: 0, flags: 4, weights_host_bytes: 8, weights_device_bytes: 16, session_host_bytes: 24,
+    session_device_bytes: 32,
+});
 
 /// What a loaded model is.
 #[repr(C)]
@@ -99,10 +229,12 @@ pub struct awqua_model_info {
     pub max_context: u32,
     /// Bytes of weights on the device.
     pub weight_bytes: u64,
-    /// "cpu" or "wgpu", NUL-terminated.
+    /// "cpu" or "wgpu", NUL-terminated; "none" while the weights are away.
     pub backend: [c_char; 16],
     /// Adapter or processor, cut if it is longer.
     pub device: [c_char; 128],
+    /// Tells these weights from others: of names, shapes and a part of the values of all tensors.
+    pub identity: u64,
 }
 
 // SAFETY: repr(C), u32 first, no padding; integers.
@@ -119,12 +251,13 @@ unsafe impl Sized32 for awqua_model_info {
         weight_bytes: 0,
         backend: [0; 16],
         device: [0; 128],
+        identity: 0,
     };
 }
 
-layout!(awqua_model_info, 176, {
+layout!(awqua_model_info, 184, {
     struct_size: 0, flags: 4, vocab_size: 8, n_layers: 12, hidden_size: 16, max_context: 20, weight_bytes: 24,
-    backend: 32, device: 48,
+    backend: 32, device: 48, identity: 176,
 });
 
 /// The model has a tokenizer.
@@ -150,8 +283,7 @@ pub struct awqua_model {
 }
 
 pub struct Model {
-    pub config: Arc<EngineConfig>,
-    path: PathBuf,
+    load: Load,
     loaded: Option<Arc<RuntimeModel>>,
 }
 
@@ -196,14 +328,14 @@ pub fn render(model: &RuntimeModel, messages: &[ChatMessage], open_answer: bool)
     Ok(template.render_messages(messages, open_answer)?)
 }
 
-/// Fills a budget with its defaults.
+/// Fills a budget with its defaults, as far as its `struct_size` goes, which has to be set before.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn awqua_budget_init(budget: *mut awqua_budget) -> awqua_status {
     // SAFETY: the caller's promise.
     guard("awqua_budget_init", || unsafe { layout::init(budget) })
 }
 
-/// Fills a description with its defaults.
+/// Fills a description with its defaults, as far as its `struct_size` goes, which has to be set before.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn awqua_model_desc_init(desc: *mut awqua_model_desc) -> awqua_status {
     // SAFETY: the caller's promise.
@@ -221,17 +353,24 @@ pub unsafe extern "C" fn awqua_model_create(
     unsafe {
         handle::shared("awqua_model_create", awqua_engine::handle(engine), |engine, ()| {
             let (desc, out) = (layout::read(desc)?, text::out(model, "model")?);
-            let path = desc.path.get_optional("path")?.ok_or_else(|| Failure::invalid("`path` is empty"))?;
-            let model = Model { config: Arc::clone(&engine.config), path: path.into(), loaded: None };
-            *out = Handle::into_c(model, CancelToken::default());
+            check_flags(desc.flags, AWQUA_MODEL_COPY_FILES)?;
+            let load = match source(&desc)? {
+                Some(source) => Load::source(&engine.inner, source),
+                None => {
+                    let path = desc.path.get_optional("path")?;
+                    Load::path(&engine.inner, path.ok_or_else(|| Failure::invalid("`path` is empty"))?)
+                }
+            };
+            *out = Handle::into_c(Model { load, loaded: None }, CancelToken::default());
             Ok(AWQUA_OK)
         })
     }
 }
 
-/// Goes on loading: AWQUA_PENDING until it returns AWQUA_OK, then the model is ready. Once awqua_model_cancel was
-/// called it returns AWQUA_ERR_CANCELLED one time and gives back what was loaded; the next tick starts anew, as it
-/// does after any failure. `budget` may be NULL for its defaults, `progress` may be NULL.
+/// Goes on loading: AWQUA_PENDING until it returns AWQUA_OK, then the model is ready. Never waits for the GPU. Once
+/// awqua_model_cancel was called it returns AWQUA_ERR_CANCELLED one time and gives back what was loaded; the next tick
+/// starts anew, as it does after any failure. A ready model whose weights are coming back (see awqua_model_restore and
+/// awqua_engine_recover) goes on with that. `budget` may be NULL for its defaults, `progress` may be NULL.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn awqua_model_tick(
     model: *mut awqua_model,
@@ -241,20 +380,102 @@ pub unsafe extern "C" fn awqua_model_tick(
     // SAFETY: the caller's promise, for all three.
     unsafe {
         handle::exclusive("awqua_model_tick", model.cast::<Handle<Model>>(), |model, cancel| {
-            let _budget = layout::read_or_init(budget)?;
+            let budget = layout::read_or_init(budget)?;
             let out = if progress.is_null() { None } else { Some(Out::new(progress)?) };
-            let mut at = awqua_load_progress { done: 1, total: 1, ..awqua_load_progress::INIT };
-            if model.loaded.is_none() {
-                let result = RuntimeModel::open_with_progress(&model.path, &model.config.load, &mut |p| {
-                    at = awqua_load_progress { done: p.done, total: p.total, ..at };
-                    if cancel.is_cancelled() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-                });
-                cancel.reset();
-                model.loaded = Some(result?);
-            }
+            let ready = model.tick(cancel, &budget.load())?;
             if let Some(out) = out {
-                out.write(&at);
+                out.write(&model.progress().into());
             }
+            Ok(if ready { AWQUA_OK } else { AWQUA_PENDING })
+        })
+    }
+}
+
+/// Loads to the end, for tools that have nothing else to do. Cancelled as ticks are.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn awqua_model_run(model: *mut awqua_model) -> awqua_status {
+    // SAFETY: the caller's promise.
+    unsafe {
+        handle::exclusive("awqua_model_run", model.cast::<Handle<Model>>(), |model, cancel| {
+            // Short enough to notice a cancel soon.
+            let budget = LoadBudget { host: Some(Duration::from_millis(20)), bytes: None, kernels: None };
+            while !model.tick(cancel, &budget)? {
+                match &model.loaded {
+                    Some(loaded) => loaded.wait()?,
+                    None => model.load.wait()?,
+                }
+            }
+            Ok(AWQUA_OK)
+        })
+    }
+}
+
+impl Model {
+    fn tick(&mut self, cancel: &CancelToken, budget: &LoadBudget) -> Outcome<bool> {
+        if let Some(loaded) = &self.loaded {
+            cancel.reset();
+            return Ok(loaded.tick(budget)?);
+        }
+        if cancel.is_cancelled() {
+            cancel.reset();
+            self.load.restart();
+            return Err(Failure::new(AWQUA_ERR_CANCELLED, "loading was cancelled"));
+        }
+        self.loaded = self.load.tick(budget)?;
+        Ok(self.loaded.is_some())
+    }
+
+    fn progress(&self) -> runtime::LoadProgress {
+        self.loaded.as_ref().map_or_else(|| self.load.progress(), |loaded| loaded.progress())
+    }
+}
+
+/// Memory that the model and a session on it take, read from the headers of its files; also before loading. `desc` may
+/// be NULL for a default session.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn awqua_model_estimate(
+    model: *const awqua_model,
+    desc: *const awqua_session_desc,
+    estimate: *mut awqua_estimate,
+) -> awqua_status {
+    // SAFETY: the caller's promise, for all three.
+    unsafe {
+        handle::shared("awqua_model_estimate", awqua_model::handle(model), |model, _| {
+            let (desc, out) = (layout::read_or_init(desc)?, Out::new(estimate)?);
+            let found = model.load.estimate(&session_options(&desc)?)?;
+            out.write(&awqua_estimate {
+                weights_host_bytes: found.weights.host,
+                weights_device_bytes: found.weights.device,
+                session_host_bytes: found.session.host,
+                session_device_bytes: found.session.device,
+                ..awqua_estimate::INIT
+            });
+            Ok(AWQUA_OK)
+        })
+    }
+}
+
+/// Gives the memory of a loaded model's weights back. Its sessions keep their caches, and their ticks fail with
+/// AWQUA_ERR_EVICTED, keeping the answer, until awqua_model_restore. Its files stay open.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn awqua_model_evict(model: *const awqua_model) -> awqua_status {
+    // SAFETY: the caller's promise.
+    unsafe {
+        handle::shared("awqua_model_evict", awqua_model::handle(model), |model, _| {
+            model.loaded()?.evict();
+            Ok(AWQUA_OK)
+        })
+    }
+}
+
+/// Begins to bring evicted weights back from the files; the ticks of the model or of its sessions go on with it. Does
+/// nothing if they are there.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn awqua_model_restore(model: *const awqua_model) -> awqua_status {
+    // SAFETY: the caller's promise.
+    unsafe {
+        handle::shared("awqua_model_restore", awqua_model::handle(model), |model, _| {
+            model.loaded()?.restore();
             Ok(AWQUA_OK)
         })
     }
@@ -310,6 +531,7 @@ pub unsafe extern "C" fn awqua_model_get_info(model: *const awqua_model, info: *
                 n_layers: number(config.num_hidden_layers),
                 hidden_size: number(config.hidden_size),
                 max_context: number(config.max_position_embeddings),
+                identity: model.identity(),
                 weight_bytes: backend.weight_bytes,
                 backend: fixed(backend.backend),
                 device: fixed(&backend.device),

@@ -1,18 +1,18 @@
-//! Sessions: one conversation each, answered tick by tick.
+//! Sessions: one conversation each, and what they hold.
 
-use std::ffi::c_char;
+use std::ffi::{c_char, c_void};
 
-use runtime::{Sampling, SessionOptions};
+use runtime::backend::KvType;
+use runtime::session::Phase;
+use runtime::{CancelToken, SessionOptions};
 
 use crate::boundary::guard;
-use crate::driver::{Driver, Request, Shared};
-use crate::events::Event;
 use crate::handle::{self, Handle, Object};
 use crate::layout::{self, Out, Sized32, layout};
-use crate::model::{awqua_budget, awqua_message, awqua_model, check_flags, messages, render};
+use crate::model::{awqua_model, check_flags};
 use crate::status::awqua_status::{self, *};
 use crate::status::{Failure, Outcome};
-use crate::text::{self, awqua_str};
+use crate::text;
 
 /// Element type of the KV cache.
 #[repr(u32)]
@@ -27,13 +27,18 @@ pub enum awqua_kv_type {
     AWQUA_KV_F32 = 2,
 }
 
+/// The same library, adapter, session description and request give the same tokens, whatever the budgets of the ticks
+/// are, whatever the session did before, and also across the loss of a device. Prompts are computed in chunks that end
+/// at multiples of `chunk`, and only whole ones are used again.
+pub const AWQUA_SESSION_DETERMINISTIC: u32 = 1;
+
 /// Capacities of a session, fixed when it is made; all zero behind `struct_size` is the default.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct awqua_session_desc {
     /// sizeof(awqua_session_desc).
     pub struct_size: u32,
-    /// 0.
+    /// AWQUA_SESSION_* flags.
     pub flags: u32,
     /// Tokens the KV cache holds; 0 takes the model's length, at most 4096.
     pub context: u32,
@@ -55,82 +60,6 @@ unsafe impl Sized32 for awqua_session_desc {
 
 layout!(awqua_session_desc, 24, { struct_size: 0, flags: 4, context: 8, kv_type: 12, chunk: 16, reserved: 20 });
 
-/// Go on after the model's end-of-turn ids.
-pub const AWQUA_REQUEST_IGNORE_EOS: u32 = 1;
-/// Take sampling values from the model's authors where they recommend some, instead of from the request.
-pub const AWQUA_REQUEST_MODEL_SAMPLING: u32 = 2;
-
-/// How to answer. Start from AWQUA_REQUEST_INIT or awqua_request_init; not all defaults are zero.
-#[repr(C)]
-#[derive(Clone, Copy)]
-pub struct awqua_request {
-    /// sizeof(awqua_request).
-    pub struct_size: u32,
-    /// AWQUA_REQUEST_* flags.
-    pub flags: u32,
-    /// Most new tokens. 512.
-    pub max_tokens: u32,
-    /// Keep the k most likely tokens; 0 keeps all. 40.
-    pub top_k: u32,
-    /// Keep the smallest set of most likely tokens whose probability reaches this; 1 keeps all. 0.95.
-    pub top_p: f32,
-    /// Drop tokens less likely than this times the most likely one; 0 keeps all. 0.
-    pub min_p: f32,
-    /// 0 takes the most likely token; otherwise logits are divided by it. 0.7.
-    pub temperature: f32,
-    /// Positive logits of recent tokens are divided by it, negative ones multiplied; 1 changes nothing. 1.
-    pub repetition_penalty: f32,
-    /// Subtracted from the logit of every recent token. 0.
-    pub presence_penalty: f32,
-    /// Subtracted from a recent token's logit once per occurrence. 0.
-    pub frequency_penalty: f32,
-    /// How many of the last tokens count as recent. 256.
-    pub penalty_window: u32,
-    /// Number of `stops`.
-    pub n_stops: u32,
-    /// Seed of PCG-32 (XSH RR 64/32), from which one number is drawn a token. 0.
-    pub seed: u64,
-    /// Texts that end the answer; neither they nor anything behind them is part of it. Copied.
-    pub stops: *const awqua_str,
-    /// Further ids that end the answer. Copied.
-    pub stop_ids: *const u32,
-    /// Number of `stop_ids`.
-    pub n_stop_ids: u32,
-    /// 0.
-    pub reserved: u32,
-}
-
-// SAFETY: repr(C), u32 first, no padding on 64-bit targets and none that is read elsewhere; numbers and pointers.
-unsafe impl Sized32 for awqua_request {
-    const NAME: &'static str = "awqua_request";
-    const FIRST: usize = size_of::<Self>();
-    const INIT: Self = Self {
-        struct_size: size_of::<Self>() as u32,
-        flags: 0,
-        max_tokens: 512,
-        top_k: 40,
-        top_p: 0.95,
-        min_p: 0.0,
-        temperature: 0.7,
-        repetition_penalty: 1.0,
-        presence_penalty: 0.0,
-        frequency_penalty: 0.0,
-        penalty_window: 256,
-        n_stops: 0,
-        seed: 0,
-        stops: std::ptr::null(),
-        stop_ids: std::ptr::null(),
-        n_stop_ids: 0,
-        reserved: 0,
-    };
-}
-
-layout!(awqua_request, 80, {
-    struct_size: 0, flags: 4, max_tokens: 8, top_k: 12, top_p: 16, min_p: 20, temperature: 24, repetition_penalty: 28,
-    presence_penalty: 32, frequency_penalty: 36, penalty_window: 40, n_stops: 44, seed: 48, stops: 56, stop_ids: 64,
-    n_stop_ids: 72, reserved: 76,
-});
-
 /// What a session is doing.
 #[repr(u32)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -141,136 +70,23 @@ pub enum awqua_phase {
     AWQUA_PHASE_PREFILL = 1,
     /// It makes tokens.
     AWQUA_PHASE_DECODE = 2,
+    /// The weights are on their way back.
+    AWQUA_PHASE_LOADING = 3,
+    /// The device was lost; nothing happens until awqua_engine_recover.
+    AWQUA_PHASE_LOST = 4,
 }
 
-/// What a tick did.
-#[repr(C)]
-#[derive(Debug, Clone, Copy)]
-pub struct awqua_tick_result {
-    /// sizeof(awqua_tick_result).
-    pub struct_size: u32,
-    /// 0.
-    pub flags: u32,
-    /// The awqua_phase behind the tick.
-    pub phase: u32,
-    /// New tokens this tick made.
-    pub new_tokens: u32,
-    /// Prompt tokens computed so far, those found in the cache included.
-    pub prompt_done: u32,
-    /// Tokens of the prompt.
-    pub prompt_total: u32,
-    /// New tokens since the prompt.
-    pub answer_tokens: u32,
-    /// 0.
-    pub reserved: u32,
-    /// Microseconds the call took.
-    pub cpu_us: u64,
+impl From<Phase> for awqua_phase {
+    fn from(phase: Phase) -> Self {
+        match phase {
+            Phase::Idle => Self::AWQUA_PHASE_IDLE,
+            Phase::Loading => Self::AWQUA_PHASE_LOADING,
+            Phase::Prefill => Self::AWQUA_PHASE_PREFILL,
+            Phase::Decode => Self::AWQUA_PHASE_DECODE,
+            Phase::Lost => Self::AWQUA_PHASE_LOST,
+        }
+    }
 }
-
-// SAFETY: repr(C), u32 first, no padding; integers.
-unsafe impl Sized32 for awqua_tick_result {
-    const NAME: &'static str = "awqua_tick_result";
-    const FIRST: usize = 40;
-    const INIT: Self = Self {
-        struct_size: size_of::<Self>() as u32,
-        flags: 0,
-        phase: 0,
-        new_tokens: 0,
-        prompt_done: 0,
-        prompt_total: 0,
-        answer_tokens: 0,
-        reserved: 0,
-        cpu_us: 0,
-    };
-}
-
-layout!(awqua_tick_result, 40, {
-    struct_size: 0, flags: 4, phase: 8, new_tokens: 12, prompt_done: 16, prompt_total: 20, answer_tokens: 24,
-    reserved: 28, cpu_us: 32,
-});
-
-/// What an event says.
-#[repr(u32)]
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[allow(dead_code, reason = "values the caller uses")]
-pub enum awqua_event_kind {
-    /// No event.
-    AWQUA_EVENT_NONE = 0,
-    /// More text of the answer, in `text`.
-    AWQUA_EVENT_TEXT = 1,
-    /// The answer is complete, for `reason`.
-    AWQUA_EVENT_DONE = 2,
-    /// The answer failed with `status`; awqua_session_last_error has the text. The session can be prompted again.
-    AWQUA_EVENT_ERROR = 3,
-}
-
-/// Why an answer is complete.
-#[repr(u32)]
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[allow(dead_code, reason = "values the caller uses")]
-pub enum awqua_stop_reason {
-    /// It is not.
-    AWQUA_STOP_NONE = 0,
-    /// The model ended its turn, or made one of the request's stop ids.
-    AWQUA_STOP_EOS = 1,
-    /// One of the request's stop texts appeared.
-    AWQUA_STOP_TEXT = 2,
-    /// The request's number of tokens was made.
-    AWQUA_STOP_MAX_TOKENS = 3,
-    /// The context is full.
-    AWQUA_STOP_CONTEXT_FULL = 4,
-    /// The caller cancelled.
-    AWQUA_STOP_CANCELLED = 5,
-}
-
-/// An event, and the caller's memory for its text.
-#[repr(C)]
-#[derive(Clone, Copy)]
-pub struct awqua_event {
-    /// sizeof(awqua_event).
-    pub struct_size: u32,
-    /// 0.
-    pub flags: u32,
-    /// Out: an awqua_event_kind.
-    pub kind: u32,
-    /// Out: an awqua_stop_reason.
-    pub reason: u32,
-    /// Out: an awqua_status.
-    pub status: i32,
-    /// 0.
-    pub reserved: u32,
-    /// In: where text goes; may be NULL with a capacity of 0.
-    pub text: *mut c_char,
-    /// In: bytes at `text`. No NUL is written.
-    pub text_capacity: u64,
-    /// Out: bytes written, always whole characters. Text that does not fit comes with the next event.
-    pub text_len: u64,
-    /// Out: bytes of text that wait for the next event.
-    pub text_waiting: u64,
-}
-
-// SAFETY: repr(C), u32 first, no padding on 64-bit targets and none that is read elsewhere; numbers and a pointer.
-unsafe impl Sized32 for awqua_event {
-    const NAME: &'static str = "awqua_event";
-    const FIRST: usize = size_of::<Self>();
-    const INIT: Self = Self {
-        struct_size: size_of::<Self>() as u32,
-        flags: 0,
-        kind: 0,
-        reason: 0,
-        status: 0,
-        reserved: 0,
-        text: std::ptr::null_mut(),
-        text_capacity: 0,
-        text_len: 0,
-        text_waiting: 0,
-    };
-}
-
-layout!(awqua_event, 56, {
-    struct_size: 0, flags: 4, kind: 8, reason: 12, status: 16, reserved: 20, text: 24, text_capacity: 32, text_len: 40,
-    text_waiting: 48,
-});
 
 /// What a session holds.
 #[repr(C)]
@@ -320,69 +136,36 @@ pub struct awqua_session {
 }
 
 pub struct Session {
-    driver: Driver,
+    pub inner: runtime::Session,
 }
 
 impl Object for Session {
     const KIND: &'static str = "awqua_session";
     const MAGIC: u32 = 0x4151_5345;
-    type Anytime = Shared;
+    type Anytime = CancelToken;
+}
+
+impl Session {
+    /// Refuses to change what an answer in the making works on.
+    pub fn require_idle(&self) -> Outcome<()> {
+        match self.inner.is_busy() {
+            false => Ok(()),
+            true => Err(Failure::state("an answer is being made")),
+        }
+    }
 }
 
 impl awqua_session {
-    fn handle(session: *const Self) -> *const Handle<Session> {
+    pub fn handle(session: *const Self) -> *const Handle<Session> {
         session.cast()
     }
 }
 
-/// Reads a request of C; `None` is the default one.
-///
-/// # Safety
-/// `request` must be NULL or readable for its `struct_size`, with readable arrays and texts.
-unsafe fn request(pointer: *const awqua_request, model: &runtime::Model) -> Outcome<Request> {
-    // SAFETY: the caller's promise, for all four.
-    let (r, stops, stop_ids) = unsafe {
-        let r = layout::read_or_init(pointer)?;
-        let stops = text::slice(r.stops, r.n_stops.into(), "stops")?;
-        let stops = stops.iter().map(|s| Ok(s.get("stops")?.to_owned())).collect::<Outcome<Vec<_>>>()?;
-        (r, stops, text::slice(r.stop_ids, r.n_stop_ids.into(), "stop_ids")?.to_vec())
-    };
-    check_flags(r.flags, AWQUA_REQUEST_IGNORE_EOS | AWQUA_REQUEST_MODEL_SAMPLING)?;
-    let sampling = match r.flags & AWQUA_REQUEST_MODEL_SAMPLING {
-        0 => Sampling {
-            temperature: r.temperature,
-            top_k: r.top_k,
-            top_p: r.top_p,
-            min_p: r.min_p,
-            repetition_penalty: r.repetition_penalty,
-            presence_penalty: r.presence_penalty,
-            frequency_penalty: r.frequency_penalty,
-            penalty_window: r.penalty_window as usize,
-        },
-        _ => model.generation().sampling.clone(),
-    };
-    Ok(Request {
-        max_tokens: r.max_tokens as usize,
-        sampling,
-        seed: r.seed,
-        ignore_eos: r.flags & AWQUA_REQUEST_IGNORE_EOS != 0,
-        stops,
-        stop_ids,
-    })
-}
-
-/// Fills a description with its defaults.
+/// Fills a description with its defaults, as far as its `struct_size` goes, which has to be set before.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn awqua_session_desc_init(desc: *mut awqua_session_desc) -> awqua_status {
     // SAFETY: the caller's promise.
     guard("awqua_session_desc_init", || unsafe { layout::init(desc) })
-}
-
-/// Fills a request with its defaults.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn awqua_request_init(request: *mut awqua_request) -> awqua_status {
-    // SAFETY: the caller's promise.
-    guard("awqua_request_init", || unsafe { layout::init(request) })
 }
 
 /// Makes a session on a loaded model, with an empty cache. `desc` may be NULL for the defaults.
@@ -396,25 +179,30 @@ pub unsafe extern "C" fn awqua_session_create(
     unsafe {
         handle::shared("awqua_session_create", awqua_model::handle(model), |model, _| {
             let (desc, out) = (layout::read_or_init(desc)?, text::out(session, "session")?);
-            check_flags(desc.flags, 0)?;
-            let kv_type = match desc.kv_type {
-                0 => None,
-                1 => Some(runtime::backend::KvType::F16),
-                2 => Some(runtime::backend::KvType::F32),
-                other => return Err(Failure::invalid(format!("`kv_type` is {other}, expected an awqua_kv_type"))),
-            };
-            let optional = |n: u32| Some(n).filter(|&n| n > 0);
-            let options = SessionOptions {
-                context: optional(desc.context),
-                kv_type,
-                threads: Some(model.config.threads),
-                chunk: optional(desc.chunk),
-            };
-            let driver = Driver::new(model.loaded()?, &options)?;
-            *out = Handle::into_c(Session { driver }, Shared::default());
+            let inner = runtime::Session::new(model.loaded()?, &session_options(&desc)?)?;
+            *out = Handle::into_c(Session { inner }, CancelToken::default());
             Ok(AWQUA_OK)
         })
     }
+}
+
+/// What a description asks for.
+pub fn session_options(desc: &awqua_session_desc) -> Outcome<SessionOptions> {
+    check_flags(desc.flags, AWQUA_SESSION_DETERMINISTIC)?;
+    let kv_type = match desc.kv_type {
+        0 => None,
+        1 => Some(KvType::F16),
+        2 => Some(KvType::F32),
+        other => return Err(Failure::invalid(format!("`kv_type` is {other}, expected an awqua_kv_type"))),
+    };
+    let optional = |n: u32| Some(n).filter(|&n| n > 0);
+    Ok(SessionOptions {
+        context: optional(desc.context),
+        kv_type,
+        threads: None,
+        chunk: optional(desc.chunk),
+        deterministic: desc.flags & AWQUA_SESSION_DETERMINISTIC != 0,
+    })
 }
 
 /// Frees a session; NULL is fine.
@@ -447,176 +235,18 @@ pub unsafe extern "C" fn awqua_session_get_info(
     unsafe {
         handle::shared("awqua_session_get_info", awqua_session::handle(session), |session, _| {
             let out = Out::new(info)?;
-            let inner = session.driver.session();
+            let inner = &session.inner;
             out.write(&awqua_session_info {
                 n_tokens: inner.tokens().len() as u32,
                 context: inner.context(),
                 kv_type: match inner.kv_type() {
-                    runtime::backend::KvType::F16 => awqua_kv_type::AWQUA_KV_F16 as u32,
-                    runtime::backend::KvType::F32 => awqua_kv_type::AWQUA_KV_F32 as u32,
+                    KvType::F16 => awqua_kv_type::AWQUA_KV_F16 as u32,
+                    KvType::F32 => awqua_kv_type::AWQUA_KV_F32 as u32,
                 },
-                phase: session.driver.phase() as u32,
+                phase: awqua_phase::from(inner.phase()) as u32,
                 bytes: inner.bytes(),
                 ..awqua_session_info::INIT
             });
-            Ok(AWQUA_OK)
-        })
-    }
-}
-
-/// Begins to answer the token ids `ids`, which replace what the session holds; the start they share with it is not
-/// computed again. Drops events of an earlier answer. `request` may be NULL for its defaults. Fails with
-/// AWQUA_ERR_STATE while an answer is being made: tick it to its end or cancel it first.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn awqua_session_begin_tokens(
-    session: *mut awqua_session,
-    ids: *const u32,
-    count: u64,
-    request: *const awqua_request,
-) -> awqua_status {
-    // SAFETY: the caller's promise, for all of them.
-    unsafe { begin("awqua_session_begin_tokens", session, request, |_| Ok(text::slice(ids, count, "ids")?.to_vec())) }
-}
-
-/// As awqua_session_begin_tokens, for plain text to continue.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn awqua_session_begin_text(
-    session: *mut awqua_session,
-    prompt: awqua_str,
-    request: *const awqua_request,
-) -> awqua_status {
-    // SAFETY: the caller's promise, for all of them.
-    unsafe {
-        begin("awqua_session_begin_text", session, request, |model| {
-            Ok(model.tokenizer()?.encode(prompt.get("prompt")?, true)?)
-        })
-    }
-}
-
-/// As awqua_session_begin_tokens, for a conversation, which the model's own template renders.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn awqua_session_begin_chat(
-    session: *mut awqua_session,
-    messages: *const awqua_message,
-    count: u64,
-    request: *const awqua_request,
-) -> awqua_status {
-    // SAFETY: the caller's promise, for all of them.
-    unsafe {
-        begin("awqua_session_begin_chat", session, request, |model| {
-            let text = render(model, &self::messages(messages, count)?, true)?;
-            Ok(model.tokenizer()?.encode(&text, false)?)
-        })
-    }
-}
-
-/// Body of the functions that begin an answer.
-///
-/// # Safety
-/// `session` and `request` must be NULL or valid.
-unsafe fn begin(
-    name: &'static str,
-    session: *mut awqua_session,
-    request: *const awqua_request,
-    prompt: impl FnOnce(&runtime::Model) -> Outcome<Vec<u32>>,
-) -> awqua_status {
-    // SAFETY: the caller's promise, for both.
-    unsafe {
-        handle::exclusive(name, session.cast::<Handle<Session>>(), |session, shared| {
-            let model = std::sync::Arc::clone(session.driver.session().model());
-            let request = self::request(request, &model)?;
-            session.driver.begin(shared, prompt(&model)?, request)?;
-            Ok(AWQUA_OK)
-        })
-    }
-}
-
-/// Works on the answer for about as long as `budget` allows: AWQUA_PENDING while there is more to do, AWQUA_OK once
-/// the answer is complete, failed or was never begun. Its text and its end are polled as events; a failure of the
-/// answer is an event as well, and the status of this call. `budget` may be NULL for its defaults, `result` may be
-/// NULL.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn awqua_session_tick(
-    session: *mut awqua_session,
-    budget: *const awqua_budget,
-    result: *mut awqua_tick_result,
-) -> awqua_status {
-    // SAFETY: the caller's promise, for all of them.
-    unsafe {
-        handle::exclusive("awqua_session_tick", session.cast::<Handle<Session>>(), |session, shared| {
-            let budget = layout::read_or_init(budget)?;
-            let out = if result.is_null() { None } else { Some(Out::new(result)?) };
-            let report = session.driver.tick(shared, &budget)?;
-            if let Some(out) = out {
-                out.write(&report);
-            }
-            Ok(if report.phase == awqua_phase::AWQUA_PHASE_IDLE as u32 { AWQUA_OK } else { AWQUA_PENDING })
-        })
-    }
-}
-
-/// Takes the next event: AWQUA_OK, or AWQUA_EMPTY if there is none. Text goes to the memory that `event` names; if
-/// that does not hold even one character, fails with AWQUA_ERR_BUFFER_TOO_SMALL, `text_waiting` says how much there
-/// is, and nothing is lost.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn awqua_session_poll(session: *mut awqua_session, event: *mut awqua_event) -> awqua_status {
-    // SAFETY: the caller's promise, for both.
-    unsafe {
-        handle::exclusive("awqua_session_poll", session.cast::<Handle<Session>>(), |session, _| {
-            let mut filled = layout::read(event)?;
-            let out = Out::new(event)?;
-            let buffer = text::slice_mut(filled.text.cast::<u8>(), filled.text_capacity, "text")?;
-            filled = awqua_event { text: filled.text, text_capacity: filled.text_capacity, ..awqua_event::INIT };
-            let mut status = Ok(AWQUA_OK);
-            match session.driver.events().poll(buffer) {
-                Event::None => status = Ok(AWQUA_EMPTY),
-                Event::Text { written, waiting } => {
-                    filled.kind = awqua_event_kind::AWQUA_EVENT_TEXT as u32;
-                    filled.text_len = written as u64;
-                    filled.text_waiting = waiting as u64;
-                }
-                Event::TooSmall { waiting } => {
-                    filled.kind = awqua_event_kind::AWQUA_EVENT_TEXT as u32;
-                    filled.text_waiting = waiting as u64;
-                    let message = "the buffer does not hold the next character";
-                    status = Err(Failure::new(AWQUA_ERR_BUFFER_TOO_SMALL, message));
-                }
-                Event::End(crate::events::End::Done(reason)) => {
-                    filled.kind = awqua_event_kind::AWQUA_EVENT_DONE as u32;
-                    filled.reason = reason;
-                }
-                Event::End(crate::events::End::Error(failed)) => {
-                    filled.kind = awqua_event_kind::AWQUA_EVENT_ERROR as u32;
-                    filled.status = failed as i32;
-                }
-            }
-            out.write(&filled);
-            status
-        })
-    }
-}
-
-/// Ends the answer at the next tick, which makes its AWQUA_EVENT_DONE with AWQUA_STOP_CANCELLED. What the session
-/// computed stays in its cache. Does nothing if no answer is being made. Any thread, any time.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn awqua_session_cancel(session: *const awqua_session) -> awqua_status {
-    // SAFETY: the caller's promise.
-    unsafe {
-        handle::anytime("awqua_session_cancel", awqua_session::handle(session), |shared| {
-            shared.cancel();
-            Ok(AWQUA_OK)
-        })
-    }
-}
-
-/// Ticks until the answer is complete, for tools that have nothing else to do. Its text waits as events.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn awqua_session_run(session: *mut awqua_session) -> awqua_status {
-    // SAFETY: the caller's promise.
-    unsafe {
-        handle::exclusive("awqua_session_run", session.cast::<Handle<Session>>(), |session, shared| {
-            let budget = awqua_budget { cpu_us: u64::MAX, ..awqua_budget::INIT };
-            while session.driver.tick(shared, &budget)?.phase != awqua_phase::AWQUA_PHASE_IDLE as u32 {}
             Ok(AWQUA_OK)
         })
     }
@@ -628,7 +258,86 @@ pub unsafe extern "C" fn awqua_session_truncate(session: *mut awqua_session, n_t
     // SAFETY: the caller's promise.
     unsafe {
         handle::exclusive("awqua_session_truncate", session.cast::<Handle<Session>>(), |session, _| {
-            session.driver.truncate(n_tokens as usize)?;
+            session.require_idle()?;
+            session.inner.truncate(n_tokens as usize);
+            Ok(AWQUA_OK)
+        })
+    }
+}
+
+/// Makes a session of the same capacities that holds what this one does, without computing it again: many characters on
+/// one system prompt compute it once. On the CPU they share the memory of those tokens as well; a GPU copies them on the
+/// device. Either goes on as if the other one did not exist. Fails with AWQUA_ERR_STATE while an answer is being made.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn awqua_session_fork(
+    session: *mut awqua_session,
+    forked: *mut *mut awqua_session,
+) -> awqua_status {
+    // SAFETY: the caller's promise, for both.
+    unsafe {
+        handle::exclusive("awqua_session_fork", session.cast::<Handle<Session>>(), |session, _| {
+            let out = text::out(forked, "forked")?;
+            session.require_idle()?;
+            *out = Handle::into_c(Session { inner: session.inner.fork()? }, CancelToken::default());
+            Ok(AWQUA_OK)
+        })
+    }
+}
+
+/// Copies what the session holds, tokens with their keys and values, to `buffer`; waits for the GPU. `length` gets the
+/// needed bytes, also when `capacity` is too small. What is saved tells its model and has a checksum. Fails with
+/// AWQUA_ERR_STATE while an answer is being made.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn awqua_session_save(
+    session: *mut awqua_session,
+    buffer: *mut c_void,
+    capacity: u64,
+    length: *mut u64,
+) -> awqua_status {
+    // SAFETY: the caller's promise, for all of them.
+    unsafe {
+        handle::exclusive("awqua_session_save", session.cast::<Handle<Session>>(), |session, _| {
+            session.require_idle()?;
+            let (buffer, length) =
+                (text::slice_mut(buffer.cast::<u8>(), capacity, "buffer")?, text::out(length, "length")?);
+            let needed = session.inner.snapshot_bytes();
+            *length = needed;
+            let room = usize::try_from(needed).ok().and_then(|needed| buffer.get_mut(..needed));
+            session.inner.save(room.ok_or_else(|| text::too_small(needed, capacity))?)?;
+            Ok(AWQUA_OK)
+        })
+    }
+}
+
+/// Takes back what awqua_session_save gave, in this session or another one, in this run or a later one, on the same
+/// model; it replaces what the session holds. Fails with AWQUA_ERR_INVALID_ARGUMENT, the session being as it was, for
+/// bytes that are damaged or of another model, with AWQUA_ERR_CONTEXT_FULL if the tokens do not fit, and with
+/// AWQUA_ERR_STATE while an answer is being made.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn awqua_session_restore(
+    session: *mut awqua_session,
+    snapshot: *const c_void,
+    length: u64,
+) -> awqua_status {
+    // SAFETY: the caller's promise, for both.
+    unsafe {
+        handle::exclusive("awqua_session_restore", session.cast::<Handle<Session>>(), |session, _| {
+            session.require_idle()?;
+            session.inner.restore(text::slice(snapshot.cast::<u8>(), length, "snapshot")?)?;
+            Ok(AWQUA_OK)
+        })
+    }
+}
+
+/// Gives the memory of an idle session back; its tokens are known, and computed again when they are needed. Fails with
+/// AWQUA_ERR_STATE while an answer is being made.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn awqua_session_trim(session: *mut awqua_session) -> awqua_status {
+    // SAFETY: the caller's promise.
+    unsafe {
+        handle::exclusive("awqua_session_trim", session.cast::<Handle<Session>>(), |session, _| {
+            session.require_idle()?;
+            session.inner.trim();
             Ok(AWQUA_OK)
         })
     }

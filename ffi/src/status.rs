@@ -62,6 +62,8 @@ pub enum awqua_status {
     AWQUA_ERR_ABI = -21,
     /// A failure that this ABI has no code for.
     AWQUA_ERR_OTHER = -22,
+    /// The weights were evicted; awqua_model_restore brings them back.
+    AWQUA_ERR_EVICTED = -23,
 }
 
 use awqua_status::*;
@@ -108,6 +110,7 @@ impl awqua_status {
             AWQUA_ERR_DEVICE_LOST,
             AWQUA_ERR_ABI,
             AWQUA_ERR_OTHER,
+            AWQUA_ERR_EVICTED,
         )
     }
 }
@@ -163,6 +166,7 @@ pub fn status_of(kind: ErrorKind) -> awqua_status {
         ErrorKind::Device => AWQUA_ERR_DEVICE,
         ErrorKind::DeviceLost => AWQUA_ERR_DEVICE_LOST,
         ErrorKind::Cancelled => AWQUA_ERR_CANCELLED,
+        ErrorKind::Evicted => AWQUA_ERR_EVICTED,
         _ => AWQUA_ERR_OTHER,
     }
 }

@@ -2,6 +2,7 @@
 //! New functions are appended; the order never changes.
 
 use crate::alloc::*;
+use crate::answer::*;
 use crate::api::*;
 use crate::engine::*;
 use crate::log::*;
@@ -163,12 +164,68 @@ pub struct awqua_api {
     pub session_run: unsafe extern "C" fn(session: *mut awqua_session) -> awqua_status,
     /// awqua_session_truncate
     pub session_truncate: unsafe extern "C" fn(session: *mut awqua_session, n_tokens: u32) -> awqua_status,
+    /// awqua_engine_recover
+    pub engine_recover: unsafe extern "C" fn(engine: *const awqua_engine) -> awqua_status,
+    /// awqua_engine_debug_lose_device
+    pub engine_debug_lose_device: unsafe extern "C" fn(engine: *const awqua_engine) -> awqua_status,
+    /// awqua_engine_trim
+    pub engine_trim: unsafe extern "C" fn(engine: *const awqua_engine, level: u32) -> awqua_status,
+    /// awqua_engine_get_pipeline_cache
+    pub engine_get_pipeline_cache: unsafe extern "C" fn(
+        engine: *const awqua_engine,
+        buffer: *mut c_void,
+        capacity: u64,
+        length: *mut u64,
+    ) -> awqua_status,
+    /// awqua_model_run
+    pub model_run: unsafe extern "C" fn(model: *mut awqua_model) -> awqua_status,
+    /// awqua_model_estimate
+    pub model_estimate: unsafe extern "C" fn(
+        model: *const awqua_model,
+        desc: *const awqua_session_desc,
+        estimate: *mut awqua_estimate,
+    ) -> awqua_status,
+    /// awqua_model_evict
+    pub model_evict: unsafe extern "C" fn(model: *const awqua_model) -> awqua_status,
+    /// awqua_model_restore
+    pub model_restore: unsafe extern "C" fn(model: *const awqua_model) -> awqua_status,
+    /// awqua_session_save
+    pub session_save: unsafe extern "C" fn(
+        session: *mut awqua_session,
+        buffer: *mut c_void,
+        capacity: u64,
+        length: *mut u64,
+    ) -> awqua_status,
+    /// awqua_session_trim
+    pub session_trim: unsafe extern "C" fn(session: *mut awqua_session) -> awqua_status,
+    /// awqua_session_get_embedding
+    pub session_get_embedding: unsafe extern "C" fn(
+        session: *const awqua_session,
+        values: *mut f32,
+        capacity: u64,
+        count: *mut u64,
+    ) -> awqua_status,
     /// awqua_engine_create
     pub engine_create:
         unsafe extern "C" fn(desc: *const awqua_engine_desc, engine: *mut *mut awqua_engine) -> awqua_status,
+    /// awqua_engine_get_info
+    pub engine_get_info:
+        unsafe extern "C" fn(engine: *const awqua_engine, info: *mut awqua_engine_info) -> awqua_status,
     /// awqua_session_get_info
     pub session_get_info:
         unsafe extern "C" fn(session: *const awqua_session, info: *mut awqua_session_info) -> awqua_status,
+    /// awqua_session_fork
+    pub session_fork:
+        unsafe extern "C" fn(session: *mut awqua_session, forked: *mut *mut awqua_session) -> awqua_status,
+    /// awqua_session_restore
+    pub session_restore:
+        unsafe extern "C" fn(session: *mut awqua_session, snapshot: *const c_void, length: u64) -> awqua_status,
+    /// awqua_session_begin_embedding_tokens
+    pub session_begin_embedding_tokens:
+        unsafe extern "C" fn(session: *mut awqua_session, ids: *const u32, count: u64) -> awqua_status,
+    /// awqua_session_begin_embedding_text
+    pub session_begin_embedding_text:
+        unsafe extern "C" fn(session: *mut awqua_session, text: awqua_str) -> awqua_status,
 }
 
 /// The table.
@@ -212,6 +269,22 @@ pub static API: awqua_api = awqua_api {
     session_cancel: awqua_session_cancel,
     session_run: awqua_session_run,
     session_truncate: awqua_session_truncate,
+    engine_recover: awqua_engine_recover,
+    engine_debug_lose_device: awqua_engine_debug_lose_device,
+    engine_trim: awqua_engine_trim,
+    engine_get_pipeline_cache: awqua_engine_get_pipeline_cache,
+    model_run: awqua_model_run,
+    model_estimate: awqua_model_estimate,
+    model_evict: awqua_model_evict,
+    model_restore: awqua_model_restore,
+    session_save: awqua_session_save,
+    session_trim: awqua_session_trim,
+    session_get_embedding: awqua_session_get_embedding,
     engine_create: awqua_engine_create,
+    engine_get_info: awqua_engine_get_info,
     session_get_info: awqua_session_get_info,
+    session_fork: awqua_session_fork,
+    session_restore: awqua_session_restore,
+    session_begin_embedding_tokens: awqua_session_begin_embedding_tokens,
+    session_begin_embedding_text: awqua_session_begin_embedding_text,
 };

@@ -114,7 +114,7 @@ pub unsafe fn put<T: Copy>(values: &[T], data: *mut T, capacity: u64, count: *mu
     *count = values.len() as u64;
     match data.get_mut(..values.len()) {
         Some(data) => data.copy_from_slice(values),
-        None => return Err(too_small(values.len(), capacity)),
+        None => return Err(too_small(values.len() as u64, capacity)),
     }
     Ok(())
 }
@@ -128,7 +128,7 @@ pub unsafe fn put_text(text: &str, data: *mut std::ffi::c_char, capacity: u64, l
     let (data, length) = unsafe { (slice_mut(data.cast::<u8>(), capacity, "buffer")?, out(length, "length")?) };
     *length = text.len() as u64;
     if data.len() <= text.len() {
-        return Err(too_small(text.len() + 1, capacity));
+        return Err(too_small(text.len() as u64 + 1, capacity));
     }
     data[..text.len()].copy_from_slice(text.as_bytes());
     data[text.len()] = 0;
@@ -153,11 +153,12 @@ pub unsafe fn put_cut(text: &str, data: *mut std::ffi::c_char, capacity: u64, le
     }
     match data.len() > text.len() {
         true => Ok(()),
-        false => Err(too_small(text.len() + 1, capacity)),
+        false => Err(too_small(text.len() as u64 + 1, capacity)),
     }
 }
 
-fn too_small(needed: usize, capacity: u64) -> Failure {
+/// The failure of a call whose result does not fit.
+pub fn too_small(needed: u64, capacity: u64) -> Failure {
     Failure::new(AWQUA_ERR_BUFFER_TOO_SMALL, format!("the buffer holds {capacity}, {needed} are needed"))
 }
 

@@ -17,6 +17,8 @@ EXTERN enum awqua_kv_type awqua_probe_kv_type;
 EXTERN enum awqua_phase awqua_probe_phase;
 EXTERN enum awqua_event_kind awqua_probe_event_kind;
 EXTERN enum awqua_stop_reason awqua_probe_stop_reason;
+EXTERN enum awqua_load_stage awqua_probe_load_stage;
+EXTERN enum awqua_trim awqua_probe_trim;
 
 const awqua_api *awqua_probe_table;
 enum awqua_status awqua_probe_status;
@@ -27,3 +29,5 @@ enum awqua_kv_type awqua_probe_kv_type;
 enum awqua_phase awqua_probe_phase;
 enum awqua_event_kind awqua_probe_event_kind;
 enum awqua_stop_reason awqua_probe_stop_reason;
+enum awqua_load_stage awqua_probe_load_stage;
+enum awqua_trim awqua_probe_trim;

@@ -185,6 +185,8 @@ static void buffers(const char *path) {
         awqua_event event = AWQUA_EVENT_INIT;
         OK(awqua_session_begin_text(session, AWQUA_CSTR(PROMPT), &request));
         OK(awqua_session_run(session));
+        OK(awqua_session_poll(session, &event));
+        CHECK(event.kind == AWQUA_EVENT_PROGRESS && event.done == event.total && event.total > 3);
         EXPECT(AWQUA_ERR_BUFFER_TOO_SMALL, awqua_session_poll(session, &event));
         CHECK(event.text_waiting == strlen(whole));
         pieces[0] = 0;

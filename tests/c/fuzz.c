@@ -44,7 +44,7 @@ static uint32_t random_flags(void) {
 }
 
 static int known(awqua_status status) {
-    return (int)status <= 2 && (int)status >= -22 && status != AWQUA_ERR_PANIC && status != AWQUA_ERR_POISONED;
+    return (int)status <= 2 && (int)status >= -23 && status != AWQUA_ERR_PANIC && status != AWQUA_ERR_POISONED;
 }
 
 /* Loaded once, because loading takes longer than all other calls of a sequence. */
@@ -71,6 +71,8 @@ static void create(struct objects *o, const char *path) {
             desc.struct_size = random_size(sizeof desc);
             desc.flags = random_flags();
             desc.backend = chance(10) ? 3 + random_below(100) : AWQUA_BACKEND_CPU;
+            desc.host_budget_bytes = chance(6) ? 1 + random_below(1 << 22) : 0;
+            desc.pipeline_cache_len = chance(20) ? random_below(9) : 0;
             CHECK(known(awqua_engine_create(&desc, chance(30) ? NULL : &o->engines[slot])));
         }
         break;
@@ -89,6 +91,7 @@ static void create(struct objects *o, const char *path) {
             session.context = 8 + random_below(56);
             session.kv_type = chance(10) ? random_below(9) : random_below(3);
             session.chunk = random_below(40);
+            session.flags |= chance(3) ? AWQUA_SESSION_DETERMINISTIC : 0;
             CHECK(known(awqua_session_create(random_model(o), &session, &o->sessions[slot])));
         }
     }
@@ -119,6 +122,10 @@ static void ask(struct objects *o) {
     awqua_memory_stats stats = AWQUA_MEMORY_STATS_INIT;
     awqua_message messages[2];
     uint32_t ids[16];
+    awqua_engine_info engine_info = AWQUA_ENGINE_INFO_INIT;
+    awqua_estimate estimate = AWQUA_ESTIMATE_INIT;
+    awqua_session_desc desc = AWQUA_SESSION_DESC_INIT;
+    float values[512];
     char text[64];
     uint64_t n = 0, capacity = random_below(17);
     size_t i;
@@ -129,7 +136,20 @@ static void ask(struct objects *o) {
         messages[i].role = chance(2) ? AWQUA_CSTR("user") : random_text();
         messages[i].content = random_text();
     }
-    switch (random_below(9)) {
+    switch (random_below(12)) {
+    case 9:
+        engine_info.struct_size = random_size(sizeof engine_info);
+        CHECK(known(awqua_engine_get_info(o->engines[random_below(SLOTS)], &engine_info)));
+        CHECK(known(awqua_engine_get_pipeline_cache(o->engines[random_below(SLOTS)], text, capacity, &n)));
+        break;
+    case 10:
+        estimate.struct_size = random_size(sizeof estimate);
+        desc.context = random_below(3) * 1000;
+        CHECK(known(awqua_model_estimate(model, chance(3) ? NULL : &desc, &estimate)));
+        break;
+    case 11:
+        CHECK(known(awqua_session_get_embedding(session, values, chance(3) ? random_below(512) : 512, &n)));
+        break;
     case 0:
         info.struct_size = random_size(sizeof info);
         CHECK(known(awqua_model_get_info(model, &info)));
@@ -170,6 +190,7 @@ static void begin(struct objects *o) {
     awqua_request request = AWQUA_REQUEST_INIT;
     awqua_message message;
     awqua_str stops[2];
+    awqua_logit_bias biases[3];
     uint32_t ids[24];
     size_t i;
     request.struct_size = random_size(sizeof request);
@@ -192,9 +213,31 @@ static void begin(struct objects *o) {
     for (i = 0; i < 24; i++) {
         ids[i] = chance(40) ? random_below(0xffffffffu) : random_below(300);
     }
+    for (i = 0; i < 3; i++) {
+        biases[i].id = ids[i];
+        biases[i].bias = (float)random_below(9) - 4.0f;
+    }
+    if (chance(4)) {
+        request.biases = biases;
+        request.n_biases = random_below(4);
+        request.banned_ids = ids;
+        request.n_banned_ids = random_below(24);
+    }
+    if (chance(4)) {
+        request.flags |= AWQUA_REQUEST_SHIFT;
+        request.shift_keep = random_below(60);
+        request.max_tokens = random_below(80);
+    }
     message.role = AWQUA_CSTR("user");
     message.content = random_text();
-    switch (random_below(3)) {
+    switch (random_below(4)) {
+    case 3:
+        if (chance(2)) {
+            CHECK(known(awqua_session_begin_embedding_tokens(session, ids, random_below(25))));
+        } else {
+            CHECK(known(awqua_session_begin_embedding_text(session, random_text())));
+        }
+        break;
     case 0:
         CHECK(known(awqua_session_begin_text(session, random_text(), chance(9) ? NULL : &request)));
         break;
@@ -203,6 +246,54 @@ static void begin(struct objects *o) {
         break;
     default:
         CHECK(known(awqua_session_begin_chat(session, &message, random_below(2), &request)));
+    }
+}
+
+/* A snapshot that a session gave, whole or damaged. */
+static unsigned char snapshot[1 << 16];
+static uint64_t snapshot_len;
+
+static void memory(struct objects *o) {
+    awqua_session *session = o->sessions[random_below(SLOTS)];
+    awqua_session **free_slot = &o->sessions[random_below(SLOTS)];
+    awqua_model *model = o->models[random_below(SLOTS)];
+    uint64_t n = 0;
+    awqua_status status;
+    switch (random_below(8)) {
+    case 0:
+    case 1:
+        if (!*free_slot) {
+            CHECK(known(awqua_session_fork(session, chance(20) ? NULL : free_slot)));
+        }
+        break;
+    case 2:
+        status = awqua_session_save(session, snapshot, chance(4) ? random_below(200) : sizeof snapshot, &n);
+        CHECK(known(status));
+        if (status == AWQUA_OK) {
+            snapshot_len = n;
+        }
+        break;
+    case 3:
+        if (chance(3) && snapshot_len > 0) {
+            snapshot[random_below((uint32_t)snapshot_len)] ^= 1u << random_below(8);
+        }
+        CHECK(known(awqua_session_restore(session, snapshot, chance(6) ? random_below(80) : snapshot_len)));
+        break;
+    case 4:
+        CHECK(known(awqua_session_trim(session)));
+        break;
+    case 5:
+        CHECK(known(awqua_engine_trim(o->engines[random_below(SLOTS)], random_below(4))));
+        break;
+    case 6:
+        CHECK(known(awqua_engine_debug_lose_device(o->engines[random_below(SLOTS)])));
+        CHECK(known(awqua_engine_recover(o->engines[random_below(SLOTS)])));
+        break;
+    default:
+        if (chance(2)) {
+            CHECK(known(awqua_model_evict(model)));
+        }
+        CHECK(known(awqua_model_restore(model)));
     }
 }
 
@@ -217,6 +308,7 @@ static void work(struct objects *o) {
     awqua_status status;
     budget.struct_size = random_size(sizeof budget);
     budget.cpu_us = chance(3) ? 0 : random_below(1500);
+    budget.load_bytes = chance(3) ? random_below(1 << 20) : AWQUA_NO_LIMIT;
     switch (random_below(6)) {
     case 0:
         progress.struct_size = random_size(sizeof progress);
@@ -264,7 +356,11 @@ int main(int argc, char **argv) {
         }
         calls = (int)random_below(30);
         for (call = 0; call < calls; call++) {
-            switch (random_below(12)) {
+            switch (random_below(14)) {
+            case 12:
+            case 13:
+                memory(&o);
+                break;
             case 0:
                 create(&o, argv[1]);
                 break;

@@ -57,7 +57,10 @@ int main(int argc, char **argv) {
     REQUIRE(api->session_run(session) == AWQUA_OK);
     event.text = text;
     event.text_capacity = sizeof text;
-    REQUIRE(api->session_poll(session, &event) == AWQUA_OK && event.kind == AWQUA_EVENT_TEXT);
+    do {
+        REQUIRE(api->session_poll(session, &event) == AWQUA_OK);
+    } while (event.kind == AWQUA_EVENT_PROGRESS);
+    REQUIRE(event.kind == AWQUA_EVENT_TEXT);
     REQUIRE(api->session_free(session) == AWQUA_OK);
     REQUIRE(api->model_free(model) == AWQUA_OK);
     REQUIRE(api->engine_free(engine) == AWQUA_OK);

@@ -162,6 +162,21 @@ fn cancelling_works_at_every_tick() {
 }
 
 #[test]
+fn what_sessions_and_models_can_do_is_reached() {
+    let Some(abilities) = sanitized("abilities") else { return };
+    run(Command::new(abilities).arg(model()));
+}
+
+/// On a GPU, so without the sanitizers, which find fault with its driver.
+#[test]
+fn a_lost_device_is_recovered() {
+    let Some(loss) = plain("loss") else { return };
+    let said = run(Command::new(loss).arg(model()));
+    let demanded = std::env::var_os("AWQUA_REQUIRE_GPU").is_some();
+    assert!(!demanded || !said.contains("no GPU"), "no GPU adapter, and AWQUA_REQUIRE_GPU is set");
+}
+
+#[test]
 fn threads_are_served_or_refused() {
     let Some(threads) = sanitized("threads") else { return };
     run(Command::new(threads).arg(model()));

@@ -5,7 +5,7 @@
 use std::path::{Path, PathBuf};
 
 use awqua::session::chat::{ChatTemplate, RenderOptions};
-use awqua::session::tokenizer::Tokenizer;
+use awqua::session::tokenizer::{TextStream, Tokenizer};
 use serde_json::{Map, Value};
 
 fn fixtures() -> PathBuf {
@@ -108,6 +108,7 @@ fn strings_encode_as_in_tokenizers() {
             continue;
         };
         let tokenizer = Tokenizer::from_json(&std::fs::read(path).unwrap()).unwrap();
+        assert!(tokenizer.vocabulary().is_some(), "{family}: text is not streamed token by token");
         compare(family, &tokenizer, strings);
     }
 }
@@ -125,6 +126,14 @@ fn compare(family: &str, tokenizer: &Tokenizer, strings: &[Value]) {
         for (key, skip) in [("decode_skip", true), ("decode_keep", false)] {
             let decoded = expected[key].get(i.to_string()).map_or(text, |v| v.as_str().unwrap());
             assert_eq!(tokenizer.decode(&plain, skip).unwrap(), decoded, "{family}: string {i}: {text:?}");
+            if skip {
+                let (mut stream, mut streamed) = (TextStream::default(), String::new());
+                for &id in &plain {
+                    stream.push(tokenizer, id, &mut streamed).unwrap();
+                }
+                stream.finish(tokenizer, &mut streamed).unwrap();
+                assert_eq!(streamed, decoded, "{family}: string {i}: {text:?}");
+            }
         }
     }
 }

@@ -6,7 +6,9 @@ use std::fmt::Write;
 use awqua_tests::generated::{check, root};
 
 /// Rust files of `ffi/src` in the order of their subjects, which is the order of new functions in the table.
-const SUBJECTS: [&str; 6] = ["api", "alloc", "log", "engine", "model", "session"];
+const SUBJECTS: [&str; 7] = ["api", "alloc", "log", "engine", "model", "session", "answer"];
+/// Rust files whose types are in the header, in the order of their subjects.
+const TYPES: [&str; 9] = ["text", "alloc", "log", "jobs", "engine", "source", "model", "session", "answer"];
 
 struct Export {
     name: String,
@@ -117,7 +119,7 @@ fn rustfmt(text: &str) -> String {
 fn check_header() {
     let config = cbindgen::Config::from_file(root().join("ffi/cbindgen.toml")).unwrap();
     let mut builder = cbindgen::Builder::new().with_config(config);
-    for module in ["version", "status", "text", "alloc", "log", "engine", "model", "session", "api", "table"] {
+    for module in ["version", "status"].iter().chain(&TYPES).chain(&["api", "table"]) {
         builder = builder.with_src(root().join("ffi/src").join(module).with_extension("rs"));
     }
     let mut header = Vec::new();
@@ -133,7 +135,7 @@ fn layouts_are_asserted_in_c_too() {
          #define CHECK(name, condition) typedef char check_##name[(condition) ? 1 : -1]\n",
     );
     let mut structs = 0;
-    for module in ["text", "alloc", "log", "engine", "model", "session"] {
+    for module in TYPES {
         for invocation in source(module).split("\nlayout!(").skip(1) {
             let mut words = invocation[..invocation.find(");").unwrap()]
                 .split(|c: char| !(c.is_alphanumeric() || c == '_'))
@@ -154,10 +156,7 @@ fn layouts_are_asserted_in_c_too() {
         writeln!(c, "    table->{} = {name};", name.strip_prefix("awqua_").unwrap()).unwrap();
     }
     c.push_str("}\n");
-    let declared = ["text", "alloc", "log", "engine", "model", "session"]
-        .iter()
-        .map(|module| source(module).matches("#[repr(C)]").count())
-        .sum::<usize>();
+    let declared = TYPES.iter().map(|module| source(module).matches("#[repr(C)]").count()).sum::<usize>();
     assert_eq!(structs, declared, "every structure of the header states its layout");
     check("tests/c/layout.c", &c);
 }

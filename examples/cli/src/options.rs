@@ -88,7 +88,7 @@ impl DeviceArgs {
                 KvArg::F32 => KvType::F32,
             }),
             threads: Some(self.threads.map_or_else(default_threads, usize::from)),
-            chunk: None,
+            ..SessionOptions::default()
         };
         Ok(Session::new(model, &options)?)
     }

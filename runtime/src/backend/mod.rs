@@ -365,7 +365,8 @@ impl Eq for Jobs {}
 /// How much work one call may do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Budget {
-    /// When the host's thread wants to be back. Looked at between pieces of well under a millisecond.
+    /// When the host's thread wants to be back. Looked at between pieces of well under a millisecond, of which every
+    /// call does one.
     pub deadline: Option<Instant>,
     /// Estimated device time that may be queued, what is already queued included. A piece of work that is larger by
     /// itself is queued when the device is idle, so that every budget makes progress.
@@ -618,8 +619,8 @@ pub trait Opening: Send {
     fn wait(&mut self) -> Result<()>;
 }
 
-/// Most tokens that [`Runner::sample_ahead`] runs in front of [`Runner::take`]: one that is computed and one behind it,
-/// so that the device never waits for the host.
+/// Most tokens chosen ahead of the host, see [`Runner::begin_ahead`]: one that is computed and one behind it, so that
+/// the device never waits for the host.
 pub const MAX_AHEAD: usize = 2;
 
 /// The per-session side of a backend. Methods take the session's exclusive borrow; a failed call leaves the runner
@@ -659,9 +660,12 @@ pub trait Runner: Send {
         wanted
     }
 
-    /// Estimated device time of what is queued and not finished.
-    fn queued(&self) -> Duration {
-        Duration::ZERO
+    /// Estimated device time of what is queued and not finished by now.
+    ///
+    /// # Errors
+    /// A device error.
+    fn queued(&mut self) -> Result<Duration> {
+        Ok(Duration::ZERO)
     }
 
     /// Runs the program over the step's tokens. May return before the device has finished.
@@ -687,9 +691,22 @@ pub trait Runner: Send {
     /// Copies the logits rows of the last step to `out`, (rows, vocab_size), replacing its content. Waits.
     fn read_logits(&mut self, out: &mut Vec<f32>) -> Result<()>;
 
-    /// Copies the rows that the logits of the last step were computed from to `out`, (rows, hidden), replacing its
-    /// content: the last hidden states after the final norm. Waits.
-    fn read_hidden(&mut self, out: &mut Vec<f32>) -> Result<()>;
+    /// Asks for the rows that the logits of the last step were computed from: the last hidden states after the final
+    /// norm. Does not wait.
+    fn begin_hidden(&mut self) -> Result<()>;
+
+    /// Appends the rows that were asked for to `out`, (rows, hidden); false while the device works on them.
+    fn poll_hidden(&mut self, out: &mut Vec<f32>) -> Result<bool>;
+
+    /// As [`Self::begin_hidden`] and [`Self::poll_hidden`], replacing the content of `out`. Waits.
+    fn read_hidden(&mut self, out: &mut Vec<f32>) -> Result<()> {
+        out.clear();
+        self.begin_hidden()?;
+        while !self.poll_hidden(out)? {
+            self.wait()?;
+        }
+        Ok(())
+    }
 
     /// Copies keys and values of the first `n` positions to `out`, [`kv_bytes`] long: layer by layer keys, then values,
     /// (kv_heads, n, head_dim) each, little-endian elements of [`Self::kv_type`]. Waits.
@@ -702,23 +719,25 @@ pub trait Runner: Send {
     /// (the CPU does; GPUs copy on the device). Either may overwrite them without the other noticing.
     fn fork(&mut self, n: u32) -> Result<Box<dyn Runner>>;
 
-    /// Picks a token like [`Runner::sample`] and runs the step over it at `position`, with logits, without waiting for
-    /// either; [`Runner::take`] gives the token. At most [`MAX_AHEAD`] such tokens may be outstanding, and [`Runner::run`]
-    /// forgets them. Returns false, having done nothing, where the backend can not do this for the request.
+    /// Takes a choice as [`Runner::begin_sample`] does, and the step over the chosen token at `position`, with logits, as
+    /// [`Runner::begin`] does: the token goes from the device to the device, [`Runner::poll_ahead`] tells it to the host
+    /// later. The last step has to be complete on the host's side. At most [`MAX_AHEAD`] such tokens may be outstanding;
+    /// [`Runner::begin`] and [`Runner::abandon`] forget them. Returns false, having done nothing, where the backend can
+    /// not do this for the request.
     ///
     /// # Errors
-    /// As [`Runner::sample`] and [`Runner::run`].
-    fn sample_ahead(&mut self, request: &SampleRequest<'_>, position: u32) -> Result<bool> {
+    /// As [`Runner::begin_sample`] and [`Runner::begin`].
+    fn begin_ahead(&mut self, request: &SampleRequest<'_>, position: u32) -> Result<bool> {
         let _ = (request, position);
         Ok(false)
     }
 
-    /// The oldest token of [`Runner::sample_ahead`] that was not taken yet; waits for it.
+    /// The oldest token of [`Runner::begin_ahead`] that was not told yet, or `None` while the device works on it.
     ///
     /// # Errors
     /// [`ErrorKind::InvalidInput`] if there is none, or a device error.
-    fn take(&mut self) -> Result<u32> {
-        Err(Error::new(ErrorKind::InvalidInput, "no token was sampled ahead"))
+    fn poll_ahead(&mut self) -> Result<Option<u32>> {
+        Err(Error::new(ErrorKind::InvalidInput, "no token was chosen ahead"))
     }
 
     /// Runs the step like [`Runner::run`] and measures the device time of every operation, in order.

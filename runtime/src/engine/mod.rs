@@ -1,5 +1,6 @@
 //! Where models run: the device, what may be used of it, and what happens when it is lost.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -52,10 +53,23 @@ pub struct EngineOptions {
     /// What [`Engine::pipeline_cache`] gave at an earlier start; shortens the first load. Trusted to come from there:
     /// damage is noticed, forgery is not.
     pub pipeline_cache: Option<Arc<Vec<u8>>>,
+    /// Recover from the loss of a device without being asked, in the next tick.
+    pub auto_recover: bool,
     /// CPU threads of a session, the caller's included, if it does not say; `None` makes no threads.
     pub threads: Option<usize>,
     /// The host's own threads, used instead of threads of ours.
     pub jobs: Option<Jobs>,
+}
+
+/// How much memory to give back; each level includes those before it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Trim {
+    /// Mapped pages of files: read again when needed.
+    Pages,
+    /// Caches of idle sessions: computed again when needed.
+    Sessions,
+    /// Weights of models whose sessions are idle: to be restored.
+    Weights,
 }
 
 /// A place where models run. Models and sessions keep what they need of it.
@@ -63,6 +77,8 @@ pub struct Engine {
     options: EngineOptions,
     ledger: Arc<Ledger>,
     state: Mutex<State>,
+    /// Number of requests to trim, and the level of the last one, in the lowest byte.
+    trims: AtomicU64,
 }
 
 #[derive(Default)]
@@ -87,7 +103,7 @@ impl Engine {
     /// An engine. No device is opened before the first model is loaded.
     pub fn new(options: EngineOptions) -> Arc<Self> {
         let ledger = Ledger::new(options.host_budget, options.device_budget);
-        Arc::new(Self { options, ledger, state: Mutex::default() })
+        Arc::new(Self { options, ledger, state: Mutex::default(), trims: AtomicU64::new(0) })
     }
 
     /// What it was made from.
@@ -172,6 +188,31 @@ impl Engine {
             Some(device) => device.backend().is_host(),
             None => opening::on_host(&self.options, state.instead.as_ref().unwrap_or(&self.options.device)),
         }
+    }
+
+    /// Asks every session of this engine to give memory back. Any thread, any time; each session does so in its next
+    /// tick, also when it is idle, and says so with [`crate::session::Event::MemoryPressure`].
+    pub fn request_trim(&self, level: Trim) {
+        let next = |trims: u64| Some((trims & !0xff).wrapping_add(0x100) | level as u64);
+        let _ = self.trims.fetch_update(Ordering::AcqRel, Ordering::Acquire, next);
+    }
+
+    /// What [`Self::trim_since`] compares with.
+    pub(crate) fn trims(&self) -> u64 {
+        self.trims.load(Ordering::Acquire)
+    }
+
+    /// The last request to trim if it is not `seen`, which is updated.
+    pub(crate) fn trim_since(&self, seen: &mut u64) -> Option<Trim> {
+        let trims = self.trims.load(Ordering::Acquire);
+        if std::mem::replace(seen, trims) == trims {
+            return None;
+        }
+        Some(match trims & 0xff {
+            0 => Trim::Pages,
+            1 => Trim::Sessions,
+            _ => Trim::Weights,
+        })
     }
 
     pub(crate) fn ledger(&self) -> &Arc<Ledger> {

@@ -90,7 +90,7 @@ impl Load {
                 }
                 Stage::Plan(files) => self.stage = Stage::Bring(Box::new(self.plan(*files)?)),
                 Stage::Bring(model) => {
-                    if model.residence.lock().advance(&model.cargo, budget)? {
+                    if model.residence.write().advance(&model.cargo, budget)? {
                         return Ok(Some(Arc::from(model)));
                     }
                     self.stage = Stage::Bring(model);
@@ -109,7 +109,7 @@ impl Load {
     /// A device error.
     pub fn wait(&mut self) -> Result<()> {
         match &self.stage {
-            Stage::Bring(model) => model.residence.lock().wait(&model.cargo),
+            Stage::Bring(model) => model.residence.read().wait(&model.cargo),
             _ => Ok(()),
         }
     }
@@ -117,7 +117,7 @@ impl Load {
     /// How far it is.
     pub fn progress(&self) -> LoadProgress {
         match &self.stage {
-            Stage::Bring(model) => model.residence.lock().progress(&model.cargo),
+            Stage::Bring(model) => model.residence.read().progress(&model.cargo),
             _ => LoadProgress { stage: LoadStage::Files, done: 0, total: 0 },
         }
     }

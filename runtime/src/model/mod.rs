@@ -23,6 +23,7 @@ pub use config::{ExpertConfig, LayerConfig, ModelConfig};
 pub use generation::GenerationConfig;
 pub use load::{Estimate, Load};
 pub use residence::{LoadBudget, LoadProgress, LoadStage};
+pub(crate) use rope::append_rows;
 pub use rope::{Rope, RopeScaling};
 
 use residence::{Cargo, Residence};
@@ -87,6 +88,11 @@ impl Model {
         Load::path(&Engine::new(options.into()), dir.as_ref()).run(progress)
     }
 
+    /// Tells the system that mapped pages of its files will not be read soon. They come back when they are.
+    pub fn release_pages(&self) {
+        self.cargo.checkpoint.tensors().for_each(|tensor| tensor.release());
+    }
+
     /// The engine it runs on.
     pub fn engine(&self) -> &Arc<Engine> {
         &self.cargo.engine
@@ -100,13 +106,13 @@ impl Model {
     /// Gives the memory of the weights back. Sessions keep their caches but fail with [`ErrorKind::Evicted`] until
     /// [`Self::restore`]; the checkpoint stays open, so that the weights can come back.
     pub fn evict(&self) {
-        self.residence.lock().evict();
+        self.residence.write().evict();
     }
 
     /// Begins to bring evicted weights back; [`Self::tick`], or the ticks of its sessions, go on. Nothing happens if
     /// they are there.
     pub fn restore(&self) {
-        self.residence.lock().restore();
+        self.residence.write().restore();
     }
 
     /// Goes on bringing weights back after [`Self::restore`], or after a lost device was recovered: true once they are
@@ -116,7 +122,7 @@ impl Model {
     /// [`ErrorKind::Evicted`] before [`Self::restore`], [`ErrorKind::DeviceLost`] before [`Engine::recover`], or those
     /// of [`Load::tick`]; after one of these the next call starts over.
     pub fn tick(&self, budget: &LoadBudget) -> Result<bool> {
-        match self.residence.try_lock() {
+        match self.residence.try_write() {
             Some(mut residence) => residence.advance(&self.cargo, budget),
             None => Ok(false),
         }
@@ -127,12 +133,12 @@ impl Model {
     /// # Errors
     /// A device error.
     pub fn wait(&self) -> Result<()> {
-        self.residence.lock().wait(&self.cargo)
+        self.residence.read().wait(&self.cargo)
     }
 
     /// How far the weights are.
     pub fn progress(&self) -> LoadProgress {
-        self.residence.lock().progress(&self.cargo)
+        self.residence.read().progress(&self.cargo)
     }
 
     /// Hyper-parameters.
@@ -147,7 +153,7 @@ impl Model {
 
     /// Device, kernel variant and weight memory; the backend is `none` while the weights are away.
     pub fn backend_info(&self) -> BackendInfo {
-        let Residence::Here(backend, _) = &*self.residence.lock() else {
+        let Residence::Here(backend, _) = &*self.residence.read() else {
             return BackendInfo {
                 backend: "none",
                 device: String::new(),
@@ -183,7 +189,7 @@ impl Model {
     /// # Errors
     /// [`ErrorKind::Evicted`] or [`ErrorKind::DeviceLost`].
     pub(crate) fn backend(&self) -> Result<Option<Arc<dyn Backend>>> {
-        match self.residence.try_lock().as_deref() {
+        match self.residence.try_read().as_deref() {
             None | Some(Residence::Coming(_)) => Ok(None),
             Some(Residence::Away) => Err(residence::evicted()),
             Some(Residence::Here(backend, _)) if !backend.is_lost() => Ok(Some(backend.clone())),

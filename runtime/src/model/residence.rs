@@ -1,6 +1,6 @@
 //! Weights on a device: bringing them there in pieces, taking them away, bringing them back.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockError};
 use std::time::{Duration, Instant};
 
 use super::weights::{Upload, UploadPlan};
@@ -253,21 +253,34 @@ pub(super) fn evicted() -> Error {
     Error::new(ErrorKind::Evicted, "the weights were evicted; restore the model first")
 }
 
-/// A residence that several sessions look at.
-pub(super) struct Shared(Mutex<Residence>);
+/// A residence that several sessions look at. Looking never takes long; working on it does, so nobody waits for that.
+pub(super) struct Shared(RwLock<Residence>);
 
 impl Shared {
     pub(super) fn new(residence: Residence) -> Self {
-        Self(Mutex::new(residence))
+        Self(RwLock::new(residence))
     }
 
-    pub(super) fn lock(&self) -> MutexGuard<'_, Residence> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(super) fn write(&self) -> RwLockWriteGuard<'_, Residence> {
+        self.0.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn read(&self) -> RwLockReadGuard<'_, Residence> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// `None` while another thread works on it or looks at it.
+    pub(super) fn try_write(&self) -> Option<RwLockWriteGuard<'_, Residence>> {
+        match self.0.try_write() {
+            Ok(residence) => Some(residence),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
     }
 
     /// `None` while another thread works on it.
-    pub(super) fn try_lock(&self) -> Option<MutexGuard<'_, Residence>> {
-        match self.0.try_lock() {
+    pub(super) fn try_read(&self) -> Option<RwLockReadGuard<'_, Residence>> {
+        match self.0.try_read() {
             Ok(residence) => Some(residence),
             Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
             Err(TryLockError::WouldBlock) => None,

@@ -322,16 +322,21 @@ impl Rope {
 
     /// Rows of (cos, sin) for positions `first..first + n` of a sequence of `length` tokens, (n, rotary_dim / 2, 2).
     pub fn rows(&self, first: usize, n: usize, length: usize) -> Vec<f32> {
-        let (frequencies, magnitude) = self.frequencies(length);
         let mut rows = Vec::with_capacity(n * self.rotary_dim);
-        for position in first..first + n {
-            for &frequency in &frequencies {
-                // The angle is rounded to f32 as the reference does; cos and sin of that angle are then exact.
-                let (sin, cos) = f64::from(position as f32 * frequency).sin_cos();
-                rows.push(cos as f32 * magnitude);
-                rows.push(sin as f32 * magnitude);
-            }
-        }
+        let (frequencies, magnitude) = self.frequencies(length);
+        append_rows(&frequencies, magnitude, first..first + n, &mut rows);
         rows
+    }
+}
+
+/// Appends rows of (cos, sin) for `positions` to `rows`.
+pub(crate) fn append_rows(frequencies: &[f32], magnitude: f32, positions: std::ops::Range<usize>, rows: &mut Vec<f32>) {
+    for position in positions {
+        for &frequency in frequencies {
+            // The angle is rounded to f32 as the reference does; cos and sin of that angle are then exact.
+            let (sin, cos) = f64::from(position as f32 * frequency).sin_cos();
+            rows.push(cos as f32 * magnitude);
+            rows.push(sin as f32 * magnitude);
+        }
     }
 }

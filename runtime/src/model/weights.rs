@@ -590,6 +590,10 @@ impl Upload {
             return Ok(0);
         }
         backend.fill(id, rows)?;
+        if last && !backend.is_host() {
+            // The device has them now.
+            item.parts.iter().flat_map(|part| tensors(checkpoint, part)).for_each(|tensor| tensor.release());
+        }
         if last {
             *self = Self { item: self.item + 1, ..Self::default() };
         }

@@ -1,23 +1,41 @@
 //! What the user says and hears: tokens, prompts, sampling, text.
+//!
+//! Everything that takes time is made of [`Session::tick`]s; the calls that wait ([`Session::generate`],
+//! [`Session::set_prompt`], ...) do the same work to its end.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::backend::{Backend, KvType, LogitsRows, OpTime, Runner, RunnerConfig, Step};
+use crate::backend::{Backend, Budget, KvType, LogitsRows, OpTime, Runner, RunnerConfig, Step};
 use crate::engine::{Bytes, Engine, Lease};
 use crate::error::{Error, ErrorKind, Result};
 use crate::model::{Model, ModelConfig};
 
+mod answer;
 pub mod chat;
+mod embedding;
+mod events;
 mod generate;
+mod rotations;
 pub mod sampler;
+mod snapshot;
+mod tick;
 pub mod tokenizer;
+mod vocabulary;
 
+pub use events::Event;
 pub use generate::{ContextShift, GenerateOptions, Generation, StopReason};
+pub use tick::{Phase, Tick, TickBudget};
+
+use answer::Answer;
+use embedding::Embedding;
+use events::Events;
+use rotations::Rotations;
+use tick::{Todo, UnderWay};
 
 /// Context of a session that does not ask for one: enough for a conversation, small enough for any device.
 const DEFAULT_CONTEXT: u32 = 4096;
-/// Prompt tokens computed at a time unless asked otherwise.
+/// Prompt tokens computed at a time, at most, unless asked otherwise.
 const DEFAULT_CHUNK: u32 = 256;
 /// Most logits rows of one step; all-position logits are computed in chunks of this many tokens.
 const MAX_LOGITS_ROWS: u32 = 32;
@@ -57,10 +75,15 @@ pub struct SessionOptions {
     pub context: Option<u32>,
     /// Element type of the KV cache; `None` lets the backend choose.
     pub kv_type: Option<KvType>,
-    /// CPU threads, the caller's included; `None` lets the backend choose.
+    /// CPU threads, the caller's included; `None` takes the engine's.
     pub threads: Option<usize>,
-    /// Prompt tokens computed at a time.
+    /// Most prompt tokens computed at a time.
     pub chunk: Option<u32>,
+    /// The same build, device, session options and request give the same tokens, whatever the budgets of the ticks are,
+    /// whatever the session did before, and also across the loss of a device that comes back. Prompts are computed in
+    /// chunks that end at multiples of `chunk`, and only whole ones are reused: a little slower where a budget would
+    /// have liked another size.
+    pub deterministic: bool,
 }
 
 impl SessionOptions {
@@ -86,40 +109,73 @@ impl SessionOptions {
     }
 }
 
-/// A runner within the engine's memory budget.
-fn new_runner(model: &Model, backend: Arc<dyn Backend>, config: &RunnerConfig) -> Result<(Box<dyn Runner>, Lease)> {
-    let host = backend.is_host();
-    let memory = |bytes| if host { Bytes { host: bytes, device: 0 } } else { Bytes { host: 0, device: bytes } };
-    let most = backend.runner_bytes(model.program(), config);
-    let mut lease = model.engine().ledger().lease("a session", memory(most))?;
-    let runner = backend.runner(model.program(), config)?;
-    lease.resize("a session", memory(runner.bytes()))?;
-    Ok((runner, lease))
-}
-
 /// One conversation with a model: its KV cache and everything a step needs. Sessions on one model are independent.
 pub struct Session {
     model: Arc<Model>,
-    runner: Box<dyn Runner>,
-    #[expect(dead_code, reason = "held as long as the runner")]
-    lease: Lease,
+    config: RunnerConfig,
+    deterministic: bool,
+    /// Where it computes; `None` after that was lost.
+    place: Option<Place>,
+    is_lost: bool,
     /// Tokens whose keys and values are in the cache.
     tokens: Vec<u32>,
-    /// Whether the last run left logits of the last token.
+    /// Whether the last step left logits of the last token.
     has_logits: bool,
-    /// Rows of the rotary tables written so far, and the length of the sequence they are for.
-    rope_rows: usize,
-    rope_length: usize,
-    context: u32,
-    chunk: usize,
+    /// Leading tokens that were computed in chunks, the others one at a time.
+    chunked: usize,
+    /// Leading tokens that were computed in whole chunks from the start.
+    grid: usize,
+    rotations: Rotations,
+    todo: Todo,
+    under_way: UnderWay,
+    answer: Option<Answer>,
+    /// The last answer that ended.
+    finished: Option<Answer>,
+    embedding: Option<Embedding>,
+    /// The last embedding that was completed.
+    embedded: Vec<f32>,
+    events: Events,
+    /// Requests to trim that were heeded.
+    trims_seen: u64,
     logits: Vec<f32>,
+}
+
+/// A runner, and the weights it computes with.
+struct Place {
+    runner: Box<dyn Runner>,
+    backend: Arc<dyn Backend>,
+    #[expect(dead_code, reason = "held as long as the runner")]
+    lease: Lease,
+}
+
+impl Place {
+    /// A runner within the engine's memory budget.
+    fn new(model: &Model, backend: Arc<dyn Backend>, config: &RunnerConfig) -> Result<Self> {
+        let most = memory(&*backend, backend.runner_bytes(model.program(), config));
+        let mut lease = model.engine().ledger().lease("a session", most)?;
+        let runner = Arc::clone(&backend).runner(model.program(), config)?;
+        lease.resize("a session", memory(&*backend, runner.bytes()))?;
+        Ok(Self { runner, backend, lease })
+    }
+
+    fn memory(&self) -> Bytes {
+        memory(&*self.backend, self.runner.bytes())
+    }
+}
+
+/// `bytes` where `backend` has them.
+fn memory(backend: &dyn Backend, bytes: u64) -> Bytes {
+    match backend.is_host() {
+        true => Bytes { host: bytes, device: 0 },
+        false => Bytes { host: 0, device: bytes },
+    }
 }
 
 impl std::fmt::Debug for Session {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Session")
             .field("tokens", &self.tokens.len())
-            .field("context", &self.context)
+            .field("context", &self.config.context)
             .finish_non_exhaustive()
     }
 }
@@ -129,23 +185,31 @@ impl Session {
     ///
     /// # Errors
     /// [`ErrorKind::InvalidInput`] for a zero capacity, [`ErrorKind::OutOfMemory`] naming the needed bytes if the
-    /// context doesn't fit, or a device error.
+    /// context doesn't fit, [`ErrorKind::Evicted`] if the weights are away, or a device error.
     pub fn new(model: &Arc<Model>, options: &SessionOptions) -> Result<Self> {
         let config = options.runner_config(model.config(), model.engine())?;
-        let (context, chunk) = (config.context, config.max_tokens);
         let backend = model.backend()?.ok_or_else(|| Error::new(ErrorKind::Evicted, "the weights are on their way"))?;
-        let (runner, lease) = new_runner(model, backend, &config)?;
+        let place = Place::new(model, backend, &config)?;
         Ok(Self {
-            model: Arc::clone(model),
-            runner,
-            lease,
-            tokens: Vec::new(),
+            place: Some(place),
+            is_lost: false,
+            tokens: Vec::with_capacity(config.context as usize),
             has_logits: false,
-            rope_rows: 0,
-            rope_length: 0,
-            context,
-            chunk: chunk as usize,
+            chunked: 0,
+            grid: 0,
+            rotations: Rotations::default(),
+            todo: Todo::default(),
+            under_way: UnderWay::default(),
+            answer: None,
+            finished: None,
+            embedding: None,
+            embedded: Vec::new(),
+            events: Events::default(),
+            trims_seen: model.engine().trims(),
             logits: Vec::new(),
+            model: Arc::clone(model),
+            deterministic: options.deterministic,
+            config,
         })
     }
 
@@ -161,17 +225,20 @@ impl Session {
 
     /// Most tokens the KV cache holds.
     pub fn context(&self) -> u32 {
-        self.context
+        self.config.context
     }
 
     /// Element type of the KV cache.
     pub fn kv_type(&self) -> KvType {
-        self.runner.kv_type()
+        match &self.place {
+            Some(place) => place.runner.kv_type(),
+            None => self.config.kv_type.unwrap_or(KvType::F16),
+        }
     }
 
     /// Bytes held for this session on the device.
     pub fn bytes(&self) -> u64 {
-        self.runner.bytes()
+        self.place.as_ref().map_or(0, |place| place.runner.bytes())
     }
 
     /// Forgets everything.
@@ -179,11 +246,20 @@ impl Session {
         self.truncate(0);
     }
 
-    /// Forgets all but the first `n` tokens; the logits are gone with them.
+    /// Forgets all but the first `n` tokens; the logits are gone with them, and so is an answer in the making.
     pub fn truncate(&mut self, n: usize) {
+        self.drop_answer();
+        self.cut(n);
+        // What a lost device has to compute again.
+        self.todo.ids.truncate(self.todo.next + n.saturating_sub(self.tokens.len()));
+    }
+
+    fn cut(&mut self, n: usize) {
         if n < self.tokens.len() {
             self.tokens.truncate(n);
             self.has_logits = false;
+            self.chunked = self.chunked.min(n);
+            self.grid = self.grid.min(n);
         }
     }
 
@@ -191,19 +267,13 @@ impl Session {
     /// were reused. Between chunks `cancel` is looked at; a cancelled or failed call keeps the chunks it finished.
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidInput`] for no ids or ids outside the vocabulary, [`ErrorKind::ContextFull`],
-    /// [`ErrorKind::Cancelled`], or a device error.
+    /// [`ErrorKind::InvalidInput`] for no ids, ids outside the vocabulary or while an answer is being made,
+    /// [`ErrorKind::ContextFull`], [`ErrorKind::Cancelled`], or a device error.
     pub fn set_prompt(&mut self, ids: &[u32], cancel: &CancelToken) -> Result<usize> {
+        self.require_idle()?;
         self.check_ids(ids, 0)?;
-        let common = self.tokens.iter().zip(ids).take_while(|(a, b)| a == b).count();
-        if common == ids.len() && self.tokens.len() == ids.len() && self.has_logits {
-            return Ok(common);
-        }
-        // The last token is always computed, for its logits. Keys that were rotated for another length are not reused.
-        let same = self.model.config().same_rope_rows(self.rope_length, ids.len());
-        let reused = if same { common.min(ids.len() - 1) } else { 0 };
-        self.truncate(reused);
-        self.append(&ids[reused..], cancel)?;
+        let reused = self.plan_prompt(ids);
+        self.compute_all(cancel)?;
         Ok(reused)
     }
 
@@ -212,20 +282,49 @@ impl Session {
     /// # Errors
     /// As [`Self::set_prompt`].
     pub fn append(&mut self, ids: &[u32], cancel: &CancelToken) -> Result<()> {
-        self.check_ids(ids, self.tokens.len())?;
+        self.require_idle()?;
+        // What a lost device took comes first.
+        self.check_ids(ids, self.tokens.len() + self.todo.left())?;
+        self.compute_all(cancel)?;
+        self.plan_more(ids);
+        self.chunked = self.tokens.len() + self.todo.left();
+        self.todo.single_from = self.chunked;
+        self.compute_all(cancel)
+    }
+
+    /// Puts what the cache lacks of `prompt` to `todo` and cuts off what is not in it; returns how many tokens stay.
+    fn plan_prompt(&mut self, prompt: &[u32]) -> usize {
+        self.todo.clear();
+        let common = self.tokens.iter().zip(prompt).take_while(|(a, b)| a == b).count();
+        let same = common == prompt.len() && common == self.tokens.len() && self.has_logits;
+        if same && (!self.deterministic || common <= self.chunked) {
+            return common;
+        }
+        // The last token is always computed, for its logits. Keys that were rotated for another length are not reused.
+        let most = self.config.max_tokens as usize;
+        let reused = match common.min(prompt.len() - 1) {
+            _ if !self.model.config().same_rope_rows(self.rotations.length, prompt.len()) => 0,
+            reused if self.deterministic => reused.min(self.grid) / most * most,
+            reused => reused,
+        };
+        self.cut(reused);
+        self.has_logits = false;
+        self.todo.ids.extend_from_slice(&prompt[reused..]);
+        self.chunked = prompt.len();
+        self.todo.single_from = prompt.len();
+        reused
+    }
+
+    /// Puts `ids` to `todo`, to be computed behind the cache; with everything in the cache before them, if its keys were
+    /// rotated for a shorter sequence.
+    fn plan_more(&mut self, ids: &[u32]) {
+        self.todo.clear();
         let length = self.tokens.len() + ids.len();
-        if !self.tokens.is_empty() && self.model.config().keys_change(self.rope_length, length) {
-            let all = [&self.tokens[..], ids].concat();
-            self.truncate(0);
-            return self.append(&all, cancel);
+        if !self.tokens.is_empty() && self.model.config().keys_change(self.rotations.length, length) {
+            self.todo.ids.extend_from_slice(&self.tokens);
+            self.cut(0);
         }
-        let chunks = ids.len().div_ceil(self.chunk);
-        for (i, chunk) in ids.chunks(self.chunk).enumerate() {
-            cancel.check()?;
-            let rows = if i + 1 == chunks { LogitsRows::Last } else { LogitsRows::None };
-            self.step(chunk, length, rows)?;
-        }
-        Ok(())
+        self.todo.ids.extend_from_slice(ids);
     }
 
     /// Logits of the last token, (vocab_size).
@@ -233,8 +332,12 @@ impl Session {
     /// # Errors
     /// [`ErrorKind::InvalidInput`] if nothing was computed since the cache was changed, or a device error.
     pub fn logits(&mut self) -> Result<&[f32]> {
-        self.require_logits()?;
-        self.runner.read_logits(&mut self.logits)?;
+        self.require_idle()?;
+        let place =
+            self.place.as_mut().filter(|_| self.has_logits).ok_or_else(|| {
+                Error::new(ErrorKind::InvalidInput, "no token was computed since the cache was changed")
+            })?;
+        place.runner.read_logits(&mut self.logits)?;
         Ok(&self.logits)
     }
 
@@ -243,18 +346,27 @@ impl Session {
     /// # Errors
     /// As [`Self::set_prompt`].
     pub fn score(&mut self, ids: &[u32], cancel: &CancelToken, visit: &mut dyn FnMut(usize, &[f32])) -> Result<()> {
+        self.require_idle()?;
         self.check_ids(ids, 0)?;
         self.reset();
+        self.todo.clear();
+        while !self.attach(&Budget::UNLIMITED)? {
+            self.wait()?;
+        }
         let vocab = self.model.config().vocab_size;
-        for chunk in ids.chunks(self.chunk.min(MAX_LOGITS_ROWS as usize)) {
+        for tokens in ids.chunks(self.config.max_logits_rows as usize) {
             cancel.check()?;
             let first = self.tokens.len();
-            self.step(chunk, ids.len(), LogitsRows::All)?;
-            self.runner.read_logits(&mut self.logits)?;
-            for (i, row) in self.logits.chunks_exact(vocab).enumerate() {
-                visit(first + i, row);
-            }
+            self.has_logits = false;
+            self.write_rope(tokens.len(), ids.len())?;
+            let Some(place) = &mut self.place else { break };
+            place.runner.run(&Step { tokens, position: first as u32, logits: LogitsRows::All })?;
+            place.runner.read_logits(&mut self.logits)?;
+            self.logits.chunks_exact(vocab).enumerate().for_each(|(i, row)| visit(first + i, row));
+            self.tokens.extend_from_slice(tokens);
+            self.chunked = self.tokens.len();
         }
+        self.has_logits = true;
         Ok(())
     }
 
@@ -264,50 +376,38 @@ impl Session {
     /// [`ErrorKind::Unsupported`] where the device can not tell, [`ErrorKind::InvalidInput`] for no ids, too many for
     /// one step or ids outside the vocabulary, [`ErrorKind::ContextFull`], or a device error.
     pub fn profile(&mut self, ids: &[u32]) -> Result<Vec<OpTime>> {
+        self.require_idle()?;
         self.check_ids(ids, self.tokens.len())?;
         self.has_logits = false;
         self.write_rope(ids.len(), self.tokens.len() + ids.len())?;
-        self.runner.profile(&Step { tokens: ids, position: self.tokens.len() as u32, logits: LogitsRows::Last })
+        let step = Step { tokens: ids, position: self.tokens.len() as u32, logits: LogitsRows::Last };
+        match &mut self.place {
+            Some(place) => place.runner.profile(&step),
+            None => Err(Error::new(ErrorKind::Evicted, "the session is not on a device")),
+        }
     }
 
-    /// Runs one step at the end of the cache; `length` is the length of the sequence it belongs to.
-    fn step(&mut self, tokens: &[u32], length: usize, logits: LogitsRows) -> Result<()> {
-        self.has_logits = false;
-        self.write_rope(tokens.len(), length)?;
-        let position = self.tokens.len() as u32;
-        self.runner.run(&Step { tokens, position, logits })?;
-        self.tokens.extend_from_slice(tokens);
-        self.has_logits = logits != LogitsRows::None;
-        Ok(())
-    }
-
+    /// Sees to the rotations of `n` tokens at the end of the cache of a sequence of `length` tokens.
     fn write_rope(&mut self, n: usize, length: usize) -> Result<()> {
-        let model = Arc::clone(&self.model);
-        let config = model.config();
         let first = self.tokens.len();
-        let changed = !config.same_rope_rows(self.rope_length, length);
-        if changed {
-            self.rope_rows = first;
-        }
-        self.rope_length = length;
-        if self.rope_rows < first + n {
-            // Blocks, so that the decode loop writes once in a while and not for every token, unless rows change with it.
-            const BLOCK: usize = 256;
-            let block = if changed { 1 } else { BLOCK };
-            let end = (first + n).next_multiple_of(block).min(self.context as usize);
-            for (table, rope) in config.ropes.iter().enumerate() {
-                let rows = rope.rows(self.rope_rows, end - self.rope_rows, length);
-                self.runner.write_rope(table as u32, self.rope_rows as u32, &rows)?;
+        match &mut self.place {
+            Some(place) => {
+                let context = self.config.context as usize;
+                self.rotations.write(self.model.config(), &mut *place.runner, first..first + n, length, context)
             }
-            self.rope_rows = end;
+            None => Ok(()),
         }
-        Ok(())
     }
 
-    fn require_logits(&self) -> Result<()> {
-        match self.has_logits {
-            true => Ok(()),
-            false => Err(Error::new(ErrorKind::InvalidInput, "no token was computed since the cache was changed")),
+    /// Whether an answer or an embedding is being made.
+    pub fn is_busy(&self) -> bool {
+        self.answer.is_some() || self.embedding.is_some()
+    }
+
+    fn require_idle(&self) -> Result<()> {
+        match self.is_busy() {
+            false => Ok(()),
+            true => Err(Error::new(ErrorKind::InvalidInput, "an answer is being made")),
         }
     }
 
@@ -320,8 +420,9 @@ impl Session {
             let message = format!("token id {id} is not below the vocabulary size {vocab}");
             return Err(Error::new(ErrorKind::InvalidInput, message));
         }
-        if before + ids.len() > self.context as usize {
-            let message = format!("{} tokens do not fit the context of {} tokens", before + ids.len(), self.context);
+        let context = self.config.context as usize;
+        if before + ids.len() > context {
+            let message = format!("{} tokens do not fit the context of {context} tokens", before + ids.len());
             return Err(Error::new(ErrorKind::ContextFull, message));
         }
         Ok(())

@@ -5,6 +5,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, ErrorKind, Result};
 
+pub use super::vocabulary::{TextStream, Vocabulary};
+
 /// Largest `tokenizer.json` read; the largest known one is 33 MB.
 const MAX_BYTES: u64 = 128 << 20;
 
@@ -12,6 +14,9 @@ const MAX_BYTES: u64 = 128 << 20;
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     vocab_size: usize,
+    /// Largest id, 0 without any.
+    largest: u32,
+    vocabulary: Option<Vocabulary>,
 }
 
 impl std::fmt::Debug for Tokenizer {
@@ -40,7 +45,15 @@ impl Tokenizer {
     pub fn from_json(json: &[u8]) -> Result<Self> {
         let inner = guarded("reading it", || tokenizers::Tokenizer::from_bytes(json))?;
         let vocab_size = inner.get_vocab_size(true);
-        Ok(Self { inner, vocab_size })
+        let largest = inner.get_vocab(true).into_values().max().unwrap_or(0);
+        let vocabulary = match usize::try_from(largest).unwrap_or(usize::MAX) {
+            // A definition may name one token with an absurd id.
+            ids if ids < 64 * (vocab_size + 1024) => {
+                guarded("reading its vocabulary", || Ok(Vocabulary::of(&inner, ids + 1)))?
+            }
+            _ => None,
+        };
+        Ok(Self { inner, vocab_size, largest, vocabulary })
     }
 
     /// Tokenizer of a folder, or `None` if it has no `tokenizer.json`.
@@ -48,10 +61,10 @@ impl Tokenizer {
         let Some(json) = checkpoint.read("tokenizer.json", MAX_BYTES)? else { return Ok(None) };
         let in_file = |e: Error| e.in_file(checkpoint.dir().join("tokenizer.json"));
         let tokenizer = Self::from_json(&json).map_err(in_file)?;
-        let largest = tokenizer.inner.get_vocab(true).into_values().max().unwrap_or(0);
-        if largest as usize >= vocab_size {
+        if tokenizer.largest as usize >= vocab_size {
             return Err(in_file(error(format!(
-                "the largest token id is {largest}, but `vocab_size` of the model is {vocab_size}"
+                "the largest token id is {}, but `vocab_size` of the model is {vocab_size}",
+                tokenizer.largest
             ))));
         }
         Ok(Some(tokenizer))
@@ -79,59 +92,13 @@ impl Tokenizer {
         self.inner.token_to_id(token)
     }
 
+    /// The bytes of all tokens, if the decoder works token by token; those of byte-level and sentencepiece models do.
+    pub fn vocabulary(&self) -> Option<&Vocabulary> {
+        self.vocabulary.as_ref()
+    }
+
     /// Entries of the vocabulary, added tokens included; a model's own `vocab_size` may be padded above it.
     pub fn vocab_size(&self) -> usize {
         self.vocab_size
-    }
-}
-
-/// Turns ids into text piece by piece without ever splitting a character.
-#[derive(Debug, Default)]
-pub struct TextStream {
-    /// Ids from the last clean cut on.
-    ids: Vec<u32>,
-    /// How many of `ids` are already in the emitted text.
-    emitted: usize,
-}
-
-impl TextStream {
-    /// Takes the next id and returns the text that is certain now; empty while a character is incomplete.
-    ///
-    /// # Errors
-    /// As [`Tokenizer::decode`].
-    pub fn push(&mut self, tokenizer: &Tokenizer, id: u32) -> Result<String> {
-        self.ids.push(id);
-        let text = self.unseen(tokenizer)?;
-        // A replacement character at the end is, or may be, the first bytes of a character still to come.
-        if text.ends_with('\u{fffd}') {
-            return Ok(String::new());
-        }
-        if !text.is_empty() {
-            self.ids.drain(..self.emitted);
-            self.emitted = self.ids.len();
-        }
-        Ok(text)
-    }
-
-    /// The rest, with replacement characters for what never became complete.
-    ///
-    /// # Errors
-    /// As [`Tokenizer::decode`].
-    pub fn finish(&mut self, tokenizer: &Tokenizer) -> Result<String> {
-        let text = self.unseen(tokenizer)?;
-        self.ids.clear();
-        self.emitted = 0;
-        Ok(text)
-    }
-
-    /// Text of the ids behind the emitted ones. The emitted ones are decoded along because decoders treat the first
-    /// token of a text differently (a leading space, for one).
-    fn unseen(&self, tokenizer: &Tokenizer) -> Result<String> {
-        let before = tokenizer.decode(&self.ids[..self.emitted], true)?;
-        let mut all = tokenizer.decode(&self.ids, true)?;
-        if !all.is_char_boundary(before.len()) || before.len() > all.len() {
-            return Ok(String::new());
-        }
-        Ok(all.split_off(before.len()))
     }
 }

@@ -270,6 +270,8 @@ struct CpuRunner {
     ropes: Vec<Vec<f32>>,
     /// Inputs of experts.
     gathered: Gathered,
+    /// The run of columns that a norm works on.
+    norm_row: Vec<f32>,
     /// Logits rows of the last run.
     logits_rows: usize,
     /// Copy of the logits row that sampling may change.
@@ -386,6 +388,7 @@ impl CpuRunner {
             caches,
             ropes,
             gathered: Gathered { x: Vec::with_capacity(gathered), ..Gathered::default() },
+            norm_row: Vec::new(),
             logits_rows: 0,
             sample_row,
             candidates: Vec::with_capacity(program.vocab_size as usize),
@@ -668,7 +671,9 @@ impl CpuRunner {
         let (weight, bias) = (vector(weight)?, bias.map(vector).transpose()?);
         let own_weights = weight.len() > dim;
         let mut output = std::mem::take(&mut self.buffers[out.buffer.0 as usize]);
-        let mut run = vec![0.0; dim];
+        // Grows to the widest norm in the first step.
+        let mut run = std::mem::take(&mut self.norm_row);
+        run.resize(dim, 0.0);
         for to in part {
             let from = first + to;
             for segment in 0..segments as usize {
@@ -695,6 +700,7 @@ impl CpuRunner {
             }
         }
         self.buffers[out.buffer.0 as usize] = output;
+        self.norm_row = run;
         Ok(())
     }
 
@@ -812,6 +818,7 @@ impl Runner for CpuRunner {
         }
         // Held only while computing, so that they can be evicted between two calls.
         let weights = self.backend.weights()?;
+        let mut begun = false;
         while let Some(op) = program.ops.get(self.cursor.op) {
             let (units, work, kind) = self.units(&weights, op);
             while self.cursor.unit < units {
@@ -819,9 +826,11 @@ impl Runner for CpuRunner {
                 let mut n = left;
                 let now = Instant::now();
                 if let Some(deadline) = budget.deadline {
-                    let Some(time) = deadline.checked_duration_since(now).filter(|t| !t.is_zero()) else {
+                    let time = deadline.saturating_duration_since(now);
+                    if begun && time.is_zero() {
                         return Ok(Progress::Working);
-                    };
+                    }
+                    begun = true;
                     let unit_seconds = self.cursor.pace[kind] * work as f64;
                     n = match unit_seconds > 0.0 {
                         // At least one unit a thread, so that every budget makes progress.
@@ -885,12 +894,15 @@ impl Runner for CpuRunner {
         Ok(())
     }
 
-    fn read_hidden(&mut self, out: &mut Vec<f32>) -> Result<()> {
+    fn begin_hidden(&mut self) -> Result<()> {
+        self.program.last_hidden().map(|_| ())
+    }
+
+    fn poll_hidden(&mut self, out: &mut Vec<f32>) -> Result<bool> {
         let buffer = self.program.last_hidden()?;
         let width = self.width(buffer);
-        out.clear();
         out.extend_from_slice(&self.buffers[buffer.0 as usize][..self.logits_rows * width]);
-        Ok(())
+        Ok(true)
     }
 
     fn save_kv(&mut self, n: u32, out: &mut [u8]) -> Result<()> {

@@ -34,7 +34,9 @@ fn readback_bytes(row_bytes: u64, all: u64) -> u64 {
 /// Bytes of device memory that a session takes, from above: what is staged between kernels depends on the weights.
 pub(super) fn bytes(program: &Program, config: &RunnerConfig) -> u64 {
     let vocab = u64::from(program.vocab_size);
-    let readback = readback_bytes(vocab * 4, vocab * 4 * u64::from(config.max_logits_rows));
+    let rows = u64::from(config.max_logits_rows);
+    let hidden = program.last_hidden().map_or(0, |id| u64::from(program.buffers[id.0 as usize].width) * 4 * rows);
+    let readback = readback_bytes(vocab * 4, vocab * 4 * rows).max(hidden);
     let widths = program.buffers.iter().map(|desc| u64::from(desc.width) * u64::from(desc.per_token)).sum::<u64>();
     // Rows by expert and their tiles, of which there is at most one a row.
     let per_token = program.buffers.iter().map(|desc| desc.per_token).max().unwrap_or(1);
@@ -95,6 +97,8 @@ enum Choice {
     Device,
     /// By the CPU, once the row has come.
     Host(Box<HostChoice>),
+    /// None: hidden states are on their way instead.
+    Hidden,
 }
 
 /// A copy of a request.
@@ -128,7 +132,9 @@ impl WgpuRunner {
         let plan = Plan::new(&backend, program, &memory, config.max_tokens)?;
         let logits = &memory.activations[program.logits.0 as usize];
         let sampler = Sampler::new(&backend, program.vocab_size, config.context)?;
-        let readback = Readback::new(gpu, readback_bytes(u64::from(logits.stride) * 4, logits.buffer.size()))?;
+        let hidden = program.last_hidden().map_or(0, |id| memory.activations[id.0 as usize].buffer.size());
+        let rows = readback_bytes(u64::from(logits.stride) * 4, logits.buffer.size());
+        let readback = Readback::new(gpu, rows.max(hidden))?;
         Ok(Self {
             program: program.clone(),
             config,
@@ -286,8 +292,9 @@ impl Runner for WgpuRunner {
         self.backend.check()?;
         let finished = self.backend.gpu.finished()?;
         self.pace.settle(finished);
+        let mut begun = false;
         while self.next.0 < self.plan.ops.len() {
-            if budget.is_over() {
+            if begun && budget.is_over() {
                 return Ok(Progress::Working);
             }
             let most = match budget.device {
@@ -299,14 +306,17 @@ impl Runner for WgpuRunner {
                         _ => return Ok(Progress::Waiting),
                     }
                 }
-                // At most two steps are queued, so that a prompt that is abandoned ends soon.
-                None if self.previous.as_ref().is_some_and(|previous| previous.number() > finished) => {
+                // At most two steps of a prompt are queued, so that one that is abandoned ends soon.
+                None if self.ahead.is_empty()
+                    && self.previous.as_ref().is_some_and(|previous| previous.number() > finished) =>
+                {
                     return Ok(Progress::Waiting);
                 }
                 None => f64::INFINITY,
             };
             let dispatches = if budget.deadline.is_some() { DISPATCHES_TIMED } else { DISPATCHES };
             self.submit(most, dispatches);
+            begun = true;
         }
         self.backend.gpu.check()?;
         self.queued = true;
@@ -320,6 +330,10 @@ impl Runner for WgpuRunner {
 
     fn wait(&mut self) -> Result<()> {
         let gpu = &self.backend.gpu;
+        let _watch = gpu.watch();
+        if let Some(&slot) = self.ahead.front() {
+            return gpu.wait_until(None, || self.token_slots[slot].arrived());
+        }
         if !matches!(self.choice, Choice::None) {
             return gpu.wait_until(None, || self.readback.arrived());
         }
@@ -345,8 +359,9 @@ impl Runner for WgpuRunner {
         n as usize
     }
 
-    fn queued(&self) -> Duration {
-        self.pace.queued()
+    fn queued(&mut self) -> Result<Duration> {
+        self.pace.settle(self.backend.gpu.finished()?);
+        Ok(self.pace.queued())
     }
 
     fn read_logits(&mut self, out: &mut Vec<f32>) -> Result<()> {
@@ -355,10 +370,42 @@ impl Runner for WgpuRunner {
         self.read_rows(self.program.logits, 0..rows, out)
     }
 
-    fn read_hidden(&mut self, out: &mut Vec<f32>) -> Result<()> {
-        self.backend.gpu.check()?;
+    fn begin_hidden(&mut self) -> Result<()> {
+        let gpu = &self.backend.gpu;
+        let _watch = gpu.watch();
+        gpu.check()?;
+        self.choice = Choice::None;
+        let hidden = &self.memory.activations[self.program.last_hidden()?.0 as usize];
         let rows = if self.queued { self.step.logits_rows } else { 0 };
-        self.read_rows(self.program.last_hidden()?, 0..rows, out)
+        let bytes = u64::from(rows) * u64::from(hidden.stride) * 4;
+        if bytes == 0 || bytes > self.readback.capacity() {
+            return Err(Error::new(ErrorKind::InvalidInput, format!("the last step has {rows} rows of hidden states")));
+        }
+        let encoder = gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor { label: Some("hidden") });
+        self.readback.begin(gpu, encoder, &[(&hidden.buffer, 0, bytes)])?;
+        self.choice = Choice::Hidden;
+        Ok(())
+    }
+
+    fn poll_hidden(&mut self, out: &mut Vec<f32>) -> Result<bool> {
+        let gpu = &self.backend.gpu;
+        let _watch = gpu.watch();
+        self.pace.settle(gpu.finished()?);
+        if !matches!(self.choice, Choice::Hidden) {
+            return Err(Error::new(ErrorKind::InvalidInput, "no hidden states were asked for"));
+        }
+        let buffer = self.program.last_hidden()?.0 as usize;
+        let stride = self.memory.activations[buffer].stride as usize * 4;
+        let width = self.program.buffers[buffer].width as usize * 4;
+        let there = self.readback.poll(gpu, |bytes| {
+            for row in bytes.chunks(stride) {
+                out.extend(row[..width].as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)));
+            }
+        });
+        if !matches!(there, Ok(false)) {
+            self.choice = Choice::None;
+        }
+        there
     }
 
     fn begin_sample(&mut self, request: &SampleRequest<'_>) -> Result<()> {
@@ -390,7 +437,9 @@ impl Runner for WgpuRunner {
         let finished = gpu.finished()?;
         self.pace.settle(finished);
         let token = match &self.choice {
-            Choice::None => return Err(Error::new(ErrorKind::InvalidInput, "no choice is under way")),
+            Choice::None | Choice::Hidden => {
+                return Err(Error::new(ErrorKind::InvalidInput, "no choice is under way"));
+            }
             Choice::Device => self.sampler.poll(gpu, &self.readback),
             Choice::Host(choice) => {
                 let vocab = self.program.vocab_size as usize;
@@ -419,9 +468,10 @@ impl Runner for WgpuRunner {
         token
     }
 
-    fn sample_ahead(&mut self, request: &SampleRequest<'_>, position: u32) -> Result<bool> {
+    fn begin_ahead(&mut self, request: &SampleRequest<'_>, position: u32) -> Result<bool> {
         let gpu = &self.backend.gpu;
-        gpu.check()?;
+        let _watch = gpu.watch();
+        self.backend.check()?;
         let row = self.last_row()?;
         if !self.sampler.handles(request) || self.ahead.len() == MAX_AHEAD || position >= self.config.context {
             return Ok(false);
@@ -439,21 +489,22 @@ impl Runner for WgpuRunner {
         gpu.queue.write_buffer(&self.memory.step, 0, shaders::uniform_bytes(&self.step));
         self.previous = self.latest.take();
         self.next = (0, 0);
-        self.pace.settle(self.backend.gpu.finished()?);
-        while self.next.0 < self.plan.ops.len() {
-            self.submit(f64::INFINITY, DISPATCHES);
-        }
-        self.backend.gpu.check()?;
+        self.queued = false;
         Ok(true)
     }
 
-    fn take(&mut self) -> Result<u32> {
-        let slot =
-            self.ahead.pop_front().ok_or_else(|| Error::new(ErrorKind::InvalidInput, "no token was sampled ahead"))?;
-        let (gpu, slot) = (&self.backend.gpu, &self.token_slots[slot]);
-        gpu.wait_until(None, || slot.arrived())?;
-        let token = self.sampler.poll(gpu, slot)?;
-        token.ok_or_else(|| Error::new(ErrorKind::Device, "the token did not come back"))
+    fn poll_ahead(&mut self) -> Result<Option<u32>> {
+        let gpu = &self.backend.gpu;
+        let _watch = gpu.watch();
+        let Some(&slot) = self.ahead.front() else {
+            return Err(Error::new(ErrorKind::InvalidInput, "no token was chosen ahead"));
+        };
+        self.pace.settle(gpu.finished()?);
+        let token = self.sampler.poll(gpu, &self.token_slots[slot])?;
+        if token.is_some() {
+            self.ahead.pop_front();
+        }
+        Ok(token)
     }
 
     fn profile(&mut self, step: &Step<'_>) -> Result<Vec<OpTime>> {
