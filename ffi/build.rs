@@ -11,9 +11,14 @@ fn main() {
     match os.as_str() {
         "linux" | "freebsd" => {
             println!("cargo::rustc-cdylib-link-arg=-Wl,-soname,libawqua.so.{major}");
+            // Dependencies have `no_mangle` functions of their own (llguidance does), which rustc would export as well.
+            println!("cargo::rustc-cdylib-link-arg=-Wl,--exclude-libs,ALL");
         }
         // Android's loader wants the plain name.
-        "android" => println!("cargo::rustc-cdylib-link-arg=-Wl,-soname,libawqua.so"),
+        "android" => {
+            println!("cargo::rustc-cdylib-link-arg=-Wl,-soname,libawqua.so");
+            println!("cargo::rustc-cdylib-link-arg=-Wl,--exclude-libs,ALL");
+        }
         "macos" | "ios" => {
             println!("cargo::rustc-cdylib-link-arg=-Wl,-install_name,@rpath/libawqua.{major}.dylib");
         }

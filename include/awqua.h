@@ -66,7 +66,7 @@
 #define AWQUA_MODEL_INFO_INIT { (uint32_t)sizeof(awqua_model_info), 0, 0, 0, 0, 0, 0, { 0 }, { 0 }, 0 }
 #define AWQUA_SESSION_DESC_INIT { (uint32_t)sizeof(awqua_session_desc), 0, 0, 0, 0, 0 }
 #define AWQUA_REQUEST_INIT { (uint32_t)sizeof(awqua_request), 0, 512, 40, 0.95f, 0.0f, 0.7f, 1.0f, 0.0f, 0.0f, 256, \
-                             0, 0, NULL, NULL, 0, 0, NULL, NULL, 0, 0, 0, 0 }
+                             0, 0, NULL, NULL, 0, 0, NULL, NULL, 0, 0, 0, 0, { NULL, 0 } }
 #define AWQUA_TICK_RESULT_INIT { (uint32_t)sizeof(awqua_tick_result), 0, 0, 0, 0, 0, 0, 0, 0, 0 }
 #define AWQUA_EVENT_INIT { (uint32_t)sizeof(awqua_event), 0, 0, 0, 0, 0, NULL, 0, 0, 0, 0, 0 }
 #define AWQUA_SESSION_INFO_INIT { (uint32_t)sizeof(awqua_session_info), 0, 0, 0, 0, 0, 0 }
@@ -553,7 +553,7 @@ enum awqua_stop_reason
    */
   AWQUA_STOP_CANCELLED = 5,
   /**
-   * There was nothing to generate: an embedding is complete.
+   * The grammar allows nothing more, or an embedding is complete.
    */
   AWQUA_STOP_COMPLETE = 6,
 };
@@ -628,6 +628,42 @@ enum awqua_trim
 typedef enum awqua_trim awqua_trim;
 #else
 typedef uint32_t awqua_trim;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+/**
+ * What an answer has to look like. Only tokens that can still lead there are chosen, so an answer that comes to its end
+ * has this form, and one that is cut off is the start of such an answer. End-of-turn ids count, even with
+ * AWQUA_REQUEST_IGNORE_EOS. A library that was built without grammars, and a model whose tokenizer does not work token
+ * by token, refuse them with AWQUA_ERR_UNSUPPORTED. The first grammar of a model takes longer to begin with.
+ */
+enum awqua_grammar
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : uint32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+  /**
+   * Anything.
+   */
+  AWQUA_GRAMMAR_NONE = 0,
+  /**
+   * A JSON value that fits the JSON schema in `grammar`. What of JSON Schema is not enforced is refused.
+   */
+  AWQUA_GRAMMAR_JSON_SCHEMA = 1,
+  /**
+   * A text that the regular expression in `grammar` matches as a whole.
+   */
+  AWQUA_GRAMMAR_REGEX = 2,
+  /**
+   * A text of the grammar in `grammar`, in llguidance's Lark format.
+   */
+  AWQUA_GRAMMAR_LARK = 3,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum awqua_grammar awqua_grammar;
+#else
+typedef uint32_t awqua_grammar;
 #endif // __STDC_VERSION__ >= 202311L
 #endif // __cplusplus
 
@@ -1290,9 +1326,13 @@ typedef struct awqua_request {
    */
   uint32_t shift_keep;
   /**
-   * 0.
+   * An awqua_grammar.
    */
-  uint32_t reserved2;
+  uint32_t grammar_kind;
+  /**
+   * The schema, expression or grammar. Copied.
+   */
+  struct awqua_str grammar;
 } awqua_request;
 
 /**

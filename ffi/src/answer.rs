@@ -4,7 +4,7 @@ use std::ffi::c_char;
 use std::mem::offset_of;
 
 use runtime::session::{ContextShift, Event, Phase, TickBudget};
-use runtime::{GenerateOptions, Sampling, StopReason};
+use runtime::{GenerateOptions, Grammar, Sampling, StopReason};
 
 use crate::boundary::guard;
 use crate::handle::{self, Handle};
@@ -22,6 +22,24 @@ pub const AWQUA_REQUEST_MODEL_SAMPLING: u32 = 2;
 /// When the context is full, forget the older half of what follows the first `shift_keep` tokens, compute the rest again
 /// at its new positions and go on, instead of stopping.
 pub const AWQUA_REQUEST_SHIFT: u32 = 4;
+
+/// What an answer has to look like. Only tokens that can still lead there are chosen, so an answer that comes to its end
+/// has this form, and one that is cut off is the start of such an answer. End-of-turn ids count, even with
+/// AWQUA_REQUEST_IGNORE_EOS. A library that was built without grammars, and a model whose tokenizer does not work token
+/// by token, refuse them with AWQUA_ERR_UNSUPPORTED. The first grammar of a model takes longer to begin with.
+#[repr(u32)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(dead_code, reason = "values the caller uses")]
+pub enum awqua_grammar {
+    /// Anything.
+    AWQUA_GRAMMAR_NONE = 0,
+    /// A JSON value that fits the JSON schema in `grammar`. What of JSON Schema is not enforced is refused.
+    AWQUA_GRAMMAR_JSON_SCHEMA = 1,
+    /// A text that the regular expression in `grammar` matches as a whole.
+    AWQUA_GRAMMAR_REGEX = 2,
+    /// A text of the grammar in `grammar`, in llguidance's Lark format.
+    AWQUA_GRAMMAR_LARK = 3,
+}
 
 /// What is added to the logit of a token.
 #[repr(C)]
@@ -83,8 +101,10 @@ pub struct awqua_request {
     pub n_banned_ids: u32,
     /// For AWQUA_REQUEST_SHIFT: leading tokens that are never forgotten, such as a system prompt.
     pub shift_keep: u32,
-    /// 0.
-    pub reserved2: u32,
+    /// An awqua_grammar.
+    pub grammar_kind: u32,
+    /// The schema, expression or grammar. Copied.
+    pub grammar: awqua_str,
 }
 
 // SAFETY: repr(C), u32 first, no padding on 64-bit targets and none that is read elsewhere; numbers and pointers.
@@ -114,15 +134,16 @@ unsafe impl Sized32 for awqua_request {
         n_biases: 0,
         n_banned_ids: 0,
         shift_keep: 0,
-        reserved2: 0,
+        grammar_kind: 0,
+        grammar: awqua_str::EMPTY,
     };
 }
 
-layout!(awqua_request, 112, {
+layout!(awqua_request, 128, {
     struct_size: 0, flags: 4, max_tokens: 8, top_k: 12, top_p: 16, min_p: 20, temperature: 24, repetition_penalty: 28,
     presence_penalty: 32, frequency_penalty: 36, penalty_window: 40, n_stops: 44, seed: 48, stops: 56, stop_ids: 64,
     n_stop_ids: 72, reserved: 76, biases: 80, banned_ids: 88, n_biases: 96, n_banned_ids: 100, shift_keep: 104,
-    reserved2: 108,
+    grammar_kind: 108, grammar: 112,
 });
 
 /// There is nothing to do until the GPU finishes something, so ticking again at once is in vain.
@@ -215,7 +236,7 @@ pub enum awqua_stop_reason {
     AWQUA_STOP_CONTEXT_FULL = 4,
     /// The caller cancelled.
     AWQUA_STOP_CANCELLED = 5,
-    /// There was nothing to generate: an embedding is complete.
+    /// The grammar allows nothing more, or an embedding is complete.
     AWQUA_STOP_COMPLETE = 6,
 }
 
@@ -300,6 +321,16 @@ unsafe fn request(pointer: *const awqua_request, model: &runtime::Model) -> Outc
         (r, stops, stop_ids, biases, text::slice(r.banned_ids, r.n_banned_ids.into(), "banned_ids")?)
     };
     check_flags(r.flags, AWQUA_REQUEST_IGNORE_EOS | AWQUA_REQUEST_MODEL_SAMPLING | AWQUA_REQUEST_SHIFT)?;
+    // SAFETY: the caller's promise.
+    let grammar = unsafe { r.grammar.get("grammar") }?;
+    let grammar = match r.grammar_kind {
+        0 if grammar.is_empty() => None,
+        0 => return Err(Failure::invalid("`grammar` is given, but `grammar_kind` is AWQUA_GRAMMAR_NONE")),
+        1 => Some(Grammar::JsonSchema(grammar.to_owned())),
+        2 => Some(Grammar::Regex(grammar.to_owned())),
+        3 => Some(Grammar::Lark(grammar.to_owned())),
+        other => return Err(Failure::invalid(format!("`grammar_kind` is {other}, expected an awqua_grammar"))),
+    };
     let sampling = match r.flags & AWQUA_REQUEST_MODEL_SAMPLING {
         0 => Sampling {
             temperature: r.temperature,
@@ -322,6 +353,7 @@ unsafe fn request(pointer: *const awqua_request, model: &runtime::Model) -> Outc
         ignore_eos: r.flags & AWQUA_REQUEST_IGNORE_EOS != 0,
         stop,
         stop_ids: stop_ids.to_vec(),
+        grammar,
         shift: (r.flags & AWQUA_REQUEST_SHIFT != 0).then_some(ContextShift { keep: r.shift_keep as usize }),
         ..GenerateOptions::default()
     })

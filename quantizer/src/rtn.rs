@@ -191,7 +191,7 @@ pub fn quantize_rtn(
     let group_size = choose_group_size(&linears, options.group_size).map_err(|error| error.in_file(source))?;
     let mut job = Job {
         checkpoint: &checkpoint,
-        scheme: Scheme { dialect: Dialect::AwqGemm, bits: 4, group_size: Some(group_size), symmetric: false },
+        scheme: Scheme::new(Dialect::AwqGemm, 4, Some(group_size), false),
         rest: options.rest,
         digests: HashMap::new(),
         packed: Vec::new(),
@@ -404,7 +404,7 @@ impl Job<'_> {
             let module = name.strip_suffix(".weight").unwrap_or(name);
             if let Some(digest) = self.digests.get(module).filter(|_| module != name) {
                 let (n, k) = (tensor.shape[0], tensor.shape[1]);
-                match quant::load_linear(written, quantization.as_ref(), module, n, k)? {
+                match quant::load_linear(written, quantization.as_ref(), module, n, k)?.weight {
                     awqua::tensor::Weight::W4(matrix) if matrix_digest(&matrix) == *digest => {}
                     _ => return Err(differs(name)),
                 }

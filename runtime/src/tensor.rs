@@ -8,6 +8,14 @@ use memmap2::Mmap;
 
 use crate::error::{Error, ErrorKind, Result};
 
+mod ggml;
+mod packed;
+mod weight;
+
+pub use ggml::{BlockMatrix, GgmlType, dequantize_row};
+pub use packed::{Levels, PackedMatrix, round, row_words};
+pub use weight::{LevelsForm, Weight, WeightShape};
+
 /// Element type of a dense matrix that backends compute with directly.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum DenseType {
@@ -139,6 +147,12 @@ impl Deref for Bytes {
     }
 }
 
+impl PartialEq for Bytes {
+    fn eq(&self, other: &Self) -> bool {
+        **self == **other
+    }
+}
+
 impl std::fmt::Debug for Bytes {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "Bytes({} bytes)", self.range.len())
@@ -146,7 +160,7 @@ impl std::fmt::Debug for Bytes {
 }
 
 /// A dense matrix in the precision of its file.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct DenseMatrix {
     /// Rows: output features, or vocabulary entries of an embedding.
     pub n: usize,
@@ -180,37 +194,97 @@ impl DenseMatrix {
     }
 }
 
-/// How the second number of a group turns codes into weights.
+/// How the numbers of a group turn codes into weights: what the second one is, and where the software that defines the
+/// format rounds, which multiplies with weights in half precision or in bfloat16.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Offset {
-    /// `o` is a zero point in code units: w = (q - o) * s.
+    /// `o` is a zero point in code units: w = f16((q - o) * s).
     Zero,
-    /// `o` is a bias in weight units: w = q * s + o.
+    /// `o` is a bias in weight units: w = f16(q * s + o).
     Bias,
+    /// The same with the product rounded first: w = f16(f16(q * s) + o).
+    RoundedBias,
+    /// [`Self::Zero`], rounded to bfloat16.
+    ZeroBf16,
+    /// [`Self::Bias`], rounded to bfloat16.
+    BiasBf16,
+    /// [`Self::RoundedBias`], both rounded to bfloat16.
+    RoundedBiasBf16,
 }
 
 impl Offset {
+    /// Whether `o` is a bias.
+    pub fn is_bias(self) -> bool {
+        !matches!(self, Self::Zero | Self::ZeroBf16)
+    }
+
+    /// Whether products are rounded before the bias is added.
+    pub fn rounds_products(self) -> bool {
+        matches!(self, Self::RoundedBias | Self::RoundedBiasBf16)
+    }
+
+    /// What weights are rounded to: half precision or bfloat16.
+    pub fn rounding(self) -> DenseType {
+        match self {
+            Self::Zero | Self::Bias | Self::RoundedBias => DenseType::F16,
+            Self::ZeroBf16 | Self::BiasBf16 | Self::RoundedBiasBf16 => DenseType::BF16,
+        }
+    }
+
+    /// The same meaning with weights rounded to bfloat16 if that is `rounding`, else to half precision.
+    #[must_use]
+    pub fn rounded_to(self, rounding: DenseType) -> Self {
+        let bf16 = rounding == DenseType::BF16;
+        match self {
+            Self::Zero | Self::ZeroBf16 => {
+                if bf16 {
+                    Self::ZeroBf16
+                } else {
+                    Self::Zero
+                }
+            }
+            Self::Bias | Self::BiasBf16 => {
+                if bf16 {
+                    Self::BiasBf16
+                } else {
+                    Self::Bias
+                }
+            }
+            Self::RoundedBias | Self::RoundedBiasBf16 => {
+                if bf16 {
+                    Self::RoundedBiasBf16
+                } else {
+                    Self::RoundedBias
+                }
+            }
+        }
+    }
+
+    /// The weight that code `q` stands for, rounded to `rounding` wherever this form rounds.
+    pub fn weight(self, q: u8, s: f32, o: f32, rounding: DenseType) -> f32 {
+        // Products are exact in f32 while `s` is a number of half precision or bfloat16 (8 + 11 bits).
+        let exact = match self {
+            Self::Zero | Self::ZeroBf16 => (f32::from(q) - o) * s,
+            Self::Bias | Self::BiasBf16 => f32::from(q) * s + o,
+            Self::RoundedBias | Self::RoundedBiasBf16 => round(rounding, f32::from(q) * s) + o,
+        };
+        round(rounding, exact)
+    }
+
     /// The weights that codes 0 to 15 of a group with these [`W4Matrix::group_params`] stand for.
     pub fn weights(self, params: u32) -> [f32; 16] {
         let scale = f16::from_bits(params as u16).to_f32();
         let o = f16::from_bits((params >> 16) as u16).to_f32();
-        std::array::from_fn(|q| {
-            // Both products are exact in f32 (4 + 11 bits).
-            let exact = match self {
-                Self::Zero => (q as f32 - o) * scale,
-                Self::Bias => q as f32 * scale + o,
-            };
-            f16::from_f32(exact).to_f32()
-        })
+        std::array::from_fn(|q| self.weight(q as u8, scale, o, self.rounding()))
     }
 }
 
 /// A matrix in the canonical 4-bit form that every backend reads; every dialect on disk decodes to it.
 ///
-/// A weight is `f16((q - o) * s)` or `f16(q * s + o)` (see [`Offset`]): computed in f32 and rounded once to half
-/// precision, because that is what the software that defines these formats multiplies with. The recorded hashes of
+/// A weight is `f16((q - o) * s)`, `f16(q * s + o)` or the like (see [`Offset`]): computed in f32 and rounded, because
+/// that is what the software that defines these formats multiplies with. The recorded hashes of
 /// its dequantized tensors agree bit for bit with [`W4Matrix::dequantize_row`].
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct W4Matrix {
     /// Output features.
     pub n: usize,
@@ -230,132 +304,5 @@ impl W4Matrix {
     /// Groups of one row.
     pub fn groups(&self) -> usize {
         self.k / self.group_size
-    }
-}
-
-/// Form and size of a weight, known before its bytes are read.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum WeightShape {
-    /// See [`W4Matrix`].
-    W4 {
-        /// Output features.
-        n: usize,
-        /// Input features.
-        k: usize,
-        /// Input features of a group.
-        group_size: usize,
-        /// Meaning of the second number of a group.
-        offset: Offset,
-    },
-    /// See [`DenseMatrix`].
-    Dense {
-        /// Rows.
-        n: usize,
-        /// Columns.
-        k: usize,
-        /// Element type.
-        dtype: DenseType,
-    },
-    /// Elements of a norm weight or bias.
-    Vector {
-        /// Elements.
-        len: usize,
-    },
-}
-
-impl WeightShape {
-    /// Rows by which a weight is handed over: output features, or elements of a vector.
-    pub fn rows(&self) -> usize {
-        match *self {
-            Self::W4 { n, .. } | Self::Dense { n, .. } => n,
-            Self::Vector { len } => len,
-        }
-    }
-
-    /// Bytes of `rows` rows in the form that [`Weight`] has them.
-    pub fn bytes(&self, rows: usize) -> u64 {
-        let row = match *self {
-            Self::W4 { k, group_size, .. } => k / 2 + 4 * (k / group_size.max(1)),
-            Self::Dense { k, dtype, .. } => k.saturating_mul(dtype.size()),
-            Self::Vector { .. } => 4,
-        };
-        (rows as u64).saturating_mul(row as u64)
-    }
-
-    /// The same form with `rows` rows.
-    #[must_use]
-    pub fn with_rows(mut self, rows: usize) -> Self {
-        match &mut self {
-            Self::W4 { n, .. } | Self::Dense { n, .. } => *n = rows,
-            Self::Vector { len } => *len = rows,
-        }
-        self
-    }
-}
-
-/// A weight on its way to a backend, or some rows of one.
-#[derive(Debug, Clone)]
-pub enum Weight {
-    /// Packed 4-bit matrix.
-    W4(W4Matrix),
-    /// Dense matrix, also embeddings.
-    Dense(DenseMatrix),
-    /// Norm weight or bias, widened to f32.
-    Vector(Vec<f32>),
-}
-
-impl Weight {
-    /// The rows `rows` in that order, each below the number of rows; of a vector, its elements. Mapped rows are copied.
-    pub(crate) fn select_rows(self, rows: &[usize]) -> Self {
-        fn pick<T: Copy>(from: &[T], width: usize, rows: &[usize]) -> Vec<T> {
-            rows.iter().flat_map(|row| &from[row * width..(row + 1) * width]).copied().collect()
-        }
-        match self {
-            Self::W4(m) => Self::W4(W4Matrix {
-                n: rows.len(),
-                qweight: pick(&m.qweight, m.k / 8, rows),
-                group_params: pick(&m.group_params, m.groups(), rows),
-                ..m
-            }),
-            Self::Dense(m) => {
-                let bytes = Bytes::owned(pick(&m.bytes, m.row_bytes(), rows));
-                Self::Dense(DenseMatrix { n: rows.len(), bytes, ..m })
-            }
-            Self::Vector(v) => Self::Vector(pick(&v, 1, rows)),
-        }
-    }
-
-    /// Its form and size.
-    pub fn shape(&self) -> WeightShape {
-        match self {
-            Self::W4(m) => WeightShape::W4 { n: m.n, k: m.k, group_size: m.group_size, offset: m.offset },
-            Self::Dense(m) => WeightShape::Dense { n: m.n, k: m.k, dtype: m.dtype },
-            Self::Vector(v) => WeightShape::Vector { len: v.len() },
-        }
-    }
-
-    /// Puts `rows` behind the rows of this one.
-    ///
-    /// # Errors
-    /// [`ErrorKind::InvalidInput`] if they are of another form.
-    pub fn append(&mut self, rows: Self) -> Result<()> {
-        let (mine, theirs) = (self.shape(), rows.shape());
-        if mine.with_rows(0) != theirs.with_rows(0) {
-            return Err(Error::new(ErrorKind::InvalidInput, format!("rows of {theirs:?} do not continue {mine:?}")));
-        }
-        match (self, rows) {
-            (Self::W4(all), Self::W4(rows)) => {
-                all.n += rows.n;
-                all.qweight.extend_from_slice(&rows.qweight);
-                all.group_params.extend_from_slice(&rows.group_params);
-            }
-            (Self::Dense(all), Self::Dense(rows)) => {
-                all.n += rows.n;
-                all.bytes = Bytes::owned([&*all.bytes, &*rows.bytes].concat());
-            }
-            (Self::Vector(all), Self::Vector(rows)) => all.extend_from_slice(&rows),
-            _ => {}
-        }
-        Ok(())
     }
 }

@@ -15,7 +15,14 @@ pub const K_STEP: u32 = 32;
 pub static KERNEL: Kernel = Kernel {
     name: "gemm_dense",
     body: include_str!("gemm_dense.wgsl"),
-    preludes: &[Prelude::Step, Prelude::Dense, Prelude::Weights8Dense, Prelude::Gemm, Prelude::GemmRows],
+    preludes: &[
+        Prelude::Step,
+        Prelude::Dense,
+        Prelude::Weights8,
+        Prelude::Weights8Dense,
+        Prelude::Gemm,
+        Prelude::GemmRows,
+    ],
     constants: &[("WG", WG), ("TILE", TILE), ("K_STEP", K_STEP)],
     sizes: &[],
     params: Params::FIELDS,

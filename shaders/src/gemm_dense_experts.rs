@@ -52,7 +52,14 @@ params! {
 pub static KERNEL: Kernel = Kernel {
     name: "gemm_dense_experts",
     body: include_str!("gemm_dense_experts.wgsl"),
-    preludes: &[Prelude::Step, Prelude::Dense, Prelude::Weights8Dense, Prelude::Gemm, Prelude::GemmPairs],
+    preludes: &[
+        Prelude::Step,
+        Prelude::Dense,
+        Prelude::Weights8,
+        Prelude::Weights8Dense,
+        Prelude::Gemm,
+        Prelude::GemmPairs,
+    ],
     constants: &[("WG", WG), ("TILE", TILE), ("K_STEP", K_STEP)],
     sizes: &[],
     params: Params::FIELDS,

@@ -47,7 +47,15 @@ pub const K_STEP: u32 = 32;
 pub static KERNEL: Kernel = Kernel {
     name: "gemm_w4",
     body: include_str!("gemm_w4.wgsl"),
-    preludes: &[Prelude::Step, Prelude::W4, Prelude::Elem, Prelude::Weights8W4, Prelude::Gemm, Prelude::GemmRows],
+    preludes: &[
+        Prelude::Step,
+        Prelude::W4,
+        Prelude::Elem,
+        Prelude::Weights8,
+        Prelude::Weights8W4,
+        Prelude::Gemm,
+        Prelude::GemmRows,
+    ],
     constants: &[("WG", WG), ("TILE", TILE), ("K_STEP", K_STEP)],
     sizes: &[],
     params: Params::FIELDS,

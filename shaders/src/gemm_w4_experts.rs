@@ -54,7 +54,15 @@ params! {
 pub static KERNEL: Kernel = Kernel {
     name: "gemm_w4_experts",
     body: include_str!("gemm_w4_experts.wgsl"),
-    preludes: &[Prelude::Step, Prelude::W4, Prelude::Elem, Prelude::Weights8W4, Prelude::Gemm, Prelude::GemmPairs],
+    preludes: &[
+        Prelude::Step,
+        Prelude::W4,
+        Prelude::Elem,
+        Prelude::Weights8,
+        Prelude::Weights8W4,
+        Prelude::Gemm,
+        Prelude::GemmPairs,
+    ],
     constants: &[("WG", WG), ("TILE", TILE), ("K_STEP", K_STEP)],
     sizes: &[],
     params: Params::FIELDS,

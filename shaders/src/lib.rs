@@ -36,6 +36,7 @@ macro_rules! params {
 
 pub mod argmax;
 pub mod argmax_reduce;
+pub mod arrange;
 pub mod attention;
 pub mod attention_coop;
 pub mod attention_few;
@@ -43,13 +44,16 @@ pub mod attention_reduce;
 pub mod catalogue;
 pub mod combine;
 pub mod embed;
+pub mod embed_packed;
 pub mod gate;
 pub mod gemm_dense;
 pub mod gemm_dense_experts;
+pub mod gemm_packed;
 pub mod gemm_w4;
 pub mod gemm_w4_coop;
 pub mod gemm_w4_experts;
 pub mod gemv_dense;
+pub mod gemv_packed;
 pub mod gemv_w4;
 pub mod gemv_w4_experts;
 pub mod gemv_w4_glu_experts;
@@ -60,6 +64,7 @@ pub mod group;
 pub mod halve;
 pub mod head_norm;
 pub mod norm;
+pub mod packed;
 pub mod penalize;
 pub mod rope_append;
 pub mod round_groups;
@@ -99,6 +104,16 @@ pub const FLAG_STAGE_NORM: u32 = 64;
 pub const FLAG_CENTER: u32 = 128;
 /// Every segment has weights of its own (bit of a norm's `flags`).
 pub const FLAG_SEGMENTS: u32 = 256;
+/// Scales and offsets are single precision, a word each (bit of a matmul's `flags`).
+pub const FLAG_WIDE: u32 = 512;
+/// Columns are taken in another order (bit of `flags`).
+pub const FLAG_ORDER: u32 = 1024;
+/// Columns are multiplied with factors (bit of `flags`).
+pub const FLAG_FACTORS: u32 = 2048;
+/// Weights are rounded to bfloat16 (bit of a matmul's `flags`).
+pub const FLAG_BF16: u32 = 4096;
+/// Products of codes and scales are rounded, too, before a bias is added (bit of a matmul's `flags`).
+pub const FLAG_ROUND_PRODUCTS: u32 = 8192;
 
 /// The flags by the names they have in shaders.
 const FLAGS: Constants = &[
@@ -111,6 +126,11 @@ const FLAGS: Constants = &[
     ("FLAG_STAGE_NORM", FLAG_STAGE_NORM),
     ("FLAG_CENTER", FLAG_CENTER),
     ("FLAG_SEGMENTS", FLAG_SEGMENTS),
+    ("FLAG_WIDE", FLAG_WIDE),
+    ("FLAG_BF16", FLAG_BF16),
+    ("FLAG_ROUND_PRODUCTS", FLAG_ROUND_PRODUCTS),
+    ("FLAG_ORDER", FLAG_ORDER),
+    ("FLAG_FACTORS", FLAG_FACTORS),
 ];
 
 params! {
@@ -330,6 +350,28 @@ impl Groups {
     }
 }
 
+/// What the words of a packed matrix are; [`Packed::Affine2`] and so on by the bits of a code.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[allow(missing_docs, reason = "the widths of a code speak for themselves")]
+pub enum Packed {
+    /// The tiled 4-bit layout of [`w4`].
+    W4,
+    Affine2,
+    Affine3,
+    Affine4,
+    Affine5,
+    Affine6,
+    Affine8,
+    /// 4-bit indices into a table of 16 numbers.
+    Codebook,
+    /// GGML blocks `Q4_K`.
+    Q4K,
+    /// GGML blocks `Q5_K`.
+    Q5K,
+    /// GGML blocks `Q6_K`.
+    Q6K,
+}
+
 /// A choice on every axis; a kernel ignores the axes it does not have ([`Kernel::canonical`]).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Variant {
@@ -345,6 +387,8 @@ pub struct Variant {
     pub size: Size,
     /// Group sizes of the packed matrix.
     pub groups: Groups,
+    /// Kind of the packed matrix, for kernels of any kind.
+    pub packed: Packed,
 }
 
 impl Default for Variant {
@@ -357,6 +401,7 @@ impl Default for Variant {
             kv: Kv::F16,
             size: Size::Small,
             groups: Groups::Any,
+            packed: Packed::W4,
         }
     }
 }
@@ -385,6 +430,10 @@ pub enum Prelude {
     Kv,
     /// Group parameters of the canonical 4-bit layout.
     W4,
+    /// Axis [`Packed`]: `weights8`, given the bindings codes and group_params.
+    Packed,
+    /// What `weights8` returns.
+    Weights8,
     /// The tiled matrix product, given `weights8`, `x_row` and `out_row`.
     Gemm,
     /// `weights8` of the 4-bit layout.
@@ -452,6 +501,7 @@ impl Kernel {
             kv: if has(Prelude::Kv) { variant.kv } else { base.kv },
             size: if self.sizes.is_empty() { base.size } else { variant.size },
             groups: if has(Prelude::GemvW4) { variant.groups } else { base.groups },
+            packed: if has(Prelude::Packed) { variant.packed } else { base.packed },
         }
     }
 
@@ -464,7 +514,10 @@ impl Kernel {
                     for kv in [Kv::F16, Kv::F32] {
                         for size in [Size::Small, Size::Medium, Size::Large] {
                             for groups in [Groups::Quads, Groups::Chunks, Groups::Any] {
-                                all.push(self.canonical(Variant { elem, reduce, dense, kv, size, groups }));
+                                for packed in Packed::ALL {
+                                    let variant = Variant { elem, reduce, dense, kv, size, groups, packed };
+                                    all.push(self.canonical(variant));
+                                }
                             }
                         }
                     }
@@ -494,6 +547,9 @@ impl Kernel {
                 (Prelude::GemvW4, Variant { groups: Groups::Chunks, .. }) => "-chunks",
                 _ => "",
             };
+            if *prelude == Prelude::Packed {
+                label = format!("{label}-{}", variant.packed.name());
+            }
         }
         if !self.sizes.is_empty() {
             label += &format!("-{}", variant.size.invocations());
@@ -503,8 +559,10 @@ impl Kernel {
 }
 
 /// Every kernel.
-pub static ALL: [&Kernel; 33] = [
+pub static ALL: [&Kernel; 37] = [
     &embed::KERNEL,
+    &embed_packed::KERNEL,
+    &arrange::KERNEL,
     &stage::KERNEL,
     &norm::KERNEL,
     &head_norm::KERNEL,
@@ -516,6 +574,8 @@ pub static ALL: [&Kernel; 33] = [
     &gemm_w4_coop::KERNEL,
     &gemv_dense::KERNEL,
     &gemm_dense::KERNEL,
+    &gemv_packed::KERNEL,
+    &gemm_packed::KERNEL,
     &rope_append::KERNEL,
     &round_groups::KERNEL,
     &attention::KERNEL,
@@ -560,6 +620,9 @@ pub fn compose(kernel: &Kernel, variant: Variant) -> String {
     if kernel.preludes.contains(&Prelude::GemvW4) {
         source += &format!("const GROUPS: u32 = {}u;\n", variant.groups as u32);
     }
+    if kernel.preludes.contains(&Prelude::Packed) {
+        source += &format!("const BITS: u32 = {}u;\n", variant.packed.bits());
+    }
     for prelude in kernel.preludes {
         source += match (prelude, variant) {
             (Prelude::Step, _) => include_str!("prelude/step.wgsl"),
@@ -580,6 +643,21 @@ pub fn compose(kernel: &Kernel, variant: Variant) -> String {
             (Prelude::Stage, _) => include_str!("prelude/stage.wgsl"),
             (Prelude::StageOut, _) => include_str!("prelude/stage_out.wgsl"),
             (Prelude::Gemm, _) => include_str!("prelude/gemm.wgsl"),
+            (Prelude::Weights8, _) => include_str!("prelude/weights8.wgsl"),
+            (Prelude::Packed, Variant { packed: Packed::W4, .. }) => {
+                concat!(include_str!("prelude/w4.wgsl"), include_str!("prelude/packed_w4.wgsl"))
+            }
+            (Prelude::Packed, Variant { packed: Packed::Codebook, .. }) => {
+                include_str!("prelude/packed_codebook.wgsl")
+            }
+            (Prelude::Packed, Variant { packed: Packed::Q4K, .. }) => {
+                concat!(include_str!("prelude/packed_k_scales.wgsl"), include_str!("prelude/packed_q4_k.wgsl"))
+            }
+            (Prelude::Packed, Variant { packed: Packed::Q5K, .. }) => {
+                concat!(include_str!("prelude/packed_k_scales.wgsl"), include_str!("prelude/packed_q5_k.wgsl"))
+            }
+            (Prelude::Packed, Variant { packed: Packed::Q6K, .. }) => include_str!("prelude/packed_q6_k.wgsl"),
+            (Prelude::Packed, _) => include_str!("prelude/packed_affine.wgsl"),
             (Prelude::Weights8W4, _) => include_str!("prelude/weights8_w4.wgsl"),
             (Prelude::Weights8Dense, _) => include_str!("prelude/weights8_dense.wgsl"),
             (Prelude::GemmRows, _) => include_str!("prelude/gemm_rows.wgsl"),

@@ -19,6 +19,7 @@ EXTERN enum awqua_event_kind awqua_probe_event_kind;
 EXTERN enum awqua_stop_reason awqua_probe_stop_reason;
 EXTERN enum awqua_load_stage awqua_probe_load_stage;
 EXTERN enum awqua_trim awqua_probe_trim;
+EXTERN enum awqua_grammar awqua_probe_grammar;
 
 const awqua_api *awqua_probe_table;
 enum awqua_status awqua_probe_status;
@@ -31,3 +32,4 @@ enum awqua_event_kind awqua_probe_event_kind;
 enum awqua_stop_reason awqua_probe_stop_reason;
 enum awqua_load_stage awqua_probe_load_stage;
 enum awqua_trim awqua_probe_trim;
+enum awqua_grammar awqua_probe_grammar;

@@ -228,6 +228,11 @@ static void begin(struct objects *o) {
         request.shift_keep = random_below(60);
         request.max_tokens = random_below(80);
     }
+    if (chance(8)) {
+        static const char *const grammars[] = { "", "{}", "[a-c]{2,4}", "start: \"a\" | \"b\"", "{\"type\":\"integer\"}", "(" };
+        request.grammar_kind = random_below(5);
+        request.grammar = AWQUA_CSTR(grammars[random_below(6)]);
+    }
     message.role = AWQUA_CSTR("user");
     message.content = random_text();
     switch (random_below(4)) {

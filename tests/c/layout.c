@@ -143,7 +143,7 @@ CHECK(awqua_logit_bias, sizeof(awqua_logit_bias) == 8);
 CHECK(awqua_logit_bias_id, offsetof(awqua_logit_bias, id) == 0);
 CHECK(awqua_logit_bias_bias, offsetof(awqua_logit_bias, bias) == 4);
 
-CHECK(awqua_request, sizeof(awqua_request) == 112);
+CHECK(awqua_request, sizeof(awqua_request) == 128);
 CHECK(awqua_request_struct_size, offsetof(awqua_request, struct_size) == 0);
 CHECK(awqua_request_flags, offsetof(awqua_request, flags) == 4);
 CHECK(awqua_request_max_tokens, offsetof(awqua_request, max_tokens) == 8);
@@ -166,7 +166,8 @@ CHECK(awqua_request_banned_ids, offsetof(awqua_request, banned_ids) == 88);
 CHECK(awqua_request_n_biases, offsetof(awqua_request, n_biases) == 96);
 CHECK(awqua_request_n_banned_ids, offsetof(awqua_request, n_banned_ids) == 100);
 CHECK(awqua_request_shift_keep, offsetof(awqua_request, shift_keep) == 104);
-CHECK(awqua_request_reserved2, offsetof(awqua_request, reserved2) == 108);
+CHECK(awqua_request_grammar_kind, offsetof(awqua_request, grammar_kind) == 108);
+CHECK(awqua_request_grammar, offsetof(awqua_request, grammar) == 112);
 
 CHECK(awqua_tick_result, sizeof(awqua_tick_result) == 48);
 CHECK(awqua_tick_result_struct_size, offsetof(awqua_tick_result, struct_size) == 0);

@@ -2,8 +2,8 @@
 //! Slow and obvious on purpose; backends are compared with it.
 
 use awqua::backend::{Activation, BufferId, KvType, LogitsRows, NormKind, Op, Program, Rows, Span};
-use awqua::tensor::{DenseType, Offset, W4Matrix, Weight};
-use half::{bf16, f16};
+use awqua::tensor::{DenseType, PackedMatrix, W4Matrix, Weight};
+use half::f16;
 
 /// What a dequantised 4-bit weight is rounded to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -187,6 +187,19 @@ impl<'a> Oracle<'a> {
                     self.put(out.into(), t, &result);
                 }
             }
+            Op::Arrange { x, order, factors, out, rows } => {
+                let width = self.width(out);
+                for (from, to) in self.rows(rows, tokens.len(), &logits) {
+                    let row = self.row(x.into(), from, self.width(x));
+                    let moved: Vec<f32> = (0..width)
+                        .map(|i| {
+                            let column = order.map_or(i, |id| self.weights[id.0 as usize][i] as usize);
+                            row[column] * factors.map_or(1.0, |id| self.weights[id.0 as usize][i])
+                        })
+                        .collect();
+                    self.put(out.into(), to, &moved);
+                }
+            }
             Op::Scale { x, scale, cap, rows } => {
                 for (from, to) in self.rows(rows, tokens.len(), &logits) {
                     let row = self.row(x.into(), from, self.width(x));
@@ -289,13 +302,16 @@ fn round(value: f32, kv: KvType) -> f32 {
 
 fn widen(weight: &Weight, w4: Dequantised) -> Vec<f32> {
     match weight {
-        Weight::Vector(values) => values.clone(),
         Weight::W4(matrix) => dequantise(matrix, w4),
-        Weight::Dense(matrix) => match matrix.dtype {
-            DenseType::F32 => matrix.bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
-            DenseType::F16 => matrix.bytes.as_chunks().0.iter().map(|b| f16::from_le_bytes(*b).to_f32()).collect(),
-            DenseType::BF16 => matrix.bytes.as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b).to_f32()).collect(),
-        },
+        Weight::Packed(matrix) if w4 == Dequantised::Exact && matrix.rounding != DenseType::F32 => {
+            widen(&Weight::Packed(PackedMatrix { rounding: DenseType::F32, ..matrix.clone() }), w4)
+        }
+        other => {
+            let (n, k) = other.dims();
+            let mut rows = vec![0.0; n * k];
+            rows.chunks_exact_mut(k).enumerate().for_each(|(i, row)| other.expand_row(i, row));
+            rows
+        }
     }
 }
 
@@ -307,13 +323,10 @@ fn dequantise(matrix: &W4Matrix, rounding: Dequantised) -> Vec<f32> {
             let params = matrix.group_params[row * matrix.groups() + column / matrix.group_size];
             let scale = f16::from_bits(params as u16).to_f32();
             let offset = f16::from_bits((params >> 16) as u16).to_f32();
-            let weight = match matrix.offset {
-                Offset::Zero => (code as f32 - offset) * scale,
-                Offset::Bias => code as f32 * scale + offset,
-            };
-            out.push(match rounding {
-                Dequantised::Half => f16::from_f32(weight).to_f32(),
-                Dequantised::Exact => weight,
+            out.push(match (rounding, matrix.offset.is_bias()) {
+                (Dequantised::Half, _) => matrix.offset.weight(code as u8, scale, offset, matrix.offset.rounding()),
+                (Dequantised::Exact, false) => (code as f32 - offset) * scale,
+                (Dequantised::Exact, true) => code as f32 * scale + offset,
             });
         }
     }

@@ -61,9 +61,11 @@ fn the_library_exports_the_functions_of_the_header() {
     declared.sort();
     // The version is also named in a macro's comment.
     declared.dedup();
-    let mut exported = symbols(&library("wgpu").dir.join("libawqua.so"));
-    exported.sort();
-    assert_eq!(exported, declared);
+    for features in ["wgpu", "grammar"] {
+        let mut exported = symbols(&library(features).dir.join("libawqua.so"));
+        exported.sort();
+        assert_eq!(exported, declared, "with feature `{features}`");
+    }
     let dynamic = run(Command::new("readelf").arg("-d").arg(library("wgpu").dir.join("libawqua.so")));
     assert!(dynamic.contains("[libawqua.so.1]"), "{dynamic}");
 }
@@ -165,6 +167,18 @@ fn cancelling_works_at_every_tick() {
 fn what_sessions_and_models_can_do_is_reached() {
     let Some(abilities) = sanitized("abilities") else { return };
     run(Command::new(abilities).arg(model()));
+}
+
+/// With the optional feature, and refused without it.
+#[test]
+fn grammars_are_kept() {
+    let Some(gcc) = tool("gcc") else { return };
+    let mut gcc = compiler(gcc, "c99");
+    let grammar = program(&mut gcc, "tests/c/grammar.c", &library("grammar"), "grammar");
+    run(Command::new(grammar).args([&model_arg(), "with"]));
+    let mut gcc = compiler("gcc", "c99");
+    let grammar = program(&mut gcc, "tests/c/grammar.c", &library("fault-injection"), "no-grammar");
+    run(Command::new(grammar).args([&model_arg(), "without"]));
 }
 
 /// On a GPU, so without the sanitizers, which find fault with its driver.

@@ -68,7 +68,7 @@ fn random_damage_is_survived() {
         folder.write("model.safetensors", file);
         let result = Checkpoint::open(folder.path()).and_then(|checkpoint| {
             let _ = checkpoint::inspect(&checkpoint);
-            let _ = checkpoint::verify(&checkpoint);
+            let _ = awqua::model::verify(&checkpoint);
             let quantization = Quantization::of(&checkpoint)?;
             load_linear(&checkpoint, quantization.as_ref(), module, 8, 64)
         });

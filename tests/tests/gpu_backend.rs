@@ -312,7 +312,7 @@ impl Builder {
             let s = f16::from_f32((rng.value(0.5) + 1.0) * scale / 8.0);
             let o = match offset {
                 Offset::Zero => f16::from_f32((rng.next() % 16) as f32),
-                Offset::Bias => f16::from_f32(-8.0 * s.to_f32()),
+                _ => f16::from_f32(-8.0 * s.to_f32()),
             };
             u32::from(s.to_bits()) | u32::from(o.to_bits()) << 16
         };
@@ -548,6 +548,7 @@ fn cut(weight: &Weight, rows: std::ops::Range<usize>) -> Weight {
             Weight::Dense(DenseMatrix { n: rows.len(), bytes, ..*m })
         }
         Weight::Vector(v) => Weight::Vector(v[rows].to_vec()),
+        Weight::Packed(_) | Weight::Blocks(_) | Weight::Order(_) => panic!("no case has such a weight"),
     }
 }
 

@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use awqua::checkpoint::{Checkpoint, verify};
+use awqua::checkpoint::Checkpoint;
+use awqua::model::verify;
 use awqua::session::tokenizer::Tokenizer;
 use awqua::{Error, ErrorKind};
 use awqua_quantizer::calibration::{Calibration, check};

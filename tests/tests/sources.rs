@@ -7,7 +7,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use awqua::checkpoint::source::{Folder, ReadAt, Source};
-use awqua::checkpoint::{Checkpoint, inspect, verify};
+use awqua::checkpoint::{Checkpoint, inspect};
+use awqua::model::verify;
 use awqua::tensor::Bytes;
 use awqua::{ErrorKind, Result};
 

@@ -2,9 +2,7 @@
 
 use awqua::Result;
 use awqua::checkpoint::Checkpoint;
-use awqua::quant::{self, Quantization};
-use awqua::tensor::{DenseMatrix, Weight};
-use awqua::{Error, ErrorKind};
+use awqua::quant::{self, LinearWeight, Quantization};
 
 use super::Decoder;
 use super::backward::norm_back;
@@ -22,33 +20,28 @@ const ROWS: usize = 128;
 pub struct Head {
     norm: Vec<f32>,
     eps: f32,
-    table: DenseMatrix,
+    table: LinearWeight,
 }
 
 impl Head {
-    /// Reads the head of a checkpoint; the matrix stays mapped.
+    /// Reads the head of a checkpoint; a dense matrix stays mapped.
     ///
     /// # Errors
-    /// As [`quant::load_linear`]; [`ErrorKind::Unsupported`] for a packed head.
+    /// As [`quant::load_linear`].
     pub fn load(decoder: &Decoder, checkpoint: &Checkpoint, quantization: Option<&Quantization>) -> Result<Self> {
         let c = &decoder.config;
+        let (vocab, hidden) = (c.vocab_size, c.hidden_size);
         let table = if c.tie_word_embeddings {
-            checkpoint.dense_matrix("model.embed_tokens.weight", c.vocab_size, c.hidden_size)?
+            quant::load_table(checkpoint, quantization, "model.embed_tokens", vocab, hidden)?.into()
         } else {
-            match quant::load_linear(checkpoint, quantization, "lm_head", c.vocab_size, c.hidden_size)? {
-                Weight::Dense(table) => table,
-                _ => {
-                    let error = Error::new(ErrorKind::Unsupported, "packed output heads are not evaluated");
-                    return Err(error.in_file(checkpoint.dir()).in_tensor("lm_head"));
-                }
-            }
+            quant::load_linear(checkpoint, quantization, "lm_head", vocab, hidden)?
         };
         Ok(Self { norm: checkpoint.vector("model.norm.weight", c.hidden_size)?, eps: c.rms_norm_eps, table })
     }
 
     /// The logits (rows, vocab_size) of rows of the residual stream.
     pub fn logits(&self, decoder: &Decoder, x: &[f32]) -> Vec<f32> {
-        let (vocab, hidden) = (self.table.n, self.table.k);
+        let (vocab, hidden) = self.table.weight.dims();
         let normed = rms_norm(x, &self.norm, self.eps);
         let mut out = vec![0.0; x.len() / hidden * vocab];
         self.panels(decoder, |first, panel| {
@@ -61,7 +54,7 @@ impl Head {
     /// Sum over rows of KL(teacher || student), and its gradient by the rows `x` (rows, hidden) of the student's
     /// residual stream; `teacher` is the teacher's.
     pub(crate) fn divergence(&self, decoder: &Decoder, teacher: &[f32], x: &[f32]) -> (f64, Vec<f32>) {
-        let (vocab, hidden) = (self.table.n, self.table.k);
+        let (vocab, hidden) = self.table.weight.dims();
         let (mut sum, mut d_x) = (0.0, vec![0.0; x.len()]);
         for ((teacher, x), d_x) in
             teacher.chunks(ROWS * hidden).zip(x.chunks(ROWS * hidden)).zip(d_x.chunks_mut(ROWS * hidden))
@@ -94,7 +87,7 @@ impl Head {
 
     /// Sums over rows of KL(teacher || candidate) for several candidates' residual streams, (rows, hidden) each.
     pub(crate) fn divergences(&self, decoder: &Decoder, teacher: &[f32], candidates: &[Vec<f32>]) -> Vec<f64> {
-        let (vocab, hidden) = (self.table.n, self.table.k);
+        let (vocab, hidden) = self.table.weight.dims();
         let mut sums = vec![0.0; candidates.len()];
         for first in (0..teacher.len()).step_by(ROWS * hidden) {
             let end = teacher.len().min(first + ROWS * hidden);
@@ -115,12 +108,14 @@ impl Head {
 
     /// Calls `work(first entry, rows of the table)` on runs of vocabulary entries.
     fn panels(&self, decoder: &Decoder, mut work: impl FnMut(usize, &[f32])) {
-        let (vocab, hidden) = (self.table.n, self.table.k);
+        let (vocab, hidden) = self.table.weight.dims();
         let mut panel = vec![0.0; PANEL.min(vocab) * hidden];
         for first in (0..vocab).step_by(PANEL) {
             let panel = &mut panel[..PANEL.min(vocab - first) * hidden];
             decoder.threads.rows(panel, hidden, |row, rows| {
-                self.table.dtype.widen(&self.table.bytes[(first + row) * self.table.row_bytes()..], rows);
+                for (i, out) in rows.chunks_exact_mut(hidden).enumerate() {
+                    self.table.expand_row(first + row + i, out);
+                }
             });
             work(first, panel);
         }
@@ -157,7 +152,7 @@ mod tests {
     use super::super::tiny;
     use super::*;
     use crate::random::Random;
-    use awqua::tensor::{Bytes, DenseType};
+    use awqua::tensor::{Bytes, DenseMatrix, DenseType, Weight};
 
     #[test]
     fn the_gradient_of_the_divergence_is_its_slope() {
@@ -165,6 +160,7 @@ mod tests {
         let mut random = Random::new(2);
         let bytes: Vec<u8> = random.normals(32 * 64).iter().flat_map(|v| v.to_le_bytes()).collect();
         let table = DenseMatrix::new(32, 64, DenseType::F32, Bytes::owned(bytes)).unwrap();
+        let table = Weight::Dense(table).into();
         let head = Head { norm: random.normals(64), eps: 1e-6, table };
         let (teacher, x, direction) = (random.normals(3 * 64), random.normals(3 * 64), random.normals(3 * 64));
         let (loss, gradient) = head.divergence(&decoder, &teacher, &x);

@@ -4,12 +4,11 @@
 //! intermediate value and gradient can be had. Activations are row-major, one row a token; a sequence is a run of rows
 //! that attend to each other only.
 
-use awqua::checkpoint::Checkpoint;
-use awqua::quant::{self, Quantization};
-use awqua::tensor::Weight;
 use std::sync::OnceLock;
 
 use awqua::backend::Resident;
+use awqua::checkpoint::Checkpoint;
+use awqua::quant::{self, LinearWeight, Quantization};
 use awqua::{Error, ErrorKind, ModelConfig, Result};
 
 use crate::device::{Accelerator, Compute};
@@ -226,7 +225,7 @@ impl Decoder {
             let (n, k) = self.shape(slot);
             let module = self.name(layer, slot.module());
             let weight = quant::load_linear(checkpoint, quantization, &module, n, k)?;
-            let weight = self.widen(weight).map_err(|error| error.in_file(checkpoint.dir()).in_tensor(&module))?;
+            let weight = self.widen(&weight).map_err(|error| error.in_file(checkpoint.dir()).in_tensor(&module))?;
             let bias = self.has_bias(slot).then(|| checkpoint.vector(&format!("{module}.bias"), n)).transpose()?;
             Ok(Linear::new(n, k, weight, bias))
         });
@@ -240,26 +239,15 @@ impl Decoder {
         })
     }
 
-    fn widen(&self, weight: Weight) -> Result<Vec<f32>> {
-        let mut out = Vec::new();
-        match weight {
-            Weight::Dense(dense) => {
-                out.resize(dense.n * dense.k, 0.0);
-                self.threads.rows(&mut out, dense.k, |first, rows| {
-                    dense.dtype.widen(&dense.bytes[first * dense.row_bytes()..], rows);
-                });
-                dense.bytes.release();
+    fn widen(&self, linear: &LinearWeight) -> Result<Vec<f32>> {
+        let (n, k) = linear.weight.dims();
+        let mut out = vec![0.0; n * k];
+        self.threads.rows(&mut out, k, |first, rows| {
+            for (i, row) in rows.chunks_exact_mut(k).enumerate() {
+                linear.expand_row(first + i, row);
             }
-            Weight::W4(packed) => {
-                out.resize(packed.n * packed.k, 0.0);
-                self.threads.rows(&mut out, packed.k, |first, rows| {
-                    for (i, row) in rows.chunks_exact_mut(packed.k).enumerate() {
-                        packed.dequantize_row(first + i, row);
-                    }
-                });
-            }
-            Weight::Vector(_) => return Err(Error::new(ErrorKind::InvalidTensor, "expected a matrix")),
-        }
+        });
+        linear.weight.release();
         match out.iter().position(|w| !w.is_finite()) {
             Some(i) => {
                 let message = format!("weight {i} is {}, expected finite weights", out[i]);
@@ -275,16 +263,17 @@ impl Decoder {
     /// [`ErrorKind::InvalidTensor`], or [`ErrorKind::InvalidInput`] for an id outside the vocabulary.
     pub fn embed(&self, checkpoint: &Checkpoint, ids: &[u32]) -> Result<Vec<f32>> {
         let (vocab, hidden) = (self.config.vocab_size, self.config.hidden_size);
-        let table = checkpoint.dense_matrix("model.embed_tokens.weight", vocab, hidden)?;
+        let quantization = Quantization::of(checkpoint)?;
+        let table = quant::load_table(checkpoint, quantization.as_ref(), "model.embed_tokens", vocab, hidden)?;
         let mut out = vec![0.0; ids.len() * hidden];
         for (&id, row) in ids.iter().zip(out.chunks_exact_mut(hidden)) {
             if id as usize >= vocab {
                 let message = format!("token id {id} is not below the vocabulary size {vocab}");
                 return Err(Error::new(ErrorKind::InvalidInput, message));
             }
-            table.dtype.widen(&table.bytes[id as usize * table.row_bytes()..][..table.row_bytes()], row);
+            table.expand_row(id as usize, row);
         }
-        table.bytes.release();
+        table.release();
         Ok(out)
     }
 }

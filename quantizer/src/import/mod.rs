@@ -4,11 +4,8 @@
 //! `model.safetensors`, `tokenizer.json`, `tokenizer_config.json` and `generation_config.json`. Weights are
 //! dequantized exactly, then rounded once to the requested type.
 
-mod config;
 mod source;
-mod spm;
 mod tensors;
-mod tokenizer;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -17,8 +14,6 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use awqua::checkpoint::gguf::GgmlType;
 use awqua::{Error, ErrorKind, Result};
 use serde_json::Value as Json;
-
-use tensors::Model;
 
 /// The files an import reads: one model.
 ///
@@ -126,29 +121,27 @@ pub fn import(
     // Before the assembled source, so that it is dropped after it: mapped files can not be deleted everywhere.
     let work = WorkFolder::beside(out)?;
     let assembled = source::assemble(&source.files, work.path(), options.sha256.as_deref(), progress)?;
-    let model = Model::new(&assembled)?;
-
-    let config = config::read(&model)?;
-    let vocabulary = tokenizer::read(&model, config.vocab_size)?;
+    let model = &assembled.model;
+    let form = model.hf_form(match options.dtype {
+        ImportDtype::F16 => "float16",
+        ImportDtype::BF16 => "bfloat16",
+    })?;
     let folder = work.path().join("folder");
     fs::create_dir(&folder).map_err(|e| Error::io(&folder, &e))?;
-    write_json(&folder.join("config.json"), &config.to_json(options.dtype, &vocabulary))?;
-    write_json(&folder.join("tokenizer.json"), &vocabulary.tokenizer_json())?;
-    write_json(
-        &folder.join("tokenizer_config.json"),
-        &vocabulary.tokenizer_config_json(config.max_position_embeddings),
-    )?;
-    write_json(&folder.join("generation_config.json"), &vocabulary.generation_config_json())?;
-    let written = tensors::write(&model, &config, options.dtype, &folder.join("model.safetensors"), progress)?;
+    write_json(&folder.join("config.json"), &form.config)?;
+    write_json(&folder.join("tokenizer.json"), &form.tokenizer)?;
+    write_json(&folder.join("tokenizer_config.json"), &form.tokenizer_config)?;
+    write_json(&folder.join("generation_config.json"), &form.generation_config)?;
+    let written = tensors::write(model, &form.tensors, options.dtype, &folder.join("model.safetensors"), progress)?;
     move_folder(&folder, out)?;
 
     Ok(ImportReport {
         folder: out.to_path_buf(),
-        architecture: config.architecture.to_owned(),
+        architecture: form.architecture.to_owned(),
         name: model.metadata().string("general.name")?.map(str::to_owned),
         n_tensors: written.n_tensors,
         n_parameters: written.n_parameters,
-        tied_embeddings: config.tie_word_embeddings,
+        tied_embeddings: form.tied_embeddings,
         source_types: model.type_counts(),
         bytes_written: written.n_bytes,
         sha256: assembled.sha256.clone(),

@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::io::{self, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 
-use awqua::checkpoint::gguf::Gguf;
+use awqua::checkpoint::gguf::{Gguf, GgufModel};
 use awqua::checkpoint::map_file;
 use awqua::tensor::Bytes;
 use awqua::{Error, ErrorKind, Result};
@@ -20,9 +20,9 @@ const MAX_RATIO: u64 = 100;
 const FREE_GROWTH: u64 = 1 << 20;
 const CHUNK: usize = 1 << 20;
 
-/// The GGUF files of a source, opened; more than one if the model is split in self-contained parts.
+/// The model of a source, opened.
 pub(super) struct Assembled {
-    pub(super) ggufs: Vec<Gguf>,
+    pub(super) model: GgufModel,
     pub(super) sha256: Option<String>,
 }
 
@@ -90,8 +90,7 @@ pub(super) fn assemble(
     let parts = reader.read(&pieces)?;
     let sha256 = reader.check_digest(first)?;
     let ggufs = parts.into_iter().map(|(bytes, file)| Gguf::parse(bytes, &file)).collect::<Result<Vec<_>>>()?;
-    check_split(&ggufs)?;
-    Ok(Assembled { ggufs, sha256 })
+    Ok(Assembled { model: GgufModel::new(ggufs)?, sha256 })
 }
 
 /// Adds the other parts when one part `NAME-00001-of-0000N.gguf` alone is given.
@@ -418,37 +417,4 @@ fn first_bytes(piece: &Piece) -> Result<[u8; 4]> {
         }
     }
     Ok(magic)
-}
-
-/// Checks that self-contained parts are all parts of one model, in order.
-fn check_split(ggufs: &[Gguf]) -> Result<()> {
-    let Some(first) = ggufs.first() else { return Ok(()) };
-    let count = first.uint("split.count")?.unwrap_or(1);
-    if count.max(1) != ggufs.len() as u64 {
-        return Err(Error::new(
-            ErrorKind::InvalidFile,
-            format!("the model is split in {count} parts, {} given", ggufs.len()),
-        )
-        .in_file(first.path()));
-    }
-    for (index, gguf) in ggufs.iter().enumerate() {
-        let number = gguf.uint("split.no")?.unwrap_or(0);
-        if number != index as u64 || gguf.uint("split.count")?.unwrap_or(1) != count {
-            return Err(Error::new(
-                ErrorKind::InvalidFile,
-                format!("expected part {index} of {count}, found part {number}"),
-            )
-            .in_file(gguf.path()));
-        }
-    }
-    let expected = first.uint("split.tensors.count")?;
-    let found: u64 = ggufs.iter().map(|gguf| gguf.tensors().len() as u64).sum();
-    if expected.is_some_and(|expected| expected != found) {
-        return Err(Error::new(
-            ErrorKind::InvalidFile,
-            format!("the parts hold {found} tensors, the first one promises {}", expected.unwrap_or(0)),
-        )
-        .in_file(first.path()));
-    }
-    Ok(())
 }

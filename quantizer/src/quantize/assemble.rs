@@ -3,8 +3,7 @@
 use std::collections::BTreeMap;
 
 use awqua::checkpoint::Checkpoint;
-use awqua::quant::{self, AffineMatrix, Quantization};
-use awqua::tensor::Weight;
+use awqua::quant::{self, AffineMatrix, InputTransform, Quantization};
 use awqua::{Error, ErrorKind, Result};
 use half::f16;
 use serde_json::json;
@@ -169,21 +168,8 @@ fn verify(plan: &Plan, written: &Checkpoint, blocks: &mut Blocks<'_>) -> Result<
         for (slot, matrix) in Slot::ALL.iter().zip(&stored.packed) {
             let Some(matrix) = matrix else { continue };
             let module = plan.decoder.name(layer, slot.module());
-            let same = match quant::load_linear(written, quantization.as_ref(), &module, matrix.n, matrix.k)? {
-                Weight::W4(found) => match matrix.to_weight()? {
-                    Weight::W4(meant) => {
-                        found.qweight == meant.qweight
-                            && found.group_params == meant.group_params
-                            && found.group_size == meant.group_size
-                    }
-                    _ => false,
-                },
-                Weight::Dense(found) => match matrix.to_weight()? {
-                    Weight::Dense(meant) => *found.bytes == *meant.bytes,
-                    _ => false,
-                },
-                Weight::Vector(_) => false,
-            };
+            let found = quant::load_linear(written, quantization.as_ref(), &module, matrix.n, matrix.k)?;
+            let same = found.weight == matrix.to_weight()? && found.input == InputTransform::default();
             if !same {
                 return Err(differs(written, &module));
             }

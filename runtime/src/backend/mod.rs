@@ -82,7 +82,7 @@ pub enum Activation {
 pub enum Op {
     /// `out[t, :] = table[token[t], :] * scale`
     Embed {
-        /// Dense (vocab_size, width).
+        /// Dense or packed (vocab_size, width).
         table: WeightId,
         /// (n_tokens, width).
         out: BufferId,
@@ -118,7 +118,7 @@ pub enum Op {
     Linear {
         /// (n_tokens, K), the whole row is the input.
         x: BufferId,
-        /// W4 or dense (N, K).
+        /// Dense or packed (N, K).
         weight: WeightId,
         /// Vector (N).
         bias: Option<WeightId>,
@@ -126,6 +126,20 @@ pub enum Op {
         out: Span,
         /// Add to the output (residual connection) instead of overwriting it.
         accumulate: bool,
+        /// Rows worked on.
+        rows: Rows,
+    },
+    /// `out[t, i] = x[t, order[i]] * factors[i]`: the inputs of a matrix whose columns are stored in another order or for
+    /// scaled inputs. Rows as in the linear layer that follows.
+    Arrange {
+        /// (n_tokens, width).
+        x: BufferId,
+        /// Order (width); `None` keeps it.
+        order: Option<WeightId>,
+        /// Vector (width); `None` for ones.
+        factors: Option<WeightId>,
+        /// (n_tokens, width).
+        out: BufferId,
         /// Rows worked on.
         rows: Rows,
     },
@@ -284,7 +298,13 @@ impl Program {
             Op::Linear { x, out, .. } if out.buffer == self.logits => Some(*x),
             _ => None,
         });
-        last.ok_or_else(|| Error::new(ErrorKind::Unsupported, "the program computes no hidden states"))
+        let last = last.ok_or_else(|| Error::new(ErrorKind::Unsupported, "the program computes no hidden states"))?;
+        // The head may take its inputs in another order than that of the hidden states.
+        let arranged = self.ops.iter().rev().find_map(|op| match op {
+            Op::Arrange { x, out, .. } if *out == last => Some(*x),
+            _ => None,
+        });
+        Ok(arranged.unwrap_or(last))
     }
 }
 

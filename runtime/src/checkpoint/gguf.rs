@@ -3,17 +3,23 @@
 //! Versions 2 and 3, little-endian. The whole header is validated when a file is opened: afterwards every tensor is
 //! a byte range of the right size inside the file.
 
-mod blocks;
+mod config;
+mod folder;
+mod model;
 mod reader;
+mod spm;
+mod tokenizer;
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
-pub use blocks::{GgmlType, dequantize_row};
+pub(super) use folder::{Opened, open};
+pub use model::{GgufModel, HfForm, NamedTensor};
 use reader::Reader;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::tensor::Bytes;
+pub use crate::tensor::{GgmlType, dequantize_row};
 
 const MAGIC: &[u8; 4] = b"GGUF";
 /// Dimensions that a tensor may have, the format's own limit.
@@ -77,6 +83,8 @@ pub struct GgufTensor {
     pub ggml_type: GgmlType,
     /// Row-major blocks; exactly the size that type and shape ask for.
     pub bytes: Bytes,
+    /// Where they begin in the file.
+    offset: usize,
 }
 
 impl GgufTensor {
@@ -318,7 +326,13 @@ fn read_tensors(reader: &mut Reader, bytes: &Bytes, n_tensors: usize, alignment:
             .in_tensor(entry.name));
         };
         places.push((start, end, tensors.len()));
-        tensors.push(GgufTensor { name: entry.name, shape: entry.shape, ggml_type: entry.ggml_type, bytes: data });
+        tensors.push(GgufTensor {
+            name: entry.name,
+            shape: entry.shape,
+            ggml_type: entry.ggml_type,
+            bytes: data,
+            offset: start,
+        });
     }
     places.sort_unstable();
     for pair in places.windows(2) {

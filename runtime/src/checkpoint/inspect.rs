@@ -1,13 +1,13 @@
-//! What a checkpoint holds, as data for people and programs; and the full check of its tensors' values.
+//! What a checkpoint holds, as data for people and programs.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::error::{Error, Result};
-use crate::quant::{self, Quantization};
-use crate::tensor::W4Matrix;
+use crate::error::Result;
+use crate::quant::{self, Dialect, LinearShape, Part, Quantization, Scheme, part_of};
+use crate::tensor::{GgmlType, WeightShape};
 
 use super::{Checkpoint, Dtype, TensorView};
 
@@ -20,7 +20,9 @@ pub struct Inspection {
     pub model_type: Option<String>,
     /// Layout of the packed modules; `None` for a checkpoint that is not quantized.
     pub dialect: Option<&'static str>,
-    /// Bits of a packed weight.
+    /// The software that wrote it and its version, where the file says so.
+    pub writer: Option<String>,
+    /// Bits of a packed weight; those of most where there are several widths.
     pub bits: Option<u32>,
     /// Input features that share a scale; `None` if nothing is packed or each row is one group.
     pub group_size: Option<usize>,
@@ -28,6 +30,8 @@ pub struct Inspection {
     pub tensors: Vec<TensorInfo>,
     /// Linear modules of decoder layers, and the output head, that stay in floating point.
     pub unquantized_linears: Vec<String>,
+    /// What is not as in most checkpoints of this dialect, in sentences.
+    pub unusual: Vec<String>,
     /// Bytes of the weight files.
     pub bytes_on_disk: u64,
     /// Bytes of the weights on a device: packed modules in canonical form, matrices as stored, vectors as f32.
@@ -47,6 +51,8 @@ pub struct TensorInfo {
     pub bytes: u64,
     /// Whether it is a part of a packed module.
     pub quantized: bool,
+    /// Bits of a code, for the codes of a packed module.
+    pub bits: Option<u32>,
     /// What it is for.
     pub kind: TensorKind,
 }
@@ -77,32 +83,7 @@ pub enum TensorKind {
     Other,
 }
 
-/// One thing that [`verify`] found.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Finding {
-    /// Whether the checkpoint can still be used.
-    pub severity: Severity,
-    /// Stable name of the error kind, see [`crate::ErrorKind::name`].
-    pub kind: &'static str,
-    /// File it concerns.
-    pub file: Option<String>,
-    /// Tensor it concerns.
-    pub tensor: Option<String>,
-    /// What was expected and found.
-    pub message: String,
-}
-
-/// Weight of a [`Finding`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Severity {
-    /// Unusual, but loads and runs.
-    Warning,
-    /// Does not load, or computes nonsense.
-    Error,
-}
-
-/// Describes a checkpoint. Tensor data is not touched.
+/// Describes a checkpoint. Of tensor data only the order of groups and the descriptions of modules are read.
 ///
 /// # Errors
 /// Those of reading the quantization configuration.
@@ -115,174 +96,194 @@ pub fn inspect(checkpoint: &Checkpoint) -> Result<Inspection> {
     let mut tensors = Vec::with_capacity(checkpoint.tensors().len());
     let mut unquantized_linears = Vec::new();
     let mut device_bytes = 0u64;
+    let mut survey = Survey::default();
     for tensor in checkpoint.tensors() {
-        let kind = kind(checkpoint, tensor);
-        let quantized =
-            matches!(kind, TensorKind::Codes | TensorKind::Scales | TensorKind::Zeros | TensorKind::Metadata);
+        let part = part_of(checkpoint, &tensor.name);
+        let kind = kind(tensor, part.map(|(_, part)| part));
         let in_layer = tensor.name.split('.').any(|part| part == "layers");
         if kind == TensorKind::Head || kind == TensorKind::Linear && in_layer {
             unquantized_linears.push(tensor.name.trim_end_matches(".weight").to_owned());
         }
         let bytes = tensor.byte_len() as u64;
-        let on_device = match (kind, tensor.dtype) {
-            (TensorKind::Codes, _) => packed_device_bytes(quantization.as_ref(), tensor),
-            _ if quantized => 0,
-            (_, Dtype::F16 | Dtype::BF16) if tensor.shape.len() == 1 => bytes.saturating_mul(2),
+        let mut bits = None;
+        let on_device = match (part, tensor.dtype) {
+            (Some((module, Part::Codes)), _) => match described(checkpoint, quantization.as_ref(), module) {
+                Some((scheme, shape)) => {
+                    bits = Some(survey.add(checkpoint, module, scheme, &shape));
+                    shape.weight.bytes(shape.weight.rows())
+                }
+                None => 0,
+            },
+            (Some(_), _) => 0,
+            (None, Dtype::F16 | Dtype::BF16) if tensor.shape.len() == 1 => bytes.saturating_mul(2),
             _ => bytes,
         };
         device_bytes = device_bytes.saturating_add(on_device);
         tensors.push(TensorInfo {
             name: tensor.name.clone(),
-            dtype: tensor.dtype.to_string(),
-            shape: tensor.shape.clone(),
+            dtype: tensor.ggml_type().map_or(tensor.dtype.to_string(), |ggml| ggml.name().to_owned()),
+            shape: tensor.elements(),
             bytes,
-            quantized,
+            quantized: part.is_some(),
+            bits,
             kind,
         });
     }
+    let writer = quantization.as_ref().and_then(Quantization::writer).map(str::to_owned);
     Ok(Inspection {
         architecture: text(architectures),
         model_type: text(config.get("model_type")),
-        dialect: quantization.as_ref().map(|q| q.dialect().name()),
-        bits: quantization.as_ref().map(|q| q.scheme().bits),
-        group_size: quantization.as_ref().and_then(|q| q.scheme().group_size),
+        dialect: quantization
+            .as_ref()
+            .filter(|q| q.dialect() != Dialect::Gguf || !survey.widths.is_empty())
+            .map(|q| q.dialect().name()),
+        writer,
+        bits: survey.most().or(quantization.as_ref().filter(|q| q.dialect() != Dialect::Gguf).map(|q| q.scheme().bits)),
+        group_size: quantization.as_ref().filter(|q| q.dialect() != Dialect::Gguf).and_then(|q| q.scheme().group_size),
         tensors,
         unquantized_linears,
+        unusual: survey.findings(config),
         bytes_on_disk: checkpoint.bytes_on_disk(),
         device_bytes,
     })
 }
 
-/// Reads every tensor and checks what [`Checkpoint::open`] cannot see in the headers: that packed modules are complete
-/// and decode, that scales are finite and not zero, and that floating-point values are finite.
-///
-/// # Errors
-/// Those of reading the quantization configuration; everything found in tensors is a [`Finding`].
-pub fn verify(checkpoint: &Checkpoint) -> Result<Vec<Finding>> {
-    let quantization = Quantization::of(checkpoint)?;
-    let mut findings = Vec::new();
-    for name in checkpoint.unlisted() {
-        findings.push(warning(checkpoint.get(name)?, "in a shard, but not listed in the index"));
-    }
-
-    // Packed modules by name, with the tensor that stands for them in messages.
-    let mut modules = BTreeMap::new();
-    for tensor in checkpoint.tensors() {
-        match packed_part(&tensor.name) {
-            Some((module, TensorKind::Codes)) => {
-                modules.insert(module, tensor);
-            }
-            Some((module, _)) if is_packed(checkpoint, module) => {}
-            _ => check_dense(tensor, &mut findings),
-        }
-        tensor.release();
-    }
-    for (module, codes) in modules {
-        match verify_packed(checkpoint, quantization.as_ref(), module, codes) {
-            Err(error) => findings.push(finding(&error)),
-            Ok(Some(matrix)) => {
-                let zeros = matrix.group_params.iter().filter(|&&params| params & 0x7fff == 0).count();
-                if zeros != 0 {
-                    findings.push(warning(codes, format!("{zeros} of its groups have the scale zero")));
-                }
-            }
-            Ok(None) => {}
-        }
-        codes.release();
-    }
-    if let Some(q) = &quantization {
-        for tensor in checkpoint.tensors() {
-            // A dense linear where the configuration says packed is found by the same question that loading asks.
-            let is_matrix = tensor.shape.len() == 2 && tensor.dense_type().is_ok();
-            let module = tensor.name.strip_suffix(".weight").filter(|_| is_matrix);
-            if let Some(module) = module.filter(|module| !is_packed(checkpoint, module))
-                && let Err(error) = quant::load_linear(checkpoint, Some(q), module, tensor.shape[0], tensor.shape[1])
-            {
-                findings.push(finding(&error));
-            }
-        }
-    }
-    Ok(findings)
-}
-
-fn verify_packed(
+/// How a packed module is packed and what it becomes.
+fn described(
     checkpoint: &Checkpoint,
     quantization: Option<&Quantization>,
     module: &str,
-    codes: &TensorView,
-) -> Result<Option<W4Matrix>> {
-    let Some((n, k)) = quantization.and_then(|q| q.dialect().stored_shape(&codes.shape, q.scheme().bits)) else {
-        return Err(codes.error("packed codes that the configuration does not account for"));
-    };
-    match quant::load_linear(checkpoint, quantization, module, n, k)? {
-        crate::tensor::Weight::W4(matrix) => Ok(Some(matrix)),
-        _ => Ok(None),
-    }
+) -> Option<(Scheme, LinearShape)> {
+    let scheme = quant::scheme_of_stored(checkpoint, quantization, module).ok().flatten()?;
+    let (n, k) = quant::stored_shape(checkpoint, scheme, module)?;
+    Some((scheme, quant::linear_shape(checkpoint, quantization, module, n, k).ok()?))
 }
 
-fn check_dense(tensor: &TensorView, findings: &mut Vec<Finding>) {
-    let Ok(dtype) = tensor.dense_type() else { return };
-    let bytes = match tensor.bytes() {
-        Ok(bytes) => bytes,
-        Err(error) => return findings.push(finding(&error)),
-    };
-    // In pieces: a widened embedding of a large model does not have to fit in memory.
-    let mut values = vec![0.0; 1 << 16];
-    for (i, bytes) in bytes.chunks(dtype.size() << 16).enumerate() {
-        let values = &mut values[..bytes.len() / dtype.size()];
-        dtype.widen(bytes, values);
-        if let Some(at) = values.iter().position(|value| !value.is_finite()) {
-            let error = tensor.error(format!("element {} is {}", (i << 16) + at, values[at]));
-            findings.push(finding(&error));
-            return;
+/// What the packed modules have in common, and what not.
+#[derive(Default)]
+struct Survey {
+    /// Modules by the bits of their codes.
+    widths: BTreeMap<u32, usize>,
+    dialects: BTreeSet<&'static str>,
+    groups: BTreeSet<Option<usize>>,
+    blocks: BTreeSet<&'static str>,
+    act_order: usize,
+    factors: usize,
+    short_groups: usize,
+    no_zeros: usize,
+    nested: usize,
+    wide: usize,
+    tables: Vec<String>,
+    modules: usize,
+}
+
+impl Survey {
+    /// Takes a module and returns the bits of its codes.
+    fn add(&mut self, checkpoint: &Checkpoint, module: &str, scheme: Scheme, shape: &LinearShape) -> u32 {
+        let has = |suffix: &str| checkpoint.tensor(&format!("{module}{suffix}")).is_some();
+        let codes = checkpoint.tensor(&format!("{module}.weight"));
+        let ggml = codes.and_then(|codes| codes.ggml_type());
+        let bits = match ggml {
+            Some(GgmlType::Q4_0 | GgmlType::Q4_1 | GgmlType::Q4K) => 4,
+            Some(GgmlType::Q5_0 | GgmlType::Q5_1 | GgmlType::Q5K) => 5,
+            Some(GgmlType::Q6K) => 6,
+            Some(_) => 8,
+            None => scheme.bits,
+        };
+        self.modules += 1;
+        *self.widths.entry(bits).or_default() += 1;
+        self.dialects.insert(scheme.dialect.name());
+        self.blocks.extend(ggml.map(GgmlType::name));
+        let (k, group_size) = match shape.weight {
+            WeightShape::W4 { k, group_size, .. } => (k, group_size),
+            WeightShape::Packed { k, group_size, levels, .. } => {
+                self.wide += usize::from(matches!(levels, crate::tensor::LevelsForm::AffineWide(_)));
+                (k, group_size)
+            }
+            _ => (1, 1),
+        };
+        if ggml.is_none() {
+            self.groups.insert((group_size != k).then_some(group_size));
         }
+        self.act_order += usize::from(shape.input.order.is_some());
+        self.factors += usize::from(shape.input.factors.is_some());
+        self.short_groups += usize::from(!k.is_multiple_of(group_size));
+        let gptq = matches!(scheme.dialect, Dialect::Gptq | Dialect::GptqV2);
+        self.no_zeros += usize::from(gptq && !has(".qzeros"));
+        self.nested += usize::from(has(".weight.nested_absmax"));
+        let last = module.rsplit('.').next().unwrap_or_default();
+        if last.starts_with("embed") || last == "lm_head" {
+            self.tables.push(module.to_owned());
+        }
+        bits
+    }
+
+    /// The width of most modules.
+    fn most(&self) -> Option<u32> {
+        self.widths.iter().max_by_key(|(_, count)| **count).map(|(bits, _)| *bits)
+    }
+
+    fn findings(&self, config: &Value) -> Vec<String> {
+        let mut found = Vec::new();
+        let of = |count: usize| format!("{count} of {} packed modules", self.modules);
+        if self.widths.len() > 1 {
+            let widths: Vec<_> = self.widths.iter().map(|(bits, count)| format!("{bits} bits in {count}")).collect();
+            found.push(format!("mixed widths: {} modules", widths.join(", ")));
+        }
+        if self.blocks.len() > 1 {
+            let names: Vec<_> = self.blocks.iter().copied().collect();
+            found.push(format!("mixed block types: {}", names.join(", ")));
+        }
+        if self.dialects.len() > 1 {
+            let names: Vec<_> = self.dialects.iter().copied().collect();
+            found.push(format!("several layouts: {}", names.join(", ")));
+        }
+        if self.groups.len() > 1 {
+            let size = |size: &Option<usize>| size.map_or("whole rows".to_owned(), |size| size.to_string());
+            let sizes: Vec<_> = self.groups.iter().map(size).collect();
+            found.push(format!("several group sizes: {}", sizes.join(", ")));
+        }
+        for (count, what) in [
+            (self.act_order, "act-order: groups follow the order of activations in"),
+            (self.factors, "inputs are multiplied with factors (pre_quant_scale) in"),
+            (self.short_groups, "the last group of a row is shorter in"),
+            (self.no_zeros, "missing zeros: none are stored, though the dialect has them, in"),
+            (self.nested, "double quant: scales are quantized, too, in"),
+            (self.wide, "scales that half precision does not hold in"),
+        ] {
+            if count > 0 {
+                found.push(format!("{what} {}", of(count)));
+            }
+        }
+        if !self.tables.is_empty() {
+            found.push(format!("packed embedding or head: {}", self.tables.join(", ")));
+        }
+        // What a file says of its writer's search; the weights themselves do not tell.
+        let section = config.get("quantization_config");
+        let mse = section.and_then(|section| section.get("meta")?.get("mse")?.as_f64()).is_some_and(|mse| mse > 0.0);
+        let observers = section.and_then(|section| section.get("config_groups")?.as_object().cloned());
+        let observed = observers.is_some_and(|groups| {
+            groups.values().any(|group| {
+                let observer = group.get("weights").and_then(|weights| weights.get("observer"));
+                observer.and_then(Value::as_str).is_some_and(|observer| observer.contains("mse"))
+            })
+        });
+        if mse || observed {
+            found
+                .push("clipping: ranges were searched for the least error, so large weights may be clipped".to_owned());
+        }
+        found
     }
 }
 
-fn finding(error: &Error) -> Finding {
-    Finding {
-        severity: Severity::Error,
-        kind: error.kind().name(),
-        file: error.file().map(|file| file.display().to_string()),
-        tensor: error.tensor().map(str::to_owned),
-        message: error.message().to_owned(),
-    }
-}
-
-fn warning(tensor: &TensorView, message: impl Into<String>) -> Finding {
-    Finding { severity: Severity::Warning, ..finding(&tensor.error(message)) }
-}
-
-/// Canonical form: four bits a weight, one word a group.
-fn packed_device_bytes(quantization: Option<&Quantization>, codes: &TensorView) -> u64 {
-    let Some((n, k)) = quantization.and_then(|q| q.dialect().stored_shape(&codes.shape, q.scheme().bits)) else {
-        return 0;
-    };
-    let group_size = quantization.and_then(|q| q.scheme().group_size).unwrap_or(k).max(1);
-    let (n, k) = (n as u64, k as u64);
-    (n.saturating_mul(k) / 2).saturating_add(n.saturating_mul(k / group_size as u64).saturating_mul(4))
-}
-
-/// Module and role of a tensor whose suffix is one of a packed module's.
-fn packed_part(name: &str) -> Option<(&str, TensorKind)> {
-    let (module, suffix) = name.rsplit_once('.')?;
-    let kind = match suffix {
-        "qweight" | "weight_packed" => TensorKind::Codes,
-        "scales" | "weight_scale" => TensorKind::Scales,
-        "qzeros" | "weight_zero_point" => TensorKind::Zeros,
-        "weight_shape" | "weight_g_idx" | "g_idx" => TensorKind::Metadata,
-        _ => return None,
-    };
-    Some((module, kind))
-}
-
-fn is_packed(checkpoint: &Checkpoint, module: &str) -> bool {
-    ["qweight", "weight_packed"].iter().any(|suffix| checkpoint.tensor(&format!("{module}.{suffix}")).is_some())
-}
-
-fn kind(checkpoint: &Checkpoint, tensor: &TensorView) -> TensorKind {
-    if let Some((_, kind)) = packed_part(&tensor.name).filter(|(module, _)| is_packed(checkpoint, module)) {
-        return kind;
+fn kind(tensor: &TensorView, part: Option<Part>) -> TensorKind {
+    if let Some(part) = part {
+        return match part {
+            Part::Codes => TensorKind::Codes,
+            Part::Scales => TensorKind::Scales,
+            Part::Zeros => TensorKind::Zeros,
+            Part::Factors | Part::Groups | Part::Metadata => TensorKind::Metadata,
+        };
     }
     let name = tensor.name.as_str();
     let module = name.strip_suffix(".weight").unwrap_or_default();

@@ -15,7 +15,7 @@ pub use ::safetensors::Dtype;
 use serde_json::Value;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::tensor::{Bytes, DenseMatrix, DenseType};
+use crate::tensor::{Bytes, DenseMatrix, DenseType, GgmlType};
 
 mod files;
 pub mod gguf;
@@ -23,27 +23,32 @@ mod inspect;
 mod safetensors;
 mod shards;
 pub mod source;
+mod torch;
 
 pub use files::map_file;
-pub use inspect::{Finding, Inspection, Severity, TensorInfo, TensorKind, inspect, verify};
+pub use inspect::{Inspection, TensorInfo, TensorKind, inspect};
 pub use source::Source;
 
 use source::Extent;
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
+const TORCH_SINGLE: &str = "pytorch_model.bin";
+const TORCH_INDEX: &str = "pytorch_model.bin.index.json";
 
 /// One tensor of a checkpoint: its description, and where its bytes are.
 #[derive(Debug, Clone)]
 pub struct TensorView {
     /// Name in the file.
     pub name: String,
-    /// Element type.
+    /// Element type; U8 for blocks of a GGUF file.
     pub dtype: Dtype,
-    /// Dimensions, outermost first.
+    /// Dimensions, outermost first; for blocks of a GGUF file rows and bytes of a row.
     pub shape: Vec<usize>,
     /// File that holds it.
     pub file: Arc<Path>,
+    /// What the blocks of a GGUF file are.
+    ggml: Option<GgmlType>,
     extent: Extent,
 }
 
@@ -130,6 +135,31 @@ impl TensorView {
         Ok(())
     }
 
+    /// The type of its blocks, if it is a packed tensor of a GGUF file.
+    pub fn ggml_type(&self) -> Option<GgmlType> {
+        self.ggml
+    }
+
+    /// Dimensions in elements: what `shape` is for all but blocks.
+    pub fn elements(&self) -> Vec<usize> {
+        match (self.ggml, &self.shape[..]) {
+            (Some(ggml), [rows, bytes]) => vec![*rows, bytes / ggml.block_bytes() * ggml.block_len()],
+            _ => self.shape.clone(),
+        }
+    }
+
+    /// Checks that its blocks make (n, k) elements.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidTensor`] with expected and found shape.
+    pub fn expect_blocks(&self, n: usize, k: usize) -> Result<()> {
+        let found = self.elements();
+        if self.ggml.is_none() || found != [n, k] {
+            return Err(self.error(format!("expected shape [{n}, {k}], found {found:?}")));
+        }
+        Ok(())
+    }
+
     /// Element type for dense computation.
     ///
     /// # Errors
@@ -139,7 +169,10 @@ impl TensorView {
             Dtype::F16 => Ok(DenseType::F16),
             Dtype::BF16 => Ok(DenseType::BF16),
             Dtype::F32 => Ok(DenseType::F32),
-            other => Err(self.error(format!("expected dtype F16, BF16 or F32, found {other}"))),
+            other => {
+                let found = self.ggml.map_or(other.to_string(), |ggml| ggml.name().to_owned());
+                Err(self.error(format!("expected dtype F16, BF16 or F32, found {found}")))
+            }
         }
     }
 
@@ -176,10 +209,13 @@ pub struct Checkpoint {
     tensors: BTreeMap<String, TensorView>,
     unlisted: Vec<String>,
     bytes_on_disk: u64,
+    is_gguf: bool,
 }
 
 impl Checkpoint {
-    /// Opens the folder `dir`: `config.json`, and `model.safetensors` or the shards of `model.safetensors.index.json`.
+    /// Opens the folder `dir`: `config.json`, and `model.safetensors` or the shards of `model.safetensors.index.json`,
+    /// or else the same of `pytorch_model.bin`. A GGUF file is opened as the folder that its metadata describe, see
+    /// [`gguf::GgufModel::hf_form`]; a file of `torch.save`, such as llm-awq's `.pt`, as the weights of its own folder.
     ///
     /// # Errors
     /// [`ErrorKind::Io`] if a file is missing or unreadable, [`ErrorKind::InvalidFile`] if one breaks its format,
@@ -194,19 +230,35 @@ impl Checkpoint {
     /// As [`Self::open`].
     pub fn open_source(source: Source) -> Result<Self> {
         if let Some(file) = source.whole() {
-            return Err(Error::new(ErrorKind::Io, "expected a checkpoint folder, found a file").in_file(file.path()));
+            if let Some(folder) = source.around().filter(|_| torch::is_archive(&file).unwrap_or(false)) {
+                let mut checkpoint = Self::without_tensors(folder)?;
+                checkpoint.add_entries(&file, torch::read)?;
+                return Ok(checkpoint);
+            }
+            let Some(opened) = gguf::open(&file)? else {
+                let message = "expected a checkpoint folder or a GGUF file, found another file";
+                return Err(Error::new(ErrorKind::Unsupported, message).in_file(file.path()));
+            };
+            let gguf::Opened { source, config, tensors, bytes_on_disk } = opened;
+            return Ok(Self { source, config, tensors, unlisted: Vec::new(), bytes_on_disk, is_gguf: true });
         }
+        let mut checkpoint = Self::without_tensors(source)?;
+        let added = checkpoint.add_file(SINGLE, safetensors::read_header)?
+            || checkpoint.add_shards(INDEX, safetensors::read_header)?
+            || checkpoint.add_file(TORCH_SINGLE, torch::read)?
+            || checkpoint.add_shards(TORCH_INDEX, torch::read)?;
+        if added { Ok(checkpoint) } else { Err(checkpoint.no_weights()) }
+    }
+
+    /// The folder `source` with its configuration only.
+    fn without_tensors(source: Source) -> Result<Self> {
         let config_path = source.place().join("config.json");
         let config = source.json("config.json")?.ok_or_else(|| missing(&config_path))?;
         if !config.is_object() {
             return Err(Error::new(ErrorKind::InvalidFile, "expected a JSON object").in_file(&config_path));
         }
-
-        let mut checkpoint = Self { source, config, tensors: BTreeMap::new(), unlisted: Vec::new(), bytes_on_disk: 0 };
-        if !checkpoint.add_file(SINGLE)? {
-            checkpoint.add_shards()?;
-        }
-        Ok(checkpoint)
+        let tensors = BTreeMap::new();
+        Ok(Self { source, config, tensors, unlisted: Vec::new(), bytes_on_disk: 0, is_gguf: false })
     }
 
     /// Where it was opened, as messages call it.
@@ -214,7 +266,12 @@ impl Checkpoint {
         self.source.place()
     }
 
-    /// `config.json` as it is.
+    /// Whether it is a GGUF file.
+    pub fn is_gguf(&self) -> bool {
+        self.is_gguf
+    }
+
+    /// `config.json` as it is, or as the metadata of a GGUF file make it.
     pub fn config(&self) -> &Value {
         &self.config
     }
@@ -297,6 +354,7 @@ impl Checkpoint {
             tensors: tensors.into_iter().map(|tensor| (tensor.name.clone(), tensor)).collect(),
             unlisted: Vec::new(),
             bytes_on_disk: 0,
+            is_gguf: self.is_gguf,
         }
     }
 
@@ -329,14 +387,13 @@ impl Checkpoint {
         self.source.read(file_name, limit)
     }
 
-    fn add_shards(&mut self) -> Result<()> {
-        let index_path = self.dir().join(INDEX);
-        let Some(bytes) = self.source.read(INDEX, shards::MAX_INDEX)? else {
-            return Err(self.no_weights());
-        };
+    /// Adds the tensors of the shards that the index `index_name` lists; `false` if it does not exist.
+    fn add_shards(&mut self, index_name: &str, read: ReadEntries) -> Result<bool> {
+        let index_path = self.dir().join(index_name);
+        let Some(bytes) = self.source.read(index_name, shards::MAX_INDEX)? else { return Ok(false) };
         let index = shards::Index::parse(&bytes).map_err(|error| error.in_file(&index_path))?;
         for file in index.files() {
-            if !self.add_file(file)? {
+            if !self.add_file(file, read)? {
                 return Err(missing(&self.dir().join(file)));
             }
         }
@@ -349,14 +406,18 @@ impl Checkpoint {
             }
         }
         self.unlisted = self.tensors.keys().filter(|name| !index.weight_map.contains_key(*name)).cloned().collect();
-        Ok(())
+        Ok(true)
     }
 
     /// Adds the tensors of the weight file `name`; `false` if it does not exist.
-    fn add_file(&mut self, name: &str) -> Result<bool> {
+    fn add_file(&mut self, name: &str, read: ReadEntries) -> Result<bool> {
         let Some(whole) = self.source.open(name)? else { return Ok(false) };
+        self.add_entries(&whole, read).map(|()| true)
+    }
+
+    fn add_entries(&mut self, whole: &Extent, read: ReadEntries) -> Result<()> {
         let path = whole.path();
-        for (name, entry) in safetensors::read_header(&whole).map_err(|error| error.in_file(path))? {
+        for (name, entry) in read(whole).map_err(|error| error.in_file(path))? {
             if let Some(other) = self.tensors.get(&name) {
                 let message = format!("also in {}", other.file.display());
                 return Err(Error::new(ErrorKind::InvalidFile, message).in_file(path).in_tensor(name));
@@ -364,28 +425,34 @@ impl Checkpoint {
             let extent = whole.slice(entry.range).ok_or_else(|| {
                 Error::new(ErrorKind::InvalidFile, "range leaves the file").in_file(path).in_tensor(&name)
             })?;
-            let view =
-                TensorView { name: name.clone(), dtype: entry.dtype, shape: entry.shape, file: path.clone(), extent };
+            let view = TensorView {
+                name: name.clone(),
+                dtype: entry.dtype,
+                shape: entry.shape,
+                file: path.clone(),
+                ggml: None,
+                extent,
+            };
             self.tensors.insert(name, view);
         }
         self.bytes_on_disk += whole.len() as u64;
-        Ok(true)
+        Ok(())
     }
 
     /// Why there is nothing to open, naming what the folder has instead.
     fn no_weights(&self) -> Error {
-        for (name, what) in [
-            ("pytorch_model.bin", "PyTorch pickle weights are not read; convert them to safetensors"),
-            ("pytorch_model.bin.index.json", "PyTorch pickle weights are not read; convert them to safetensors"),
-            ("consolidated.safetensors", "consolidated weights are not read; use the Hugging Face form"),
-        ] {
-            if matches!(self.source.open(name), Ok(Some(_))) {
-                return Error::new(ErrorKind::Unsupported, what).in_file(self.dir().join(name));
-            }
+        let consolidated = "consolidated.safetensors";
+        if matches!(self.source.open(consolidated), Ok(Some(_))) {
+            let message = "consolidated weights are not read; use the Hugging Face form";
+            return Error::new(ErrorKind::Unsupported, message).in_file(self.dir().join(consolidated));
         }
-        Error::new(ErrorKind::Io, format!("found neither {SINGLE} nor {INDEX}")).in_file(self.dir())
+        let message = format!("found neither {SINGLE} nor {INDEX} (other weight files are opened by their own path)");
+        Error::new(ErrorKind::Io, message).in_file(self.dir())
     }
 }
+
+/// Reads what tensors a weight file has.
+type ReadEntries = fn(&Extent) -> Result<BTreeMap<String, safetensors::Entry>>;
 
 fn missing(path: &Path) -> Error {
     Error::new(ErrorKind::Io, "file not found").in_file(path)

@@ -48,6 +48,8 @@ pub trait Folder: Send + Sync {
 pub struct Source {
     place: Arc<Path>,
     content: Content,
+    /// The folder that one file on disk is in.
+    around: Option<Arc<Path>>,
 }
 
 #[derive(Clone)]
@@ -74,19 +76,22 @@ impl Source {
             return Ok(Self::folder(path, Arc::new(Disk(path.to_path_buf()))));
         }
         match open_on_disk(path)? {
-            Some(file) => Ok(Self::file(path, file)),
+            Some(file) => {
+                let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+                Ok(Self { around: Some(parent.unwrap_or(Path::new(".")).into()), ..Self::file(path, file) })
+            }
             None => Err(Error::io(path, &io::ErrorKind::NotFound.into())),
         }
     }
 
     /// A folder; messages call it `place`.
     pub fn folder(place: impl AsRef<Path>, folder: Arc<dyn Folder>) -> Self {
-        Self { place: place.as_ref().into(), content: Content::Folder(folder) }
+        Self { place: place.as_ref().into(), content: Content::Folder(folder), around: None }
     }
 
     /// One file; messages call it `place`.
     pub fn file(place: impl AsRef<Path>, file: Arc<dyn ReadAt>) -> Self {
-        Self { place: place.as_ref().into(), content: Content::File(file) }
+        Self { place: place.as_ref().into(), content: Content::File(file), around: None }
     }
 
     /// A folder whose files are in memory.
@@ -105,6 +110,12 @@ impl Source {
             Content::File(file) => Some(Extent::whole(file.clone(), self.place.clone())),
             Content::Folder(_) => None,
         }
+    }
+
+    /// The folder that the file is in, if it is one file on disk.
+    pub(crate) fn around(&self) -> Option<Self> {
+        let folder = self.around.as_ref()?;
+        Some(Self::folder(folder, Arc::new(Disk(folder.to_path_buf()))))
     }
 
     /// The file `name` of a folder, or `None` if there is none.

@@ -21,10 +21,11 @@ impl Bytes {
 }
 
 /// What one engine may use, and what it does.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Ledger {
-    host: Option<u64>,
-    device: Option<u64>,
+    /// The largest number where there is no cap: an `Option` is compared before its tag is looked at, which memory
+    /// checkers take for a fault.
+    caps: Bytes,
     used: Mutex<Bytes>,
 }
 
@@ -38,7 +39,8 @@ pub(crate) struct Lease {
 impl Ledger {
     /// Nothing used yet; `None` has no cap.
     pub(crate) fn new(host: Option<u64>, device: Option<u64>) -> Arc<Self> {
-        Arc::new(Self { host, device, used: Mutex::default() })
+        let caps = Bytes { host: host.unwrap_or(u64::MAX), device: device.unwrap_or(u64::MAX) };
+        Arc::new(Self { caps, used: Mutex::default() })
     }
 
     /// What is promised at the moment.
@@ -71,10 +73,10 @@ impl Lease {
         let others = Bytes { host: used.host - self.bytes.host, device: used.device - self.bytes.device };
         let next = others.plus(bytes);
         for (kind, need, mine, others, next, cap) in [
-            ("host", bytes.host, self.bytes.host, others.host, next.host, self.ledger.host),
-            ("device", bytes.device, self.bytes.device, others.device, next.device, self.ledger.device),
+            ("host", bytes.host, self.bytes.host, others.host, next.host, self.ledger.caps.host),
+            ("device", bytes.device, self.bytes.device, others.device, next.device, self.ledger.caps.device),
         ] {
-            if let Some(cap) = cap.filter(|&cap| need > mine && next > cap) {
+            if need > mine && next > cap {
                 let left = cap.saturating_sub(others);
                 let message =
                     format!("{what} needs {need} bytes of {kind} memory; of the {cap} allowed {left} are left");

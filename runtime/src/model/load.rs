@@ -6,8 +6,8 @@ use std::sync::Arc;
 use super::config::ModelConfig;
 use super::generation::GenerationConfig;
 use super::residence::{Bring, Cargo, LoadBudget, LoadProgress, LoadStage, Residence, Shared};
-use super::{Model, program, weights};
-use crate::backend;
+use super::{Model, inputs, program, weights};
+use crate::backend::{self, Program};
 use crate::checkpoint::{Checkpoint, Source};
 use crate::engine::{self, Bytes, Engine};
 use crate::error::{Error, ErrorKind, Result};
@@ -136,7 +136,7 @@ impl Load {
         let checkpoint = self.checkpoint()?;
         let (config, _) = configs(&checkpoint)?;
         let (plan, weights) = weights::plan(&checkpoint, &config)?;
-        let program = program::build(&config, &weights);
+        let program = program_of(&config, &weights)?;
         let runner = session.runner_config(&config, &self.engine)?;
         let host = |bytes| Bytes { host: bytes, device: 0 };
         let device = |bytes| Bytes { host: 0, device: bytes };
@@ -168,13 +168,20 @@ impl Load {
     fn plan(&self, files: Files) -> Result<Model> {
         let Files { checkpoint, config, generation, tokenizer, chat_template } = files;
         let (plan, weights) = weights::plan(&checkpoint, &config)?;
-        let program = Arc::new(program::build(&config, &weights));
+        let program = Arc::new(program_of(&config, &weights)?);
         let identity = plan.identity(&checkpoint)?;
         let session = SessionOptions::default().runner_config(&config, &self.engine)?;
         let cargo = Cargo { engine: self.engine.clone(), checkpoint, plan, program, config: session };
         let residence = Shared::new(Residence::Coming(Bring::Device));
         Ok(Model { config, generation, tokenizer, chat_template, identity, cargo, residence })
     }
+}
+
+/// The program over planned weights, with what some of them do to their inputs.
+fn program_of(config: &ModelConfig, weights: &weights::ModelWeights) -> Result<Program> {
+    let mut program = program::build(config, weights);
+    inputs::arrange(&mut program, &weights.inputs)?;
+    Ok(program)
 }
 
 /// What configuration and generation configuration say.

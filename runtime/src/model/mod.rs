@@ -13,10 +13,12 @@ use crate::session::tokenizer::Tokenizer;
 mod arch;
 mod config;
 mod generation;
+mod inputs;
 mod load;
 mod program;
 mod residence;
 mod rope;
+mod verify;
 mod weights;
 
 pub use config::{ExpertConfig, LayerConfig, ModelConfig};
@@ -25,6 +27,7 @@ pub use load::{Estimate, Load};
 pub use residence::{LoadBudget, LoadProgress, LoadStage};
 pub(crate) use rope::append_rows;
 pub use rope::{Rope, RopeScaling};
+pub use verify::{Finding, Severity, verify};
 
 use residence::{Cargo, Residence};
 

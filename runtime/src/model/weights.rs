@@ -1,6 +1,7 @@
 //! Every weight of a decoder: first a list of what goes to the backend, made from headers alone; then its rows, a
 //! bounded number at a time.
 
+use std::collections::HashMap;
 use std::ops::Range;
 
 use super::arch::{ExpertNames, NormWeights, QkNorm, Stacked};
@@ -9,7 +10,7 @@ use crate::backend::{Backend, ROW_STEP, WeightId};
 use crate::checkpoint::Checkpoint;
 use crate::checksum::Checksum;
 use crate::error::{Error, ErrorKind, Result};
-use crate::quant::{self, Quantization};
+use crate::quant::{self, InputTransform, LinearShape, Quantization};
 use crate::tensor::{Weight, WeightShape};
 
 /// A linear layer on the backend.
@@ -76,6 +77,15 @@ pub(super) struct ModelWeights {
     pub(super) layers: Vec<LayerWeights>,
     pub(super) norm: Norm,
     pub(super) head: WeightId,
+    /// What has to be done to the inputs of a matrix before it.
+    pub(super) inputs: HashMap<WeightId, InputIds>,
+}
+
+/// Order and factors of the input columns of a matrix, on the backend.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct InputIds {
+    pub(super) order: Option<WeightId>,
+    pub(super) factors: Option<WeightId>,
 }
 
 /// Lists the weights of the whole model and checks their shapes; no tensor is read.
@@ -83,9 +93,9 @@ pub(super) fn plan(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<(Upl
     let quantization = Quantization::of(checkpoint)?;
     let names = &config.arch.names;
     let root = root(checkpoint, names.embedding);
-    let mut planner = Planner { checkpoint, quantization, config, root, items: Vec::new() };
-    let table = format!("{root}{}.weight", names.embedding);
-    let embedding = planner.dense(&table, config.vocab_size, config.hidden_size)?;
+    let mut planner = Planner { checkpoint, quantization, config, root, items: Vec::new(), inputs: HashMap::new() };
+    let table = format!("{root}{}", names.embedding);
+    let embedding = planner.table(&table, config.vocab_size, config.hidden_size)?;
     let layers = (0..config.num_hidden_layers).map(|layer| planner.layer(layer)).collect::<Result<Vec<_>>>()?;
     let norm = planner.norm(&format!("{root}{}", names.final_norm))?;
     let head = if config.tie_word_embeddings {
@@ -94,8 +104,8 @@ pub(super) fn plan(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<(Upl
         let head = planner.head(names.head);
         planner.linear(&head, config.vocab_size, config.hidden_size, false)?.weight
     };
-    let Planner { quantization, items, .. } = planner;
-    Ok((UploadPlan { quantization, items }, ModelWeights { embedding, layers, norm, head }))
+    let Planner { quantization, items, inputs, .. } = planner;
+    Ok((UploadPlan { quantization, items }, ModelWeights { embedding, layers, norm, head, inputs }))
 }
 
 /// What stands in front of the names of the decoder's tensors: multimodal files keep it at different depths.
@@ -111,6 +121,7 @@ struct Planner<'a> {
     config: &'a ModelConfig,
     root: &'static str,
     items: Vec<Item>,
+    inputs: HashMap<WeightId, InputIds>,
 }
 
 impl Planner<'_> {
@@ -207,16 +218,20 @@ impl Planner<'_> {
                 self.bias(prefix, n, false)?;
             }
             match (own.first(), stack(&own)) {
-                (Some(&shape), _) if M == 1 => shapes.push(shape),
-                (_, Some(shape)) => shapes.push(shape),
+                (Some(shape), _) if M == 1 => shapes.push((shape.clone(), own)),
+                (_, Some(shape)) => shapes.push((shape, own)),
                 _ => return Ok(None),
             }
         }
         let mut first = None;
-        for (index, (parts, shape)) in modules.iter().zip(shapes).enumerate() {
+        for (index, (parts, (shape, own))) in modules.iter().zip(shapes).enumerate() {
             let name = parts.join(" + ");
-            let parts = parts.iter().map(|prefix| linear_part(prefix, n, k)).collect();
-            let id = self.push(&name, shape, parts);
+            if shape.input != InputTransform::default() {
+                let message = "experts whose inputs are reordered or scaled one by one";
+                return Err(Error::new(ErrorKind::Unsupported, message).in_tensor(name));
+            }
+            let parts = parts.iter().zip(&own).map(|(prefix, own)| linear_part(prefix, own.weight, k)).collect();
+            let id = self.push(&name, shape.weight, parts);
             if let Some(item) = self.items.last_mut() {
                 item.stack = Some((index, modules.len()));
             }
@@ -272,13 +287,10 @@ impl Planner<'_> {
         Ok(self.push(name, WeightShape::Vector { len: heads * dim }, parts))
     }
 
-    fn dense(&mut self, name: &str, n: usize, k: usize) -> Result<WeightId> {
-        let dtype = self.checkpoint.require(name, &[n, k])?.dense_type()?;
-        let tensor = name.to_owned();
-        let part = Part::new(name, n, move |input, rows| {
-            input.checkpoint.dense_rows(&tensor, n, k, rows).map(|matrix| Some(Weight::Dense(matrix)))
-        });
-        Ok(self.push(name, WeightShape::Dense { n, k, dtype }, vec![part]))
+    /// An embedding table, packed or not.
+    fn table(&mut self, prefix: &str, n: usize, k: usize) -> Result<WeightId> {
+        let shape = quant::table_shape(self.checkpoint, self.quantization.as_ref(), prefix, n, k)?;
+        Ok(self.push(prefix, shape, vec![linear_part(prefix, shape, k)]))
     }
 
     fn vector(&mut self, name: &str, len: usize) -> Result<WeightId> {
@@ -298,18 +310,31 @@ impl Planner<'_> {
     fn linear(&mut self, prefix: &str, n: usize, k: usize, bias: bool) -> Result<Projection> {
         let shape = quant::linear_shape(self.checkpoint, self.quantization.as_ref(), prefix, n, k)?;
         let bias = self.bias(prefix, n, bias)?;
-        Ok(self.project(prefix, shape, vec![linear_part(prefix, n, k)], bias.into_iter().collect(), 0))
+        let part = linear_part(prefix, shape.weight, k);
+        Ok(self.project(prefix, shape, vec![part], bias.into_iter().collect(), 0))
     }
 
     fn project(
         &mut self,
         prefix: &str,
-        shape: WeightShape,
+        shape: LinearShape,
         parts: Vec<Part>,
         bias: Vec<Part>,
         offset: usize,
     ) -> Projection {
-        let weight = self.push(prefix, shape, parts);
+        let weight = self.push(prefix, shape.weight, parts);
+        let InputTransform { order, factors } = shape.input;
+        if order.is_some() || factors.is_some() {
+            let order = order.map(|order| {
+                let (len, name) = (order.len(), format!("{prefix}, order of inputs"));
+                self.push(&name, WeightShape::Order { len }, vec![kept_part(len, Weight::Order(order))])
+            });
+            let factors = factors.map(|factors| {
+                let (len, name) = (factors.len(), format!("{prefix}, factors of inputs"));
+                self.push(&name, WeightShape::Vector { len }, vec![kept_part(len, Weight::Vector(factors))])
+            });
+            self.inputs.insert(weight, InputIds { order, factors });
+        }
         let len = bias.iter().map(|part| part.rows).sum();
         let bias = (len > 0).then(|| self.push(&format!("{prefix}.bias"), WeightShape::Vector { len }, bias));
         Projection { weight, bias, offset: offset as u32 }
@@ -352,13 +377,14 @@ impl Planner<'_> {
         }
         if let Some(shape) = stack(&shapes) {
             let prefix = parts.iter().map(|(prefix, _)| prefix.as_str()).collect::<Vec<_>>().join(" + ");
-            let parts = parts.iter().map(|(prefix, n)| linear_part(prefix, *n, k)).collect();
+            let parts = parts.iter().zip(&shapes).map(|((prefix, _), shape)| linear_part(prefix, shape.weight, k));
+            let parts = parts.collect();
             return Ok(vec![self.project(&prefix, shape, parts, biases.into_iter().flatten().collect(), 0)]);
         }
         let mut offset = 0;
         let mut projections = Vec::with_capacity(parts.len());
         for (((prefix, n), shape), bias) in parts.iter().zip(shapes).zip(biases) {
-            let part = vec![linear_part(prefix, *n, k)];
+            let part = vec![linear_part(prefix, shape.weight, k)];
             projections.push(self.project(prefix, shape, part, bias.into_iter().collect(), offset));
             offset += n;
         }
@@ -377,7 +403,7 @@ impl Planner<'_> {
 
         let shape = quant::linear_shape(self.checkpoint, self.quantization.as_ref(), prefix, n, k)?;
         let bias = self.bias(prefix, n, bias)?.map(|part| part.in_order(order.clone()));
-        let part = linear_part(prefix, n, k).in_order(order);
+        let part = linear_part(prefix, shape.weight, k).in_order(order);
         Ok(self.project(prefix, shape, vec![part], bias.into_iter().collect(), 0))
     }
 
@@ -387,18 +413,29 @@ impl Planner<'_> {
     }
 }
 
-fn linear_part(prefix: &str, n: usize, k: usize) -> Part {
-    let module = prefix.to_owned();
+/// The rows of a module, in the form that was planned.
+fn linear_part(prefix: &str, shape: WeightShape, k: usize) -> Part {
+    let (module, n) = (prefix.to_owned(), shape.rows());
     Part::new(prefix, n, move |input, rows| {
-        quant::load_rows(input.checkpoint, input.quantization, &module, (n, k), rows)
+        let rows = quant::load_rows(input.checkpoint, input.quantization, &module, (n, k), rows)?;
+        Ok(rows.map(|rows| rows.widened(&shape)))
     })
 }
 
-/// The shape of one matrix with the rows of all, if they are packed in the same way.
-fn stack(shapes: &[WeightShape]) -> Option<WeightShape> {
-    let first = shapes.first().filter(|shape| matches!(shape, WeightShape::W4 { .. }))?;
-    let same = shapes.iter().all(|shape| shape.with_rows(0) == first.with_rows(0));
-    same.then(|| first.with_rows(shapes.iter().map(WeightShape::rows).sum()))
+/// What is known already.
+fn kept_part(len: usize, weight: Weight) -> Part {
+    Part { prefix: String::new(), rows: len, read: Box::new(move |_, _| Ok(Some(weight.clone()))), is_whole: true }
+}
+
+/// The shape of one matrix with the rows of all, if they are 4-bit, packed in the same way, and do the same to their
+/// inputs.
+fn stack(shapes: &[LinearShape]) -> Option<LinearShape> {
+    let first = shapes.first().filter(|shape| matches!(shape.weight, WeightShape::W4 { .. }))?;
+    let alike =
+        |shape: &LinearShape| shape.weight.with_rows(0) == first.weight.with_rows(0) && shape.input == first.input;
+    let rows = shapes.iter().map(|shape| shape.weight.rows()).sum();
+    let whole = || LinearShape { weight: first.weight.with_rows(rows), input: first.input.clone() };
+    shapes.iter().all(alike).then(whole)
 }
 
 /// The weights of a model in the order of their ids, and how to read them. Used again when weights come back.
@@ -421,7 +458,7 @@ impl Item {
     /// Whether a host computes with it where a file has it.
     fn is_view(&self, checkpoint: &Checkpoint) -> bool {
         let [part] = self.parts.as_slice() else { return false };
-        matches!(self.shape, WeightShape::Dense { .. })
+        matches!(self.shape, WeightShape::Dense { .. } | WeightShape::Blocks { .. })
             && tensors(checkpoint, part).any(|tensor| {
                 tensor.byte_len() as u64 == self.shape.bytes(self.shape.rows()) && tensor.extent().view().is_some()
             })
@@ -434,6 +471,8 @@ struct Part {
     prefix: String,
     rows: usize,
     read: ReadRows,
+    /// Whether it is read in one piece.
+    is_whole: bool,
 }
 
 /// What rows are read from.
@@ -451,17 +490,17 @@ impl Part {
         rows: usize,
         read: impl Fn(&Input<'_>, Range<usize>) -> Result<Option<Weight>> + Send + Sync + 'static,
     ) -> Self {
-        Self { prefix: prefix.to_owned(), rows, read: Box::new(read) }
+        Self { prefix: prefix.to_owned(), rows, read: Box::new(read), is_whole: false }
     }
 
     /// The same rows in the order of `order`.
     fn in_order(self, order: Vec<usize>) -> Self {
-        let Self { prefix, rows: n, read } = self;
+        let Self { prefix, rows: n, read, .. } = self;
         let read = move |input: &Input<'_>, rows: Range<usize>| match rows == (0..n) {
             true => Ok(read(input, rows)?.map(|weight| weight.select_rows(&order))),
             false => Ok(None),
         };
-        Self { prefix, rows: n, read: Box::new(read) }
+        Self { prefix, rows: n, read: Box::new(read), is_whole: false }
     }
 }
 
@@ -562,7 +601,7 @@ impl Upload {
             return Err(Error::new(ErrorKind::InvalidTensor, "the weight has no rows"));
         };
         // What is computed with in place is not cut up.
-        let whole = backend.is_host() && item.is_view(checkpoint);
+        let whole = part.is_whole || backend.is_host() && item.is_view(checkpoint);
         let step = (most / item.shape.bytes(1).max(1)) as usize / ROW_STEP * ROW_STEP;
         let end = if whole { part.rows } else { part.rows.min(self.row.saturating_add(step.max(ROW_STEP))) };
         let (rows, end) = match (part.read)(&input, self.row..end)? {
@@ -585,7 +624,7 @@ impl Upload {
             }
         };
         let count = rows.shape().rows();
-        if !last && !matches!(rows, Weight::Vector(_)) && !count.is_multiple_of(ROW_STEP) {
+        if !last && !rows.shape().is_vector() && !count.is_multiple_of(ROW_STEP) {
             self.held = Some(rows);
             return Ok(0);
         }
@@ -602,7 +641,8 @@ impl Upload {
 }
 
 fn tensors<'a>(checkpoint: &'a Checkpoint, part: &'a Part) -> impl Iterator<Item = &'a crate::checkpoint::TensorView> {
-    checkpoint.tensors_of(&part.prefix)
+    let prefix = (!part.prefix.is_empty()).then_some(part.prefix.as_str());
+    prefix.into_iter().flat_map(|prefix| checkpoint.tensors_of(prefix))
 }
 
 fn prefetch(checkpoint: &Checkpoint, item: &Item) {

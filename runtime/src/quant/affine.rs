@@ -3,13 +3,15 @@
 use half::f16;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::tensor::{Bytes, DenseMatrix, DenseType, Offset, W4Matrix, Weight};
+use crate::tensor::{DenseType, Levels, Offset, Weight, row_words};
 
+use super::bits::pack;
+use super::build::Rows;
 use super::canonical::pack_params;
 
 /// A matrix of unsigned codes with a scale and a zero point for every group of a row.
 ///
-/// A weight is `f16((q - z) * s)`, rounded once as in [`W4Matrix`].
+/// A weight is `f16((q - z) * s)`, rounded once as in [`W4Matrix`](crate::tensor::W4Matrix).
 #[derive(Debug, Clone, PartialEq)]
 pub struct AffineMatrix {
     /// Output features.
@@ -82,29 +84,17 @@ impl AffineMatrix {
         }
     }
 
-    /// What a backend computes with: the canonical 4-bit form, which also holds 2- and 3-bit codes, or the weights of
-    /// 8-bit codes in half precision.
+    /// What a backend computes with.
     ///
     /// # Errors
-    /// [`ErrorKind::Unsupported`] if groups are not multiples of 8.
+    /// [`ErrorKind::InvalidTensor`] if the parts do not fit each other.
     pub fn to_weight(&self) -> Result<Weight> {
-        if self.bits == 8 {
-            let mut bytes = Vec::with_capacity(2 * self.codes.len());
-            let mut row = vec![0.0; self.k];
-            for i in 0..self.n {
-                self.dequantize_row(i, &mut row);
-                bytes.extend(row.iter().flat_map(|&w| f16::from_f32(w).to_le_bytes()));
-            }
-            return DenseMatrix::new(self.n, self.k, DenseType::F16, Bytes::owned(bytes)).map(Weight::Dense);
-        }
-        if !self.group_size.is_multiple_of(8) {
-            let message = format!("groups of {} (multiples of 8 are run)", self.group_size);
-            return Err(Error::new(ErrorKind::Unsupported, message));
-        }
-        let words = self.codes.chunks_exact(8);
-        let qweight = words.map(|q| q.iter().rev().fold(0, |word, &q| word << 4 | u32::from(q))).collect();
+        self.check()?;
+        let (n, k, bits, group_size) = (self.n, self.k, self.bits, self.group_size);
+        let mut codes = Vec::with_capacity(n * row_words(k, bits));
+        self.codes.chunks_exact(k).for_each(|row| pack(row.iter().copied(), bits, &mut codes));
         let params = self.scales.iter().zip(&self.zeros);
         let params = params.map(|(&s, &z)| pack_params(s, f16::from_f32(f32::from(z)))).collect();
-        W4Matrix::new((self.n, self.k), self.group_size, qweight, params, Offset::Zero).map(Weight::W4)
+        Rows { n, k, bits, group_size, codes }.weight(Levels::Affine(Offset::Zero, params), DenseType::F16)
     }
 }

@@ -15,8 +15,10 @@ use half::f16;
 
 use crate::checkpoint::{Checkpoint, Dtype, TensorView};
 use crate::error::{Error, ErrorKind, Result};
-use crate::tensor::{Offset, W4Matrix};
+use crate::tensor::{Offset, W4Matrix, Weight};
 
+use super::bits::transpose;
+use super::build::{Rows, affine, numbers};
 use super::canonical::{pack_params, read_f16, release};
 use super::{Shape, words};
 
@@ -34,9 +36,10 @@ pub struct GemmTensors {
     pub scales: Vec<f16>,
 }
 
-pub(super) fn decode_gemm(checkpoint: &Checkpoint, prefix: &str, shape: Shape) -> Result<W4Matrix> {
+pub(super) fn decode_gemm(checkpoint: &Checkpoint, prefix: &str, shape: Shape) -> Result<Weight> {
     let Shape { n, k, group_size, groups } = shape;
-    let [qweight, qzeros, scales] = tensors(checkpoint, prefix)?;
+    let [qweight, qzeros, scales] = tensors(checkpoint, prefix, "qzeros")?;
+    shape.expect_words().map_err(|error| error.in_file(&qweight.file).in_tensor(&qweight.name))?;
     if n % 8 != 0 {
         return Err(qweight.error(format!("expected output features in multiples of 8, found {n}")));
     }
@@ -59,12 +62,14 @@ pub(super) fn decode_gemm(checkpoint: &Checkpoint, prefix: &str, shape: Shape) -
     codes.resize(n * (k / 8), 0);
     repack_gemm(&qweight.bytes()?, n, k, &mut codes);
     release(&[qweight, qzeros, scales]);
-    W4Matrix::new((n, k), group_size, codes, group_params, Offset::Zero)
+    W4Matrix::new((n, k), group_size, codes, group_params, Offset::Zero.rounded_to(scales.dense_type()?))
+        .map(Weight::W4)
 }
 
-pub(super) fn decode_gemv(checkpoint: &Checkpoint, prefix: &str, shape: Shape) -> Result<W4Matrix> {
+pub(super) fn decode_gemv(checkpoint: &Checkpoint, prefix: &str, shape: Shape) -> Result<Weight> {
     let Shape { n, k, group_size, groups } = shape;
-    let [qweight, qzeros, scales] = tensors(checkpoint, prefix)?;
+    let [qweight, qzeros, scales] = tensors(checkpoint, prefix, "qzeros")?;
+    shape.expect_words().map_err(|error| error.in_file(&qweight.file).in_tensor(&qweight.name))?;
     let zeros_width = zeros_width(shape).map_err(|error| qzeros.error(error))?;
     check(qweight, Dtype::I32, &[n, k / 8])?;
     check(qzeros, Dtype::I32, &[n, zeros_width])?;
@@ -82,12 +87,15 @@ pub(super) fn decode_gemv(checkpoint: &Checkpoint, prefix: &str, shape: Shape) -
     let mut codes = qweight.reserve(n * (k / 8))?;
     codes.extend(words(&qweight.bytes()?));
     release(&[qweight, qzeros, scales]);
-    W4Matrix::new((n, k), group_size, codes, group_params, Offset::Zero)
+    W4Matrix::new((n, k), group_size, codes, group_params, Offset::Zero.rounded_to(scales.dense_type()?))
+        .map(Weight::W4)
 }
 
-pub(super) fn decode_gemv_fast(checkpoint: &Checkpoint, prefix: &str, shape: Shape) -> Result<W4Matrix> {
+/// Decodes `gemv_fast`, or the same layout of llm-awq, which calls its offsets otherwise and may have them in bfloat16.
+pub(super) fn decode_gemv_fast(checkpoint: &Checkpoint, prefix: &str, shape: Shape, offsets: &str) -> Result<Weight> {
     let Shape { n, k, group_size, groups } = shape;
-    let [qweight, qzeros, scales] = tensors(checkpoint, prefix)?;
+    let [qweight, qzeros, scales] = tensors(checkpoint, prefix, offsets)?;
+    shape.expect_words().map_err(|error| error.in_file(&qweight.file).in_tensor(&qweight.name))?;
     let zeros_width = zeros_width(shape).map_err(|error| qzeros.error(error))?;
     if n % 4 != 0 || k % 64 != 0 {
         return Err(qweight.error(format!("expected multiples of 4 x 64 features, found {n} x {k}")));
@@ -95,13 +103,14 @@ pub(super) fn decode_gemv_fast(checkpoint: &Checkpoint, prefix: &str, shape: Sha
     check(qweight, Dtype::I16, &[n / 4, k])?;
     qzeros.expect_shape(&[8 * zeros_width, n])?;
     scales.expect_shape(&[8 * zeros_width, n])?;
-    let scale_values = read_f16(scales)?;
-    let biases = read_f16(qzeros)?;
-
-    let mut group_params = qzeros.reserve(n * groups)?;
-    for row in 0..n {
-        group_params.extend((0..groups).map(|g| pack_params(scale_values[g * n + row], biases[g * n + row])));
+    if qzeros.dtype != scales.dtype {
+        return Err(qzeros.error(format!("expected dtype {} as of the scales, found {}", scales.dtype, qzeros.dtype)));
     }
+    let (scale_values, rounding) = numbers(scales)?;
+    let (biases, _) = numbers(qzeros)?;
+    // What lies past the last group is padding.
+    let scale_values = transpose(&scale_values[..groups * n], n);
+    let biases = transpose(&biases[..groups * n], n);
     let mut codes: Vec<u32> = qweight.reserve(n * (k / 8))?;
     codes.resize(n * (k / 8), 0);
     // A band is 4 rows, i.e. 4 * k / 8 words; a block of it 4 rows of 64 input features, 8 words a row.
@@ -116,7 +125,8 @@ pub(super) fn decode_gemv_fast(checkpoint: &Checkpoint, prefix: &str, shape: Sha
         }
     }
     release(&[qweight, qzeros, scales]);
-    W4Matrix::new((n, k), group_size, codes, group_params, Offset::Bias)
+    let levels = affine(Offset::Bias, &scale_values, biases.iter().copied());
+    Rows { n, k, bits: 4, group_size, codes }.weight(levels, rounding)
 }
 
 /// Undoes the order of 32 input features in `gemv_fast`: nibble 4l + j of word i holds feature 8j + 2i + l.
@@ -141,7 +151,7 @@ pub fn encode_gemm(matrix: &W4Matrix) -> Result<GemmTensors> {
     if n % 8 != 0 {
         return refuse(format!("gemm packs output features in multiples of 8, found {n}"));
     }
-    if matrix.offset != Offset::Zero {
+    if matrix.offset.is_bias() {
         return refuse("gemm stores integer zero points, found biases".into());
     }
     let mut scales = vec![f16::ZERO; groups * n];
@@ -226,9 +236,9 @@ fn transpose_nibbles<const L: usize>(block: &mut [[u32; L]; 8]) {
     }
 }
 
-fn tensors<'a>(checkpoint: &'a Checkpoint, prefix: &str) -> Result<[&'a TensorView; 3]> {
-    let get = |suffix| checkpoint.get(&format!("{prefix}.{suffix}"));
-    Ok([get("qweight")?, get("qzeros")?, get("scales")?])
+fn tensors<'a>(checkpoint: &'a Checkpoint, prefix: &str, offsets: &str) -> Result<[&'a TensorView; 3]> {
+    let get = |suffix: &str| checkpoint.get(&format!("{prefix}.{suffix}"));
+    Ok([get("qweight")?, get(offsets)?, get("scales")?])
 }
 
 fn check(tensor: &TensorView, dtype: Dtype, shape: &[usize]) -> Result<()> {

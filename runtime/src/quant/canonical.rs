@@ -88,26 +88,29 @@ fn unpack_params(word: u32) -> (f16, f16) {
     (f16::from_bits(word as u16), f16::from_bits((word >> 16) as u16))
 }
 
-/// Reads scales or biases, F16 or BF16, as finite f16 values in file order.
+/// Reads scales, F16 or BF16, as finite f16 values in file order.
 ///
-/// bfloat16 values that leave the range of half precision are an error; those below its smallest step become zero.
+/// # Errors
+/// [`ErrorKind::InvalidTensor`] for other types and for what half precision does not hold exactly.
 pub(crate) fn read_f16(tensor: &TensorView) -> Result<Vec<f16>> {
     let bytes = tensor.bytes()?;
     let pairs = bytes.chunks_exact(2).map(|b| [b[0], b[1]]);
     let mut values: Vec<f16> = tensor.reserve(pairs.len())?;
+    let exactly = |v: bf16| f16::from_f32(v.to_f32()).to_f32() == v.to_f32();
     match tensor.dtype {
         Dtype::F16 => values.extend(pairs.map(f16::from_le_bytes)),
-        Dtype::BF16 => values.extend(pairs.map(|b| f16::from_f32(bf16::from_le_bytes(b).to_f32()))),
+        Dtype::BF16 => {
+            if let Some(v) = pairs.clone().map(bf16::from_le_bytes).find(|v| !exactly(*v)) {
+                return Err(tensor.error(format!("expected numbers of half precision, found {v}")));
+            }
+            values.extend(pairs.map(|b| f16::from_f32(bf16::from_le_bytes(b).to_f32())));
+        }
         other => return Err(tensor.error(format!("expected dtype F16 or BF16, found {other}"))),
     }
-    if let Some(i) = values.iter().position(|v| !v.is_finite()) {
-        let found = match tensor.dtype {
-            Dtype::BF16 => bf16::from_le_bytes([bytes[2 * i], bytes[2 * i + 1]]).to_f32(),
-            _ => values[i].to_f32(),
-        };
-        return Err(tensor.error(format!("expected finite half-precision values, found {found} at element {i}")));
+    match values.iter().position(|v| !v.is_finite()) {
+        Some(i) => Err(tensor.error(format!("expected finite numbers, found {} at element {i}", values[i]))),
+        None => Ok(values),
     }
-    Ok(values)
 }
 
 /// Gives the pages of packed tensors back once they have been repacked.

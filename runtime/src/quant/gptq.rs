@@ -1,17 +1,20 @@
-//! GPTQ checkpoints of GPTQModel's second format (`gptq_v2`), whose zero points are stored as they are.
+//! GPTQ checkpoints: AutoGPTQ's format and GPTQModel's second one (`gptq_v2`), 2, 3, 4 and 8 bits.
 //!
-//! Layout after GPTQModel's `nn_modules/qlinear` with N output and K input features, G groups, b bits: `qweight` i32
-//! (K b / 32, N), the codes of 32 / b consecutive input features a word (32 of them in three words at 3 bits);
-//! `qzeros` i32 (G, N b / 32), along the outputs; `scales` f16 (G, N); `g_idx` i32 (K), the group of each input feature.
+//! Layout after GPTQModel's `nn_modules/qlinear` with N output and K input features, G = ceil(K / group size) groups, b
+//! bits: `qweight` i32 (ceil(K b / 32), N), a bit string along the inputs for each output; `qzeros` i32 (G,
+//! ceil(N b / 32)), along the outputs; `scales` f16 (G, N); `g_idx` i32 (K), the group of each input feature. The first
+//! format stores zero points less one, in one of two ways, see [`ZeroPoints`].
 
 use half::f16;
 
 use crate::checkpoint::{Checkpoint, Dtype};
 use crate::error::{Error, ErrorKind, Result};
+use crate::tensor::{Offset, row_words};
 
-use super::bits::{dense_words, pack, transpose, unpack};
-use super::canonical::{read_f16, release};
-use super::{AffineMatrix, words};
+use super::bits::{pack, transpose, unpack};
+use super::build::{Rows, affine, numbers, order};
+use super::canonical::release;
+use super::{AffineMatrix, InputTransform, LinearWeight, Scheme, Shape, ZeroPoints, words};
 
 /// The tensors of one linear.
 #[derive(Debug, Clone, PartialEq)]
@@ -52,54 +55,82 @@ pub fn encode(matrix: &AffineMatrix) -> Result<GptqTensors> {
     })
 }
 
-pub(super) fn decode(
-    checkpoint: &Checkpoint,
-    prefix: &str,
-    (n, k): (usize, usize),
-    bits: u32,
-    group_size: usize,
-) -> Result<AffineMatrix> {
+pub(super) fn decode(checkpoint: &Checkpoint, prefix: &str, shape: Shape, scheme: Scheme) -> Result<LinearWeight> {
+    let Shape { n, k, group_size, groups } = shape;
+    let Scheme { bits, symmetric, act_order, .. } = scheme;
     let name = |suffix: &str| format!("{prefix}.{suffix}");
+    let (k_words, n_words) = (row_words(k, bits), row_words(n, bits));
     let qweight = checkpoint.get(&name("qweight"))?;
-    if n % 32 != 0 || k % 32 != 0 || k % group_size != 0 {
-        return Err(qweight.error(format!("expected multiples of 32 features in whole groups, found {n} x {k}")));
-    }
-    let groups = k / group_size;
-    let k_words = dense_words(k, bits).unwrap_or(usize::MAX);
-    let n_words = dense_words(n, bits).unwrap_or(usize::MAX);
     qweight.expect_dtype(Dtype::I32)?;
     qweight.expect_shape(&[k_words, n])?;
-    let qzeros = checkpoint.require(&name("qzeros"), &[groups, n_words])?;
-    qzeros.expect_dtype(Dtype::I32)?;
     let scales = checkpoint.require(&name("scales"), &[groups, n])?;
-    if let Some(g_idx) = checkpoint.tensor(&name("g_idx")) {
-        g_idx.expect_dtype(Dtype::I32)?;
-        g_idx.expect_shape(&[k])?;
-        if words(&g_idx.bytes()?).enumerate().any(|(i, group)| group as usize != i / group_size) {
-            return Err(g_idx.error("groups in another order than that of the input features are not read"));
+    let order = match checkpoint.tensor(&name("g_idx")) {
+        Some(g_idx) => order(g_idx, k, group_size)?,
+        None if act_order && groups > 1 => {
+            return Err(qweight.error(format!("`desc_act` needs `{}`, which is missing", name("g_idx"))));
+        }
+        None => None,
+    };
+    let zeros = match checkpoint.tensor(&name("qzeros")) {
+        Some(qzeros) => {
+            qzeros.expect_dtype(Dtype::I32)?;
+            qzeros.expect_shape(&[groups, n_words])?;
+            let zeros = zero_points(&qzeros.bytes()?, (groups, n), bits, scheme.zeros);
+            let middle = 1 << (bits - 1);
+            if let Some(i) = zeros.iter().position(|&zero| zero != middle).filter(|_| symmetric) {
+                let message = format!(
+                    "expected zero points of {middle}, the configuration says `sym`, found {} at {i}",
+                    zeros[i]
+                );
+                return Err(qzeros.error(message));
+            }
+            qzeros.release();
+            zeros
+        }
+        // Written by tools that know only symmetric weights.
+        None if symmetric => vec![1 << (bits - 1); groups * n],
+        None => return Err(qweight.error(format!("`{}` is missing", name("qzeros")))),
+    };
+
+    let mut words_of_inputs: Vec<u32> = qweight.reserve(k_words * n)?;
+    words_of_inputs.extend(words(&qweight.bytes()?));
+    // A column of words is the bit string of an output.
+    let codes = transpose(&words_of_inputs, n).into_owned();
+    let mut rows = Rows { n, k, bits, group_size, codes };
+    if let Some(order) = &order {
+        rows = rows.reordered(order);
+    }
+    let (values, rounding) = numbers(scales)?;
+    let values = transpose(&values, n);
+    let zeros = transpose(&zeros, n);
+    let levels = affine(Offset::Zero, &values, zeros.iter().map(|&zero| f32::from(zero)));
+    release(&[qweight, scales]);
+    let weight = rows.weight(levels, rounding).map_err(|error| qweight.error(error.message()))?;
+    Ok(LinearWeight { weight, input: InputTransform { order, factors: None } })
+}
+
+/// Zero points (groups, n) as they are meant.
+fn zero_points(packed: &[u8], (groups, n): (usize, usize), bits: u32, stored: ZeroPoints) -> Vec<u8> {
+    let n_words = row_words(n, bits);
+    let mask = ((1u32 << bits) - 1) as u8;
+    let added = |column: usize| {
+        let ZeroPoints::WordsLessOne(bits) = stored else { return 0 };
+        match (bits, column % 3) {
+            (2, _) => 0x5555_5555,
+            // Ones in every field would be 0x49249249, 0x92492492, 0x24924924: the first and the last are exchanged.
+            (3, 0) => 0x2492_4924,
+            (3, 1) => 0x9249_2492,
+            (3, _) => 0x4924_9249,
+            (4, _) => 0x1111_1111,
+            _ => 0x0101_0101u32,
+        }
+    };
+    let mut zeros = vec![0; groups * n];
+    for (zeros, packed) in zeros.chunks_exact_mut(n).zip(packed.chunks_exact(4 * n_words)) {
+        unpack(words(packed).enumerate().map(|(column, word)| word.wrapping_add(added(column))), bits, true, zeros);
+        if stored == ZeroPoints::FieldsLessOne {
+            zeros.iter_mut().for_each(|zero| *zero = zero.wrapping_add(1) & mask);
         }
     }
-    let mut columns: Vec<u32> = qweight.reserve(k_words * n)?;
-    columns.extend(words(&qweight.bytes()?));
-    let mut codes = qweight.reserve(n * k)?;
-    codes.resize(n * k, 0);
-    for (row, column) in codes.chunks_exact_mut(k).zip(transpose(&columns, n).chunks_exact(k_words)) {
-        unpack(column.iter().copied(), bits, true, row);
-    }
-    let mut zeros = vec![0; groups * n];
-    for (zeros, packed) in zeros.chunks_exact_mut(n).zip(qzeros.bytes()?.chunks_exact(4 * n_words)) {
-        unpack(words(packed), bits, true, zeros);
-    }
-    let matrix = AffineMatrix {
-        n,
-        k,
-        bits,
-        group_size,
-        codes,
-        scales: transpose(&read_f16(scales)?, n).into_owned(),
-        zeros: transpose(&zeros, n).into_owned(),
-    };
-    release(&[qweight, qzeros, scales]);
-    matrix.check().map_err(|error| qweight.error(error.message()))?;
-    Ok(matrix)
+    zeros
 }

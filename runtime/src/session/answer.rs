@@ -7,6 +7,7 @@ use rand_pcg::Pcg32;
 use rand_pcg::rand_core::Rng;
 
 use super::events::Events;
+use super::grammar::Constraint;
 use super::sampler::{SampleRequest, Sampling};
 use super::tokenizer::Tokenizer;
 use super::vocabulary::TextStream;
@@ -34,6 +35,7 @@ pub(super) struct Answer {
     /// Behind the numbers of tokens chosen ahead, too.
     ahead: Pcg32,
     recent: Recent,
+    constraint: Option<Constraint>,
     text: Option<StopText>,
     pub(super) started: Instant,
     pub(super) prefilled: Option<Instant>,
@@ -62,6 +64,7 @@ impl Answer {
             Err(_) if options.stop.is_empty() => None,
             Err(e) => return Err(Error::new(ErrorKind::InvalidInput, format!("stop texts need a tokenizer: {e}"))),
         };
+        let constraint = options.grammar.as_ref().map(|grammar| Constraint::new(model, grammar)).transpose()?;
         let random = Pcg32::new(options.seed, 0);
         let banned = options.banned.iter().map(|&id| (id, f32::NEG_INFINITY));
         let most = options.max_tokens.min(if options.shift.is_some() { SET_ASIDE } else { context as usize });
@@ -73,6 +76,7 @@ impl Answer {
             ahead: random.clone(),
             random,
             recent: Recent::new(&options.sampling, prompt),
+            constraint,
             text,
             started: Instant::now(),
             prefilled: None,
@@ -89,7 +93,17 @@ impl Answer {
     /// Whether the next token can be chosen without the host knowing the ones before it.
     pub(super) fn can_go_ahead(&self, outstanding: usize) -> bool {
         // Not the last token, whose step nobody may ask for.
-        self.recent.window == 0 && self.ids.len() + outstanding + 1 < self.options.max_tokens
+        self.recent.window == 0
+            && self.constraint.is_none()
+            && self.ids.len() + outstanding + 1 < self.options.max_tokens
+    }
+
+    /// Finds out which tokens may be chosen, before [`Self::request`].
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`] if the grammar is too complex for that.
+    pub(super) fn prepare(&mut self) -> Result<()> {
+        self.constraint.as_mut().map_or(Ok(()), Constraint::prepare)
     }
 
     /// The choice of the next token; its random number counts once [`Self::accept`] takes the token.
@@ -109,7 +123,7 @@ impl Answer {
             // 24 bits in [0, 1).
             uniform: (random.next_u32() >> 8) as f32 / (1 << 24) as f32,
             bias: &self.bias,
-            mask: None,
+            mask: self.constraint.as_ref().and_then(Constraint::mask),
         }
     }
 
@@ -135,7 +149,8 @@ impl Answer {
             self.ahead = self.random.clone();
         }
         self.first_token.get_or_insert_with(Instant::now);
-        let eos = !self.options.ignore_eos && model.generation().eos_token_ids.contains(&id);
+        let heeds_eos = !self.options.ignore_eos || self.constraint.is_some();
+        let eos = heeds_eos && model.generation().eos_token_ids.contains(&id);
         if eos || self.options.stop_ids.contains(&id) {
             return Ok(Some(StopReason::Eos(id)));
         }
@@ -145,6 +160,11 @@ impl Answer {
             && let Some(stop) = text.push(tokenizer, id, events)?
         {
             return Ok(Some(StopReason::StopString(stop)));
+        }
+        if let Some(constraint) = &mut self.constraint
+            && constraint.accept(id)?
+        {
+            return Ok(Some(StopReason::Complete));
         }
         Ok((self.ids.len() >= self.options.max_tokens).then_some(StopReason::MaxTokens))
     }

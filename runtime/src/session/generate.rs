@@ -27,6 +27,8 @@ pub struct GenerateOptions {
     pub stop: Vec<String>,
     /// Further ids that end the answer.
     pub stop_ids: Vec<u32>,
+    /// What the answer has to look like; feature `grammar`. The end-of-turn ids count then, even with `ignore_eos`.
+    pub grammar: Option<Grammar>,
     /// When the context is full, forget the older half of what follows the first `keep` tokens, compute the rest
     /// again at its new positions and go on, instead of stopping.
     pub shift: Option<ContextShift>,
@@ -45,10 +47,23 @@ impl Default for GenerateOptions {
             ignore_eos: false,
             stop: Vec::new(),
             stop_ids: Vec::new(),
+            grammar: None,
             shift: None,
             cancel: CancelToken::default(),
         }
     }
+}
+
+/// What an answer has to look like. Only tokens that can still lead there are chosen, so an answer that comes to its end
+/// has this form, and one that is cut off (by [`GenerateOptions::max_tokens`], for one) is the start of such an answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Grammar {
+    /// A JSON value that fits this JSON schema. What of JSON Schema is not enforced is refused.
+    JsonSchema(String),
+    /// A text that this regular expression matches as a whole.
+    Regex(String),
+    /// A text of this grammar in the Lark format of [llguidance](https://github.com/guidance-ai/llguidance).
+    Lark(String),
 }
 
 /// What a context shift never forgets.
@@ -71,7 +86,7 @@ pub enum StopReason {
     ContextFull,
     /// The callback or the token asked to stop.
     Cancelled,
-    /// There was nothing to generate: an embedding is complete.
+    /// The grammar allows nothing more, or an embedding is complete.
     Complete,
 }
 

@@ -16,6 +16,11 @@ pub mod chat;
 mod embedding;
 mod events;
 mod generate;
+#[cfg(feature = "grammar")]
+mod grammar;
+#[cfg(not(feature = "grammar"))]
+#[path = "grammar_off.rs"]
+mod grammar;
 mod rotations;
 pub mod sampler;
 mod snapshot;
@@ -24,7 +29,7 @@ pub mod tokenizer;
 mod vocabulary;
 
 pub use events::Event;
-pub use generate::{ContextShift, GenerateOptions, Generation, StopReason};
+pub use generate::{ContextShift, GenerateOptions, Generation, Grammar, StopReason};
 pub use tick::{Phase, Tick, TickBudget};
 
 use answer::Answer;

@@ -385,8 +385,9 @@ impl Session {
         if self.under_way.ahead > 0 {
             return Ok(Some(Flow::Waiting));
         }
-        let (Some(answer), Some(place)) = (&self.answer, &mut self.place) else { return Ok(Some(Flow::Idle)) };
+        let (Some(answer), Some(place)) = (&mut self.answer, &mut self.place) else { return Ok(Some(Flow::Idle)) };
         if !self.under_way.choice {
+            answer.prepare()?;
             place.runner.begin_sample(&answer.request())?;
             self.under_way.choice = true;
         }

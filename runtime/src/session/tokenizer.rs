@@ -2,6 +2,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use super::grammar::Grammars;
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, ErrorKind, Result};
 
@@ -17,6 +18,7 @@ pub struct Tokenizer {
     /// Largest id, 0 without any.
     largest: u32,
     vocabulary: Option<Vocabulary>,
+    grammars: Grammars,
 }
 
 impl std::fmt::Debug for Tokenizer {
@@ -53,7 +55,7 @@ impl Tokenizer {
             }
             _ => None,
         };
-        Ok(Self { inner, vocab_size, largest, vocabulary })
+        Ok(Self { inner, vocab_size, largest, vocabulary, grammars: Grammars::default() })
     }
 
     /// Tokenizer of a folder, or `None` if it has no `tokenizer.json`.
@@ -95,6 +97,11 @@ impl Tokenizer {
     /// The bytes of all tokens, if the decoder works token by token; those of byte-level and sentencepiece models do.
     pub fn vocabulary(&self) -> Option<&Vocabulary> {
         self.vocabulary.as_ref()
+    }
+
+    /// What grammars over this vocabulary share.
+    pub(super) fn grammars(&self) -> &Grammars {
+        &self.grammars
     }
 
     /// Entries of the vocabulary, added tokens included; a model's own `vocab_size` may be padded above it.

@@ -2,11 +2,6 @@
 
 alias Elem = f32;
 
-struct Weights8 {
-    lo: vec4<f32>,
-    hi: vec4<f32>,
-}
-
 // Weights of output `n` for inputs k..k+8; what lies in the padding of a row meets zero inputs.
 fn weights8(n: u32, k: u32) -> Weights8 {
     let word = k / DENSE_PER_WORD;

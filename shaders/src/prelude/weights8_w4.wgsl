@@ -1,10 +1,5 @@
 // Eight weights of the 4-bit layout of the device, from the bindings qweight and group_params.
 
-struct Weights8 {
-    lo: vec4<f32>,
-    hi: vec4<f32>,
-}
-
 // Weights of output `n` for inputs k..k+8.
 fn weights8(n: u32, k: u32) -> Weights8 {
     let word = qweight[chunk_index(n, k / 32u, params.chunks) * 4u + k / 8u % 4u];

@@ -53,7 +53,7 @@ fuzz_target!(|data: &[u8]| {
 
     let Ok(checkpoint) = Checkpoint::open(&DIR) else { return };
     let _ = checkpoint::inspect(&checkpoint);
-    let _ = checkpoint::verify(&checkpoint);
+    let _ = awqua::model::verify(&checkpoint);
     let quantization = Quantization::of(&checkpoint).ok().flatten();
     for tensor in checkpoint.tensors() {
         let module = tensor.name.rsplit_once('.').map_or(tensor.name.as_str(), |(module, _)| module);

@@ -12,7 +12,7 @@ use crate::output::{self, Outcome, Unit};
 
 #[derive(clap::Args)]
 pub struct Args {
-    /// Checkpoint folder
+    /// Checkpoint folder or GGUF file
     dir: PathBuf,
     /// Prompt tokens of the prefill measurement
     #[arg(short, long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..))]

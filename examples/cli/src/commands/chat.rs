@@ -17,7 +17,7 @@ const ROOM: usize = 256;
 
 #[derive(clap::Args)]
 pub struct Args {
-    /// Checkpoint folder
+    /// Checkpoint folder or GGUF file
     dir: PathBuf,
     /// System message
     #[arg(long, value_name = "TEXT")]

@@ -10,7 +10,7 @@ use crate::output::{self, Outcome};
 
 #[derive(clap::Args)]
 pub struct Args {
-    /// Checkpoint folder
+    /// Checkpoint folder or GGUF file
     dir: PathBuf,
     /// Token ids
     #[arg(long, value_name = "1,2,3")]

@@ -11,7 +11,7 @@ use crate::output::{self, Failure, Outcome, Unit};
 
 #[derive(clap::Args)]
 pub struct Args {
-    /// Checkpoint folder
+    /// Checkpoint folder or GGUF file
     dir: PathBuf,
     /// Text file; encoded as a whole, without special tokens
     #[arg(long, value_name = "FILE", required_unless_present = "ids_file", conflicts_with = "ids_file")]

@@ -2,14 +2,15 @@
 
 use std::path::PathBuf;
 
-use awqua::checkpoint::{Checkpoint, Severity, verify};
+use awqua::checkpoint::Checkpoint;
+use awqua::model::{Severity, verify};
 use serde::Serialize;
 
 use crate::output::{self, Failure, Outcome};
 
 #[derive(clap::Args)]
 pub struct Args {
-    /// Checkpoint folder
+    /// Checkpoint folder or GGUF file
     dir: PathBuf,
     /// Print {"ok","findings":[...]}
     #[arg(long)]
@@ -24,7 +25,7 @@ pub fn run(args: &Args) -> Outcome {
         #[derive(Serialize)]
         struct Report<'a> {
             ok: bool,
-            findings: &'a [awqua::checkpoint::Finding],
+            findings: &'a [awqua::model::Finding],
         }
         output::json(&Report { ok, findings: &findings })?;
     } else {

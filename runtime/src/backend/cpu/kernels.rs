@@ -156,13 +156,20 @@ mod tests {
             for (k, group_size) in
                 [(32, 32), (64, 32), (64, 64), (576, 64), (128, 128), (344, 344), (1536, 128), (8, 8), (72, 24)]
             {
-                for offset in [Offset::Zero, Offset::Bias] {
+                for offset in [
+                    Offset::Zero,
+                    Offset::Bias,
+                    Offset::RoundedBias,
+                    Offset::ZeroBf16,
+                    Offset::BiasBf16,
+                    Offset::RoundedBiasBf16,
+                ] {
                     let words: Vec<u32> = (0..k / 8).map(|_| random(&mut seed)).collect();
                     let params: Vec<u32> = (0..k / group_size)
                         .map(|_| {
                             let s = half::f16::from_f32(random(&mut seed) as f32 / 4e9 * 0.1);
                             let o = half::f16::from_f32(
-                                (random(&mut seed) % 16) as f32 * if offset == Offset::Zero { 1.0 } else { -0.01 },
+                                (random(&mut seed) % 16) as f32 * if offset.is_bias() { -0.01 } else { 1.0 },
                             );
                             u32::from(s.to_bits()) | u32::from(o.to_bits()) << 16
                         })

@@ -79,9 +79,8 @@ pub(super) fn matmul(
     stride: usize,
 ) -> Result<()> {
     let (n, k) = match weight {
-        Weight::W4(m) => (m.n, m.k),
-        Weight::Dense(m) => (m.n, m.k),
-        Weight::Vector(_) => return Err(super::mismatch("a matrix")),
+        Weight::Vector(_) | Weight::Order(_) => return Err(super::mismatch("a matrix")),
+        matrix => matrix.dims(),
     };
     if x.len() != n_tokens * k {
         return Err(super::mismatch(&format!("a matrix of {} input features, not {k}", x.len() / n_tokens.max(1))));
@@ -146,20 +145,12 @@ fn block_sums<'a>(
 
 /// Rows of a matrix.
 pub(super) fn rows_of(weight: &Weight) -> usize {
-    match weight {
-        Weight::W4(m) => m.n,
-        Weight::Dense(m) => m.n,
-        Weight::Vector(_) => 1,
-    }
+    weight.dims().0
 }
 
 /// Input features of a matrix.
 fn columns_of(weight: &Weight) -> usize {
-    match weight {
-        Weight::W4(m) => m.k,
-        Weight::Dense(m) => m.k,
-        Weight::Vector(v) => v.len(),
-    }
+    weight.dims().1
 }
 
 /// Rows of activations that go through one expert.
@@ -214,8 +205,10 @@ pub(super) fn experts(
     Ok(())
 }
 
-/// Expands `out.len()` columns of row `n` from column `k0` on.
-fn expand(kernels: &dyn Kernels, weight: &Weight, n: usize, k0: usize, out: &mut [f32]) {
+/// Expands `out.len()` columns of row `n` from column `k0` on, a multiple of [`K_TILE`].
+///
+/// The forms with a fast expansion of their own are [`Kernels`]' business; the others expand themselves.
+pub(super) fn expand(kernels: &dyn Kernels, weight: &Weight, n: usize, k0: usize, out: &mut [f32]) {
     match weight {
         Weight::W4(m) => {
             let words = &m.qweight[n * m.k / 8..][..m.k / 8];
@@ -251,7 +244,9 @@ fn expand(kernels: &dyn Kernels, weight: &Weight, n: usize, k0: usize, out: &mut
             let row = &m.bytes[n * m.row_bytes()..][..m.row_bytes()];
             widen(kernels, m.dtype, &row[k0 * size..][..out.len() * size], out);
         }
-        Weight::Vector(_) => out.fill(0.0),
+        Weight::Packed(m) => m.expand(n, k0, out),
+        Weight::Blocks(m) => m.expand(n, k0, out),
+        Weight::Vector(_) | Weight::Order(_) => out.fill(0.0),
     }
 }
 

@@ -10,7 +10,7 @@ use super::{
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::session::sampler::{self, SampleRequest};
-use crate::tensor::{Bytes, Weight, WeightShape};
+use crate::tensor::{BlockMatrix, Bytes, DenseMatrix, Weight, WeightShape};
 use kernels::Kernels;
 use pool::Pool;
 
@@ -173,8 +173,8 @@ impl Backend for Cpu {
 enum Partial {
     Nothing,
     Whole(Weight),
-    /// Rows of a dense matrix, copied.
-    Dense(usize, Vec<u8>),
+    /// Rows of a dense matrix or of blocks, copied.
+    Bytes(usize, Vec<u8>),
 }
 
 impl Partial {
@@ -182,7 +182,7 @@ impl Partial {
         match self {
             Self::Nothing => 0,
             Self::Whole(weight) => weight.shape().rows(),
-            Self::Dense(rows, _) => *rows,
+            Self::Bytes(rows, _) => *rows,
         }
     }
 
@@ -195,12 +195,15 @@ impl Partial {
         let bytes = usize::try_from(shape.bytes(shape.rows())).ok();
         match (&mut *self, rows) {
             (Self::Nothing, rows) if count == shape.rows() => *self = Self::Whole(rows),
-            (Self::Nothing, Weight::Dense(rows)) => {
+            (
+                Self::Nothing,
+                Weight::Dense(DenseMatrix { bytes: rows, .. }) | Weight::Blocks(BlockMatrix { bytes: rows, .. }),
+            ) => {
                 let mut all = Vec::new();
                 let bytes = fitting(bytes, "a weight")?;
                 all.try_reserve_exact(bytes).map_err(|_| out_of_memory("a weight", bytes))?;
-                all.extend_from_slice(&rows.bytes);
-                *self = Self::Dense(count, all);
+                all.extend_from_slice(&rows);
+                *self = Self::Bytes(count, all);
             }
             (Self::Nothing, mut rows) => {
                 let bytes = fitting(bytes, "a weight")?;
@@ -210,18 +213,23 @@ impl Partial {
                         .qweight
                         .try_reserve_exact(more * (m.k / 8))
                         .and_then(|()| m.group_params.try_reserve_exact(more * (m.k / m.group_size))),
+                    Weight::Packed(m) => m.reserve(more),
                     Weight::Vector(v) => v.try_reserve_exact(more),
-                    Weight::Dense(_) => Ok(()),
+                    Weight::Order(v) => v.try_reserve_exact(more),
+                    Weight::Dense(_) | Weight::Blocks(_) => Ok(()),
                 };
                 reserved.map_err(|_| out_of_memory("a weight", bytes))?;
                 *self = Self::Whole(rows);
             }
             (Self::Whole(all), rows) => all.append(rows)?,
-            (Self::Dense(n, all), Weight::Dense(rows)) => {
-                all.extend_from_slice(&rows.bytes);
+            (
+                Self::Bytes(n, all),
+                Weight::Dense(DenseMatrix { bytes: rows, .. }) | Weight::Blocks(BlockMatrix { bytes: rows, .. }),
+            ) => {
+                all.extend_from_slice(&rows);
                 *n += count;
             }
-            (Self::Dense(..), _) => return Err(mismatch("a dense matrix")),
+            (Self::Bytes(..), _) => return Err(mismatch("a matrix of bytes")),
         }
         Ok(())
     }
@@ -229,8 +237,11 @@ impl Partial {
     fn finish(&mut self, shape: &WeightShape) -> Result<Weight> {
         match (std::mem::replace(self, Self::Nothing), *shape) {
             (Self::Whole(weight), _) => Ok(weight),
-            (Self::Dense(_, bytes), WeightShape::Dense { n, k, dtype }) => {
-                crate::tensor::DenseMatrix::new(n, k, dtype, Bytes::owned(bytes)).map(Weight::Dense)
+            (Self::Bytes(_, bytes), WeightShape::Dense { n, k, dtype }) => {
+                DenseMatrix::new(n, k, dtype, Bytes::owned(bytes)).map(Weight::Dense)
+            }
+            (Self::Bytes(_, bytes), WeightShape::Blocks { n, k, ggml_type }) => {
+                BlockMatrix::new(n, k, ggml_type, Bytes::owned(bytes)).map(Weight::Blocks)
             }
             _ => Err(mismatch("a whole weight")),
         }
@@ -423,13 +434,10 @@ impl CpuRunner {
                 (matmul::blocks(n), self.width(x) * 3 * pairs * kernels::TILE, 2)
             }
             Op::Scale { x, rows, .. } => (count(rows), self.width(x), 1),
+            Op::Arrange { out, rows, .. } => (count(rows), self.width(out), 0),
             Op::RopeAppend { qkv, .. } => (n_tokens, self.width(qkv), 0),
             Op::Linear { x, weight, rows, .. } => {
-                let n = match &weights[weight.0 as usize] {
-                    Weight::W4(m) => m.n,
-                    Weight::Dense(m) => m.n,
-                    Weight::Vector(_) => 1,
-                };
+                let (n, _) = weights[weight.0 as usize].dims();
                 // Expanding a weight costs about as much as multiplying it twice.
                 let rows = count(rows);
                 (if rows == 0 { 0 } else { matmul::blocks(n) }, self.width(x) * (rows + 2) * kernels::TILE, 2)
@@ -578,17 +586,23 @@ impl CpuRunner {
                 }
                 Ok(())
             }
+            Op::Arrange { x, order, factors, out, rows } => {
+                let first = self.rows(rows).start;
+                let [order, factors] = [order, factors].map(|id| id.map(|id| &weights[id.0 as usize]));
+                self.arrange(x, order, factors, out, first, part)
+            }
         }
     }
 
     fn embed(&mut self, table: &Weight, out: BufferId, scale: f32, part: std::ops::Range<usize>) -> Result<()> {
         let width = self.width(out);
         let backend = Arc::clone(&self.backend);
-        let Weight::Dense(table) = table else { return Err(mismatch("a dense matrix")) };
+        if table.dims().1 != width {
+            return Err(mismatch("a table of this width"));
+        }
         let rows = self.buffers[out.0 as usize].chunks_exact_mut(width).skip(part.start);
         for (&token, out) in self.cursor.tokens[part].iter().zip(rows) {
-            let row = &table.bytes[token as usize * table.row_bytes()..][..table.row_bytes()];
-            matmul::widen(&*backend.kernels, table.dtype, row, out);
+            matmul::expand(&*backend.kernels, table, token as usize, 0, out);
             if scale != 1.0 {
                 out.iter_mut().for_each(|v| *v *= scale);
             }
@@ -739,6 +753,44 @@ impl CpuRunner {
         );
         self.buffers[out.buffer.0 as usize] = output;
         result
+    }
+
+    fn arrange(
+        &mut self,
+        x: BufferId,
+        order: Option<&Weight>,
+        factors: Option<&Weight>,
+        out: BufferId,
+        first: usize,
+        part: std::ops::Range<usize>,
+    ) -> Result<()> {
+        let (x_width, width) = (self.width(x), self.width(out));
+        let order = match order {
+            None => None,
+            Some(Weight::Order(order)) if order.len() == width && order.iter().all(|&i| (i as usize) < x_width) => {
+                Some(order)
+            }
+            Some(_) => return Err(mismatch("an order of the input columns")),
+        };
+        let factors = match factors {
+            None => None,
+            Some(Weight::Vector(factors)) if factors.len() == width => Some(factors),
+            Some(_) => return Err(mismatch("a factor for every column")),
+        };
+        let mut output = std::mem::take(&mut self.buffers[out.0 as usize]);
+        for to in part {
+            let x = &self.buffers[x.0 as usize][(first + to) * x_width..][..x_width];
+            let out = &mut output[to * width..][..width];
+            match order {
+                Some(order) => out.iter_mut().zip(order).for_each(|(out, &i)| *out = x[i as usize]),
+                None => out.copy_from_slice(&x[..width]),
+            }
+            if let Some(factors) = factors {
+                out.iter_mut().zip(factors).for_each(|(out, factor)| *out *= factor);
+            }
+        }
+        self.buffers[out.0 as usize] = output;
+        Ok(())
     }
 
     fn glu(&mut self, x: BufferId, out: BufferId, activation: Activation, part: std::ops::Range<usize>) {

@@ -6,7 +6,7 @@
 use std::arch::x86_64::*;
 
 use super::kernels::{Kernels, Portable, TILE};
-use crate::tensor::Offset;
+use crate::tensor::{DenseType, Offset};
 
 /// AVX2 with FMA and F16C.
 pub(super) struct Avx2(());
@@ -171,13 +171,24 @@ fn table_avx2(params: u32, offset: Offset) -> (__m256, __m256) {
     let both = _mm_cvtph_ps(_mm_cvtsi32_si128(params as i32));
     let scale = _mm256_broadcastss_ps(both);
     let o = _mm256_broadcastss_ps(_mm_movehdup_ps(both));
-    let round = |w: __m256| _mm256_cvtph_ps(_mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(w));
+    let bf16 = offset.rounding() == DenseType::BF16;
+    let round = |w: __m256| {
+        if !bf16 {
+            return _mm256_cvtph_ps(_mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(w));
+        }
+        // To nearest, ties to even: add half of the last place kept, less one if that is even. Weights are finite.
+        let bits = _mm256_castps_si256(w);
+        let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+        let sum = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+        _mm256_castsi256_ps(_mm256_and_si256(sum, _mm256_set1_epi32(-0x1_0000)))
+    };
     let half = |base: f32| {
         let q = _mm256_add_ps(_mm256_set1_ps(base), _mm256_setr_ps(0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0));
         // Multiply and add stay apart: a fused one would round differently from the definition.
         round(match offset {
-            Offset::Zero => _mm256_mul_ps(_mm256_sub_ps(q, o), scale),
-            Offset::Bias => _mm256_add_ps(_mm256_mul_ps(q, scale), o),
+            Offset::Zero | Offset::ZeroBf16 => _mm256_mul_ps(_mm256_sub_ps(q, o), scale),
+            Offset::Bias | Offset::BiasBf16 => _mm256_add_ps(_mm256_mul_ps(q, scale), o),
+            Offset::RoundedBias | Offset::RoundedBiasBf16 => _mm256_add_ps(round(_mm256_mul_ps(q, scale)), o),
         })
     };
     (half(0.0), half(8.0))

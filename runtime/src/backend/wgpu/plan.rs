@@ -4,8 +4,8 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use awqua_shaders::{
-    Cost, Dense, FLAG_ACCUMULATE, FLAG_BIAS, FLAG_CENTER, FLAG_SEGMENTS, Kernel, Kv, RowMode, Step, Variant, embed,
-    glu, head_norm, norm, rope_append, scale, uniform_bytes,
+    Cost, Dense, FLAG_ACCUMULATE, FLAG_BIAS, FLAG_CENTER, FLAG_FACTORS, FLAG_ORDER, FLAG_SEGMENTS, Kernel, Kv, Packed,
+    RowMode, Step, Variant, arrange, embed, embed_packed, glu, head_norm, norm, rope_append, scale, uniform_bytes,
 };
 use bytemuck::Pod;
 use wgpu::BufferUsages;
@@ -19,7 +19,7 @@ mod stage;
 use super::WgpuBackend;
 use super::memory::Memory;
 use super::pipelines::Pipeline;
-use super::weights::{GpuDense, GpuWeight};
+use super::weights::GpuWeight;
 use crate::backend::{Activation, BufferId, KvType, NormKind, Op, Program, Rows, RunnerConfig, Span, WeightId};
 use crate::error::{Error, ErrorKind, Result};
 use crate::tensor::DenseType;
@@ -241,6 +241,7 @@ impl<'a> Planner<'a> {
             Op::Linear { x, weight, bias, out, accumulate, rows } => {
                 self.linear(&Linear { x, weight, bias, out, accumulate, rows: row_mode(rows) }, ready, rest)
             }
+            Op::Arrange { x, order, factors, out, rows } => self.arrange(x, order, factors, out, row_mode(rows)),
             Op::RopeAppend { qkv, layer, rope } => self.rope_append(qkv, layer, rope),
             Op::Attention { qkv, out, layer, scale, softcap, window } => {
                 self.attention(qkv, out, layer, (scale, softcap), window, rest)
@@ -271,29 +272,121 @@ impl<'a> Planner<'a> {
     }
 
     fn embed(&mut self, table: WeightId, out: BufferId, scale: f32) -> Result<DraftOp> {
-        let table = self.dense(table)?;
-        let width = table.k;
+        let weight = self.backend.weight(table)?;
+        let Some((_, width)) = weight.dims() else { return Err(unsupported("an embedding table has to be a matrix")) };
         self.fits(out.into(), width)?;
         let mut dispatches = Vec::new();
-        for part in &table.parts {
-            let params = embed::Params {
-                width,
-                row_words: table.row_words,
-                first_row: part.first_row,
-                n_rows: part.rows,
-                out_stride: self.stride(out),
-                scale,
-                ..Default::default()
-            };
-            let storage = vec![self.memory.tokens.clone(), part.words.clone(), self.buffer(out)];
-            let launch = move |step: &Step| Launch {
-                grid: embed::grid(&params, step.n_tokens),
-                cost: embed::cost(&params, step.n_tokens),
-            };
-            let variant = Variant { dense: dense(table.dtype), ..self.variant() };
-            dispatches.push(self.draft(&embed::KERNEL, variant, &params, storage, launch)?);
+        match weight {
+            GpuWeight::Dense(table) => {
+                for part in &table.parts {
+                    let params = embed::Params {
+                        width,
+                        row_words: table.row_words,
+                        first_row: part.first_row,
+                        n_rows: part.rows,
+                        out_stride: self.stride(out),
+                        scale,
+                        ..Default::default()
+                    };
+                    let storage = vec![self.memory.tokens.clone(), part.words.clone(), self.buffer(out)];
+                    let launch = move |step: &Step| Launch {
+                        grid: embed::grid(&params, step.n_tokens),
+                        cost: embed::cost(&params, step.n_tokens),
+                    };
+                    let variant = Variant { dense: dense(table.dtype), ..self.variant() };
+                    dispatches.push(self.draft(&embed::KERNEL, variant, &params, storage, launch)?);
+                }
+            }
+            GpuWeight::W4(table) => {
+                for part in &table.parts {
+                    let params = embed_packed::Params {
+                        n: part.rows,
+                        k: width,
+                        row_words: table.chunks,
+                        group_size: table.group_size,
+                        groups: table.groups,
+                        first_row: part.first_row,
+                        out_stride: self.stride(out),
+                        flags: table.flags,
+                        scale,
+                        ..Default::default()
+                    };
+                    dispatches.push(self.embed_packed(Packed::W4, params, &part.qweight, &part.group_params, out)?);
+                }
+            }
+            GpuWeight::Packed(table) => {
+                for part in &table.parts {
+                    let params = embed_packed::Params {
+                        n: part.rows,
+                        k: width,
+                        row_words: table.row_words,
+                        group_size: table.group_size,
+                        groups: table.groups,
+                        first_row: part.first_row,
+                        out_stride: self.stride(out),
+                        flags: table.flags,
+                        scale,
+                        ..Default::default()
+                    };
+                    dispatches.push(self.embed_packed(table.packed, params, &part.codes, &part.group_params, out)?);
+                }
+            }
+            GpuWeight::Vector { .. } | GpuWeight::Order { .. } | GpuWeight::Expert { .. } => {}
         }
         Ok(DraftOp::always(RowMode::All, dispatches))
+    }
+
+    fn embed_packed(
+        &mut self,
+        packed: Packed,
+        params: embed_packed::Params,
+        codes: &wgpu::Buffer,
+        group_params: &wgpu::Buffer,
+        out: BufferId,
+    ) -> Result<Draft> {
+        let storage = vec![self.memory.tokens.clone(), codes.clone(), group_params.clone(), self.buffer(out)];
+        let launch = move |step: &Step| Launch {
+            grid: embed_packed::grid(&params, step.n_tokens),
+            cost: embed_packed::cost(&params, step.n_tokens),
+        };
+        self.draft(&embed_packed::KERNEL, Variant { packed, ..self.variant() }, &params, storage, launch)
+    }
+
+    fn arrange(
+        &mut self,
+        x: BufferId,
+        order: Option<WeightId>,
+        factors: Option<WeightId>,
+        out: BufferId,
+        rows: RowMode,
+    ) -> Result<DraftOp> {
+        let width = self.width(out)?;
+        self.fits(x.into(), width)?;
+        let flag = |condition: bool, flag: u32| if condition { flag } else { 0 };
+        let params = arrange::Params {
+            width,
+            x_stride: self.stride(x),
+            out_stride: self.stride(out),
+            flags: flag(order.is_some(), FLAG_ORDER) | flag(factors.is_some(), FLAG_FACTORS),
+            row_mode: rows as u32,
+            ..Default::default()
+        };
+        let order = match order.map(|order| self.backend.weight(order)).transpose()? {
+            None => self.memory.dummy.clone(),
+            Some(GpuWeight::Order { len, buffer }) if *len == width => buffer.clone(),
+            Some(_) => return Err(unsupported("an order of other columns")),
+        };
+        let factors = match factors {
+            None => self.memory.dummy.clone(),
+            Some(factors) => self.vector(factors, width)?,
+        };
+        let storage = vec![self.buffer(x), order, factors, self.buffer(out)];
+        let launch = move |step: &Step| Launch {
+            grid: arrange::grid(&params, rows.count(step)),
+            cost: arrange::cost(&params, rows.count(step)),
+        };
+        let draft = self.draft(&arrange::KERNEL, self.variant(), &params, storage, launch)?;
+        Ok(DraftOp::always(rows, vec![draft]))
     }
 
     /// A norm from one buffer to another.
@@ -465,13 +558,6 @@ impl<'a> Planner<'a> {
                 Err(Error::new(ErrorKind::InvalidTensor, format!("expected a vector of {expected}, found {len}")))
             }
             _ => Err(unsupported("a norm weight or bias has to be a vector")),
-        }
-    }
-
-    fn dense(&self, id: WeightId) -> Result<&'a GpuDense> {
-        match self.backend.weight(id)? {
-            GpuWeight::Dense(matrix) => Ok(matrix),
-            _ => Err(unsupported("an embedding table has to be dense")),
         }
     }
 }

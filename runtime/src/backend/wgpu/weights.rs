@@ -3,12 +3,15 @@
 
 use std::ops::Range;
 
-use awqua_shaders::{FLAG_OFFSET_IS_BIAS, FLAG_SUMS, w4};
+use awqua_shaders::{FLAG_BF16, FLAG_OFFSET_IS_BIAS, FLAG_ROUND_PRODUCTS, FLAG_SUMS, FLAG_WIDE, Packed, w4};
 use wgpu::BufferUsages;
 
 use super::device::{Gpu, SLICE};
 use crate::error::{Error, ErrorKind, Result};
-use crate::tensor::{DenseMatrix, DenseType, Offset, W4Matrix, Weight, WeightShape};
+use crate::tensor::{
+    BlockMatrix, DenseMatrix, DenseType, GgmlType, Levels, LevelsForm, Offset, PackedMatrix, W4Matrix, Weight,
+    WeightShape,
+};
 
 /// A kernel loads four words of a dense row at once; rows are padded with zeros to multiples of this many bytes.
 const ROW_BYTES: usize = 16;
@@ -16,8 +19,13 @@ const ROW_BYTES: usize = 16;
 /// A weight the way kernels read it.
 pub(super) enum GpuWeight {
     W4(GpuW4),
+    Packed(GpuPacked),
     Dense(GpuDense),
     Vector {
+        len: u32,
+        buffer: wgpu::Buffer,
+    },
+    Order {
         len: u32,
         buffer: wgpu::Buffer,
     },
@@ -48,6 +56,30 @@ pub(super) struct W4Part {
     pub(super) group_params: wgpu::Buffer,
 }
 
+/// A packed matrix in the layout of [`Packed`], other than the 4-bit one.
+pub(super) struct GpuPacked {
+    pub(super) packed: Packed,
+    pub(super) n: u32,
+    pub(super) k: u32,
+    pub(super) row_words: u32,
+    pub(super) group_size: u32,
+    pub(super) groups: u32,
+    /// What its numbers are, as flags of the kernels.
+    pub(super) flags: u32,
+    /// Whether half precision holds its weights.
+    pub(super) is_half: bool,
+    pub(super) parts: Vec<PackedPart>,
+}
+
+/// Rows `first_row..first_row + rows` of a packed matrix.
+pub(super) struct PackedPart {
+    pub(super) first_row: u32,
+    pub(super) rows: u32,
+    pub(super) codes: wgpu::Buffer,
+    /// The table of a codebook, then the numbers of the rows.
+    pub(super) group_params: wgpu::Buffer,
+}
+
 /// A dense matrix: (n, k), rows of `row_words` words.
 pub(super) struct GpuDense {
     pub(super) n: u32,
@@ -67,6 +99,10 @@ pub(super) struct DensePart {
 /// Bytes that a weight takes on the device.
 pub(super) fn bytes(shape: &WeightShape) -> u64 {
     let size = |bytes: usize| super::device::buffer_size(bytes as u64);
+    if let Some(layout) = PackedLayout::of(shape) {
+        let (codes, numbers) = (layout.packed.code_words(layout.n, layout.k), layout.number_words(layout.n));
+        return size(codes.saturating_mul(4)).saturating_add(size(numbers.saturating_mul(4)));
+    }
     match *shape {
         WeightShape::W4 { n, k, group_size, .. } => {
             let shape = w4::Shape { n, k, group_size };
@@ -75,7 +111,73 @@ pub(super) fn bytes(shape: &WeightShape) -> u64 {
         WeightShape::Dense { n, k, dtype } => {
             size(n.saturating_mul((k.saturating_mul(dtype.size())).next_multiple_of(ROW_BYTES)))
         }
-        WeightShape::Vector { len } => size(len.saturating_mul(4)),
+        WeightShape::Packed { .. } | WeightShape::Blocks { .. } => 0,
+        WeightShape::Vector { len } | WeightShape::Order { len } => size(len.saturating_mul(4)),
+    }
+}
+
+/// How a packed matrix or one of blocks lies on the device.
+struct PackedLayout {
+    packed: Packed,
+    n: usize,
+    k: usize,
+    group_size: usize,
+    /// Words in front of the numbers.
+    table: usize,
+    /// Words of the numbers of a row.
+    row_numbers: usize,
+    flags: u32,
+    is_half: bool,
+}
+
+impl PackedLayout {
+    /// `None` for forms that lie otherwise, and for widths without a kernel.
+    fn of(shape: &WeightShape) -> Option<Self> {
+        let flag = |condition: bool, flag: u32| if condition { flag } else { 0 };
+        let affine = |offset: Offset, rounding: DenseType| {
+            let bf16 = rounding == DenseType::BF16;
+            flag(offset.is_bias(), FLAG_OFFSET_IS_BIAS)
+                | flag(bf16, FLAG_BF16)
+                | flag(bf16 && offset.rounds_products(), FLAG_ROUND_PRODUCTS)
+        };
+        match *shape {
+            // Sums of codes can not be rounded as these weights are, and that would be seen in logits.
+            WeightShape::W4 { n, k, group_size, offset: offset @ Offset::RoundedBiasBf16 } => {
+                let flags = affine(offset, DenseType::BF16);
+                let row_numbers = k / group_size;
+                Some(Self { packed: Packed::Affine4, n, k, group_size, table: 0, row_numbers, flags, is_half: true })
+            }
+            WeightShape::Packed { n, k, bits, group_size, levels, rounding } => {
+                let groups = k.div_ceil(group_size);
+                let (packed, table, row_numbers, flags) = match levels {
+                    LevelsForm::Affine(offset) => (Packed::affine(bits)?, 0, groups, affine(offset, rounding)),
+                    LevelsForm::AffineWide(offset) => {
+                        (Packed::affine(bits)?, 0, 2 * groups, affine(offset, rounding) | FLAG_WIDE)
+                    }
+                    LevelsForm::Codebook => {
+                        (Packed::Codebook, 16, groups, flag(rounding == DenseType::BF16, FLAG_BF16))
+                    }
+                };
+                let is_half = rounding == DenseType::F16 || matches!(levels, LevelsForm::Affine(_));
+                Some(Self { packed, n, k, group_size, table, row_numbers, flags, is_half })
+            }
+            WeightShape::Blocks { n, k, ggml_type } => {
+                let packed = match ggml_type {
+                    GgmlType::Q4K => Packed::Q4K,
+                    GgmlType::Q5K => Packed::Q5K,
+                    GgmlType::Q6K => Packed::Q6K,
+                    _ => return None,
+                };
+                // Subnormal weights of half precision lose bits that hardly count.
+                Some(Self { packed, n, k, group_size: k, table: 0, row_numbers: 0, flags: 0, is_half: true })
+            }
+            _ => None,
+        }
+    }
+
+    /// Words of the numbers of `rows` rows, the table included; something to bind where there are none.
+    fn number_words(&self, rows: usize) -> usize {
+        (self.table + rows * self.row_numbers).max(4)
     }
 }
 
@@ -85,6 +187,9 @@ impl GpuWeight {
     /// # Errors
     /// [`ErrorKind::OutOfMemory`], [`ErrorKind::Unsupported`] for shapes beyond 32 bits, or a device error.
     pub(super) fn reserve(gpu: &Gpu, name: &str, shape: &WeightShape) -> Result<Self> {
+        if let Some(layout) = PackedLayout::of(shape) {
+            return GpuPacked::reserve(gpu, name, &layout).map(Self::Packed);
+        }
         let unit = if matches!(shape, WeightShape::W4 { .. }) { w4::TILE_N } else { 1 };
         Self::reserve_units(gpu, name, shape, unit)
     }
@@ -123,10 +228,7 @@ impl GpuWeight {
                     group_size: dimension(group_size)?,
                     groups: dimension(shape.groups())?,
                     chunks: dimension(shape.chunks())?,
-                    flags: match offset {
-                        Offset::Bias => FLAG_OFFSET_IS_BIAS | FLAG_SUMS,
-                        Offset::Zero => 0,
-                    },
+                    flags: if offset.is_bias() { FLAG_OFFSET_IS_BIAS | FLAG_SUMS } else { 0 },
                     parts,
                 }))
             }
@@ -148,8 +250,15 @@ impl GpuWeight {
                     parts,
                 }))
             }
+            WeightShape::Packed { .. } | WeightShape::Blocks { .. } => {
+                let message = format!("no kernel for {shape:?}");
+                Err(Error::new(ErrorKind::Unsupported, message).in_tensor(name))
+            }
             WeightShape::Vector { len } => {
                 Ok(Self::Vector { len: dimension(len)?, buffer: weight_buffer(gpu, name, 4 * len)? })
+            }
+            WeightShape::Order { len } => {
+                Ok(Self::Order { len: dimension(len)?, buffer: weight_buffer(gpu, name, 4 * len)? })
             }
         }
     }
@@ -158,9 +267,20 @@ impl GpuWeight {
     pub(super) fn rows(&self) -> usize {
         match self {
             Self::W4(m) => m.n as usize,
+            Self::Packed(m) => m.n as usize,
             Self::Dense(m) => m.n as usize,
-            Self::Vector { len, .. } => *len as usize,
+            Self::Vector { len, .. } | Self::Order { len, .. } => *len as usize,
             Self::Expert { n, .. } => *n as usize,
+        }
+    }
+
+    /// Outputs and inputs, `None` for what is no matrix.
+    pub(super) fn dims(&self) -> Option<(u32, u32)> {
+        match self {
+            Self::W4(m) => Some((m.n, m.k)),
+            Self::Packed(m) => Some((m.n, m.k)),
+            Self::Dense(m) => Some((m.n, m.k)),
+            Self::Vector { .. } | Self::Order { .. } | Self::Expert { .. } => None,
         }
     }
 
@@ -177,7 +297,16 @@ impl GpuWeight {
             (Self::Dense(to), Weight::Dense(rows)) if rows.k == to.k as usize && rows.dtype == to.dtype => {
                 to.fill(gpu, first, rows)
             }
+            (Self::Packed(to), rows) if to.takes(&rows.shape()) => match rows {
+                Weight::Packed(rows) => to.fill(gpu, first, rows),
+                Weight::W4(rows) => to.fill_words(gpu, first, rows.n, &rows.qweight, &[], &rows.group_params),
+                Weight::Blocks(rows) => to.fill_blocks(gpu, first, rows),
+                _ => Err(other()),
+            },
             (Self::Vector { buffer, .. }, Weight::Vector(values)) => {
+                gpu.write(buffer, first as u64 * 4, bytemuck::cast_slice(values))
+            }
+            (Self::Order { buffer, .. }, Weight::Order(values)) => {
                 gpu.write(buffer, first as u64 * 4, bytemuck::cast_slice(values))
             }
             _ => Err(other()),
@@ -191,8 +320,12 @@ impl GpuWeight {
                 part.qweight.destroy();
                 part.group_params.destroy();
             }),
+            Self::Packed(m) => m.parts.iter().for_each(|part| {
+                part.codes.destroy();
+                part.group_params.destroy();
+            }),
             Self::Dense(m) => m.parts.iter().for_each(|part| part.words.destroy()),
-            Self::Vector { buffer, .. } => buffer.destroy(),
+            Self::Vector { buffer, .. } | Self::Order { buffer, .. } => buffer.destroy(),
             Self::Expert { .. } => {}
         }
     }
@@ -202,7 +335,7 @@ impl GpuW4 {
     fn fill(&mut self, gpu: &Gpu, first: usize, rows: &W4Matrix) -> Result<()> {
         let shape = w4::Shape { n: rows.n, k: rows.k, group_size: rows.group_size };
         let (columns, groups) = (rows.k / 8, rows.groups());
-        if rows.offset == Offset::Zero && !rows.group_params.iter().all(|params| is_code(*params)) {
+        if !rows.offset.is_bias() && !rows.group_params.iter().all(|params| is_code(*params)) {
             self.flags |= FLAG_SUMS;
         }
         for part in &self.parts {
@@ -226,6 +359,105 @@ impl GpuW4 {
     }
 }
 
+impl GpuPacked {
+    fn reserve(gpu: &Gpu, name: &str, layout: &PackedLayout) -> Result<Self> {
+        let PackedLayout { packed, n, k, .. } = *layout;
+        let row_words = packed.row_words(k);
+        // A word behind the last row, a table in front of the numbers.
+        let row_bytes = 4 * (row_words + 1).max(layout.row_numbers + layout.table);
+        let parts = split(gpu, name, n, row_bytes)?
+            .into_iter()
+            .map(|rows| {
+                Ok(PackedPart {
+                    first_row: dimension(rows.start)?,
+                    rows: dimension(rows.len())?,
+                    codes: weight_buffer(gpu, name, 4 * packed.code_words(rows.len(), k))?,
+                    group_params: weight_buffer(gpu, name, 4 * layout.number_words(rows.len()))?,
+                })
+            })
+            .collect::<Result<_>>()?;
+        Ok(Self {
+            packed,
+            n: dimension(n)?,
+            k: dimension(k)?,
+            row_words: dimension(row_words)?,
+            group_size: dimension(layout.group_size)?,
+            groups: dimension(k.div_ceil(layout.group_size))?,
+            flags: layout.flags,
+            is_half: layout.is_half,
+            parts,
+        })
+    }
+
+    /// Whether rows of this form lie as those of the matrix.
+    fn takes(&self, shape: &WeightShape) -> bool {
+        PackedLayout::of(shape).is_some_and(|layout| {
+            (layout.packed, layout.k, layout.group_size, layout.flags)
+                == (self.packed, self.k as usize, self.group_size as usize, self.flags)
+        })
+    }
+
+    fn fill(&self, gpu: &Gpu, first: usize, rows: &PackedMatrix) -> Result<()> {
+        let (table, numbers): (&[u32], &[u32]) = match &rows.levels {
+            Levels::Affine(_, params) => (&[], params),
+            Levels::AffineWide(_, params) => (&[], bytemuck::cast_slice(params)),
+            Levels::Codebook(table, absmax) => (bytemuck::cast_slice(table.as_slice()), bytemuck::cast_slice(absmax)),
+        };
+        self.fill_words(gpu, first, rows.n, &rows.codes, table, numbers)
+    }
+
+    /// Writes `n` rows of codes and numbers, and the table in front of the numbers of their parts.
+    fn fill_words(
+        &self,
+        gpu: &Gpu,
+        first: usize,
+        n: usize,
+        codes: &[u32],
+        table: &[u32],
+        numbers: &[u32],
+    ) -> Result<()> {
+        let (row_words, row_numbers) = (codes.len() / n, numbers.len() / n);
+        for (part, range, before) in self.pieces(first, n) {
+            let codes = &codes[range.start * row_words..range.end * row_words];
+            gpu.write(&part.codes, (4 * before * row_words) as u64, bytemuck::cast_slice(codes))?;
+            if !table.is_empty() {
+                gpu.write(&part.group_params, 0, bytemuck::cast_slice(table))?;
+            }
+            let numbers = &numbers[range.start * row_numbers..range.end * row_numbers];
+            let at = 4 * (table.len() + before * row_numbers) as u64;
+            gpu.write(&part.group_params, at, bytemuck::cast_slice(numbers))?;
+        }
+        Ok(())
+    }
+
+    fn fill_blocks(&self, gpu: &Gpu, first: usize, rows: &BlockMatrix) -> Result<()> {
+        let (row_bytes, row_words) = (rows.row_bytes(), self.packed.row_words(rows.k));
+        for (part, range, before) in self.pieces(first, rows.n) {
+            let mut at = 4 * (before * row_words) as u64;
+            let bytes = &rows.bytes[range.start * row_bytes..range.end * row_bytes];
+            // A bounded number of rows at a time.
+            for rows in bytes.chunks((SLICE / row_bytes).max(1) * row_bytes) {
+                let words = self.packed.block_words(rows);
+                gpu.write(&part.codes, at, bytemuck::cast_slice(&words))?;
+                at += 4 * words.len() as u64;
+            }
+        }
+        // The blocks are on the device now.
+        rows.bytes.release();
+        Ok(())
+    }
+
+    /// The parts that `n` rows from row `first` on belong to: the range of these rows, and how many rows of the part come
+    /// before.
+    fn pieces(&self, first: usize, n: usize) -> impl Iterator<Item = (&PackedPart, Range<usize>, usize)> {
+        self.parts.iter().filter_map(move |part| {
+            let (part_first, part_end) = (part.first_row as usize, (part.first_row + part.rows) as usize);
+            let (from, to) = (first.max(part_first), (first + n).min(part_end));
+            (from < to).then(|| (part, from - first..to - first, from - part_first))
+        })
+    }
+}
+
 impl GpuDense {
     fn fill(&self, gpu: &Gpu, first: usize, rows: &DenseMatrix) -> Result<()> {
         let row_bytes = rows.row_bytes();
@@ -246,8 +478,7 @@ impl GpuDense {
 pub(super) fn expert_rows(shape: &WeightShape) -> usize {
     match *shape {
         WeightShape::W4 { n, .. } => n.next_multiple_of(w4::TILE_N),
-        WeightShape::Dense { n, .. } => n,
-        WeightShape::Vector { len } => len,
+        _ => shape.rows(),
     }
 }
 

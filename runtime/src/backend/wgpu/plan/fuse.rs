@@ -265,6 +265,7 @@ pub(super) fn reads_before_write(ops: &[Op], buffer: BufferId) -> bool {
             Op::Attention { qkv, out, .. } => (Some(qkv), out),
             Op::Glu { x, out, .. } => (Some(x), out),
             Op::Scale { x, .. } => (Some(x), x),
+            Op::Arrange { x, out, .. } => (Some(x), out),
             Op::Route { logits, routes, .. } => (Some(logits), routes),
             Op::Experts { x, out, .. } => (Some(x), out.buffer),
             Op::Combine { x, out, .. } => (Some(x), out),

@@ -1,11 +1,11 @@
 //! Matrices: packed and dense, for few and for many rows.
 
 use awqua_shaders::{
-    FLAG_ACCUMULATE, FLAG_BIAS, FLAG_NORM, FLAG_STAGE, FLAG_STAGE_NORM, Groups, RowMode, Size, Step, Variant,
-    gemm_dense, gemm_w4, gemm_w4_coop, gemv_dense, gemv_w4, halve,
+    Elem, FLAG_ACCUMULATE, FLAG_BIAS, FLAG_NORM, FLAG_STAGE, FLAG_STAGE_NORM, Groups, RowMode, Size, Step, Variant,
+    gemm_dense, gemm_packed, gemm_w4, gemm_w4_coop, gemv_dense, gemv_packed, gemv_w4, halve,
 };
 
-use super::super::weights::{GpuDense, GpuW4, GpuWeight, W4Part};
+use super::super::weights::{GpuDense, GpuPacked, GpuW4, GpuWeight, W4Part};
 use super::stage::Target;
 use super::{Draft, DraftOp, Launch, Planner, dense, unsupported};
 use crate::backend::{BufferId, Op, Span, WeightId};
@@ -57,13 +57,8 @@ impl<'a> Planner<'a> {
             return Err(unsupported("a linear layer can not write to its input"));
         }
         let backend = self.backend;
-        let (n, k) = match backend.weight(op.weight)? {
-            GpuWeight::W4(w) => (w.n, w.k),
-            GpuWeight::Dense(w) => (w.n, w.k),
-            GpuWeight::Vector { .. } | GpuWeight::Expert { .. } => {
-                return Err(unsupported("a linear layer needs a matrix"));
-            }
-        };
+        let no_matrix = || unsupported("a linear layer needs a matrix");
+        let (n, k) = backend.weight(op.weight)?.dims().ok_or_else(no_matrix)?;
         self.fits(op.out, n)?;
         if self.width(op.x)? != k {
             let message = format!("expected {} input features, found {k}", self.width(op.x)?);
@@ -71,8 +66,9 @@ impl<'a> Planner<'a> {
         }
         match backend.weight(op.weight)? {
             GpuWeight::W4(matrix) => self.linear_w4(matrix, op, ready, rest),
+            GpuWeight::Packed(matrix) => self.linear_packed(matrix, op),
             GpuWeight::Dense(matrix) => self.linear_dense(matrix, op),
-            GpuWeight::Vector { .. } | GpuWeight::Expert { .. } => Err(unsupported("a linear layer needs a matrix")),
+            GpuWeight::Vector { .. } | GpuWeight::Order { .. } | GpuWeight::Expert { .. } => Err(no_matrix()),
         }
     }
 
@@ -231,6 +227,51 @@ impl<'a> Planner<'a> {
         );
         self.half_buffers.insert(chunks, made.clone());
         Ok(made)
+    }
+
+    fn linear_packed(&mut self, matrix: &GpuPacked, op: &Linear) -> Result<DraftOp> {
+        let rows = op.rows;
+        let bias = match op.bias {
+            Some(bias) => self.vector(bias, matrix.n)?,
+            None => self.memory.dummy.clone(),
+        };
+        let variant = Variant { packed: matrix.packed, ..self.variant() };
+        let elem = if matrix.is_half { variant.elem } else { Elem::F32 };
+        let (mut one_by_one, mut many) = (Vec::new(), Vec::new());
+        for part in &matrix.parts {
+            let params = gemv_packed::Params {
+                n: part.rows,
+                k: matrix.k,
+                row_words: matrix.row_words,
+                group_size: matrix.group_size,
+                groups: matrix.groups,
+                x_stride: self.stride(op.x),
+                out_stride: self.stride(op.out.buffer),
+                out_offset: op.out.offset + part.first_row,
+                bias_offset: part.first_row,
+                flags: op.flags() | matrix.flags,
+                row_mode: rows as u32,
+                ..Default::default()
+            };
+            let storage = vec![
+                self.buffer(op.x),
+                part.codes.clone(),
+                part.group_params.clone(),
+                bias.clone(),
+                self.buffer(op.out.buffer),
+            ];
+            let gemv = move |step: &Step| Launch {
+                grid: gemv_packed::grid(&params, rows.count(step)),
+                cost: gemv_packed::cost(&params, rows.count(step)),
+            };
+            let gemm = move |step: &Step| Launch {
+                grid: gemm_packed::grid(&params, rows.count(step)),
+                cost: gemm_packed::cost(&params, rows.count(step)),
+            };
+            one_by_one.push(self.draft(&gemv_packed::KERNEL, variant, &params, storage.clone(), gemv)?);
+            many.push(self.draft(&gemm_packed::KERNEL, Variant { elem, ..variant }, &params, storage, gemm)?);
+        }
+        Ok(DraftOp { rows, levels: vec![(gemv_rows(self.backend.gpu.summary.kind), one_by_one), (u32::MAX, many)] })
     }
 
     fn linear_dense(&mut self, matrix: &GpuDense, op: &Linear) -> Result<DraftOp> {
