@@ -1013,7 +1013,7 @@ typedef struct awqua_model_desc {
    */
   uint32_t struct_size;
   /**
-   * AWQUA_MODEL_* flags for `files`.
+   * AWQUA_MODEL_COPY_FILES, or 0.
    */
   uint32_t flags;
   /**

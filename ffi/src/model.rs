@@ -88,7 +88,7 @@ pub const AWQUA_MODEL_COPY_FILES: u32 = 1;
 pub struct awqua_model_desc {
     /// sizeof(awqua_model_desc).
     pub struct_size: u32,
-    /// AWQUA_MODEL_* flags for `files`.
+    /// AWQUA_MODEL_COPY_FILES, or 0.
     pub flags: u32,
     /// Folder of the checkpoint; with `files` or `io` what messages call it.
     pub path: awqua_str,

@@ -13,7 +13,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
-use crate::write::{DEFAULT_SHARD_BYTES, FolderWriter, TensorSpec};
+use crate::write::{DEFAULT_SHARD_BYTES, Elements, FolderWriter, TensorSpec, copy_tensor};
 
 /// Files that are copied beside the weights when the source has them.
 pub(crate) const COMPANIONS: [&str; 10] = [
@@ -329,7 +329,7 @@ impl Job<'_> {
             .filter(|tensor| !packed.contains(tensor.name.as_str()))
             .map(|tensor| TensorSpec {
                 name: tensor.name.clone(),
-                dtype: if self.converts(tensor.dtype) { Dtype::F16 } else { tensor.dtype },
+                dtype: self.elements().of(tensor.dtype),
                 shape: tensor.shape.clone(),
             })
             .collect();
@@ -380,33 +380,14 @@ impl Job<'_> {
             digest.update(bytes);
             out.write_all(bytes).map_err(|error| Error::new(ErrorKind::Io, error.to_string()))
         };
-        if self.converts(tensor.dtype) {
-            let dtype = tensor.dense_type()?;
-            let mut values = vec![0.0; 1 << 16];
-            let mut converted = Vec::with_capacity(2 << 16);
-            for bytes in tensor.bytes()?.chunks(dtype.size() << 16) {
-                let values = &mut values[..bytes.len() / dtype.size()];
-                dtype.widen(bytes, values);
-                converted.clear();
-                for &value in values.iter() {
-                    let narrow = f16::from_f32(value);
-                    if !narrow.is_finite() {
-                        return Err(tensor.error(format!("{value} does not fit half precision")));
-                    }
-                    converted.extend(narrow.to_le_bytes());
-                }
-                write(&converted)?;
-            }
-        } else {
-            write(&tensor.bytes()?)?;
-        }
-        tensor.release();
+        copy_tensor(tensor, self.elements(), &mut write)?;
         self.digests.insert(name.to_owned(), digest.finalize().into());
         Ok(())
     }
 
-    fn converts(&self, dtype: Dtype) -> bool {
-        self.rest == Rest::F16 && matches!(dtype, Dtype::BF16 | Dtype::F32)
+    /// How what is not packed is stored.
+    fn elements(&self) -> Elements {
+        if self.rest == Rest::F16 { Elements::Halves } else { Elements::Kept }
     }
 
     /// Compares the reopened checkpoint with the recorded hashes; returns the names that were not packed.

@@ -1,5 +1,5 @@
 //! Checkpoints of real shapes with random weights, for measuring speed and memory where no model of that size is at
-//! hand. They are complete AutoAWQ `gemm` checkpoints without a tokenizer; what they say means nothing.
+//! hand. They are complete checkpoints without a tokenizer; what they say means nothing.
 
 use std::path::Path;
 
@@ -57,6 +57,15 @@ impl Shape {
     };
 }
 
+/// How the linear modules of the decoder layers are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Weights {
+    /// 4-bit codes as AutoAWQ `gemm`.
+    AwqGemm,
+    /// Half precision, for quantizing.
+    F16,
+}
+
 /// Inputs that share a scale.
 const GROUP: usize = 128;
 /// Standard deviation of codes that are uniform in 0..=15, around the zero point of 8.
@@ -70,17 +79,18 @@ const CODE_DEVIATION: f32 = 4.64;
 pub fn synthesize(
     out: &Path,
     shape: &Shape,
+    weights: Weights,
     seed: u64,
     progress: &mut dyn FnMut(u64, u64) -> Result<()>,
 ) -> Result<()> {
     let writer = FolderWriter::create(out)?;
-    writer.write_json("config.json", &config(shape))?;
-    let tensors = tensors(shape);
+    writer.write_json("config.json", &config(shape, weights))?;
+    let tensors = tensors(shape, weights);
     let total = tensors.iter().map(TensorSpec::bytes).sum::<Result<u64>>()?;
     let mut done = 0;
     let mut random = Random(seed ^ 0x9e37_79b9_7f4a_7c15);
     writer.write_tensors(&tensors, DEFAULT_SHARD_BYTES, &mut |tensor, out| {
-        let fan_in = if tensor.name.ends_with("down_proj.scales") { shape.intermediate } else { shape.hidden };
+        let fan_in = if tensor.name.contains("down_proj") { shape.intermediate } else { shape.hidden };
         let kind = Kind::of(&tensor.name, fan_in);
         let mut left = tensor.bytes()? as usize;
         let mut block = vec![0_u8; 1 << 20];
@@ -97,8 +107,8 @@ pub fn synthesize(
     writer.finish()
 }
 
-fn config(shape: &Shape) -> serde_json::Value {
-    json!({
+fn config(shape: &Shape, weights: Weights) -> serde_json::Value {
+    let mut config = json!({
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_size": shape.hidden,
@@ -116,13 +126,16 @@ fn config(shape: &Shape) -> serde_json::Value {
         "torch_dtype": "float16",
         "eos_token_id": 2,
         "bos_token_id": 1,
-        "quantization_config": {
+    });
+    if weights == Weights::AwqGemm {
+        config["quantization_config"] = json!({
             "quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm", "zero_point": true
-        }
-    })
+        });
+    }
+    config
 }
 
-fn tensors(shape: &Shape) -> Vec<TensorSpec> {
+fn tensors(shape: &Shape, weights: Weights) -> Vec<TensorSpec> {
     let spec = |name: String, dtype, shape: &[usize]| TensorSpec { name, dtype, shape: shape.to_vec() };
     let mut all = vec![spec("model.embed_tokens.weight".into(), Dtype::F16, &[shape.vocab, shape.hidden])];
     let (q, kv) = (shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim);
@@ -140,6 +153,10 @@ fn tensors(shape: &Shape) -> Vec<TensorSpec> {
             ("mlp.up_proj", shape.hidden, shape.intermediate),
             ("mlp.down_proj", shape.intermediate, shape.hidden),
         ] {
+            if weights == Weights::F16 {
+                all.push(spec(name(&format!("{linear}.weight")), Dtype::F16, &[n, k]));
+                continue;
+            }
             all.push(spec(name(&format!("{linear}.qweight")), Dtype::I32, &[k, n / 8]));
             all.push(spec(name(&format!("{linear}.qzeros")), Dtype::I32, &[k / GROUP, n / 8]));
             all.push(spec(name(&format!("{linear}.scales")), Dtype::F16, &[k / GROUP, n]));
@@ -175,6 +192,7 @@ impl Kind {
             Some("qzeros") => Self::Zeros,
             Some("scales") => Self::Near(bits(1.0 / (CODE_DEVIATION * root))),
             _ if name.contains("norm") => Self::Near(bits(1.0)),
+            _ if name.contains("_proj") => Self::Spread(bits(1.0 / root)),
             _ if name.starts_with("lm_head") => Self::Spread(bits(2.0 / root)),
             _ => Self::Spread(bits(1.0)),
         }

@@ -6,8 +6,9 @@ use std::fs::{self, File};
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-use awqua::checkpoint::Dtype;
+use awqua::checkpoint::{Dtype, TensorView};
 use awqua::{Error, ErrorKind, Result};
+use half::f16;
 use serde_json::{Map, Value, json};
 
 /// Largest shard, bytes, as the Hugging Face libraries write by default.
@@ -57,20 +58,7 @@ impl FolderWriter {
     /// # Errors
     /// [`ErrorKind::InvalidInput`] if `out` is in use or not a folder's name, [`ErrorKind::Io`].
     pub fn create(out: &Path) -> Result<Self> {
-        let refuse = |message: &str| Error::new(ErrorKind::InvalidInput, message).in_file(out);
-        let name = out.file_name().ok_or_else(|| refuse("expected the name of a new folder"))?;
-        match fs::read_dir(out) {
-            Ok(mut entries) => {
-                if entries.next().is_some() {
-                    return Err(refuse("output folder is not empty"));
-                }
-            }
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-            Err(error) if error.kind() == std::io::ErrorKind::NotADirectory => {
-                return Err(refuse("output exists and is not a folder"));
-            }
-            Err(error) => return Err(Error::io(out, &error)),
-        }
+        let name = free_name(out)?;
         let parent = match out.parent() {
             Some(parent) if !parent.as_os_str().is_empty() => parent,
             _ => Path::new("."),
@@ -87,7 +75,22 @@ impl FolderWriter {
                 Err(error) => return Err(Error::io(&temporary, &error)),
             }
         }
-        Err(refuse("no free temporary name beside the output folder"))
+        Err(Error::new(ErrorKind::InvalidInput, "no free temporary name beside the output folder").in_file(out))
+    }
+
+    /// As [`FolderWriter::create`], built as `temporary`, which has to be on the same file system; what is there is
+    /// removed.
+    ///
+    /// # Errors
+    /// As [`FolderWriter::create`].
+    pub fn create_as(out: &Path, temporary: PathBuf) -> Result<Self> {
+        free_name(out)?;
+        match fs::remove_dir_all(&temporary) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(Error::io(&temporary, &error)),
+            _ => {}
+        }
+        fs::create_dir(&temporary).map_err(|error| Error::io(&temporary, &error))?;
+        Ok(Self { out: out.to_path_buf(), temporary, finished: false })
     }
 
     /// Where the files are until [`FolderWriter::finish`].
@@ -194,6 +197,85 @@ impl Drop for FolderWriter {
             let _ = fs::remove_dir_all(&self.temporary);
         }
     }
+}
+
+/// The last part of the name of the folder `out`, which does not exist or is empty.
+///
+/// # Errors
+/// [`ErrorKind::InvalidInput`] if it is in use or not a folder's name, [`ErrorKind::Io`].
+pub fn free_name(out: &Path) -> Result<&std::ffi::OsStr> {
+    let refuse = |message: &str| Error::new(ErrorKind::InvalidInput, message).in_file(out);
+    let name = out.file_name().ok_or_else(|| refuse("expected the name of a new folder"))?;
+    match fs::read_dir(out) {
+        Ok(mut entries) => match entries.next() {
+            Some(_) => Err(refuse("output folder is not empty")),
+            None => Ok(name),
+        },
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(name),
+        Err(error) if error.kind() == std::io::ErrorKind::NotADirectory => {
+            Err(refuse("output exists and is not a folder"))
+        }
+        Err(error) => Err(Error::io(out, &error)),
+    }
+}
+
+/// How a tensor's elements are stored in a copy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Elements {
+    /// As they are.
+    Kept,
+    /// bf16 and f32 as f16.
+    Halves,
+}
+
+impl Elements {
+    /// Element type of the copy.
+    pub fn of(self, dtype: Dtype) -> Dtype {
+        match (self, dtype) {
+            (Self::Halves, Dtype::BF16 | Dtype::F32) => Dtype::F16,
+            _ => dtype,
+        }
+    }
+}
+
+/// Calls `take` with the data of a copy of `tensor`, a piece at a time, and leaves no page of it in memory.
+///
+/// # Errors
+/// [`ErrorKind::InvalidTensor`] if a value does not fit half precision, those of reading and of `take`.
+pub(crate) fn copy_tensor(
+    tensor: &TensorView,
+    elements: Elements,
+    take: &mut dyn FnMut(&[u8]) -> Result<()>,
+) -> Result<()> {
+    const PIECE: usize = 1 << 18;
+    let mut bytes = vec![0; PIECE.min(tensor.byte_len())];
+    let convert = match elements.of(tensor.dtype) == tensor.dtype {
+        true => None,
+        false => Some(tensor.dense_type()?),
+    };
+    let mut values = vec![0.0; PIECE / 2];
+    let mut halves = Vec::new();
+    for at in (0..tensor.byte_len()).step_by(PIECE) {
+        let bytes = &mut bytes[..PIECE.min(tensor.byte_len() - at)];
+        tensor.extent().read(at, bytes).map_err(|error| error.in_tensor(&tensor.name))?;
+        let Some(dtype) = convert else {
+            take(bytes)?;
+            continue;
+        };
+        let values = &mut values[..bytes.len() / dtype.size()];
+        dtype.widen(bytes, values);
+        halves.clear();
+        for &value in values.iter() {
+            let half = f16::from_f32(value);
+            if !half.is_finite() {
+                return Err(tensor.error(format!("{value} does not fit half precision")));
+            }
+            halves.extend(half.to_le_bytes());
+        }
+        take(&halves)?;
+    }
+    tensor.release();
+    Ok(())
 }
 
 /// Cuts the tensors into runs of at most `limit` bytes; a larger tensor gets a run of its own.

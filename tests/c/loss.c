@@ -1,5 +1,5 @@
-/* A GPU that is lost in the middle of an answer: an event, nothing until the engine recovers, and then the same text:
- * loss MODEL. Prints "no GPU" and does nothing where there is none. */
+/* A GPU that is chosen by its UUID, and one that is lost in the middle of an answer: an event, nothing until the engine
+ * recovers, and then the same text: loss MODEL. Prints "no GPU" and does nothing where there is none. */
 #include "check.h"
 
 static const char PROMPT[] = "It was a fine morning, and Emma walked along the river to the old mill.";
@@ -11,6 +11,36 @@ static awqua_engine *gpu_engine(uint32_t flags) {
     desc.flags = flags;
     OK(awqua_engine_create(&desc, &engine));
     return engine;
+}
+
+/* An adapter by its UUID, in one way only, and none by a UUID that nobody has. */
+static void choices(const char *path) {
+    awqua_engine_desc desc = AWQUA_ENGINE_DESC_INIT;
+    awqua_device_info info = AWQUA_DEVICE_INFO_INIT;
+    awqua_engine *engine = NULL;
+    awqua_model *model;
+    awqua_model_info loaded = AWQUA_MODEL_INFO_INIT;
+    static const uint8_t unknown[16];
+    OK(awqua_device_get(0, &info));
+    if (memcmp(info.uuid, unknown, sizeof unknown) == 0) {
+        return;
+    }
+    memcpy(desc.device_uuid, info.uuid, sizeof info.uuid);
+    desc.device = AWQUA_CSTR("0");
+    EXPECT(AWQUA_ERR_INVALID_ARGUMENT, awqua_engine_create(&desc, &engine));
+    desc.device.len = 0;
+    OK(awqua_engine_create(&desc, &engine));
+    model = loaded_model(engine, path);
+    OK(awqua_model_get_info(model, &loaded));
+    CHECK(strcmp(loaded.backend, "wgpu") == 0 && strncmp(loaded.device, info.name, strlen(info.name)) == 0);
+    OK(awqua_model_free(model));
+    OK(awqua_engine_free(engine));
+    desc.device_uuid[0] ^= 0xff;
+    OK(awqua_engine_create(&desc, &engine));
+    model = new_model(engine, path);
+    EXPECT(AWQUA_ERR_NO_DEVICE, awqua_model_run(model));
+    OK(awqua_model_free(model));
+    OK(awqua_engine_free(engine));
 }
 
 static awqua_session *deterministic(const awqua_model *model) {
@@ -105,6 +135,7 @@ int main(int argc, char **argv) {
         puts("no GPU");
         return 0;
     }
+    choices(argv[1]);
     engine = gpu_engine(0);
     model = loaded_model(engine, argv[1]);
     session = deterministic(model);

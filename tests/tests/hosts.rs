@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use awqua_tests::generated::root;
-use awqua_tests::hosts::{library, model, run, scratch, skip, tool};
+use awqua_tests::hosts::{library, model, output, run, scratch, skip, tool};
 
 /// An installed copy of the library, made by the script that users run.
 fn prefix() -> PathBuf {
@@ -25,9 +25,9 @@ fn with_input(command: &mut Command, input: &str) -> String {
     use std::io::Write;
     let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::inherit()).spawn().unwrap();
     child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
-    let output = child.wait_with_output().unwrap();
-    assert!(output.status.success(), "{command:?} ended with {}", output.status);
-    String::from_utf8(output.stdout).unwrap()
+    let found = child.wait_with_output().unwrap();
+    assert!(found.status.success(), "{command:?} ended with {}", found.status);
+    String::from_utf8(found.stdout).unwrap()
 }
 
 /// CMake finds the installed package, shared and static, and builds the examples out of the tree; pkg-config names the
@@ -76,6 +76,31 @@ fn c_and_cpp_hosts_build_from_an_installed_prefix() {
     let answers = said.split(" frames, ").nth(1).and_then(|s| s.split(' ').next()).and_then(|n| n.parse::<u32>().ok());
     assert!(answers.is_some_and(|n| n > 0), "{said}");
     assert!(std::fs::metadata(picture).unwrap().len() > 100_000);
+}
+
+/// A Rust host that shares its device: what is measured on a software GPU means nothing, but all of it runs.
+#[test]
+fn frames_are_drawn_beside_answers() {
+    if !cfg!(feature = "wgpu") {
+        return;
+    }
+    let mut cargo = Command::new(env!("CARGO"));
+    cargo.current_dir(root()).args(["run", "--quiet", "-p", "awqua-frames"]);
+    if !cfg!(debug_assertions) {
+        cargo.arg("--release");
+    }
+    let folder = root().join("tests/fixtures/arch/llama-llama3rope-awq-gemm-g64");
+    let found = output(cargo.arg("--").arg(folder).args(["--frames", "3", "--prompt", "20"]));
+    let said = String::from_utf8_lossy(&found.stdout);
+    let error = String::from_utf8_lossy(&found.stderr);
+    if error.contains("no GPU adapter found") {
+        assert!(std::env::var_os("AWQUA_REQUIRE_GPU").is_none(), "AWQUA_REQUIRE_GPU is set");
+        return skip("there is no GPU adapter");
+    }
+    assert!(found.status.success(), "{error}");
+    for line in ["alone", "decode, budget", "prefill, budget", "decode, no budget", "prefill, no budget"] {
+        assert!(said.contains(line), "{said}");
+    }
 }
 
 #[test]

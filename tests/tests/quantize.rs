@@ -147,14 +147,16 @@ fn every_method_and_dialect_gives_a_checkpoint_that_loads_and_resembles_its_sour
 #[test]
 fn each_step_up_in_effort_loses_less() {
     let folder = Folder::new();
-    let mut losses = Vec::new();
-    for method in [Method::Rtn, Method::AwqGptq, Method::Learned, Method::Tuned] {
+    let loss = |method: Method| {
         let out = folder.path().join(method.name());
         run(&fixture("qwen3"), &out, &options(method, 3)).unwrap();
         // The calibration tokens themselves: what the methods minimise.
-        losses.push(evaluate(&fixture("qwen3"), &out, calibration().sequences[0].clone()).kl_mean);
-    }
+        evaluate(&fixture("qwen3"), &out, calibration().sequences[0].clone()).kl_mean
+    };
+    let losses = [Method::Rtn, Method::AwqGptq, Method::Learned, Method::Tuned].map(loss);
     assert!(losses.is_sorted_by(|a, b| a > b), "{losses:?}");
+    let corrected = loss(Method::Qep);
+    assert!(corrected < losses[1], "{corrected} against {losses:?}");
 }
 
 #[test]

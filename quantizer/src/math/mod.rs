@@ -122,6 +122,15 @@ impl<'a> View<'a> {
         }
     }
 
+    /// The first `n` rows.
+    ///
+    /// # Panics
+    /// If there are fewer.
+    #[must_use]
+    pub fn rows(self, n: usize) -> Self {
+        self.slice_rows(0, n)
+    }
+
     /// Rows `first..first + n`.
     fn slice_rows(self, first: usize, n: usize) -> Self {
         assert!(first + n <= self.rows);

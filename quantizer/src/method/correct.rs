@@ -71,5 +71,5 @@ pub(crate) fn corrected(
 
 /// The factor that corrections are solved with.
 pub(crate) fn factor(threads: Threads, moments: &Moments, options: Options) -> Option<Factor> {
-    Factor::new(threads, moments, gptq::Options { damp: options.damp, act_order: false })
+    Factor::new(threads, moments, gptq::Options { damp: options.damp, act_order: false, refit: false })
 }

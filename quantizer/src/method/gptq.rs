@@ -17,11 +17,14 @@ pub struct Options {
     pub damp: f32,
     /// Round columns with large inputs first. Groups stay those of the file, so no order has to be stored.
     pub act_order: bool,
+    /// Fit scales to the codes ([`super::refit`]).
+    #[serde(default)]
+    pub refit: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { damp: 0.01, act_order: true }
+        Self { damp: 0.01, act_order: true, refit: true }
     }
 }
 
@@ -165,8 +168,9 @@ pub fn round(
 
 #[cfg(test)]
 mod tests {
+    use super::super::refit::refit;
     use super::*;
-    use crate::grid::dequantize;
+    use crate::grid::{dequantize, half_scale};
     use crate::random::Random;
 
     /// Correlated inputs: 16 hidden causes and a little noise.
@@ -242,7 +246,7 @@ mod tests {
         moments.add(Threads::new(2), &x);
         let grid = Grid { bits: 3, group_size: Some(64), symmetric: false };
         let steps = grid.spans(&w, k);
-        let options = Options { damp: 0.01, act_order: false };
+        let options = Options { act_order: false, ..Options::default() };
         let factor = Factor::new(Threads::new(2), &moments, options).unwrap();
         let (codes, kept) = round(Threads::new(2), &w, grid, Some(steps.clone()), &factor);
         assert_eq!(kept, steps);
@@ -266,7 +270,8 @@ mod tests {
                 let plain = grid.round_to_nearest(Threads::new(1), &w, k, &steps);
                 let plain = error(&w, plain, &steps, grid, &x, k);
                 for (act_order, late) in [(false, false), (true, false), (false, true)] {
-                    let factor = Factor::new(Threads::new(1), &moments, Options { damp: 0.01, act_order }).unwrap();
+                    let factor =
+                        Factor::new(Threads::new(1), &moments, Options { act_order, ..Options::default() }).unwrap();
                     let given = (!late).then(|| steps.clone());
                     let (codes, found) = round(Threads::new(2), &w, grid, given.clone(), &factor);
                     assert_eq!((&codes, &found), (&round(Threads::new(1), &w, grid, given, &factor).0, &found));
@@ -274,6 +279,27 @@ mod tests {
                     assert!(found < 0.7 * plain, "{bits} {group_size:?} {act_order} {late}: {found} against {plain}");
                 }
             }
+        }
+    }
+
+    #[test]
+    fn scales_that_fit_their_codes_lose_less() {
+        let (n, k) = (24, 256);
+        let x = inputs(1000, k);
+        let w = Random::new(15).normals(n * k);
+        let mut moments = Moments::new(k, k);
+        moments.add(Threads::new(2), &x);
+        let factor = Factor::new(Threads::new(2), &moments, Options::default()).unwrap();
+        for (bits, group_size, symmetric) in [(2, Some(32), false), (2, None, false), (3, Some(64), true)] {
+            let grid = Grid { bits, group_size, symmetric };
+            let (codes, steps) = round(Threads::new(2), &w, grid, Some(grid.spans(&w, k)), &factor);
+            let before = error(&w, codes.clone(), &steps, grid, &x, k);
+            let fit = |threads| refit(threads, &w, grid, &codes, steps.clone(), &moments, factor.damp);
+            let fitted = fit(Threads::new(3));
+            assert_eq!(fitted, fit(Threads::new(1)));
+            assert!(fitted.iter().all(|step| step.scale > 0.0 && half_scale(step.scale) == step.scale));
+            let after = error(&w, codes, &fitted, grid, &x, k);
+            assert!(after < 0.95 * before, "{grid:?}: {after} against {before}");
         }
     }
 

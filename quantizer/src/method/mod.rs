@@ -13,6 +13,7 @@ pub mod correct;
 pub mod gptq;
 pub mod learn;
 mod moments;
+pub mod refit;
 pub mod scale;
 
 pub use moments::Moments;
@@ -62,8 +63,9 @@ pub enum Method {
     AwqGptq,
     /// `AwqGptq`, then learned rounding of the family of AutoRound (Cheng et al. 2023).
     Learned,
-    /// `AwqGptq` with weights corrected for what earlier rounding did to their inputs, then scales, norms and biases
-    /// trained end to end.
+    /// `AwqGptq` with weights corrected for what earlier rounding did to their inputs (QEP, Arai and Ichikawa 2025).
+    Qep,
+    /// `Qep`, then scales, norms and biases trained end to end.
     Tuned,
 }
 
@@ -80,14 +82,8 @@ impl Method {
             Self::Learned => {
                 Recipe { scale: true, clip: true, compensate, learn: Some(learn::Options::for_bits(bits)), ..none }
             }
-            Self::Tuned => Recipe {
-                scale: true,
-                clip: true,
-                compensate,
-                correct: Some(correct::Options::default()),
-                tune: Some(tune::Options::for_bits(bits)),
-                ..none
-            },
+            Self::Qep => Recipe { correct: Some(correct::Options::default()), ..Self::AwqGptq.recipe(bits) },
+            Self::Tuned => Recipe { tune: Some(tune::Options::for_bits(bits)), ..Self::Qep.recipe(bits) },
         }
     }
 
@@ -99,6 +95,7 @@ impl Method {
             Self::Gptq => "gptq",
             Self::AwqGptq => "awq-gptq",
             Self::Learned => "learned",
+            Self::Qep => "qep",
             Self::Tuned => "tuned",
         }
     }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use awqua::checkpoint::{Checkpoint, Dtype, TensorView};
+use awqua::checkpoint::Checkpoint;
 use awqua::quant::{self, AffineMatrix, InputTransform, Quantization};
 use awqua::{Error, ErrorKind, Result};
 use half::f16;
@@ -14,7 +14,7 @@ use crate::calibration::{Calibration, check};
 use crate::decoder::Slot;
 use crate::grid::Grid;
 use crate::rtn::COMPANIONS;
-use crate::write::{FolderWriter, TensorSpec};
+use crate::write::{Elements, FolderWriter, TensorSpec, copy_tensor};
 
 pub(super) fn assemble(
     plan: &Plan,
@@ -39,14 +39,14 @@ pub(super) fn assemble(
 
     let mut blocks = Blocks { state, held: None };
     writer.write_tensors(&specs, plan.options.shard_bytes, &mut |spec, out| {
-        let bytes = match blocks.packed(plan, &spec.name)? {
-            Some((matrix, suffix)) => plan.options.format.encode(matrix, plan.options.symmetric, suffix)?,
+        let mut write = |bytes: &[u8]| out.write_all(bytes).map_err(|error| Error::io(writer.dir(), &error));
+        match blocks.packed(plan, &spec.name)? {
+            Some((matrix, suffix)) => write(&plan.options.format.encode(matrix, plan.options.symmetric, suffix)?),
             None => match blocks.vector(&spec.name)? {
-                Some(values) => halves(&values, &spec.name)?,
-                None => dense_bytes(source.get(&spec.name)?)?,
+                Some(values) => write(&halves(&values, &spec.name)?),
+                None => copy_tensor(source.get(&spec.name)?, Elements::Halves, &mut write),
             },
-        };
-        out.write_all(&bytes).map_err(|error| Error::io(writer.dir(), &error))
+        }
     })?;
 
     let written = Checkpoint::open(writer.dir())?;
@@ -99,7 +99,7 @@ pub(super) fn layout(plan: &Plan) -> Layout {
                 dense.extend(module.map(|(name, _)| name.to_owned()));
                 specs.push(TensorSpec {
                     name: tensor.name.clone(),
-                    dtype: written_dtype(tensor.dtype),
+                    dtype: Elements::Halves.of(tensor.dtype),
                     shape: tensor.shape.clone(),
                 });
             }
@@ -145,10 +145,6 @@ impl Blocks<'_> {
     }
 }
 
-fn written_dtype(dtype: Dtype) -> Dtype {
-    if matches!(dtype, Dtype::BF16 | Dtype::F32) { Dtype::F16 } else { dtype }
-}
-
 /// The values in half precision, which has to hold them.
 fn halves(values: &[f32], name: &str) -> Result<Vec<u8>> {
     let mut bytes = Vec::with_capacity(2 * values.len());
@@ -160,15 +156,6 @@ fn halves(values: &[f32], name: &str) -> Result<Vec<u8>> {
         }
         bytes.extend(half.to_le_bytes());
     }
-    Ok(bytes)
-}
-
-fn dense_bytes(tensor: &TensorView) -> Result<Vec<u8>> {
-    let bytes = match tensor.dtype {
-        Dtype::BF16 | Dtype::F32 => halves(&tensor.to_f32()?, &tensor.name).map_err(|e| e.in_file(&tensor.file))?,
-        _ => tensor.extent().copy()?,
-    };
-    tensor.release();
     Ok(bytes)
 }
 
@@ -197,11 +184,18 @@ fn verify(plan: &Plan, written: &Checkpoint, blocks: &mut Blocks<'_>) -> Result<
             continue;
         }
         let found = written.require(&tensor.name, &tensor.shape)?;
-        let meant = match changed.get(&tensor.name) {
-            Some(values) => halves(values, &tensor.name)?,
-            None => dense_bytes(tensor)?,
+        let bytes = found.bytes()?;
+        let (mut at, mut same) = (0, true);
+        let mut compare = |meant: &[u8]| {
+            same &= bytes.get(at..at + meant.len()) == Some(meant);
+            at += meant.len();
+            Ok(())
         };
-        if *found.bytes()? != *meant {
+        match changed.get(&tensor.name) {
+            Some(values) => compare(&halves(values, &tensor.name)?)?,
+            None => copy_tensor(tensor, Elements::Halves, &mut compare)?,
+        }
+        if !same || at != bytes.len() {
             return Err(differs(written, &tensor.name));
         }
         found.release();

@@ -9,7 +9,7 @@ use crate::math::Threads;
 use crate::method::correct::{self, Cross};
 use crate::method::gptq::{self, Factor};
 use crate::method::scale::{self, Sample, SiteScale};
-use crate::method::{Moments, Recipe, clip, learn};
+use crate::method::{Moments, Recipe, clip, learn, refit};
 
 /// Most tokens that AWQ's scales are searched on; more tell it nothing new.
 const SCALE_TOKENS: usize = 1024;
@@ -331,6 +331,12 @@ impl Rounding<'_> {
         let (codes, steps) = match factor {
             Some(factor) => gptq::round(threads, &linear.weight, grid, Some(steps), factor),
             None => (grid.round_to_nearest(threads, &linear.weight, k, &steps), steps),
+        };
+        let steps = match (factor, moments, self.task.recipe.compensate) {
+            (Some(factor), Some(moments), Some(options)) if options.refit => {
+                refit::refit(threads, &linear.weight, grid, &codes, steps, moments, factor.damp)
+            }
+            _ => steps,
         };
         self.damp[slot as usize] = factor.map(|factor| factor.damp);
         let matrix = grid.matrix(n, k, codes, &steps);

@@ -266,7 +266,6 @@ pub fn quantize(
     let (decoder, recipe, seed) = (&plan.decoder, &plan.recipe, options.seed);
     let layers = decoder.config.num_hidden_layers;
     // Refuses an output that cannot be used before the work, not after it.
-    let writer = crate::write::FolderWriter::create(out)?;
     let state = state::State::open(out, &plan.fingerprint(calibration)?)?;
     let resumed = state.finished().min(layers);
     let total = layers + 1;
@@ -325,6 +324,7 @@ pub fn quantize(
     if identity(&plan.checkpoint)? != plan.identity {
         return Err(Error::new(ErrorKind::InvalidFile, "the source changed while it was read").in_file(source));
     }
+    let writer = state.writer(out)?;
     let (blocks, packed_bytes) = assemble::assemble(&plan, calibration, &state, writer)?;
     state.remove()?;
     progress(Progress { done: total, total })?;

@@ -17,6 +17,7 @@ use serde_json::{Value, json};
 use super::block::{BlockReport, Finished, SpreadHalves, Streams};
 use super::tune::TuneReport;
 use crate::decoder::{Block, Site, Slot};
+use crate::write::{FolderWriter, free_name};
 
 pub(super) struct State {
     dir: PathBuf,
@@ -36,8 +37,7 @@ pub(super) struct Stored {
 impl State {
     /// Opens or starts the folder of the run with this fingerprint.
     pub fn open(out: &Path, fingerprint: &str) -> Result<Self> {
-        let refuse = |message: &str| Error::new(ErrorKind::InvalidInput, message).in_file(out);
-        let name = out.file_name().ok_or_else(|| refuse("expected the name of a new folder"))?;
+        let name = free_name(out)?;
         let mut folder = std::ffi::OsString::from(".");
         folder.push(name);
         folder.push(".resume");
@@ -57,6 +57,12 @@ impl State {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(&self.dir, &e)),
             _ => Ok(()),
         }
+    }
+
+    /// Starts the output folder `out`. Until it gets its name it lies in this one, so that a run that was killed while
+    /// writing leaves nothing that the next one does not know of.
+    pub fn writer(&self, out: &Path) -> Result<FolderWriter> {
+        FolderWriter::create_as(out, self.dir.join("output"))
     }
 
     /// Blocks that are finished.

@@ -25,7 +25,7 @@ pub struct Args {
     #[arg(short, long, value_name = "DIR")]
     out: PathBuf,
     /// How codes are chosen
-    #[arg(long, value_enum, default_value_t = MethodArg::Awq)]
+    #[arg(long, value_enum, default_value_t = MethodArg::AwqGptq)]
     method: MethodArg,
     /// Bits of a code
     #[arg(long, value_name = "2|3|4|8", default_value_t = 4)]
@@ -51,7 +51,7 @@ pub struct Args {
     seed: u64,
     #[command(flatten)]
     compute: ComputeArgs,
-    /// JSON that replaces parts of the method (scale, clip, compensate, learn), for experiments
+    /// JSON that replaces the parts of the method, for experiments
     #[arg(long, value_name = "JSON", hide = true)]
     recipe: Option<String>,
     /// Print JSON
@@ -71,7 +71,9 @@ enum MethodArg {
     AwqGptq,
     /// awq-gptq, then rounding learned block by block; slow
     Learned,
-    /// awq-gptq corrected for earlier rounding, then scales and norms trained end to end; slow, best for 2 and 3 bits
+    /// awq-gptq with weights corrected for what earlier rounding did to their inputs; for 2 bits
+    Qep,
+    /// qep, then scales and norms trained end to end; very slow
     Tuned,
 }
 
@@ -260,6 +262,7 @@ pub fn run(args: &Args) -> Outcome {
         MethodArg::Gptq => Method::Gptq,
         MethodArg::AwqGptq => Method::AwqGptq,
         MethodArg::Learned => Method::Learned,
+        MethodArg::Qep => Method::Qep,
         MethodArg::Tuned => Method::Tuned,
     };
     let mut options = QuantizeOptions::new(method, args.bits);

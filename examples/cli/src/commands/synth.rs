@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use awqua_quantizer::synth::{Shape, synthesize};
+use awqua_quantizer::synth::{Shape, Weights, synthesize};
 
 use crate::output::{self, Outcome, Unit};
 
@@ -14,6 +14,9 @@ pub struct Args {
     /// Sizes
     #[arg(long, value_enum)]
     shape: Size,
+    /// How the weights are stored
+    #[arg(long, value_enum, default_value_t = WeightsArg::AwqGemm)]
+    weights: WeightsArg,
     /// Layers, if not those of the shape
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
     layers: Option<u32>,
@@ -35,6 +38,14 @@ enum Size {
     B8,
 }
 
+#[derive(clap::ValueEnum, Debug, Clone, Copy)]
+enum WeightsArg {
+    /// AutoAWQ `gemm`, 4 bits
+    AwqGemm,
+    /// Half precision, to quantize
+    F16,
+}
+
 pub fn run(args: &Args) -> Outcome {
     let mut shape = match args.shape {
         Size::B1 => Shape::B1,
@@ -42,8 +53,12 @@ pub fn run(args: &Args) -> Outcome {
         Size::B8 => Shape::B8,
     };
     shape.layers = args.layers.map_or(shape.layers, |layers| layers as usize);
+    let weights = match args.weights {
+        WeightsArg::AwqGemm => Weights::AwqGemm,
+        WeightsArg::F16 => Weights::F16,
+    };
     let bar = output::progress("writing", Unit::Bytes);
-    let result = synthesize(&args.out, &shape, args.seed, &mut |done, total| {
+    let result = synthesize(&args.out, &shape, weights, args.seed, &mut |done, total| {
         bar.set_length(total);
         bar.set_position(done);
         Ok(())
