@@ -43,6 +43,8 @@ pub mod attention_few;
 pub mod attention_reduce;
 pub mod catalogue;
 pub mod combine;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod embed;
 pub mod embed_packed;
 pub mod gate;

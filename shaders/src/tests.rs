@@ -159,6 +159,9 @@ fn every_shader_has_its_twin() {
     let mut stems: Vec<String> = Vec::new();
     for entry in std::fs::read_dir(source_folder()).expect("the source folder is readable") {
         let path = entry.expect("the source folder is readable").path();
+        if path.extension().is_some_and(|e| e == "cu") {
+            assert!(path.with_extension("rs").exists(), "{} has no twin", path.display());
+        }
         if path.extension().is_some_and(|e| e == "wgsl") {
             assert!(path.with_extension("rs").exists(), "{} has no twin", path.display());
             stems.push(path.file_stem().expect("a file has a stem").to_string_lossy().into_owned());

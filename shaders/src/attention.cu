@@ -1,0 +1,285 @@
+// out[t, h, :] = sum_j softmax_j(scale q[t, h] . k[j, h / group]) v[j] over the cached positions j that a token sees, for
+// few tokens: splits of the positions in blocks of their own, which the last one to end combines.
+//
+// Mapping: a block works on a head of keys, up to 16 heads of queries that share it, a token and a split; each of its
+// four warps takes 16 of every 64 positions through a ring of its own, and multiplies on the matrix units.
+// Traffic: keys and values once.
+#include "prelude/w4.cuh"
+
+struct AttentionArgs {
+    const u16* q;      // (tokens, q_stride) half precision
+    const Row* rows;   // (tokens)
+    u16* out;          // inputs of the next matrix
+    float* partial;    // (tokens, heads, splits, head_dim): sums of the splits
+    float* weights;    // (tokens, heads, splits, 2): largest score and sum of weights
+    u32* arrived;      // (tokens, blocks of heads) zeros, and zeros again afterwards
+    u32 q_stride;
+    u32 out_stride;    // elements in rows, chunks in tiles
+    u32 out_tiled;
+    u32 heads, kv_heads, layer;
+    u32 window;        // positions a token sees, 0 for all
+    float scale;       // times log2(e), or divided by the bound of scores
+    float cap;         // bound of scores times log2(e), 0 for none
+    u32 pad;
+};
+
+constexpr u32 ATTENTION_WARPS = 4;
+constexpr u32 BLOCK_POSITIONS = 64;
+constexpr u32 MANY_HEADS = 16;
+constexpr float LEAST = -1e30f;
+
+DEVICE constexpr u32 attention_depth(u32 head_dim) { return head_dim > 128 ? 2 : 3; }
+
+// Adds up `n` results get(i) of a head's quad, with their largest scores and sums of weights.
+template <class Get, class Weights>
+DEVICE F4 combine(Get get, Weights get_weights, u32 n, float& top, float& total) {
+    F4 sum = {0, 0, 0, 0};
+    top = LEAST;
+    for (u32 i = 0; i < n; i++) top = fmaxf(top, get_weights(i).x);
+    total = 0;
+    for (u32 i = 0; i < n; i++) {
+        const F2 w = get_weights(i);
+        const float factor = exp2_approx(w.x - top);
+        const F4 v = get(i);
+        total += w.y * factor;
+        sum = {sum.x + v.x * factor, sum.y + v.y * factor, sum.z + v.z * factor, sum.w + v.w * factor};
+    }
+    return sum;
+}
+
+template <u32 HEAD_DIM>
+DEVICE void attention(const AttentionArgs& args) {
+    constexpr u32 PITCH = HEAD_DIM + 8, BYTES = 16 * PITCH * 2, DEPTH = attention_depth(HEAD_DIM);
+    constexpr u32 UNITS = HEAD_DIM / 8;
+    wait_for_previous();
+    const u32 lane = lane_id(), warp = warp_id(), g = lane / 4, c = lane % 4;
+    const u32 group = args.heads / args.kv_heads, head_blocks = (group + MANY_HEADS - 1) / MANY_HEADS;
+    const u32 kv_head = blockIdx.y / head_blocks, in_group = blockIdx.y % head_blocks * MANY_HEADS;
+    const u32 first_head = kv_head * group + in_group, n_heads = min(group - in_group, MANY_HEADS);
+    const u32 token = blockIdx.z, splits = gridDim.x, split = blockIdx.x;
+    const Row place = args.rows[token];
+    const u32 last = place.position;
+    const u32 seen_from = args.window && last + 1 > args.window ? last + 1 - args.window : 0;
+    // Blocks of positions, and those of this split.
+    const u32 first_block = seen_from / BLOCK_POSITIONS;
+    const u32 blocks = last / BLOCK_POSITIONS + 1 - first_block, each = (blocks + splits - 1) / splits;
+    const u32 used = (blocks + each - 1) / each;
+    if (split >= used) return;
+    const u32 from = first_block + split * each, to = min(from + each, first_block + blocks);
+
+    const u64 line = (u64(args.layer) * 2 * args.kv_heads + kv_head) * place.context;
+    const u16* const keys = reinterpret_cast<const u16*>(place.cache) + line * HEAD_DIM;
+    const u16* const values = keys + u64(args.kv_heads) * place.context * HEAD_DIM;
+    u8* const memory = shared_memory();
+    u8* const ring = memory + warp * (DEPTH * 2 * BYTES);
+    auto copy_block = [&](u32 block) {
+        u16* const slot = reinterpret_cast<u16*>(ring + (block - from) % DEPTH * 2 * BYTES);
+        const u32 first = block * BLOCK_POSITIONS + warp * 16;
+        UNROLL for (u32 i = 0; i < UNITS / 2; i++) {
+            const u32 at = i * 32 + lane, row = at / UNITS, unit = at % UNITS, position = first + row;
+            const bool seen = position >= seen_from && position <= last;
+            const u32 offset = (seen ? position : last) * HEAD_DIM + unit * 8;
+            copy_async16(slot + row * PITCH + unit * 8, keys + offset, seen);
+            copy_async16(slot + BYTES / 2 + row * PITCH + unit * 8, values + offset, seen);
+        }
+    };
+    UNROLL for (u32 i = 0; i < DEPTH - 1; i++) {
+        if (from + i < to) copy_block(from + i);
+        copy_async_commit();
+    }
+
+    // Queries as the first operand: heads g and g + 8.
+    u32 q[HEAD_DIM / 16][4];
+    const u16* const my_q = args.q + u64(token) * args.q_stride + first_head * HEAD_DIM + 2 * c;
+    UNROLL for (u32 k = 0; k < HEAD_DIM / 16; k++) UNROLL for (u32 i = 0; i < 4; i++) {
+        const u32 head = g + i % 2 * 8;
+        const u32* const at = reinterpret_cast<const u32*>(my_q + head * HEAD_DIM + k * 16 + i / 2 * 8);
+        q[k][i] = head < n_heads ? load_fresh(at) : 0;
+    }
+
+    float sums[HEAD_DIM / 8][4] = {};
+    float largest[2] = {LEAST, LEAST}, weight[2] = {0, 0};
+    UNROLL_1 for (u32 block = from; block < to; block++) {
+        if (block + DEPTH - 1 < to) copy_block(block + DEPTH - 1);
+        copy_async_commit();
+        copy_async_wait<DEPTH - 1>();
+        warp_sync();
+        const u16* const k_rows = reinterpret_cast<const u16*>(ring + (block - from) % DEPTH * 2 * BYTES);
+        const u16* const v_rows = k_rows + BYTES / 2;
+        // Scores of heads g and g + 8 at positions 2 c, 2 c + 1 and those 8 further on.
+        float scores[2][4] = {};
+        UNROLL for (u32 k = 0; k < HEAD_DIM / 16; k++) {
+            u32 b[4];
+            load_matrices(b, k_rows + (lane / 16 * 8 + lane % 8) * PITCH + k * 16 + lane / 8 % 2 * 8);
+            mma(scores[0], q[k], b[0], b[1]);
+            mma(scores[1], q[k], b[2], b[3]);
+        }
+        const u32 first = block * BLOCK_POSITIONS + warp * 16;
+        float top[2] = {LEAST, LEAST};
+        UNROLL for (u32 t = 0; t < 2; t++) UNROLL for (u32 i = 0; i < 4; i++) {
+            const u32 position = first + t * 8 + 2 * c + i % 2;
+            const bool seen = position >= seen_from && position <= last;
+            scores[t][i] = seen ? bounded(scores[t][i] * args.scale, args.cap) : LEAST;
+            top[i / 2] = fmaxf(top[i / 2], scores[t][i]);
+        }
+        float fade[2];
+        UNROLL for (u32 r = 0; r < 2; r++) {
+            top[r] = fmaxf(top[r], shfl_xor(top[r], 1));
+            top[r] = fmaxf(fmaxf(top[r], shfl_xor(top[r], 2)), largest[r]);
+            fade[r] = exp2_approx(largest[r] - top[r]);
+            largest[r] = top[r];
+            weight[r] *= fade[r];
+        }
+        u32 p[4];
+        UNROLL for (u32 t = 0; t < 2; t++) UNROLL for (u32 r = 0; r < 2; r++) {
+            // Nothing seen yet leaves nothing: the difference would be 0.
+            const float a = scores[t][r * 2] > LEAST ? exp2_approx(scores[t][r * 2] - top[r]) : 0.f;
+            const float b = scores[t][r * 2 + 1] > LEAST ? exp2_approx(scores[t][r * 2 + 1] - top[r]) : 0.f;
+            weight[r] += a + b;
+            p[t * 2 + r] = h2_from_f32(a, b);
+        }
+        UNROLL for (u32 n = 0; n < HEAD_DIM / 16; n++) {
+            UNROLL for (u32 i = 0; i < 4; i++) {
+                sums[n * 2][i] *= fade[i / 2];
+                sums[n * 2 + 1][i] *= fade[i / 2];
+            }
+            u32 b[4];
+            load_matrices_transposed(b, v_rows + (lane / 8 % 2 * 8 + lane % 8) * PITCH + n * 16 + lane / 16 * 8);
+            mma(sums[n * 2], p, b[0], b[1]);
+            mma(sums[n * 2 + 1], p, b[2], b[3]);
+        }
+        warp_sync();
+    }
+
+    // The warps' results meet: (warps, heads, HEAD_DIM), and the largest scores and sums of weights of each.
+    copy_async_wait<0>();
+    block_sync();
+    float* const all = reinterpret_cast<float*>(memory);
+    float* const all_weights = all + ATTENTION_WARPS * MANY_HEADS * HEAD_DIM;
+    UNROLL for (u32 r = 0; r < 2; r++) {
+        weight[r] += shfl_xor(weight[r], 1);
+        weight[r] += shfl_xor(weight[r], 2);
+        const u32 head = g + r * 8;
+        if (head < n_heads) {
+            const u32 at = warp * MANY_HEADS + head;
+            if (c == 0) {
+                all_weights[at * 2] = largest[r];
+                all_weights[at * 2 + 1] = weight[r];
+            }
+            UNROLL for (u32 n = 0; n < HEAD_DIM / 8; n++) {
+                all[at * HEAD_DIM + n * 8 + 2 * c] = sums[n][r * 2];
+                all[at * HEAD_DIM + n * 8 + 2 * c + 1] = sums[n][r * 2 + 1];
+            }
+        }
+    }
+    block_sync();
+    auto write = [&](u32 head, u32 quad, F4 sum, float total) {
+        const float factor = 1.f / total;
+        const F4 v = {sum.x * factor, sum.y * factor, sum.z * factor, sum.w * factor};
+        const u32 k = (first_head + head) * HEAD_DIM + quad * 4;
+        store_inputs(args.out, args.out_tiled, args.out_stride, token, k, halves(v));
+    };
+    constexpr u32 QUADS = HEAD_DIM / 4;
+    const u64 part = (u64(token) * args.heads + first_head) * splits;
+    UNROLL_1 for (u32 i = threadIdx.x; i < n_heads * QUADS; i += blockDim.x) {
+        const u32 head = i / QUADS, quad = i % QUADS;
+        float top, total;
+        const F4 sum = combine(
+            [&](u32 w) { return reinterpret_cast<const F4*>(all + (w * MANY_HEADS + head) * HEAD_DIM)[quad]; },
+            [&](u32 w) { return reinterpret_cast<const F2*>(all_weights)[w * MANY_HEADS + head]; },
+            ATTENTION_WARPS, top, total);
+        if (used == 1) {
+            write(head, quad, sum, total);
+        } else {
+            const u64 at = part + u64(head) * splits + split;
+            reinterpret_cast<F4*>(args.partial)[at * QUADS + quad] = sum;
+            if (quad == 0) reinterpret_cast<F2*>(args.weights)[at] = {top, total};
+        }
+    }
+    if (used == 1) return;
+    u32* const flag = reinterpret_cast<u32*>(all_weights + ATTENTION_WARPS * MANY_HEADS * 2);
+    fence_device();
+    block_sync();
+    if (threadIdx.x == 0) {
+        u32* const counter = args.arrived + token * gridDim.y + blockIdx.y;
+        const u32 before = atomic_add(counter, 1);
+        *flag = before + 1 == used;
+        if (before + 1 == used) *counter = 0;
+        fence_device();
+    }
+    block_sync();
+    if (!*flag) return;
+    UNROLL_1 for (u32 i = threadIdx.x; i < n_heads * QUADS; i += blockDim.x) {
+        const u32 head = i / QUADS, quad = i % QUADS;
+        const u64 at = part + u64(head) * splits;
+        float top, total;
+        const F4 sum = combine(
+            [&](u32 s) { return load_fresh(reinterpret_cast<const F4*>(args.partial) + (at + s) * QUADS + quad); },
+            [&](u32 s) {
+                const U2 w = load_fresh(reinterpret_cast<const U2*>(args.weights) + at + s);
+                return F2{as_f32(w.x), as_f32(w.y)};
+            },
+            used, top, total);
+        write(head, quad, sum, total);
+    }
+}
+
+KERNEL(attention_64, AttentionArgs, 128, 2) { attention<64>(args); }
+KERNEL(attention_96, AttentionArgs, 128, 2) { attention<96>(args); }
+KERNEL(attention_128, AttentionArgs, 128, 2) { attention<128>(args); }
+KERNEL(attention_256, AttentionArgs, 128, 1) { attention<256>(args); }
+
+// Any head of at most 512 elements and any cache, from f32 queries: a warp a head and token, one position at a time.
+struct AttentionAnyArgs {
+    const float* qkv;  // (tokens, qkv_stride): queries first
+    const Row* rows;   // (tokens)
+    float* out;        // (tokens, out_stride)
+    u32 qkv_stride, out_stride;
+    u32 heads, kv_heads, head_dim, layer;
+    u32 window;        // 0 for all
+    u32 kv_f32;        // the cache's elements are f32, else half precision
+    float scale, cap;  // as above
+};
+
+KERNEL(attention_any, AttentionAnyArgs, 256, 2) {
+    wait_for_previous();
+    constexpr u32 MOST = 16;
+    const u32 head = blockIdx.x * (blockDim.x / 32) + warp_id(), token = blockIdx.y, lane = lane_id();
+    if (head >= args.heads) return;
+    const Row place = args.rows[token];
+    const u32 last = place.position, dim = args.head_dim;
+    const u32 first = args.window && last + 1 > args.window ? last + 1 - args.window : 0;
+    const u64 line = (u64(args.layer) * 2 * args.kv_heads + head / (args.heads / args.kv_heads)) * place.context;
+    const u64 to_values = u64(args.kv_heads) * place.context;
+    auto element = [&](u64 row, u32 i) {
+        const u64 at = row * dim + i;
+        return args.kv_f32 ? load_fresh(reinterpret_cast<const float*>(place.cache) + at)
+                           : h_to_f32(load_fresh(reinterpret_cast<const u16*>(place.cache) + at));
+    };
+    const float* const query = args.qkv + u64(token) * args.qkv_stride + head * dim;
+    float q[MOST], sum[MOST];
+    UNROLL for (u32 i = 0; i < MOST; i++) {
+        q[i] = i * 32 + lane < dim ? load_fresh(query + i * 32 + lane) * args.scale : 0;
+        sum[i] = 0;
+    }
+    float top = LEAST, total = 0;
+    UNROLL_1 for (u32 position = first; position <= last; position++) {
+        float score = 0;
+        UNROLL for (u32 i = 0; i < MOST; i++) {
+            if (i * 32 + lane < dim) score += q[i] * element(line + position, i * 32 + lane);
+        }
+        score = bounded(warp_sum(score), args.cap);
+        const float now = fmaxf(top, score), fade = exp2_approx(top - now), weight = exp2_approx(score - now);
+        top = now;
+        total = total * fade + weight;
+        UNROLL for (u32 i = 0; i < MOST; i++) {
+            if (i * 32 + lane < dim) {
+                sum[i] = sum[i] * fade + weight * element(line + to_values + position, i * 32 + lane);
+            }
+        }
+    }
+    float* const out = args.out + u64(token) * args.out_stride + head * dim;
+    UNROLL for (u32 i = 0; i < MOST; i++) {
+        if (i * 32 + lane < dim) out[i * 32 + lane] = sum[i] / total;
+    }
+}

@@ -1,0 +1,63 @@
+// Rotates queries and keys of the step's tokens, after a norm of each head where there is one, and takes keys and values
+// to the cache. Queries go to half precision rows, or stay where they are in f32.
+//
+// Mapping: a warp a head, a block eight heads of a token. Traffic: qkv once, twice with norms.
+#include "prelude/w4.cuh"
+
+// Element types of the cache.
+constexpr u32 KV_F16 = 0, KV_F32 = 1;
+
+struct RopeAppendArgs {
+    float* qkv;           // (tokens, qkv_stride): heads of queries, keys, values
+    u16* q;               // (tokens, q_stride) half precision; null: in place
+    const float* rope;    // (context, rotary_dim / 2, 2): cosine, sine
+    const float* q_norm;  // (head_dim), null for none
+    const float* k_norm;
+    const Row* rows;      // (tokens)
+    u32 qkv_stride, q_stride;
+    u32 heads, kv_heads, head_dim, rotary_dim, layer;
+    u32 kv;               // KV_F16, ...
+    float eps;
+};
+
+KERNEL(rope_append, RopeAppendArgs, 256, 4) {
+    wait_for_previous();
+    const u32 head = blockIdx.x * (blockDim.x / 32) + warp_id(), token = blockIdx.y, lane = lane_id();
+    if (head >= args.heads + 2 * args.kv_heads) return;
+    const bool is_q = head < args.heads, is_k = !is_q && head < args.heads + args.kv_heads;
+    float* const x = args.qkv + u64(token) * args.qkv_stride + head * args.head_dim;
+    const float* const norm = is_q ? args.q_norm : is_k ? args.k_norm : nullptr;
+    float factor = 1;
+    if (norm) {
+        float sum = 0;
+        UNROLL_1 for (u32 i = lane; i < args.head_dim; i += 32) {
+            const float v = load_fresh(x + i);
+            sum += v * v;
+        }
+        factor = rsqrtf(warp_sum(sum) / args.head_dim + args.eps);
+    }
+    const Row place = args.rows[token];
+    const u64 line = (u64(args.layer) * 2 * args.kv_heads + (head - args.heads)) * place.context + place.position;
+    auto store = [&](u32 i, float v) {
+        if (is_q) {
+            if (args.q) {
+                args.q[u64(token) * args.q_stride + head * args.head_dim + i] = h_from_f32(v);
+            } else {
+                x[i] = v;
+            }
+        } else if (args.kv == KV_F16) {
+            reinterpret_cast<u16*>(place.cache)[line * args.head_dim + i] = h_from_f32(v);
+        } else {
+            reinterpret_cast<float*>(place.cache)[line * args.head_dim + i] = v;
+        }
+    };
+    const u32 half = is_q || is_k ? args.rotary_dim / 2 : 0;
+    auto normed = [&](u32 i) { return load_fresh(x + i) * factor * (norm ? norm[i] : 1.f); };
+    UNROLL_1 for (u32 i = lane; i < half; i += 32) {
+        const F2 turn = reinterpret_cast<const F2*>(args.rope)[u64(place.position) * half + i];
+        const float a = normed(i), b = normed(i + half);
+        store(i, a * turn.x - b * turn.y);
+        store(i + half, b * turn.x + a * turn.y);
+    }
+    UNROLL_1 for (u32 i = 2 * half + lane; i < args.head_dim; i += 32) store(i, normed(i));
+}
