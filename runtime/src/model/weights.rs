@@ -604,40 +604,95 @@ impl Upload {
         let whole = part.is_whole || backend.is_host() && item.is_view(checkpoint);
         let step = (most / item.shape.bytes(1).max(1)) as usize / ROW_STEP * ROW_STEP;
         let end = if whole { part.rows } else { part.rows.min(self.row.saturating_add(step.max(ROW_STEP))) };
-        let (rows, end) = match (part.read)(&input, self.row..end)? {
-            Some(rows) => (rows, end),
-            None => {
-                let all = (part.read)(&input, self.row..part.rows)?;
-                (all.ok_or_else(|| Error::new(ErrorKind::Unsupported, "the rows can not be read"))?, part.rows)
+        let ranges = shares(self.row..end, if whole { 0 } else { item.shape.bytes(1) });
+        let (part_number, is_last_part) = (self.part, self.part + 1 == item.parts.len());
+        let mut bytes = 0;
+        read_side_by_side(part, &input, ranges, |rows, range| {
+            let (rows, end) = match rows? {
+                Some(rows) => (rows, range.end),
+                // What was read of later rows is not needed then.
+                None if self.part != part_number => return Ok(()),
+                None => {
+                    let all = (part.read)(&input, range.start..part.rows)?;
+                    (all.ok_or_else(|| Error::new(ErrorKind::Unsupported, "the rows can not be read"))?, part.rows)
+                }
+            };
+            self.row = end;
+            if self.row == part.rows {
+                (self.part, self.row) = (self.part + 1, 0);
             }
-        };
-        self.row = end;
-        if self.row == part.rows {
-            (self.part, self.row) = (self.part + 1, 0);
-        }
-        let last = self.part == item.parts.len();
-        let rows = match self.held.take() {
-            None => rows,
-            Some(mut held) => {
-                held.append(rows)?;
-                held
+            let last = is_last_part && self.part != part_number;
+            let rows = match self.held.take() {
+                None => rows,
+                Some(mut held) => {
+                    held.append(rows)?;
+                    held
+                }
+            };
+            let count = rows.shape().rows();
+            if !last && !rows.shape().is_vector() && !count.is_multiple_of(ROW_STEP) {
+                self.held = Some(rows);
+                return Ok(());
             }
-        };
-        let count = rows.shape().rows();
-        if !last && !rows.shape().is_vector() && !count.is_multiple_of(ROW_STEP) {
-            self.held = Some(rows);
-            return Ok(0);
-        }
-        backend.fill(id, rows)?;
-        if last && !backend.is_host() {
-            // The device has them now.
-            item.parts.iter().flat_map(|part| tensors(checkpoint, part)).for_each(|tensor| tensor.release());
-        }
-        if last {
+            backend.fill(id, rows)?;
+            bytes += item.shape.bytes(count);
+            Ok(())
+        })?;
+        if self.part == item.parts.len() {
+            if !backend.is_host() {
+                // The device has them now.
+                item.parts.iter().flat_map(|part| tensors(checkpoint, part)).for_each(|tensor| tensor.release());
+            }
             *self = Self { item: self.item + 1, ..Self::default() };
         }
-        Ok(item.shape.bytes(count))
+        Ok(bytes)
     }
+}
+
+/// Rows in shares of about a megabyte or more, at most one for each processor, so that decoding them keeps up with the
+/// bus; one share where there are few.
+fn shares(rows: Range<usize>, row_bytes: u64) -> Vec<Range<usize>> {
+    const LEAST: u64 = 1 << 20;
+    const MOST: usize = 16;
+    let processors = std::thread::available_parallelism().map_or(1, usize::from).min(MOST);
+    let wanted = (rows.len() as u64).saturating_mul(row_bytes) / LEAST;
+    let number = (wanted as usize).clamp(1, processors);
+    if number == 1 {
+        return vec![rows];
+    }
+    let share = rows.len().div_ceil(number).next_multiple_of(ROW_STEP);
+    rows.clone().step_by(share).map(|first| first..rows.end.min(first + share)).collect()
+}
+
+/// Reads `ranges` of a part on threads of their own and hands them to `take` in order, each as soon as it is there.
+fn read_side_by_side(
+    part: &Part,
+    input: &Input<'_>,
+    ranges: Vec<Range<usize>>,
+    mut take: impl FnMut(Result<Option<Weight>>, Range<usize>) -> Result<()>,
+) -> Result<()> {
+    std::thread::scope(|scope| {
+        let start = |range: Range<usize>| {
+            let rows = range.clone();
+            // The last one, and whatever has no thread, is read here.
+            let thread = std::thread::Builder::new().spawn_scoped(scope, move || (part.read)(input, rows)).ok();
+            (range, thread)
+        };
+        let (last, others) = match ranges.split_last() {
+            Some((last, others)) => (last.clone(), others.to_vec()),
+            None => return Ok(()),
+        };
+        let others: Vec<_> = others.into_iter().map(start).collect();
+        for (range, thread) in others {
+            let rows = match thread.map(std::thread::ScopedJoinHandle::join) {
+                Some(Ok(rows)) => rows,
+                Some(Err(panic)) => std::panic::resume_unwind(panic),
+                None => (part.read)(input, range.clone()),
+            };
+            take(rows, range)?;
+        }
+        take((part.read)(input, last.clone()), last)
+    })
 }
 
 fn tensors<'a>(checkpoint: &'a Checkpoint, part: &'a Part) -> impl Iterator<Item = &'a crate::checkpoint::TensorView> {
