@@ -45,6 +45,8 @@ pub enum BackendArg {
     Cpu,
     /// A GPU through wgpu, software ones included
     Wgpu,
+    /// An NVIDIA GPU through CUDA; not in every build
+    Cuda,
 }
 
 #[derive(ValueEnum, Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,6 +63,7 @@ impl DeviceArgs {
                 BackendArg::Auto => BackendChoice::Auto,
                 BackendArg::Cpu => BackendChoice::Cpu,
                 BackendArg::Wgpu => BackendChoice::Wgpu,
+                BackendArg::Cuda => BackendChoice::Cuda,
             },
             device: self.device.clone(),
             portable_kernels: self.portable_kernels,

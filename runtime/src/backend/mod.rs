@@ -18,6 +18,8 @@ pub use crate::quant::ROW_STEP;
 pub use products::{Products, Resident, RoundingGrid};
 
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod products;
 #[cfg(feature = "wgpu")]
 pub mod wgpu;
@@ -493,7 +495,7 @@ pub struct OpTime {
 /// What a backend is and how it was configured.
 #[derive(Debug, Clone)]
 pub struct BackendInfo {
-    /// `cpu` or `wgpu`.
+    /// `cpu`, `wgpu` or `cuda`.
     pub backend: &'static str,
     /// Adapter or processor name.
     pub device: String,
@@ -569,6 +571,16 @@ pub trait Backend: Any + Send + Sync {
 
     /// Bytes that a runner will take at most, in host memory on a host and else on the device.
     fn runner_bytes(&self, program: &Program, config: &RunnerConfig) -> u64;
+
+    /// Refuses programs with operations that the backend does not have, or over weights in forms that it does not have,
+    /// before they are brought to it; `weights` are those of the program, by number.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`].
+    fn check(&self, program: &Program, weights: &[WeightShape]) -> Result<()> {
+        let _ = (program, weights);
+        Ok(())
+    }
 
     /// Compiles at most `most` of the kernels that runners of this kind will need, so that making one is quick; returns
     /// how many are left. Backends without compilation have none.

@@ -4,9 +4,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::backend::{Budget, Device, Jobs, Opening};
+use crate::backend::{Budget, Device, Jobs, Opening, Program, RunnerConfig};
 use crate::error::{Error, ErrorKind, Result};
+use crate::tensor::WeightShape;
 
+#[cfg(feature = "cuda")]
+mod cuda;
+#[cfg(not(feature = "cuda"))]
+#[path = "cuda_none.rs"]
+mod cuda;
 mod ledger;
 #[cfg(feature = "wgpu")]
 mod opening;
@@ -17,7 +23,6 @@ mod opening;
 pub use ledger::Bytes;
 pub(crate) use ledger::{Lease, Ledger};
 pub use opening::DeviceChoice;
-pub(crate) use opening::{runner_bytes, weight_bytes};
 
 /// Losses of a device within [`LOSS_WINDOW`] after which it is given up.
 const MAX_LOSSES: usize = 3;
@@ -27,13 +32,16 @@ const LOSS_WINDOW: Duration = Duration::from_secs(300);
 /// Which backend models are loaded onto.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum BackendChoice {
-    /// A GPU if there is a usable one, else the CPU. A software GPU is not chosen on its own.
+    /// A GPU if there is a usable one, else the CPU: with feature `cuda` an NVIDIA GPU through CUDA, unless a model is
+    /// loaded that CUDA can not compute, from then on through wgpu. A software GPU is not chosen on its own.
     #[default]
     Auto,
     /// The CPU.
     Cpu,
     /// A GPU through wgpu, software ones included; an error if there is none.
     Wgpu,
+    /// An NVIDIA GPU through CUDA; an error if there is none, or if this build lacks the feature `cuda`.
+    Cuda,
 }
 
 /// What an engine is made from.
@@ -91,6 +99,14 @@ struct State {
     losses: Vec<Instant>,
     /// The GPU was given up, and why.
     given_up: Option<String>,
+    /// CUDA was left although it is there: a model or its driver does not fit it.
+    without_cuda: bool,
+}
+
+impl State {
+    fn is_cuda(&self, options: &EngineOptions) -> bool {
+        !self.without_cuda && cuda::is_chosen(options, self.instead.as_ref().unwrap_or(&options.device))
+    }
 }
 
 impl std::fmt::Debug for Engine {
@@ -186,7 +202,49 @@ impl Engine {
         let state = self.lock();
         match &state.device {
             Some(device) => device.backend().is_host(),
-            None => opening::on_host(&self.options, state.instead.as_ref().unwrap_or(&self.options.device)),
+            None => {
+                let choice = state.instead.as_ref().unwrap_or(&self.options.device);
+                !state.is_cuda(&self.options) && opening::on_host(&self.options, choice)
+            }
+        }
+    }
+
+    /// Bytes that a weight takes on the device that will be opened.
+    pub(crate) fn weight_bytes(&self, shape: &WeightShape) -> u64 {
+        match self.is_cuda() {
+            true => cuda::weight_bytes(shape),
+            false => opening::weight_bytes(shape),
+        }
+    }
+
+    /// Bytes that a session takes at most on the device that will be opened.
+    pub(crate) fn runner_bytes(&self, program: &Program, config: &RunnerConfig) -> u64 {
+        match self.is_cuda() {
+            true => cuda::runner_bytes(program, config),
+            false => opening::runner_bytes(program, config),
+        }
+    }
+
+    /// Prompt tokens that a session computes at a time unless asked otherwise.
+    pub(crate) fn default_chunk(&self) -> u32 {
+        // CUDA's kernels for many rows are at their best with thousands, and keep no wide rows in memory.
+        if self.is_cuda() { 2048 } else { 256 }
+    }
+
+    /// Whether CUDA is what models are loaded onto.
+    fn is_cuda(&self) -> bool {
+        self.lock().is_cuda(&self.options)
+    }
+
+    /// Goes on without CUDA where it can not compute `program` over `weights` and need not: models that are there stay,
+    /// those that are loaded from now on go to another backend.
+    pub(crate) fn choose_for(&self, program: &Program, weights: &[WeightShape]) {
+        let mut state = self.lock();
+        let may = self.options.backend == BackendChoice::Auto && state.is_cuda(&self.options);
+        if may && state.given_up.is_none() && cuda::check(program, weights).is_err() {
+            state.without_cuda = true;
+            state.device = None;
+            state.opening = None;
         }
     }
 
@@ -235,6 +293,7 @@ impl Engine {
             let choice = state.instead.as_ref().unwrap_or(&self.options.device);
             state.opening = Some(match state.given_up.is_some() {
                 true => opening::processor(&self.options),
+                false if state.is_cuda(&self.options) => cuda::begin(&self.options, choice)?,
                 false => opening::begin(&self.options, choice)?,
             });
         }
@@ -248,6 +307,10 @@ impl Engine {
             Err(error) => {
                 state.opening = None;
                 // Where anything will do, a driver that fails is as good as none.
+                if self.options.backend == BackendChoice::Auto && state.is_cuda(&self.options) {
+                    state.without_cuda = true;
+                    return Ok(None);
+                }
                 if self.options.backend == BackendChoice::Auto && !self.options.device.is_asked_for() {
                     self.give_up(&mut state, &error.to_string())?;
                     return Ok(None);

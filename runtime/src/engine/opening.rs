@@ -26,7 +26,7 @@ impl DeviceChoice {
 pub(super) fn on_host(options: &EngineOptions, choice: &DeviceChoice) -> bool {
     match options.backend {
         BackendChoice::Cpu => true,
-        BackendChoice::Wgpu => false,
+        BackendChoice::Wgpu | BackendChoice::Cuda => false,
         BackendChoice::Auto => !choice.is_asked_for() && !has_hardware(),
     }
 }
@@ -57,7 +57,7 @@ pub(super) fn begin(options: &EngineOptions, choice: &DeviceChoice) -> Result<Bo
     };
     Ok(match options.backend {
         BackendChoice::Cpu => processor(options),
-        BackendChoice::Wgpu => gpu(),
+        BackendChoice::Wgpu | BackendChoice::Cuda => gpu(),
         BackendChoice::Auto if choice.is_asked_for() => gpu(),
         BackendChoice::Auto if has_hardware() => gpu(),
         BackendChoice::Auto => processor(options),

@@ -9,7 +9,7 @@ use super::residence::{Bring, Cargo, LoadBudget, LoadProgress, LoadStage, Reside
 use super::{Model, inputs, program, weights};
 use crate::backend::{self, Program};
 use crate::checkpoint::{Checkpoint, Source};
-use crate::engine::{self, Bytes, Engine};
+use crate::engine::{Bytes, Engine};
 use crate::error::{Error, ErrorKind, Result};
 use crate::session::SessionOptions;
 use crate::session::chat::ChatTemplate;
@@ -146,8 +146,8 @@ impl Load {
                 session: host(backend::cpu::runner_bytes(&program, &runner)),
             },
             false => Estimate {
-                weights: device(plan.shapes().map(engine::weight_bytes).sum()),
-                session: device(engine::runner_bytes(&program, &runner)),
+                weights: device(plan.shapes().map(|shape| self.engine.weight_bytes(shape)).sum()),
+                session: device(self.engine.runner_bytes(&program, &runner)),
             },
         })
     }
@@ -170,6 +170,7 @@ impl Load {
         let (plan, weights) = weights::plan(&checkpoint, &config)?;
         let program = Arc::new(program_of(&config, &weights)?);
         let identity = plan.identity(&checkpoint)?;
+        self.engine.choose_for(&program, &plan.shapes().copied().collect::<Vec<_>>());
         let session = SessionOptions::default().runner_config(&config, &self.engine)?;
         let cargo = Cargo { engine: self.engine.clone(), checkpoint, plan, program, config: session };
         let residence = Shared::new(Residence::Coming(Bring::Device));

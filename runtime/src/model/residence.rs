@@ -11,6 +11,8 @@ use crate::error::{Error, ErrorKind, Result};
 
 /// Bytes handed over between two looks at the clock.
 const SLICE: u64 = 512 << 10;
+/// The same where nobody looks at it.
+const UNTIMED_SLICE: u64 = 16 << 20;
 /// Bytes that may be on their way to the device: more than any bus needs to be busy.
 const ON_THE_WAY: u64 = 32 << 20;
 
@@ -80,12 +82,15 @@ impl Bring {
     /// waited for.
     fn advance(&mut self, cargo: &Cargo, budget: &LoadBudget) -> Result<Option<(Arc<dyn Backend>, Lease)>> {
         let time = budget.deadline();
+        let slice = if budget.host.is_some() { SLICE } else { UNTIMED_SLICE };
         let (mut bytes, mut kernels) = (0, 0);
         loop {
             match self {
                 Self::Device => {
                     let Some(device) = cargo.engine.device(&time)? else { return Ok(None) };
                     let backend = device.backend();
+                    let shapes: Vec<_> = cargo.plan.shapes().copied().collect();
+                    backend.check(&cargo.program, &shapes)?;
                     let need = memory(&cargo.plan, &cargo.checkpoint, &*backend);
                     let lease = cargo.engine.ledger().lease("the model", need)?;
                     *self = Self::Weights { backend, lease, upload: Upload::default(), done: 0, on_the_way: 0 };
@@ -101,7 +106,7 @@ impl Bring {
                     if left == 0 && bytes > 0 {
                         return Ok(None);
                     }
-                    let brought = upload.advance(&cargo.plan, &cargo.checkpoint, &mut **backend, left.min(SLICE))?;
+                    let brought = upload.advance(&cargo.plan, &cargo.checkpoint, &mut **backend, left.min(slice))?;
                     *done += brought;
                     *on_the_way += brought;
                     bytes += brought.max(1);

@@ -40,8 +40,6 @@ use tick::{Todo, UnderWay};
 
 /// Context of a session that does not ask for one: enough for a conversation, small enough for any device.
 const DEFAULT_CONTEXT: u32 = 4096;
-/// Prompt tokens computed at a time, at most, unless asked otherwise.
-const DEFAULT_CHUNK: u32 = 256;
 /// Most logits rows of one step; all-position logits are computed in chunks of this many tokens.
 const MAX_LOGITS_ROWS: u32 = 32;
 
@@ -99,7 +97,7 @@ impl SessionOptions {
     pub(crate) fn runner_config(&self, model: &ModelConfig, engine: &Engine) -> Result<RunnerConfig> {
         let trained = u32::try_from(model.positions()).unwrap_or(u32::MAX);
         let context = self.context.unwrap_or(trained.min(DEFAULT_CONTEXT));
-        let chunk = self.chunk.unwrap_or(DEFAULT_CHUNK).min(context);
+        let chunk = self.chunk.unwrap_or(engine.default_chunk()).min(context);
         let threads = self.threads.or(engine.options().threads);
         for (name, value) in [("context", context), ("chunk", chunk), ("threads", threads.unwrap_or(1) as u32)] {
             if value == 0 {

@@ -14,12 +14,24 @@ pub struct Args {
 #[derive(Serialize)]
 struct Devices {
     cpu: Cpu,
+    /// Devices of the CUDA backend, none in builds without it.
+    cuda: Vec<Cuda>,
     adapters: Vec<Adapter>,
 }
 
 #[derive(Serialize)]
 struct Cpu {
     device: String,
+    variant: String,
+}
+
+#[derive(Serialize)]
+struct Cuda {
+    name: String,
+    capability: String,
+    multiprocessors: u32,
+    memory_bytes: u64,
+    /// Kernels the start-up test chose and why, or why there are none.
     variant: String,
 }
 
@@ -40,11 +52,20 @@ struct Adapter {
 
 pub fn run(args: &Args) -> Outcome {
     let info = awqua::backend::cpu::open().info();
-    let devices = Devices { cpu: Cpu { device: info.device, variant: info.variant }, adapters: adapters() };
+    let devices =
+        Devices { cpu: Cpu { device: info.device, variant: info.variant }, cuda: cuda(), adapters: adapters() };
     if args.json {
         return output::json(&devices);
     }
     output::line(&format!("cpu    {}\n       kernels: {}", devices.cpu.device, devices.cpu.variant))?;
+    for d in &devices.cuda {
+        let memory = output::bytes(d.memory_bytes);
+        output::line(&format!(
+            "cuda   {} ({}, {} multiprocessors, {memory})",
+            d.name, d.capability, d.multiprocessors
+        ))?;
+        output::line(&format!("       kernels: {}", d.variant))?;
+    }
     for a in &devices.adapters {
         output::line(&format!("wgpu   {} ({}, {}, {})", a.name, a.api, a.kind, a.driver))?;
         let subgroup = a.subgroup.map_or("none".into(), |(min, max)| format!("{min} to {max}"));
@@ -61,6 +82,36 @@ pub fn run(args: &Args) -> Outcome {
         output::line("wgpu   no adapter")?;
     }
     Ok(())
+}
+
+#[cfg(feature = "cuda")]
+fn cuda() -> Vec<Cuda> {
+    use awqua::backend::cuda::{self, CudaChoice, CudaOptions};
+    cuda::devices()
+        .into_iter()
+        .map(|d| {
+            let variant = match d.unusable {
+                Some(reason) => format!("none: {reason}"),
+                None => {
+                    let device = CudaChoice::Named(d.index.to_string());
+                    let options = CudaOptions { device, ..Default::default() };
+                    cuda::open(&options).map_or_else(|e| format!("none: {e}"), |backend| backend.info().variant)
+                }
+            };
+            Cuda {
+                name: d.name,
+                capability: format!("{}.{}", d.capability.0, d.capability.1),
+                multiprocessors: d.multiprocessors,
+                memory_bytes: d.memory_bytes,
+                variant,
+            }
+        })
+        .collect()
+}
+
+#[cfg(not(feature = "cuda"))]
+fn cuda() -> Vec<Cuda> {
+    Vec::new()
 }
 
 #[cfg(feature = "wgpu")]

@@ -1,0 +1,230 @@
+//! What one session holds on the device: KV cache, rotary tables, and the activations that its plan asks for.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use awqua_shaders::cuda::{CHUNK, COOP_TOKENS, MANY_HEADS, Place, Row, STAGE};
+
+use super::driver::{Buffer, Gpu, Stream};
+use crate::backend::{BufferId, KvType, Program, RunnerConfig, kv_bytes};
+use crate::error::{Error, ErrorKind, Result};
+
+/// Most rows of a step whose products read inputs in rows instead of tiles.
+pub(super) const FEW: u32 = 16;
+
+/// Where inputs of a matrix lie: half precision rows of `stride` elements, or tiles of `stride` chunks a row.
+#[derive(Clone, Copy)]
+pub(super) struct Staged {
+    pub(super) address: u64,
+    pub(super) stride: u32,
+    pub(super) tiled: bool,
+}
+
+/// Room for the splits of attention over few tokens.
+#[derive(Clone, Copy)]
+pub(super) struct Splits {
+    pub(super) number: u32,
+    pub(super) partial: u64,
+    pub(super) weights: u64,
+    pub(super) arrived: u64,
+}
+
+/// Bytes of device memory that a session takes at most: which buffers are needed depends on the weights.
+pub(super) fn runner_bytes(program: &Program, config: &RunnerConfig) -> u64 {
+    let shape = program.attention;
+    let kv = kv_bytes(program, config.kv_type.unwrap_or(KvType::F16), config.context);
+    let most = u64::from(config.max_tokens);
+    let buffers = program.buffers.iter().map(|desc| {
+        let rows = u64::from(desc.rows(config));
+        let staged = u64::from(desc.width.next_multiple_of(STAGE)) * 2 * (rows.next_multiple_of(128) + u64::from(FEW));
+        (rows * u64::from(desc.width.next_multiple_of(4)) * 4).saturating_add(staged)
+    });
+    let buffers = buffers.fold(0u64, u64::saturating_add);
+    let queries = most * u64::from(shape.heads) * u64::from(shape.head_dim) * 2;
+    // At most 64 splits of each token and head.
+    let splits = u64::from(FEW) * u64::from(shape.heads) * 64 * (u64::from(shape.head_dim) * 4 + 8);
+    let ropes = u64::from(program.rope_tables) * u64::from(config.context) * u64::from(shape.rotary_dim) * 4;
+    let sampling = super::sampling::bytes(program.vocab_size, config.context);
+    [kv, buffers, queries, splits, ropes, sampling, most * 20].into_iter().fold(0, u64::saturating_add)
+}
+
+/// The buffers of one session.
+pub(super) struct Memory {
+    gpu: Arc<Gpu>,
+    pub(super) config: RunnerConfig,
+    pub(super) kv_type: KvType,
+    /// Everything that was made, zeros at first.
+    buffers: Vec<Buffer>,
+    /// (layers, keys then values, kv_heads, context, head_dim).
+    pub(super) kv: usize,
+    /// (max_tokens) u32.
+    pub(super) tokens: usize,
+    /// The step's [`Place`].
+    pub(super) place: usize,
+    /// (max_tokens) [`Row`].
+    pub(super) rows: usize,
+    /// By rotary table: (context, rotary_dim / 2, 2) f32.
+    ropes: Vec<usize>,
+    /// By program buffer: f32 rows.
+    activations: HashMap<BufferId, usize>,
+    /// By program buffer and form.
+    staged: HashMap<(BufferId, bool), usize>,
+    queries: Option<usize>,
+    splits: Option<Splits>,
+}
+
+impl Memory {
+    /// Allocates what every session has.
+    ///
+    /// # Errors
+    /// [`ErrorKind::OutOfMemory`] naming what did not fit, or a device error.
+    pub(super) fn new(gpu: &Arc<Gpu>, stream: &Stream, program: &Program, config: &RunnerConfig) -> Result<Self> {
+        let kv_type = config.kv_type.unwrap_or(KvType::F16);
+        let shape = program.attention;
+        let kv = kv_bytes(program, kv_type, config.context);
+        let free = gpu.free_memory()?;
+        if kv > free {
+            let message = format!("a KV cache of {} tokens needs {kv} bytes, {free} are free", config.context);
+            return Err(Error::new(ErrorKind::OutOfMemory, message));
+        }
+        let mut memory = Self {
+            gpu: gpu.clone(),
+            config: config.clone(),
+            kv_type,
+            buffers: Vec::new(),
+            kv: 0,
+            tokens: 0,
+            place: 0,
+            rows: 0,
+            ropes: Vec::new(),
+            activations: HashMap::new(),
+            staged: HashMap::new(),
+            queries: None,
+            splits: None,
+        };
+        let most = u64::from(config.max_tokens);
+        memory.kv = memory.make(stream, "the KV cache", Some(kv))?;
+        memory.tokens = memory.make(stream, "the tokens", most.checked_mul(4))?;
+        memory.place = memory.make(stream, "the place of a step", Some(size_of::<Place>() as u64))?;
+        memory.rows = memory.make(stream, "the places of tokens", most.checked_mul(size_of::<Row>() as u64))?;
+        let rope_bytes = u64::from(config.context).checked_mul(u64::from(shape.rotary_dim) * 4);
+        for _ in 0..program.rope_tables {
+            let rope = memory.make(stream, "a rotary table", rope_bytes)?;
+            memory.ropes.push(rope);
+        }
+        let place = Place { cache: memory.address(memory.kv), context: config.context, position: 0 };
+        stream.upload(memory.buffer(memory.place), 0, bytemuck::bytes_of(&place))?;
+        Ok(memory)
+    }
+
+    fn make(&mut self, stream: &Stream, what: &str, bytes: Option<u64>) -> Result<usize> {
+        let bytes =
+            bytes.ok_or_else(|| Error::new(ErrorKind::OutOfMemory, format!("{what} needs more than 2^64 bytes")))?;
+        let buffer = self.gpu.buffer(what, bytes)?;
+        stream.clear(&buffer)?;
+        self.buffers.push(buffer);
+        Ok(self.buffers.len() - 1)
+    }
+
+    /// A buffer by its number.
+    pub(super) fn buffer(&self, number: usize) -> &Buffer {
+        &self.buffers[number]
+    }
+
+    pub(super) fn address(&self, number: usize) -> u64 {
+        self.buffers[number].address()
+    }
+
+    /// Bytes of all of them.
+    pub(super) fn bytes(&self) -> u64 {
+        self.buffers.iter().map(Buffer::bytes).sum()
+    }
+
+    /// Rotary table `table`.
+    pub(super) fn rope(&self, table: u32) -> Result<&Buffer> {
+        let rope = self.ropes.get(table as usize).map(|rope| &self.buffers[*rope]);
+        rope.ok_or_else(|| Error::new(ErrorKind::InvalidInput, format!("the program has no rotary table {table}")))
+    }
+
+    /// The f32 rows of a program buffer and the elements of a row; makes them if they were not needed so far.
+    pub(super) fn activation(&mut self, stream: &Stream, program: &Program, id: BufferId) -> Result<(u64, u32)> {
+        let desc = program
+            .buffers
+            .get(id.0 as usize)
+            .ok_or_else(|| Error::new(ErrorKind::InvalidInput, format!("the program has no buffer {}", id.0)))?;
+        let stride = desc.width.next_multiple_of(4);
+        let number = match self.activations.get(&id) {
+            Some(number) => *number,
+            None => {
+                let rows = desc.rows(&self.config);
+                let what = format!("activation buffer `{}`", desc.name);
+                let bytes = u64::from(rows).checked_mul(u64::from(stride) * 4);
+                let number = self.make(stream, &what, bytes)?;
+                self.activations.insert(id, number);
+                number
+            }
+        };
+        Ok((self.address(number), stride))
+    }
+
+    /// The f32 rows of a program buffer, if it has any.
+    pub(super) fn existing(&self, id: BufferId) -> Option<&Buffer> {
+        self.activations.get(&id).map(|number| &self.buffers[*number])
+    }
+
+    /// The half precision inputs that stand for a program buffer, in rows for few tokens or tiles for many.
+    pub(super) fn staged(&mut self, stream: &Stream, program: &Program, id: BufferId, tiled: bool) -> Result<Staged> {
+        let desc = &program.buffers[id.0 as usize];
+        let width = desc.width.next_multiple_of(STAGE);
+        let number = match self.staged.get(&(id, tiled)) {
+            Some(number) => *number,
+            None => {
+                let most = if desc.logits_rows { self.config.max_logits_rows } else { self.config.max_tokens };
+                let rows =
+                    if tiled { u64::from(most).next_multiple_of(u64::from(COOP_TOKENS)) } else { u64::from(FEW) };
+                let what = format!("inputs `{}`", desc.name);
+                let number = self.make(stream, &what, rows.checked_mul(u64::from(width) * 2))?;
+                self.staged.insert((id, tiled), number);
+                number
+            }
+        };
+        let stride = if tiled { width / CHUNK } else { width };
+        Ok(Staged { address: self.address(number), stride, tiled })
+    }
+
+    /// Half precision queries: (max_tokens, heads * head_dim).
+    pub(super) fn queries(&mut self, stream: &Stream, program: &Program) -> Result<u64> {
+        if let Some(queries) = self.queries {
+            return Ok(self.address(queries));
+        }
+        let width = u64::from(program.attention.heads) * u64::from(program.attention.head_dim);
+        let bytes = u64::from(self.config.max_tokens).checked_mul(width * 2);
+        let number = self.make(stream, "queries", bytes)?;
+        self.queries = Some(number);
+        Ok(self.address(number))
+    }
+
+    /// Room for the splits of attention.
+    pub(super) fn splits(&mut self, stream: &Stream, program: &Program) -> Result<Splits> {
+        if let Some(splits) = self.splits {
+            return Ok(splits);
+        }
+        let shape = program.attention;
+        let blocks = shape.kv_heads * (shape.heads / shape.kv_heads).div_ceil(MANY_HEADS);
+        // Two blocks a multiprocessor, but no split of less than a block of positions.
+        let number = (2 * self.gpu.limits.multiprocessors).div_ceil(blocks);
+        let number = number.min(self.config.context.div_ceil(64)).clamp(1, 64);
+        let parts = u64::from(FEW.min(self.config.max_tokens)) * u64::from(shape.heads) * u64::from(number);
+        let partial = self.make(stream, "attention of the splits", parts.checked_mul(u64::from(shape.head_dim) * 4))?;
+        let weights = self.make(stream, "sums of the splits", parts.checked_mul(8))?;
+        let arrived = self.make(stream, "counts of the splits", Some(u64::from(FEW) * u64::from(blocks) * 4))?;
+        let splits = Splits {
+            number,
+            partial: self.address(partial),
+            weights: self.address(weights),
+            arrived: self.address(arrived),
+        };
+        self.splits = Some(splits);
+        Ok(splits)
+    }
+}

@@ -1,0 +1,593 @@
+//! One step of a program: its numbers go up, its kernels are queued in bounded pieces, or a whole token as a graph.
+
+use std::any::Any;
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+
+use awqua_shaders as shaders;
+use awqua_shaders::RowMode;
+use awqua_shaders::cuda::Place;
+
+use super::CudaBackend;
+use super::driver::{Event, Graph, HostRows, Launch, Pinned, Rows, Stream};
+use super::memory::Memory;
+use super::pace::{self, Pace};
+use super::plan::{Plan, Work};
+use super::sampling::Sampler;
+use crate::backend::{
+    Backend, Budget, BufferId, KvType, LogitsRows, MAX_AHEAD, OpTime, Program, Progress, Runner, RunnerConfig, Step,
+    check_kv,
+};
+use crate::error::{Error, ErrorKind, Result};
+use crate::session::sampler::{SampleRequest, Sampling, pick_in};
+
+/// Most kernels of a piece under a deadline, which is looked at between pieces.
+const KERNELS_TIMED: usize = 32;
+/// The same without one.
+const KERNELS: usize = 256;
+/// Looks at a result before the device is asked whether all is well.
+const LOOKS: u32 = 512;
+
+/// The session's side of the CUDA backend. Fields are dropped in order: what is queued before what it uses.
+pub(super) struct CudaRunner {
+    stream: Stream,
+    /// A choice and the step over the chosen token.
+    graph: Option<Graph>,
+    pace: Pace,
+    memory: Memory,
+    plan: Plan,
+    sampler: Sampler,
+    backend: Arc<CudaBackend>,
+    program: Arc<Program>,
+    config: RunnerConfig,
+    /// The numbers of the last step.
+    step: shaders::Step,
+    hidden_only: bool,
+    /// Whether the hidden rows of the last step lie in their buffer.
+    hidden_made: bool,
+    /// Kernels of the step under way, and how many of them are queued.
+    work: Vec<Work>,
+    next: usize,
+    /// Last pieces of the last two steps.
+    latest: u64,
+    previous: u64,
+    choice: Choice,
+    /// Copy of a logits row for the sampler on the CPU.
+    row: Option<Pinned>,
+    scores: Vec<f32>,
+    candidates: Vec<(f32, u32)>,
+    /// Choices made ahead and the pieces that make them, the oldest first; no piece yet while [`Self::choosing`].
+    ahead: VecDeque<(u32, Option<u64>)>,
+    /// Whether the kernels of the last choice ahead are not queued yet.
+    choosing: bool,
+}
+
+/// The choice under way.
+enum Choice {
+    None,
+    /// By the kernels, under this number.
+    Device(u32, Event),
+    /// By the CPU, once the row has come.
+    Host(Box<HostChoice>, Event),
+    /// None: hidden states are on their way instead.
+    Hidden(Event),
+}
+
+/// A copy of a request.
+struct HostChoice {
+    sampling: Sampling,
+    recent: Vec<(u32, u32)>,
+    uniform: f32,
+    bias: Vec<(u32, f32)>,
+    mask: Option<Vec<u32>>,
+}
+
+impl CudaRunner {
+    /// Allocates and plans.
+    ///
+    /// # Errors
+    /// As [`crate::backend::Backend::runner`].
+    pub(super) fn new(backend: Arc<CudaBackend>, program: &Arc<Program>, config: &RunnerConfig) -> Result<Self> {
+        let gpu = &backend.gpu;
+        gpu.check_lost()?;
+        if config.max_tokens > shaders::MAX_GROUPS || config.max_tokens == 0 || config.context == 0 {
+            let message = format!("{} tokens a step of a context of {}", config.max_tokens, config.context);
+            return Err(Error::new(ErrorKind::InvalidInput, message));
+        }
+        let config = RunnerConfig { max_logits_rows: config.max_logits_rows.max(1), ..config.clone() };
+        if program.buffers.get(program.logits.0 as usize).is_none_or(|desc| desc.width != program.vocab_size) {
+            return Err(Error::new(ErrorKind::InvalidInput, "the logits buffer is not as wide as the vocabulary"));
+        }
+        let stream = gpu.stream()?;
+        let mut memory = Memory::new(gpu, &stream, program, &config)?;
+        let plan = Plan::new(&backend, program, &mut memory, &stream)?;
+        memory.activation(&stream, program, program.logits)?;
+        let sampler = Sampler::new(gpu, &stream, program.vocab_size, config.context)?;
+        Ok(Self {
+            graph: None,
+            pace: Pace::new(gpu),
+            memory,
+            plan,
+            sampler,
+            program: program.clone(),
+            config,
+            step: shaders::Step { n_tokens: 0, position: 0, logits_start: 0, logits_rows: 0 },
+            hidden_only: false,
+            hidden_made: false,
+            work: Vec::new(),
+            next: 0,
+            latest: 0,
+            previous: 0,
+            choice: Choice::None,
+            row: None,
+            scores: Vec::new(),
+            candidates: Vec::new(),
+            ahead: VecDeque::new(),
+            choosing: false,
+            stream,
+            backend,
+        })
+    }
+
+    fn is_queued(&self) -> bool {
+        self.next == self.work.len() && !self.choosing
+    }
+
+    fn last_row(&self) -> Result<u32> {
+        let none = || Error::new(ErrorKind::InvalidInput, "the last step computed no logits");
+        self.step.logits_rows.checked_sub(1).filter(|_| self.is_queued() && !self.hidden_only).ok_or_else(none)
+    }
+
+    /// Address of row `row` of the logits, and its byte in their buffer.
+    fn logits_row(&self, row: u32) -> Result<(u64, u64)> {
+        let stride = u64::from(self.program.vocab_size.next_multiple_of(4)) * 4;
+        let offset = u64::from(row) * stride;
+        let logits = self.memory.existing(self.program.logits);
+        let logits = logits.ok_or_else(|| Error::new(ErrorKind::InvalidInput, "the program has no logits"))?;
+        Ok((logits.address() + offset, offset))
+    }
+
+    /// The kernels of the step `self.step`.
+    fn collect(&mut self) {
+        self.work.clear();
+        for op in &self.plan.ops {
+            if !(self.hidden_only && op.rows() == RowMode::Compacted) {
+                op.work(&self.step, &mut self.work);
+            }
+        }
+        self.next = 0;
+        self.hidden_made = false;
+    }
+
+    /// Forgets choices under way.
+    fn forget(&mut self) {
+        self.choice = Choice::None;
+        self.ahead.clear();
+        if std::mem::take(&mut self.choosing) {
+            self.sampler.take_back();
+        }
+    }
+
+    /// Queues the choice ahead and its step as one piece if they take at most `most` seconds; whether they did.
+    fn submit_graph(&mut self, most: f64) -> Result<bool> {
+        let Some(graph) = self.graph.as_ref().filter(|_| self.choosing) else { return Ok(false) };
+        let seconds = self.work.iter().map(|work| pace::seconds(&work.cost)).sum();
+        if self.pace.estimate(0, seconds) > most {
+            return Ok(false);
+        }
+        let stream = &self.stream;
+        let held = self.backend.hold()?;
+        self.latest = self.pace.piece(stream, 0, seconds, || stream.launch_graph(graph))?;
+        self.next = self.work.len();
+        drop(held);
+        self.chose();
+        Ok(true)
+    }
+
+    /// The kernels of the last choice ahead are in piece [`Self::latest`].
+    fn chose(&mut self) {
+        self.choosing = false;
+        if let Some((_, piece)) = self.ahead.back_mut() {
+            *piece = Some(self.latest);
+        }
+    }
+
+    /// Queues the choice ahead, if there is one, and kernels from `next` on, up to `most` seconds of them but one at
+    /// least, and at most `kernels`.
+    fn submit(&mut self, most: f64, kernels: usize) -> Result<()> {
+        let class = pace::class(self.step.n_tokens);
+        let (mut seconds, mut end) = (0.0, self.next);
+        while end < self.work.len() && end - self.next < kernels {
+            let more = pace::seconds(&self.work[end].cost);
+            if end > self.next && self.pace.estimate(class, seconds + more) > most {
+                break;
+            }
+            seconds += more;
+            end += 1;
+        }
+        let choice = match self.choosing {
+            true => Some(self.sampler.launches(&self.memory, self.logits_row(0)?.0)),
+            false => None,
+        };
+        let work = self.work[self.next..end].iter().map(|work| &work.launch);
+        let stream = &self.stream;
+        let held = self.backend.hold()?;
+        self.latest = self.pace.piece(stream, class, seconds, || queue(stream, choice.iter().flatten().chain(work)))?;
+        self.next = end;
+        drop(held);
+        if choice.is_some() {
+            self.chose();
+        }
+        Ok(())
+    }
+
+    /// The token of choice `turn` in `piece`, if it is there: long before the step behind it ends.
+    fn token_ahead(&mut self, turn: u32, piece: Option<u64>) -> Result<Option<u32>> {
+        let token = self.sampler.token(turn);
+        if token.is_some() || self.pace.settle()? < piece.unwrap_or(u64::MAX) {
+            return Ok(token);
+        }
+        let late = self.sampler.token(turn);
+        late.map(Some).ok_or_else(|| Error::new(ErrorKind::Device, "the token did not come back"))
+    }
+
+    /// Waits for the token of choice `turn`, whose piece is queued.
+    fn wait_for_token(&mut self, turn: u32, piece: u64) -> Result<()> {
+        loop {
+            for _ in 0..LOOKS {
+                if self.sampler.token(turn).is_some() {
+                    return Ok(());
+                }
+                std::hint::spin_loop();
+            }
+            if self.token_ahead(turn, Some(piece))?.is_some() {
+                return Ok(());
+            }
+            std::thread::yield_now();
+        }
+    }
+
+    /// Appends `rows` rows of `buffer` to `out`.
+    fn read_rows(&mut self, buffer: BufferId, rows: u32, out: &mut Vec<f32>) -> Result<()> {
+        let width = self.program.buffers[buffer.0 as usize].width as usize;
+        let stride = width.next_multiple_of(4);
+        let source = self.memory.existing(buffer);
+        let source = source.ok_or_else(|| Error::new(ErrorKind::InvalidInput, "the rows were not computed"))?;
+        let first = out.len();
+        out.resize(first + rows as usize * stride, 0.0);
+        let read = &mut out[first..];
+        self.stream.download(source, 0, bytemuck::cast_slice_mut(read))?;
+        if stride != width {
+            for row in 1..rows as usize {
+                read.copy_within(row * stride..row * stride + width, row * width);
+            }
+            out.truncate(first + rows as usize * width);
+        }
+        Ok(())
+    }
+
+    /// The keys and values of the first `n` positions as rows on the device.
+    fn kv_rows(&self, n: u32) -> Rows {
+        let shape = self.program.attention;
+        let position = shape.head_dim as usize * self.memory.kv_type.size();
+        Rows {
+            width: n as usize * position,
+            rows: 2 * (self.program.layers * shape.kv_heads) as usize,
+            pitch: self.config.context as usize * position,
+        }
+    }
+
+    /// Records the graph of a choice and a step.
+    fn record(&mut self) -> Result<()> {
+        let (scores, _) = self.logits_row(0)?;
+        let mut launches: Vec<Launch> = self.sampler.launches(&self.memory, scores).into();
+        launches.extend(self.work.iter().map(|work| work.launch.clone()));
+        let stream = &self.stream;
+        self.graph = Some(stream.capture(|| queue(stream, &launches))?);
+        Ok(())
+    }
+}
+
+/// Queues kernel calls of the plan or the sampler.
+fn queue<'a>(stream: &Stream, launches: impl IntoIterator<Item = &'a Launch>) -> Result<()> {
+    // SAFETY: plan and sampler make the arguments from the session's buffers and the backend's weights, in whose sizes
+    // the launches stay; the stream of a session ends before they are freed.
+    launches.into_iter().try_for_each(|launch| unsafe { stream.launch(launch) })
+}
+
+impl Runner for CudaRunner {
+    fn write_rope(&mut self, table: u32, first: u32, rows: &[f32]) -> Result<()> {
+        let buffer = self.memory.rope(table)?;
+        let width = self.program.attention.rotary_dim as usize;
+        let count = rows.len().checked_div(width).unwrap_or(0);
+        if count * width != rows.len() || first as usize + count > self.config.context as usize {
+            let message = format!("{} numbers from position {first} do not fit the rotary table", rows.len());
+            return Err(Error::new(ErrorKind::InvalidInput, message));
+        }
+        let offset = u64::from(first) * width as u64 * 4;
+        self.stream.upload(buffer, offset, bytemuck::cast_slice(rows))
+    }
+
+    fn begin(&mut self, step: &Step<'_>) -> Result<()> {
+        drop(self.backend.hold()?);
+        step.check(&self.program, &self.config)?;
+        self.forget();
+        let logits = step.logits.range(step.tokens.len());
+        self.step = shaders::Step {
+            n_tokens: step.tokens.len() as u32,
+            position: step.position,
+            logits_start: logits.start as u32,
+            logits_rows: logits.len() as u32,
+        };
+        self.hidden_only = step.logits == LogitsRows::Hidden;
+        let position = std::mem::offset_of!(Place, position) as u64;
+        self.stream.upload(self.memory.buffer(self.memory.place), position, bytemuck::bytes_of(&step.position))?;
+        self.stream.upload(self.memory.buffer(self.memory.tokens), 0, bytemuck::cast_slice(step.tokens))?;
+        self.previous = self.latest;
+        self.collect();
+        Ok(())
+    }
+
+    fn advance(&mut self, budget: &Budget) -> Result<Progress> {
+        let finished = self.pace.settle()?;
+        let mut begun = false;
+        while !self.is_queued() {
+            if begun && budget.is_over() {
+                return Ok(Progress::Working);
+            }
+            let most = match budget.device {
+                Some(device) => {
+                    let queued = self.pace.queued();
+                    match device.checked_sub(queued) {
+                        Some(left) if !left.is_zero() => left.as_secs_f64(),
+                        _ if queued.is_zero() => 0.0,
+                        _ => return Ok(Progress::Waiting),
+                    }
+                }
+                // At most two steps of a prompt are queued, so that one that is abandoned ends soon.
+                None if self.ahead.is_empty() && self.previous > finished => return Ok(Progress::Waiting),
+                None => f64::INFINITY,
+            };
+            if !self.submit_graph(most)? {
+                self.submit(most, if budget.deadline.is_some() { KERNELS_TIMED } else { KERNELS })?;
+            }
+            begun = true;
+        }
+        drop(self.backend.hold()?);
+        Ok(Progress::Done)
+    }
+
+    fn abandon(&mut self) {
+        self.work.clear();
+        self.next = 0;
+        self.step.logits_rows = 0;
+        self.forget();
+    }
+
+    fn wait(&mut self) -> Result<()> {
+        if let Some(&(turn, Some(piece))) = self.ahead.front() {
+            return self.wait_for_token(turn, piece);
+        }
+        match &self.choice {
+            Choice::Device(_, there) | Choice::Host(_, there) | Choice::Hidden(there) => there.wait(),
+            Choice::None if self.previous > self.pace.settle()? => self.pace.wait_for(self.previous),
+            Choice::None => self.pace.wait_for_any(),
+        }
+    }
+
+    fn chunk(&self, position: u32, wanted: usize, device: Duration) -> usize {
+        let mut n = wanted.min(self.config.max_tokens as usize).max(1) as u32;
+        let mut work = Vec::new();
+        while n > 1 {
+            let step = shaders::Step { n_tokens: n, position, logits_start: n - 1, logits_rows: 1 };
+            work.clear();
+            self.plan.ops.iter().for_each(|op| op.work(&step, &mut work));
+            let largest = work.iter().map(|work| pace::seconds(&work.cost)).fold(0.0, f64::max);
+            if self.pace.estimate(pace::class(n), largest) <= device.as_secs_f64() {
+                break;
+            }
+            n = n.div_ceil(2);
+        }
+        n as usize
+    }
+
+    fn queued(&mut self) -> Result<Duration> {
+        self.pace.settle()?;
+        Ok(self.pace.queued())
+    }
+
+    fn read_logits(&mut self, out: &mut Vec<f32>) -> Result<()> {
+        self.backend.gpu.check_lost()?;
+        let rows = if self.is_queued() && !self.hidden_only { self.step.logits_rows } else { 0 };
+        out.clear();
+        self.read_rows(self.program.logits, rows, out)
+    }
+
+    fn begin_hidden(&mut self) -> Result<()> {
+        self.backend.gpu.check_lost()?;
+        self.choice = Choice::None;
+        if !self.is_queued() || self.step.logits_rows == 0 {
+            return Err(Error::new(ErrorKind::InvalidInput, "the last step has no rows of hidden states"));
+        }
+        if let Some(op) = &self.plan.hidden
+            && !self.hidden_made
+        {
+            let mut work = Vec::new();
+            op.work(&self.step, &mut work);
+            let _held = self.backend.hold()?;
+            queue(&self.stream, work.iter().map(|work| &work.launch))?;
+            self.hidden_made = true;
+        }
+        self.choice = Choice::Hidden(super::mark(&self.backend.gpu, &self.stream)?);
+        Ok(())
+    }
+
+    fn poll_hidden(&mut self, out: &mut Vec<f32>) -> Result<bool> {
+        self.pace.settle()?;
+        let Choice::Hidden(there) = &self.choice else {
+            return Err(Error::new(ErrorKind::InvalidInput, "no hidden states were asked for"));
+        };
+        if !there.is_reached()? {
+            return Ok(false);
+        }
+        self.choice = Choice::None;
+        self.read_rows(self.program.last_hidden()?, self.step.logits_rows, out)?;
+        Ok(true)
+    }
+
+    fn begin_sample(&mut self, request: &SampleRequest<'_>) -> Result<()> {
+        self.backend.gpu.check_lost()?;
+        let (scores, offset) = self.logits_row(self.last_row()?)?;
+        if self.sampler.handles(request) {
+            let turn = self.sampler.request(&self.stream, request, self.step.position)?;
+            queue(&self.stream, &self.sampler.launches(&self.memory, scores))?;
+            self.choice = Choice::Device(turn, super::mark(&self.backend.gpu, &self.stream)?);
+            return Ok(());
+        }
+        let bytes = self.program.vocab_size as usize * 4;
+        if self.row.is_none() {
+            self.row = Some(self.backend.gpu.pinned(bytes)?);
+        }
+        let Some(row) = &self.row else { return Err(Error::new(ErrorKind::Device, "no memory for scores")) };
+        let logits = self.memory.existing(self.program.logits);
+        let logits = logits.ok_or_else(|| Error::new(ErrorKind::InvalidInput, "the program has no logits"))?;
+        self.stream.download_pinned(logits, offset, row, bytes)?;
+        let choice = HostChoice {
+            sampling: request.sampling.clone(),
+            recent: request.recent.to_vec(),
+            uniform: request.uniform,
+            bias: request.bias.to_vec(),
+            mask: request.mask.map(<[u32]>::to_vec),
+        };
+        self.choice = Choice::Host(Box::new(choice), super::mark(&self.backend.gpu, &self.stream)?);
+        Ok(())
+    }
+
+    fn poll_sample(&mut self) -> Result<Option<u32>> {
+        self.pace.settle()?;
+        let token = match &self.choice {
+            Choice::None | Choice::Hidden(_) => {
+                return Err(Error::new(ErrorKind::InvalidInput, "no choice is under way"));
+            }
+            Choice::Device(turn, there) => match there.is_reached()? {
+                false => None,
+                true => self.sampler.token(*turn),
+            },
+            Choice::Host(choice, there) => match (there.is_reached()?, &self.row) {
+                (true, Some(row)) => {
+                    self.scores.clear();
+                    self.scores.extend(row.bytes().as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)));
+                    let request = SampleRequest {
+                        sampling: &choice.sampling,
+                        recent: &choice.recent,
+                        uniform: choice.uniform,
+                        bias: &choice.bias,
+                        mask: choice.mask.as_deref(),
+                    };
+                    Some(pick_in(&mut self.scores, &request, &mut self.candidates))
+                }
+                _ => None,
+            },
+        };
+        if token.is_some() {
+            self.choice = Choice::None;
+        }
+        Ok(token)
+    }
+
+    fn begin_ahead(&mut self, request: &SampleRequest<'_>, position: u32) -> Result<bool> {
+        drop(self.backend.hold()?);
+        // The graph takes the scores from the first row.
+        let row = self.last_row()?;
+        if row > 0 || !self.sampler.handles(request) || self.ahead.len() == MAX_AHEAD || position >= self.config.context
+        {
+            return Ok(false);
+        }
+        let turn = self.sampler.request(&self.stream, request, position)?;
+        self.choosing = true;
+        self.ahead.push_back((turn, None));
+        self.step = shaders::Step { n_tokens: 1, position, logits_start: 0, logits_rows: 1 };
+        self.hidden_only = false;
+        self.previous = self.latest;
+        self.collect();
+        if self.graph.is_none() && !self.backend.options.force_no_graphs {
+            self.record()?;
+        }
+        Ok(true)
+    }
+
+    fn poll_ahead(&mut self) -> Result<Option<u32>> {
+        let none = || Error::new(ErrorKind::InvalidInput, "no token was chosen ahead");
+        let &(turn, piece) = self.ahead.front().ok_or_else(none)?;
+        let token = self.token_ahead(turn, piece)?;
+        if token.is_some() {
+            self.ahead.pop_front();
+        }
+        Ok(token)
+    }
+
+    fn profile(&mut self, step: &Step<'_>) -> Result<Vec<OpTime>> {
+        self.begin(step)?;
+        self.next = self.work.len();
+        let gpu = &self.backend.gpu;
+        let _held = self.backend.hold()?;
+        let mut events = vec![super::mark(gpu, &self.stream)?];
+        for work in &self.work {
+            // One by one, so that each has its own time.
+            queue(&self.stream, [&Launch { overlaps: false, ..work.launch.clone() }])?;
+            events.push(super::mark(gpu, &self.stream)?);
+        }
+        self.stream.wait()?;
+        let times = self.work.iter().zip(events.windows(2)).map(|(work, ends)| {
+            let [x, y, z] = work.launch.grid;
+            let name = format!("{} {x}x{y}x{z}", work.name);
+            let seconds = ends[0].seconds_to(&ends[1])?;
+            Ok(OpTime { name, seconds, bytes: work.cost.bytes, flops: work.cost.flops })
+        });
+        times.collect()
+    }
+
+    fn save_kv(&mut self, n: u32, out: &mut [u8]) -> Result<()> {
+        check_kv(&self.program, &self.config, self.memory.kv_type, n, out.len())?;
+        self.stream.copy_rows(self.memory.buffer(self.memory.kv), self.kv_rows(n), HostRows::To(out))
+    }
+
+    fn load_kv(&mut self, n: u32, bytes: &[u8]) -> Result<()> {
+        check_kv(&self.program, &self.config, self.memory.kv_type, n, bytes.len())?;
+        self.abandon();
+        self.stream.copy_rows(self.memory.buffer(self.memory.kv), self.kv_rows(n), HostRows::From(bytes))
+    }
+
+    fn fork(&mut self, n: u32) -> Result<Box<dyn Runner>> {
+        let fork = Self::new(Arc::clone(&self.backend), &self.program, &self.config)?;
+        fork.stream.wait()?;
+        let to = HostRows::Device(fork.memory.buffer(fork.memory.kv));
+        self.stream.copy_rows(self.memory.buffer(self.memory.kv), self.kv_rows(n), to)?;
+        for table in 0..self.program.rope_tables {
+            let (from, to) = (self.memory.rope(table)?, fork.memory.rope(table)?);
+            let bytes = from.bytes() as usize;
+            self.stream.copy_rows(from, Rows { width: bytes, rows: 1, pitch: bytes }, HostRows::Device(to))?;
+        }
+        Ok(Box::new(fork))
+    }
+
+    fn rebind(&mut self, backend: Arc<dyn Backend>) -> Result<bool> {
+        let backend: Arc<dyn Any + Send + Sync> = backend;
+        let same = |b: &Arc<CudaBackend>| Arc::ptr_eq(&b.gpu, &self.backend.gpu);
+        let Some(backend) = backend.downcast::<CudaBackend>().ok().filter(same) else { return Ok(false) };
+        self.abandon();
+        self.graph = None;
+        self.plan = Plan::new(&backend, &self.program, &mut self.memory, &self.stream)?;
+        self.backend = backend;
+        Ok(true)
+    }
+
+    fn kv_type(&self) -> KvType {
+        self.memory.kv_type
+    }
+
+    fn bytes(&self) -> u64 {
+        self.memory.bytes() + self.sampler.bytes()
+    }
+}
