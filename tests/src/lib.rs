@@ -1,5 +1,8 @@
 //! Shared parts of the workspace tests.
 
+#[cfg(feature = "cuda")]
+pub mod cuda;
+pub mod decoder;
 pub mod generated;
 #[cfg(unix)]
 pub mod hosts;

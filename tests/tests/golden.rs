@@ -43,6 +43,10 @@ const ARCHS: &[&str] = &[
     "stablelm",
 ];
 
+/// Those of [`ARCHS`] that the CUDA backend refuses.
+#[cfg(all(feature = "cuda", target_os = "linux", target_arch = "x86_64"))]
+const MIXTURES: &[&str] = &["mixtral", "qwen2-moe", "qwen3-moe"];
+
 /// Greedy choices closer than this can go either way within rounding, so they prove nothing.
 const DECIDED: f64 = 1e-3;
 
@@ -192,4 +196,38 @@ fn gpu_logits_match_the_peer() {
             }
         }
     }
+}
+
+#[cfg(all(feature = "cuda", target_os = "linux", target_arch = "x86_64"))]
+mod machine;
+
+#[cfg(all(feature = "cuda", target_os = "linux", target_arch = "x86_64"))]
+#[test]
+fn cuda_logits_match_the_peer() {
+    if !machine::is_on_machine("cuda_logits_match_the_peer", &machine::ALL_CAPABILITIES[..1]) {
+        return;
+    }
+    let options = LoadOptions { backend: BackendChoice::Cuda, ..Default::default() };
+    let mut computed = 0;
+    for folder in folders() {
+        let session = SessionOptions { context: Some(256), ..Default::default() };
+        let name = folder.file_name().unwrap().to_string_lossy().into_owned();
+        let model = match Model::open(&folder, &options) {
+            Ok(model) => model,
+            Err(refused) => {
+                assert_eq!(refused.kind(), awqua::ErrorKind::Unsupported, "{name}: {refused}");
+                println!("{name}: {refused}");
+                // Another backend takes it without being asked.
+                let any = Model::open(&folder, &LoadOptions::default()).unwrap();
+                assert_ne!(any.backend_info().backend, "cuda", "{name}");
+                continue;
+            }
+        };
+        assert!(!MIXTURES.contains(&name.as_str()), "{name}");
+        computed += 1;
+        let worst = worst_logits(&model, &reference(&folder), &session);
+        println!("{name} {}: {worst:.1e}", model.backend_info().device);
+        assert!(worst <= 1e-2, "{name}: {worst:e}");
+    }
+    assert!(computed >= 10, "{computed} models were computed");
 }

@@ -1,0 +1,421 @@
+//! The CUDA backend on a machine on the CPU (tests/cuda): arithmetic, indexing, synchronisation inside of blocks, and
+//! everything around the kernels. With `AWQUA_CUDA_DEVICE=1` the same tests run on this machine's own driver.
+//!
+//! A test builds the machine as a library and runs itself again in a process that finds it as its driver.
+#![cfg(all(feature = "cuda", target_os = "linux", target_arch = "x86_64"))]
+
+mod machine;
+
+use std::process::Command;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use awqua::ErrorKind;
+use awqua::backend::cuda::{CudaBackend, CudaChoice, CudaOptions, devices};
+use awqua::backend::{
+    AttentionShape, Backend, Budget, LogitsRows, Program, Progress, Runner, RunnerConfig, Step, WeightId, kv_bytes,
+};
+use awqua::session::sampler::{SampleRequest, Sampling, pick};
+use awqua::tensor::Offset;
+use awqua_tests::decoder::{
+    CONTEXT, Case, MAX_TOKENS, Model, Projection, Rng, STEPS, Style, build, cases, error, rope_rows, tokens,
+};
+use awqua_tests::hosts::run;
+use awqua_tests::oracle::{Dequantised, Oracle};
+use machine::{ALL_CAPABILITIES, CHILD, folder, is_on_machine};
+
+fn config() -> RunnerConfig {
+    RunnerConfig {
+        max_tokens: MAX_TOKENS,
+        max_logits_rows: MAX_TOKENS,
+        context: CONTEXT,
+        kv_type: None,
+        threads: None,
+        jobs: None,
+    }
+}
+
+fn upload(model: &Model, options: &CudaOptions) -> Arc<CudaBackend> {
+    let mut backend = CudaBackend::open(options).expect("the device opens");
+    for (i, weight) in model.weights.iter().enumerate() {
+        let id = backend.upload(&format!("weight {i}"), weight.clone()).expect("the weight fits");
+        assert_eq!(id, WeightId(i as u32));
+    }
+    Arc::new(backend)
+}
+
+fn runner(model: &Model, config: &RunnerConfig) -> (Arc<CudaBackend>, Box<dyn Runner>) {
+    runner_with(model, config, &CudaOptions::default())
+}
+
+fn runner_with(model: &Model, config: &RunnerConfig, options: &CudaOptions) -> (Arc<CudaBackend>, Box<dyn Runner>) {
+    let backend = upload(model, options);
+    let mut runner = backend.clone().runner(&model.program, config).expect("the runner fits");
+    for table in 0..model.program.rope_tables {
+        let rows = rope_rows(table, model.program.attention.rotary_dim / 2);
+        let half = rows.len() / 2;
+        runner.write_rope(table, 0, &rows[..half]).expect("rows fit");
+        runner.write_rope(table, CONTEXT / 2, &rows[half..]).expect("rows fit");
+    }
+    (backend, runner)
+}
+
+/// Cases that use the fast kernels too: heads of 64 and 128, groups that lie well.
+fn all_cases() -> Vec<Case> {
+    let base = cases().swap_remove(0);
+    let shape = |heads, kv_heads, head_dim, rotary_dim| AttentionShape { heads, kv_heads, head_dim, rotary_dim };
+    let w4 = |group_size, offset| Projection::W4 { group_size, offset };
+    let mut all = cases();
+    // Mixtures are refused.
+    all.retain(|case| !matches!(case.style, Style::Experts(_)));
+    all.push(Case {
+        name: "fused, heads of 64",
+        hidden: 128,
+        ffn: 208,
+        shape: shape(4, 2, 64, 64),
+        projections: w4(16, Offset::Zero),
+        ..base.clone()
+    });
+    all.push(Case {
+        name: "fused, heads of 64 with groups of 32, biases as offsets",
+        hidden: 192,
+        ffn: 160,
+        shape: shape(3, 1, 64, 32),
+        bias: true,
+        window: Some(17),
+        projections: w4(32, Offset::Bias),
+        ..base.clone()
+    });
+    all.push(Case {
+        name: "fused, heads of 128 with groups of 64",
+        hidden: 256,
+        ffn: 320,
+        vocab: 517,
+        shape: shape(4, 1, 128, 128),
+        projections: w4(64, Offset::Zero),
+        ..base.clone()
+    });
+    all.push(Case {
+        name: "fast attention behind norms of heads",
+        hidden: 128,
+        ffn: 128,
+        shape: shape(2, 2, 96, 96),
+        qk_norm: true,
+        projections: w4(0, Offset::Zero),
+        ..base
+    });
+    all
+}
+
+fn compare(case: &Case) {
+    let model = build(case);
+    let (backend, mut runner) = runner(&model, &RunnerConfig { kv_type: Some(case.kv), ..config() });
+    assert_eq!(runner.kv_type(), case.kv);
+    let mut oracle = Oracle::new(&model.program, &model.weights, CONTEXT as usize, case.kv, Dequantised::Exact);
+    for table in 0..case.rope_tables {
+        oracle.write_rope(table as usize, 0, &rope_rows(table, case.shape.rotary_dim / 2));
+    }
+    let mut rng = Rng(77);
+    let (mut logits, mut hidden) = (Vec::new(), Vec::new());
+    for &(n, position, rows) in STEPS {
+        let tokens = tokens(&mut rng, n, case.vocab);
+        let expected = oracle.run(&tokens, position as usize, rows);
+        runner.run(&Step { tokens: &tokens, position, logits: rows }).expect("the step runs");
+        runner.read_logits(&mut logits).expect("the logits come back");
+        if !expected.is_empty() {
+            runner.read_hidden(&mut hidden).expect("the hidden rows come back");
+            assert_eq!(hidden.len(), rows.range(n).len() * case.hidden);
+        }
+        let error = if expected.is_empty() { logits.len() as f32 } else { error(&logits, &expected) };
+        // Half precision inputs carry 11 bits.
+        assert!(error <= 6e-3, "{} ({}), {n} tokens at {position}: error {error}", case.name, backend.info().variant);
+    }
+}
+
+#[test]
+fn programs_match_the_naive_interpretation() {
+    if is_on_machine("programs_match_the_naive_interpretation", ALL_CAPABILITIES) {
+        all_cases().iter().for_each(compare);
+    }
+}
+
+/// The fused case, with a vocabulary of its own.
+fn fast_case(vocab: usize) -> Case {
+    let case = all_cases().into_iter().find(|case| case.name == "fused, heads of 128 with groups of 64");
+    Case { vocab, ..case.expect("the case is there") }
+}
+
+#[test]
+fn tokens_are_picked_as_on_the_cpu() {
+    if !is_on_machine("tokens_are_picked_as_on_the_cpu", &[&[]]) {
+        return;
+    }
+    let case = fast_case(40_003);
+    let model = build(&case);
+    let base = Sampling { temperature: 0.8, top_k: 40, top_p: 0.95, ..Sampling::default() };
+    let penalties =
+        Sampling { repetition_penalty: 1.5, presence_penalty: 0.5, frequency_penalty: 0.25, ..Sampling::greedy() };
+    let samplings = [
+        Sampling::greedy(),
+        penalties.clone(),
+        base.clone(),
+        Sampling { top_k: 1, ..base.clone() },
+        Sampling { top_k: 256, top_p: 1.0, temperature: 3.0, ..base.clone() },
+        Sampling { top_k: 100, top_p: 1.0, min_p: 0.2, ..base.clone() },
+        Sampling { temperature: 1.5, top_k: 50, ..penalties },
+        // These two read the logits back.
+        Sampling { top_k: 0, ..base.clone() },
+        Sampling { top_k: 300, ..base },
+    ];
+    let (_backend, mut runner) = runner(&model, &config());
+    let nothing = SampleRequest { uniform: 0.5, ..SampleRequest::new(&samplings[0]) };
+    assert_eq!(runner.sample(&nothing).expect_err("no logits yet").kind(), ErrorKind::InvalidInput);
+    let (mut logits, mut again) = (Vec::new(), Vec::new());
+    runner.run(&Step { tokens: &[1, 2, 3], position: 0, logits: LogitsRows::All }).expect("the step runs");
+    runner.read_logits(&mut logits).expect("the logits come back");
+    let row = &logits[2 * case.vocab..];
+    let mut best: Vec<u32> = (0..case.vocab as u32).collect();
+    best.sort_by(|a, b| row[*b as usize].total_cmp(&row[*a as usize]));
+    let recent: Vec<(u32, u32)> = best[..20].iter().map(|id| (*id, id % 3 + 1)).collect();
+    for sampling in &samplings {
+        for uniform in [0.0, 0.333, 0.777, 0.999] {
+            let request = SampleRequest { recent: &recent, uniform, ..SampleRequest::new(sampling) };
+            let found = runner.sample(&request).expect("a token comes back");
+            // Exponentials differ in the last bits, so the neighbours of a boundary are right, too.
+            let near = [uniform, (uniform - 1e-4).max(0.0), uniform + 1e-4];
+            let right = near.map(|uniform| pick(&mut row.to_vec(), &SampleRequest { uniform, ..request }));
+            assert!(right.contains(&found), "{sampling:?} at {uniform}: {found} instead of {right:?}");
+        }
+    }
+    runner.read_logits(&mut again).expect("the logits come back");
+    assert!(logits == again, "sampling changed the logits");
+}
+
+/// The oldest token ahead.
+fn take(runner: &mut dyn Runner) -> u32 {
+    loop {
+        if let Some(token) = runner.poll_ahead().expect("a token") {
+            return token;
+        }
+        runner.wait().expect("the device goes on");
+    }
+}
+
+#[test]
+fn tokens_ahead_are_those_one_by_one() {
+    if !is_on_machine("tokens_ahead_are_those_one_by_one", &ALL_CAPABILITIES[..1]) {
+        return;
+    }
+    let model = build(&fast_case(517));
+    let prompt = [5, 6, 7, 8, 9];
+    for sampling in [Sampling::greedy(), Sampling { top_k: 20, temperature: 1.2, ..Sampling::default() }] {
+        let uniform = |i: usize| (i as f32 * 0.37).fract();
+        let (_backend, mut slow) = runner(&model, &config());
+        let mut expected = Vec::new();
+        slow.run(&Step { tokens: &prompt, position: 0, logits: LogitsRows::Last }).expect("the step runs");
+        for i in 0..12 {
+            let request = SampleRequest { uniform: uniform(i), ..SampleRequest::new(&sampling) };
+            let token = slow.sample(&request).expect("a token");
+            expected.push(token);
+            let position = (prompt.len() + i) as u32;
+            slow.run(&Step { tokens: &[token], position, logits: LogitsRows::Last }).expect("the step runs");
+        }
+        for force_no_graphs in [false, true] {
+            let options = CudaOptions { force_no_graphs, ..CudaOptions::default() };
+            let (_backend, mut fast) = runner_with(&model, &config(), &options);
+            fast.run(&Step { tokens: &prompt, position: 0, logits: LogitsRows::Last }).expect("the step runs");
+            let mut found = Vec::new();
+            for i in 0..12 {
+                let request = SampleRequest { uniform: uniform(i), ..SampleRequest::new(&sampling) };
+                let position = (prompt.len() + i) as u32;
+                assert!(fast.begin_ahead(&request, position).expect("it begins"));
+                if i == 4 {
+                    // Forgotten before it was queued: nothing counts it.
+                    fast.abandon();
+                    found.push(expected[3]);
+                    let step = Step { tokens: &expected[3..4], position: position - 1, logits: LogitsRows::Last };
+                    fast.run(&step).expect("the step runs");
+                    assert!(fast.begin_ahead(&request, position).expect("it begins"));
+                }
+                // Every other one in the smallest pieces.
+                let piece = Budget { deadline: None, device: Some(Duration::from_nanos(1)) };
+                let budget = if i % 2 == 0 { Budget::UNLIMITED } else { piece };
+                while fast.advance(&budget).expect("pieces are queued") != Progress::Done {
+                    fast.wait().expect("the device goes on");
+                }
+                if i > 0 && i != 4 {
+                    found.push(take(&mut *fast));
+                }
+            }
+            found.push(take(&mut *fast));
+            assert_eq!(found, expected, "{sampling:?}, no graphs {force_no_graphs}");
+            assert_eq!(fast.poll_ahead().expect_err("there is none").kind(), ErrorKind::InvalidInput);
+        }
+    }
+}
+
+#[test]
+fn budgets_change_nothing() {
+    if !is_on_machine("budgets_change_nothing", &[&[]]) {
+        return;
+    }
+    let model = build(&fast_case(300));
+    let (_backend, mut runner) = runner(&model, &config());
+    let prompt: Vec<u32> = (0..33).collect();
+    let step = Step { tokens: &prompt, position: 0, logits: LogitsRows::Last };
+    let (mut whole, mut pieces) = (Vec::new(), Vec::new());
+    runner.run(&step).expect("the step runs");
+    runner.read_logits(&mut whole).expect("the logits come back");
+    runner.begin(&step).expect("the step begins");
+    let mut calls = 0;
+    loop {
+        let deadline = Some(Instant::now() + Duration::from_micros(if calls % 3 == 0 { 0 } else { 500 }));
+        let budget = Budget { deadline, device: Some(Duration::from_micros(50)) };
+        calls += 1;
+        match runner.advance(&budget).expect("it goes on") {
+            Progress::Done => break,
+            Progress::Waiting => runner.wait().expect("the device ends something"),
+            Progress::Working => {}
+        }
+    }
+    runner.read_logits(&mut pieces).expect("the logits come back");
+    // The first call has no time at all; how many follow depends on the device.
+    assert!(calls > 1 && whole == pieces, "{calls} calls");
+    assert!(runner.chunk(0, 40, Duration::from_nanos(1)) == 1 && runner.chunk(0, 40, Duration::from_secs(9)) == 40);
+    // An abandoned step leaves the runner usable.
+    runner.begin(&step).expect("the step begins");
+    runner.advance(&Budget { deadline: None, device: Some(Duration::from_nanos(1)) }).expect("it goes on");
+    runner.abandon();
+    runner.run(&step).expect("the step runs");
+    runner.read_logits(&mut pieces).expect("the logits come back");
+    assert!(whole == pieces);
+    let times = runner.profile(&step).expect("it can be profiled");
+    assert!(times.iter().all(|t| t.seconds >= 0.0 && t.bytes > 0) && times.len() > 10);
+}
+
+#[test]
+fn caches_can_be_kept_and_shared() {
+    if !is_on_machine("caches_can_be_kept_and_shared", &[&[]]) {
+        return;
+    }
+    for case in [fast_case(300), cases().swap_remove(1)] {
+        let model = build(&case);
+        let config = RunnerConfig { kv_type: Some(case.kv), ..config() };
+        let (_backend, mut first) = runner(&model, &config);
+        let logits = |runner: &mut Box<dyn Runner>| {
+            let mut logits = Vec::new();
+            runner.run(&Step { tokens: &[3, 4], position: 20, logits: LogitsRows::Last }).expect("the step runs");
+            runner.read_logits(&mut logits).expect("the logits come back");
+            logits
+        };
+        let prompt: Vec<u32> = (0..20).collect();
+        first.run(&Step { tokens: &prompt, position: 0, logits: LogitsRows::None }).expect("the step runs");
+        let mut kept = vec![0; kv_bytes(&model.program, case.kv, 20) as usize];
+        first.save_kv(20, &mut kept).expect("the cache is saved");
+        let mut fork = first.fork(20).expect("a fork");
+        let expected = logits(&mut first);
+        assert_eq!(logits(&mut fork), expected);
+        let (_other, mut second) = runner(&model, &config);
+        second.load_kv(20, &kept).expect("the cache is loaded");
+        assert_eq!(logits(&mut second), expected);
+        assert_eq!(first.save_kv(20, &mut kept[1..]).expect_err("too short").kind(), ErrorKind::InvalidInput);
+    }
+}
+
+#[test]
+fn wrong_calls_are_refused() {
+    if !is_on_machine("wrong_calls_are_refused", &[&[("AWQUA_MACHINE_MEMORY", "200000000")]]) {
+        return;
+    }
+    let model = build(&fast_case(300));
+    let (backend, mut runner) = runner(&model, &config());
+    let many = vec![0; MAX_TOKENS as usize + 1];
+    let mut kind = |tokens: &[u32], position| {
+        let step = Step { tokens, position, logits: LogitsRows::Last };
+        runner.run(&step).expect_err("the step is bad").kind()
+    };
+    assert_eq!(kind(&[], 0), ErrorKind::InvalidInput);
+    assert_eq!(kind(&many, 0), ErrorKind::InvalidInput);
+    assert_eq!(kind(&[model.program.vocab_size], 0), ErrorKind::InvalidInput);
+    assert_eq!(kind(&[0, 0], CONTEXT - 1), ErrorKind::ContextFull);
+    for (table, first, len) in [(1, 0, 64), (0, CONTEXT, 64), (0, 0, 15)] {
+        let refused = runner.write_rope(table, first, &vec![0.0; len]).expect_err("the rows do not fit");
+        assert_eq!(refused.kind(), ErrorKind::InvalidInput);
+    }
+    let layers = Arc::new(Program { layers: 1_000_000, ..(*model.program).clone() });
+    for (program, config) in [
+        (&model.program, RunnerConfig { context: u32::MAX, ..config() }),
+        (&model.program, RunnerConfig { max_logits_rows: u32::MAX, ..config() }),
+        (&layers, RunnerConfig { context: 1_000_000, ..config() }),
+    ] {
+        let refused = backend.clone().runner(program, &config).err().expect("it can not fit");
+        assert_eq!(refused.kind(), ErrorKind::OutOfMemory, "{refused}");
+        assert!(refused.message().contains("bytes"), "{refused}");
+    }
+    let too_many = RunnerConfig { max_tokens: 100_000, ..config() };
+    let refused = backend.clone().runner(&model.program, &too_many).err().expect("too many rows");
+    assert_eq!(refused.kind(), ErrorKind::InvalidInput);
+    runner.run(&Step { tokens: &[1], position: 0, logits: LogitsRows::Last }).expect("the device still works");
+    backend.destroy();
+    let lost = |kind| assert_eq!(kind, ErrorKind::DeviceLost);
+    lost(runner.run(&Step { tokens: &[1], position: 1, logits: LogitsRows::Last }).expect_err("it is gone").kind());
+    lost(runner.read_logits(&mut Vec::new()).expect_err("it is gone").kind());
+    lost(backend.clone().runner(&model.program, &config()).err().expect("it is gone").kind());
+}
+
+#[test]
+fn a_missing_or_broken_driver_is_no_device() {
+    const NAME: &str = "a_missing_or_broken_driver_is_no_device";
+    if std::env::var_os(CHILD).is_some() {
+        let refused = CudaBackend::open(&CudaOptions::default()).err();
+        match std::env::var("AWQUA_TEST_EXPECTED").as_deref() {
+            Ok("none") => {
+                assert_eq!(devices(), []);
+                assert_eq!(refused.expect("there is none").kind(), ErrorKind::NoDevice);
+            }
+            Ok("error") => assert!(refused.is_some()),
+            _ => assert!(refused.is_none()),
+        }
+        let unknown = CudaOptions { device: CudaChoice::Named("no such device".into()), ..CudaOptions::default() };
+        assert!(CudaBackend::open(&unknown).is_err());
+        return;
+    }
+    let this = std::env::current_exe().expect("a test has a path");
+    let child = |library: &std::path::Path, expected: &str, name: &str, value: &str| {
+        run(Command::new(&this)
+            .args(["--exact", NAME])
+            .env(CHILD, "1")
+            .env("AWQUA_TEST_EXPECTED", expected)
+            .env(name, value)
+            .env("LD_LIBRARY_PATH", library));
+    };
+    // No driver at all, on machines that have none.
+    if devices().is_empty() {
+        child(std::path::Path::new("/nonexistent"), "none", "AWQUA", "");
+    }
+    let Some(folder) = folder() else { return };
+    child(&folder, "some", "AWQUA", "");
+    child(&folder, "none", "AWQUA_MACHINE_DRIVER", "11080");
+    child(&folder, "none", "AWQUA_MACHINE_BROKEN", "cuInit");
+    child(&folder, "none", "AWQUA_MACHINE_DEVICES", "0");
+    child(&folder, "error", "AWQUA_MACHINE_CAPABILITY", "61");
+    for function in [
+        "cuDeviceGetCount",
+        "cuDeviceGet",
+        "cuDeviceGetName",
+        "cuDeviceGetAttribute",
+        "cuDevicePrimaryCtxRetain",
+        "cuModuleLoadData",
+        "cuMemAlloc_v2",
+        "cuMemHostAlloc",
+        "cuStreamCreateWithPriority",
+    ] {
+        child(&folder, "error", "AWQUA_MACHINE_BROKEN", function);
+    }
+    // A library of that name that is no driver.
+    let empty = folder.join("empty");
+    std::fs::create_dir_all(&empty).expect("a folder");
+    std::fs::write(empty.join("empty.c"), "int nothing;").expect("a file");
+    run(Command::new("gcc").args(["-shared", "-fPIC", "-o"]).arg(empty.join("libcuda.so")).arg(empty.join("empty.c")));
+    child(&empty, "none", "AWQUA", "");
+}
