@@ -400,6 +400,7 @@ impl Bench {
                 kv_type: None,
                 threads: None,
                 jobs: None,
+                exact: true,
             };
             let mut runner = std::sync::Arc::new(backend).runner(&model.program, &config).expect("the runner fits");
             for table in 0..model.program.rope_tables {

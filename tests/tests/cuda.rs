@@ -32,6 +32,7 @@ fn config() -> RunnerConfig {
         kv_type: None,
         threads: None,
         jobs: None,
+        exact: true,
     }
 }
 
