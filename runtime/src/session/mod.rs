@@ -377,6 +377,11 @@ impl Session {
         Ok(())
     }
 
+    /// Most tokens that one step computes.
+    pub fn chunk(&self) -> u32 {
+        self.config.max_tokens
+    }
+
     /// Device time of every operation of a step over `ids` at the end of the cache, which stays as it is.
     ///
     /// # Errors

@@ -1,10 +1,13 @@
-//! Any bytes as a GGUF file: reading it and expanding the first and last row of each tensor never panics.
+//! Any bytes as a GGUF file: reading it, expanding the first and last row of each tensor, and opening and verifying it as
+//! a checkpoint never panics.
 
 #![no_main]
 
 use std::path::Path;
+use std::sync::Arc;
 
 use awqua::checkpoint::gguf::Gguf;
+use awqua::checkpoint::{Checkpoint, Source};
 use awqua::tensor::Bytes;
 use libfuzzer_sys::fuzz_target;
 
@@ -21,5 +24,8 @@ fuzz_target!(|data: &[u8]| {
         for index in [0, tensor.rows() - 1] {
             tensor.dequantize_row(index, &mut row).expect("the row exists");
         }
+    }
+    if let Ok(checkpoint) = Checkpoint::open_source(Source::file("fuzz.gguf", Arc::new(Bytes::owned(data.to_vec())))) {
+        let _ = awqua::model::verify(&checkpoint);
     }
 });

@@ -203,6 +203,7 @@ fn per_op(args: &Args) -> Outcome {
     let mut session = args.device.session(&model, args.context())?;
     let vocab = model.config().vocab_size as u32;
     let ids = |n: u32| (0..n).map(|i| (i * 31 + 1) % vocab).collect::<Vec<_>>();
+    let step = args.prompt.min(session.chunk());
     let mut measure = |before: u32, step: u32| -> Outcome<Vec<OpRow>> {
         session.reset();
         if before > 0 {
@@ -212,7 +213,7 @@ fn per_op(args: &Args) -> Outcome {
         Ok(rows(&rounds[1..]))
     };
     let decode = measure(args.depth, 1)?;
-    let prefill = measure(0, args.prompt.min(512))?;
+    let prefill = measure(0, step)?;
     let info = model.backend_info();
     let report = OpReport { device: info.device, variant: info.variant, decode, prefill };
     if args.json {
