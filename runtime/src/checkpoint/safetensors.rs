@@ -17,7 +17,7 @@ use super::source::Extent;
 /// Largest header, bytes: the limit of the format's reference implementation.
 const MAX_HEADER: u64 = 100_000_000;
 /// Most tensors of a file; bounds what a header of that size can cost in memory.
-const MAX_TENSORS: usize = 1 << 18;
+pub(crate) const MAX_TENSORS: usize = 1 << 18;
 /// Most dimensions of a tensor.
 const MAX_RANK: usize = 8;
 /// Longest tensor name, bytes.

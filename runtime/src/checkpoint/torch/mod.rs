@@ -7,11 +7,9 @@
 
 use std::collections::BTreeMap;
 
-use ::safetensors::Dtype;
-
 use crate::error::{Error, ErrorKind, Result};
 
-use super::safetensors::{Entry, check_name};
+use super::safetensors::Entry;
 use super::source::Extent;
 
 mod pickle;
@@ -68,7 +66,6 @@ pub(super) fn read(file: &Extent) -> Result<BTreeMap<String, Entry>> {
 
     let mut entries = BTreeMap::new();
     for (name, tensor) in pickle::tensors(&pickle)? {
-        check_name(&name).map_err(invalid)?;
         let entry = entry(&tensor, &members, root).map_err(|error| error.in_tensor(&name))?;
         if entries.insert(name.clone(), entry).is_some() {
             return Err(invalid("two entries have this name").in_tensor(name));
@@ -79,7 +76,7 @@ pub(super) fn read(file: &Extent) -> Result<BTreeMap<String, Entry>> {
 
 /// Where the elements of a tensor are.
 fn entry(tensor: &pickle::Tensor, members: &BTreeMap<String, std::ops::Range<usize>>, root: &str) -> Result<Entry> {
-    let size = size_of_element(tensor.dtype)?;
+    let size = tensor.dtype.bitsize() / 8;
     let key = format!("{root}data/{}", tensor.storage);
     let storage = members.get(&key).ok_or_else(|| invalid(format!("its storage `{key}` is missing")))?;
     let overflow = || invalid(format!("size of shape {:?} overflows", tensor.shape));
@@ -92,7 +89,8 @@ fn entry(tensor: &pickle::Tensor, members: &BTreeMap<String, std::ops::Range<usi
             let message = format!("strides {:?} of shape {:?}, not contiguous", tensor.stride, tensor.shape);
             return Err(Error::new(ErrorKind::Unsupported, message));
         }
-        expected *= dim.max(1);
+        // An empty tensor may have sizes whose product overflows, and no element whose place would matter.
+        expected = expected.saturating_mul(dim.max(1));
     }
     let start = tensor.offset.checked_mul(size).ok_or_else(overflow)?;
     let length = elements.checked_mul(size).ok_or_else(overflow)?;
@@ -103,13 +101,33 @@ fn entry(tensor: &pickle::Tensor, members: &BTreeMap<String, std::ops::Range<usi
     Ok(Entry { dtype: tensor.dtype, shape: tensor.shape.clone(), range })
 }
 
-fn size_of_element(dtype: Dtype) -> Result<usize> {
-    match dtype.bitsize() {
-        bits if bits % 8 == 0 => Ok(bits / 8),
-        _ => Err(Error::new(ErrorKind::Unsupported, format!("elements of type {dtype}"))),
-    }
-}
-
 fn invalid(message: impl Into<String>) -> Error {
     Error::new(ErrorKind::InvalidFile, message)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_whose_product_overflows_are_refused_or_empty() {
+        let members = BTreeMap::from([("root/data/0".to_owned(), 100..108)]);
+        let tensor = |shape: &[usize]| pickle::Tensor {
+            dtype: ::safetensors::Dtype::F32,
+            storage: "0".into(),
+            offset: 0,
+            stride: vec![0; shape.len()],
+            shape: shape.to_vec(),
+        };
+        let huge = usize::MAX / 2;
+        // Without an element no product matters, in whatever order the sizes come.
+        assert_eq!(entry(&tensor(&[0, huge, huge]), &members, "root/").unwrap().range, 100..100);
+        for shape in [[huge, huge, 0], [huge, huge, 1]] {
+            let error = entry(&tensor(&shape), &members, "root/").unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::InvalidFile, "{shape:?}");
+        }
+        assert_eq!(entry(&tensor(&[1, 2, 1]), &members, "root/").unwrap_err().kind(), ErrorKind::Unsupported);
+        let plain = pickle::Tensor { stride: vec![2, 1], ..tensor(&[1, 2]) };
+        assert_eq!(entry(&plain, &members, "root/").unwrap().range, 100..108);
+    }
 }

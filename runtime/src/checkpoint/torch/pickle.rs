@@ -8,12 +8,16 @@ use ::safetensors::Dtype;
 
 use crate::error::{Error, ErrorKind, Result};
 
+use super::super::safetensors::{MAX_TENSORS, check_name};
 use super::invalid;
 
 /// Most values of a pickle; bounds what a file of a given size can cost.
 const MAX_VALUES: usize = 8 << 20;
 /// Most dimensions of a tensor.
 const MAX_RANK: usize = 8;
+/// Longest key of a storage, bytes; `torch.save` counts from 0. A value of the pickle can be used any number of times,
+/// so what is copied for each use has to be short.
+const MAX_KEY: usize = 64;
 
 /// A tensor as the pickle describes it.
 #[derive(Debug, Clone)]
@@ -93,6 +97,10 @@ pub(super) fn tensors(pickle: &[u8]) -> Result<Vec<(String, Tensor)>> {
     for &(key, value) in items {
         // Training scripts store other things beside, under keys of their own.
         if let (Value::Text(name), Value::Tensor(tensor)) = (&machine.values[key], &machine.values[value]) {
+            check_name(name).map_err(invalid)?;
+            if tensors.len() == MAX_TENSORS {
+                return Err(invalid(format!("more than {MAX_TENSORS} tensors")));
+            }
             tensors.push((name.clone(), (**tensor).clone()));
         }
     }
@@ -318,7 +326,9 @@ impl<'a> Machine<'a> {
         let Value::Tuple(items) = &self.values[id] else { return Err(wrong()) };
         let &[kind, dtype, key, ..] = &items[..] else { return Err(wrong()) };
         match (&self.values[kind], &self.values[dtype], &self.values[key]) {
-            (Value::Text(kind), Value::Function(Function::Storage(dtype)), Value::Text(key)) if kind == "storage" => {
+            (Value::Text(kind), Value::Function(Function::Storage(dtype)), Value::Text(key))
+                if kind == "storage" && key.len() <= MAX_KEY =>
+            {
                 Ok(Value::Storage { dtype: *dtype, key: key.clone() })
             }
             _ => Err(wrong()),
@@ -376,4 +386,34 @@ fn long(bytes: &[u8]) -> Option<i64> {
 
 fn unsupported(what: impl Into<String>) -> Error {
     Error::new(ErrorKind::Unsupported, what)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A dictionary of one tensor, 2 elements of the storage `key`, under `first` and `uses` other names.
+    fn pickle(name: &str, key: &str, uses: usize) -> Vec<u8> {
+        let text = |text: &str| [&b"X"[..], &(text.len() as u32).to_le_bytes(), text.as_bytes()].concat();
+        let mut bytes =
+            [b"\x80\x02}".to_vec(), text("first"), b"ctorch._utils\n_rebuild_tensor_v2\n((".to_vec()].concat();
+        bytes.extend(text("storage"));
+        bytes.extend(b"ctorch\nHalfStorage\n");
+        bytes.extend([text(key), text("cpu"), b"K\x02tQK\x00K\x02\x85K\x01\x85\x89}tRq\x00s".to_vec()].concat());
+        for i in 0..uses {
+            bytes.extend([text(&format!("{name}{i}")), b"h\x00s".to_vec()].concat());
+        }
+        bytes.push(b'.');
+        bytes
+    }
+
+    #[test]
+    fn what_is_copied_for_each_use_is_short() {
+        let found = tensors(&pickle("w", "7", 3)).unwrap();
+        assert_eq!(found.len(), 4);
+        assert_eq!((found[3].0.as_str(), found[3].1.storage.as_str()), ("w2", "7"));
+        for (name, key) in [("w", "7".repeat(MAX_KEY + 1)), (&*"w".repeat(1 << 10), "7".to_owned())] {
+            assert_eq!(tensors(&pickle(name, &key, 1)).unwrap_err().kind(), ErrorKind::InvalidFile);
+        }
+    }
 }

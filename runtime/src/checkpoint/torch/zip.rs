@@ -56,7 +56,7 @@ pub(super) fn members(file: &Extent) -> Result<BTreeMap<String, Range<usize>>> {
             return Err(invalid(format!("member {name:?} is not where the directory says")));
         }
         // The extra field here differs from the one in the directory: writers align data with it.
-        let start = place + u16_at(&local, 26) + u16_at(&local, 28);
+        let start = place.checked_add(u16_at(&local, 26) + u16_at(&local, 28)).ok_or_else(outside)?;
         let end = start.checked_add(size).filter(|&end| end <= file.len()).ok_or_else(outside)?;
         if members.insert(name.to_owned(), start..end).is_some() {
             return Err(invalid(format!("two members are called {name:?}")));
