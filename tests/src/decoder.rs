@@ -4,7 +4,8 @@
 use std::sync::Arc;
 
 use awqua::backend::{
-    Activation, AttentionShape, BufferDesc, BufferId, KvType, LogitsRows, NormKind, Op, Program, Rows, Span, WeightId,
+    Activation, AttentionShape, BufferDesc, BufferId, KvType, LogitsRows, NormKind, Op, Program, Rows, Runner,
+    RunnerConfig, Span, WeightId,
 };
 use awqua::tensor::{Bytes, DenseMatrix, DenseType, Offset, W4Matrix, Weight};
 use half::{bf16, f16};
@@ -486,6 +487,29 @@ pub fn build(case: &Case) -> Model {
 pub fn rope_rows(table: u32, half: u32) -> Vec<f32> {
     let angle = |position: u32, i: u32| position as f32 / (10.0 + table as f32).powf(i as f32 / half as f32);
     (0..CONTEXT).flat_map(|p| (0..half).flat_map(move |i| [angle(p, i).cos(), angle(p, i).sin()])).collect()
+}
+
+/// Room for [`STEPS`], on the exact path of the CPU.
+pub fn config() -> RunnerConfig {
+    RunnerConfig {
+        max_tokens: MAX_TOKENS,
+        max_logits_rows: MAX_TOKENS,
+        context: CONTEXT,
+        kv_type: None,
+        threads: None,
+        jobs: None,
+        exact: true,
+    }
+}
+
+/// Writes every rotary table in two halves, the second not from row 0.
+pub fn write_rope(runner: &mut dyn Runner, program: &Program) {
+    for table in 0..program.rope_tables {
+        let rows = rope_rows(table, program.attention.rotary_dim / 2);
+        let half = rows.len() / 2;
+        runner.write_rope(table, 0, &rows[..half]).expect("rows fit");
+        runner.write_rope(table, CONTEXT / 2, &rows[half..]).expect("rows fit");
+    }
 }
 
 pub fn tokens(rng: &mut Rng, n: usize, vocab: usize) -> Vec<u32> {

@@ -18,23 +18,12 @@ use awqua::backend::{
 use awqua::session::sampler::{SampleRequest, Sampling, pick};
 use awqua::tensor::Offset;
 use awqua_tests::decoder::{
-    CONTEXT, Case, MAX_TOKENS, Model, Projection, Rng, STEPS, Style, build, cases, error, rope_rows, tokens,
+    CONTEXT, Case, MAX_TOKENS, Model, Projection, Rng, STEPS, Style, build, cases, config, error, rope_rows, tokens,
+    write_rope,
 };
 use awqua_tests::hosts::run;
 use awqua_tests::oracle::{Dequantised, Oracle};
 use machine::{ALL_CAPABILITIES, CHILD, folder, is_on_machine};
-
-fn config() -> RunnerConfig {
-    RunnerConfig {
-        max_tokens: MAX_TOKENS,
-        max_logits_rows: MAX_TOKENS,
-        context: CONTEXT,
-        kv_type: None,
-        threads: None,
-        jobs: None,
-        exact: true,
-    }
-}
 
 fn upload(model: &Model, options: &CudaOptions) -> Arc<CudaBackend> {
     let mut backend = CudaBackend::open(options).expect("the device opens");
@@ -52,12 +41,7 @@ fn runner(model: &Model, config: &RunnerConfig) -> (Arc<CudaBackend>, Box<dyn Ru
 fn runner_with(model: &Model, config: &RunnerConfig, options: &CudaOptions) -> (Arc<CudaBackend>, Box<dyn Runner>) {
     let backend = upload(model, options);
     let mut runner = backend.clone().runner(&model.program, config).expect("the runner fits");
-    for table in 0..model.program.rope_tables {
-        let rows = rope_rows(table, model.program.attention.rotary_dim / 2);
-        let half = rows.len() / 2;
-        runner.write_rope(table, 0, &rows[..half]).expect("rows fit");
-        runner.write_rope(table, CONTEXT / 2, &rows[half..]).expect("rows fit");
-    }
+    write_rope(&mut *runner, &model.program);
     (backend, runner)
 }
 

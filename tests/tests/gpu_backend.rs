@@ -9,21 +9,9 @@ use awqua::backend::{Backend, KvType, LogitsRows, Program, ROW_STEP, Runner, Run
 use awqua::session::sampler::{SampleRequest, Sampling, pick};
 use awqua::tensor::{DenseMatrix, W4Matrix, Weight};
 use awqua_tests::decoder::{
-    CONTEXT, Case, MAX_TOKENS, Model, Rng, STEPS, Style, build, cases, error, rope_rows, tokens,
+    CONTEXT, Case, MAX_TOKENS, Model, Rng, STEPS, Style, build, cases, config, error, rope_rows, tokens, write_rope,
 };
 use awqua_tests::oracle::{Dequantised, Oracle};
-
-fn config() -> RunnerConfig {
-    RunnerConfig {
-        max_tokens: MAX_TOKENS,
-        max_logits_rows: MAX_TOKENS,
-        context: CONTEXT,
-        kv_type: None,
-        threads: None,
-        jobs: None,
-        exact: true,
-    }
-}
 
 /// Every other weight arrives in pieces.
 fn upload(options: &WgpuOptions, model: &Model) -> Arc<WgpuBackend> {
@@ -80,13 +68,7 @@ fn runner(options: &WgpuOptions, model: &Model, kv: KvType) -> (Arc<WgpuBackend>
     let max_logits_rows = if options.limit_binding.is_some() { 1 } else { MAX_TOKENS };
     let config = RunnerConfig { max_logits_rows, kv_type: Some(kv), ..config() };
     let mut runner = backend.clone().runner(&model.program, &config).expect("the runner fits");
-    for table in 0..model.program.rope_tables {
-        let rows = rope_rows(table, model.program.attention.rotary_dim / 2);
-        let half = rows.len() / 2;
-        // Two writes, the second not from row 0.
-        runner.write_rope(table, 0, &rows[..half]).expect("rows fit");
-        runner.write_rope(table, CONTEXT / 2, &rows[half..]).expect("rows fit");
-    }
+    write_rope(&mut *runner, &model.program);
     (backend, runner)
 }
 

@@ -94,6 +94,43 @@ impl<'a> SampleRequest<'a> {
     pub fn new(sampling: &'a Sampling) -> Self {
         Self { sampling, recent: &[], uniform: 0.0, bias: &[], mask: None }
     }
+
+    /// A copy that can wait for its logits.
+    #[cfg(any(feature = "wgpu", feature = "cuda"))]
+    pub(crate) fn kept(&self) -> KeptRequest {
+        KeptRequest {
+            sampling: self.sampling.clone(),
+            recent: self.recent.to_vec(),
+            uniform: self.uniform,
+            bias: self.bias.to_vec(),
+            mask: self.mask.map(<[u32]>::to_vec),
+        }
+    }
+}
+
+/// A [`SampleRequest`] of its own: the CPU chooses once the row has come from a device.
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+#[derive(Debug, Clone)]
+pub(crate) struct KeptRequest {
+    sampling: Sampling,
+    recent: Vec<(u32, u32)>,
+    uniform: f32,
+    bias: Vec<(u32, f32)>,
+    mask: Option<Vec<u32>>,
+}
+
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+impl KeptRequest {
+    /// The request.
+    pub(crate) fn as_request(&self) -> SampleRequest<'_> {
+        SampleRequest {
+            sampling: &self.sampling,
+            recent: &self.recent,
+            uniform: self.uniform,
+            bias: &self.bias,
+            mask: self.mask.as_deref(),
+        }
+    }
 }
 
 /// Picks a token from `logits`, (vocab_size), which it changes.

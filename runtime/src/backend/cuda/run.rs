@@ -20,7 +20,7 @@ use crate::backend::{
     check_kv,
 };
 use crate::error::{Error, ErrorKind, Result};
-use crate::session::sampler::{SampleRequest, Sampling, pick_in};
+use crate::session::sampler::{KeptRequest, SampleRequest, pick_in};
 
 /// Most kernels of a piece under a deadline, which is looked at between pieces.
 const KERNELS_TIMED: usize = 32;
@@ -69,18 +69,9 @@ enum Choice {
     /// By the kernels, under this number.
     Device(u32, Event),
     /// By the CPU, once the row has come.
-    Host(Box<HostChoice>, Event),
+    Host(Box<KeptRequest>, Event),
     /// None: hidden states are on their way instead.
     Hidden(Event),
-}
-
-/// A copy of a request.
-struct HostChoice {
-    sampling: Sampling,
-    recent: Vec<(u32, u32)>,
-    uniform: f32,
-    bias: Vec<(u32, f32)>,
-    mask: Option<Vec<u32>>,
 }
 
 impl CudaRunner {
@@ -453,14 +444,7 @@ impl Runner for CudaRunner {
         let logits = self.memory.existing(self.program.logits);
         let logits = logits.ok_or_else(|| Error::new(ErrorKind::InvalidInput, "the program has no logits"))?;
         self.stream.download_pinned(logits, offset, row, bytes)?;
-        let choice = HostChoice {
-            sampling: request.sampling.clone(),
-            recent: request.recent.to_vec(),
-            uniform: request.uniform,
-            bias: request.bias.to_vec(),
-            mask: request.mask.map(<[u32]>::to_vec),
-        };
-        self.choice = Choice::Host(Box::new(choice), super::mark(&self.backend.gpu, &self.stream)?);
+        self.choice = Choice::Host(Box::new(request.kept()), super::mark(&self.backend.gpu, &self.stream)?);
         Ok(())
     }
 
@@ -478,14 +462,7 @@ impl Runner for CudaRunner {
                 (true, Some(row)) => {
                     self.scores.clear();
                     self.scores.extend(row.bytes().as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)));
-                    let request = SampleRequest {
-                        sampling: &choice.sampling,
-                        recent: &choice.recent,
-                        uniform: choice.uniform,
-                        bias: &choice.bias,
-                        mask: choice.mask.as_deref(),
-                    };
-                    Some(pick_in(&mut self.scores, &request, &mut self.candidates))
+                    Some(pick_in(&mut self.scores, &choice.as_request(), &mut self.candidates))
                 }
                 _ => None,
             },

@@ -21,7 +21,7 @@ use crate::backend::{
     check_kv,
 };
 use crate::error::{Error, ErrorKind, Result};
-use crate::session::sampler::{SampleRequest, Sampling, pick_in};
+use crate::session::sampler::{KeptRequest, SampleRequest, pick_in};
 
 /// Bytes of logits read back at once, unless one row is larger.
 const READ_BYTES: u64 = 8 << 20;
@@ -96,18 +96,9 @@ enum Choice {
     /// By the kernels.
     Device,
     /// By the CPU, once the row has come.
-    Host(Box<HostChoice>),
+    Host(Box<KeptRequest>),
     /// None: hidden states are on their way instead.
     Hidden,
-}
-
-/// A copy of a request.
-struct HostChoice {
-    sampling: Sampling,
-    recent: Vec<(u32, u32)>,
-    uniform: f32,
-    bias: Vec<(u32, f32)>,
-    mask: Option<Vec<u32>>,
 }
 
 impl WgpuRunner {
@@ -422,13 +413,7 @@ impl Runner for WgpuRunner {
         }
         let encoder = gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor { label: Some("logits") });
         self.readback.begin(gpu, encoder, &[(&logits.buffer, offset, row_bytes)])?;
-        self.choice = Choice::Host(Box::new(HostChoice {
-            sampling: request.sampling.clone(),
-            recent: request.recent.to_vec(),
-            uniform: request.uniform,
-            bias: request.bias.to_vec(),
-            mask: request.mask.map(<[u32]>::to_vec),
-        }));
+        self.choice = Choice::Host(Box::new(request.kept()));
         Ok(())
     }
 
@@ -448,18 +433,7 @@ impl Runner for WgpuRunner {
                     row.clear();
                     row.extend(bytes[..vocab * 4].as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)));
                 });
-                there.map(|there| {
-                    there.then(|| {
-                        let request = SampleRequest {
-                            sampling: &choice.sampling,
-                            recent: &choice.recent,
-                            uniform: choice.uniform,
-                            bias: &choice.bias,
-                            mask: choice.mask.as_deref(),
-                        };
-                        pick_in(row, &request, &mut self.candidates)
-                    })
-                })
+                there.map(|there| there.then(|| pick_in(row, &choice.as_request(), &mut self.candidates)))
             }
         };
         if !matches!(token, Ok(None)) {
