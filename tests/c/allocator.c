@@ -100,10 +100,10 @@ static void play_on_gpu(const char *path) {
     OK(awqua_session_begin_text(session, AWQUA_CSTR("It was a fine morning, and Emma"), &request));
     do {
         EXPECT(AWQUA_PENDING, awqua_session_tick(session, &budget, &result));
-    } while (result.answer_tokens < 20);
+    } while (result.answer_tokens < 4);
     before = calls;
     live = peak = bytes;
-    while (tokens < 60) {
+    while (tokens < 20) {
         char text[64];
         awqua_event event = AWQUA_EVENT_INIT;
         event.text = text;

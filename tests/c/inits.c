@@ -30,6 +30,7 @@ int main(void) {
     awqua_engine_info engine = AWQUA_ENGINE_INFO_INIT;
     awqua_estimate estimate = AWQUA_ESTIMATE_INIT;
     awqua_io io = AWQUA_IO_INIT;
+    awqua_vulkan vulkan = AWQUA_VULKAN_INIT;
     CHECK(literal.len == 3 && string.len == AWQUA_STRLEN && strcmp(string.data, literal.data) == 0);
     CHECK(stats.struct_size == sizeof stats && allocator.struct_size == sizeof allocator);
     CHECK(device.struct_size == sizeof device && progress.struct_size == sizeof progress);
