@@ -107,7 +107,7 @@ pub struct awqua_session_info {
     pub kv_type: u32,
     /// An awqua_phase.
     pub phase: u32,
-    /// Bytes held for the session on the device.
+    /// Bytes held for the session on the device, without those that it shares with others.
     pub bytes: u64,
 }
 
@@ -270,8 +270,11 @@ pub unsafe extern "C" fn awqua_session_truncate(session: *mut awqua_session, n_t
 }
 
 /// Makes a session of the same capacities that holds what this one does, without computing it again: many characters on
-/// one system prompt compute it once. On the CPU they share the memory of those tokens as well; a GPU copies them on the
-/// device. Either goes on as if the other one did not exist. Fails with AWQUA_ERR_STATE while an answer is being made.
+/// one system prompt compute it once, and keep its memory once. On the CPU what nobody writes to is shared; on a GPU all
+/// forks of a session share one copy of their start, in multiples of 64 tokens or more, beside the session they came
+/// from, and one that goes back behind it gets its own. CUDA copies the tokens, and so do deterministic sessions where
+/// shared memory would change the last bits: on matrix units, and in models with windows. Either goes on as if the other
+/// one did not exist. Fails with AWQUA_ERR_STATE while an answer is being made.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn awqua_session_fork(
     session: *mut awqua_session,

@@ -23,7 +23,7 @@ params! {
         head_dim: u32,
         /// Elements of a row of qkv.
         qkv_stride: u32,
-        /// Positions of the cache.
+        /// Positions of the session.
         context: u32,
         /// Factor on the dot products.
         scale: f32,
@@ -35,8 +35,10 @@ params! {
         split_len: u32,
         /// Bound of the scores; 0 for none.
         cap: f32,
+        /// Positions that lie in the shared part of the cache.
+        prefix: u32,
         /// Unused.
-        pad: [u32; 2],
+        pad: u32,
     }
 }
 
@@ -97,7 +99,7 @@ pub fn visible(window: u32, position: u32) -> (u32, u32) {
     (if window == 0 { 0 } else { (position + 1).saturating_sub(window) }, position)
 }
 
-/// Partial results in f64. `k_cache` and `v_cache` are elements, (kv_heads, context, head_dim).
+/// Partial results in f64. `k_cache` and `v_cache` are elements, (kv_heads, context, head_dim): both parts together.
 pub fn reference(
     params: &Params,
     step: &Step,
@@ -167,6 +169,8 @@ pub struct Case {
     pub split_len: u32,
     /// Bound of the scores, 0 for none.
     pub cap: f32,
+    /// Positions in the shared part.
+    pub prefix: u32,
 }
 
 /// One position, whole and ragged tiles and splits, groups of query heads that fit, fill and exceed a workgroup,
@@ -181,6 +185,7 @@ pub fn cases() -> Vec<Case> {
         window,
         split_len,
         cap: 0.0,
+        prefix: 0,
     };
     vec![
         case(1, 1, 2, 0, 1, 0, 64),
@@ -191,6 +196,13 @@ pub fn cases() -> Vec<Case> {
         case(4, 2, 96, 100, 2, 24, 32),
         case(2, 1, 32, 200, 2, 90, 64),
         Case { cap: 1.5, ..case(8, 4, 128, 90, 2, 60, 64) },
+        // Shared parts: of whole splits, ending within a split and within a tile, beyond a window, up to the step.
+        Case { prefix: 64, ..case(8, 2, 128, 130, 1, 0, 32) },
+        Case { prefix: 50, ..case(7, 1, 80, 66, 3, 0, 64) },
+        Case { prefix: 128, ..case(4, 2, 64, 200, 5, 0, 512) },
+        Case { prefix: 32, ..case(4, 2, 96, 100, 2, 24, 32) },
+        Case { prefix: 150, ..case(2, 1, 32, 200, 2, 90, 64) },
+        Case { prefix: 40, ..case(6, 1, 256, 40, 1, 0, 32) },
     ]
 }
 
@@ -200,7 +212,7 @@ fn trials(variant: Variant, rng: &mut Rng) -> Vec<Trial> {
 
 /// Random data for a case; rows of qkv have `pad` elements more than needed.
 pub(crate) fn trial(case: Case, pad: u32, variant: Variant, rng: &mut Rng) -> Trial {
-    let Case { heads, kv_heads, head_dim, position, tokens, window, split_len, cap } = case;
+    let Case { heads, kv_heads, head_dim, position, tokens, window, split_len, cap, prefix } = case;
     let context = position + tokens + 3;
     let params = Params {
         heads,
@@ -213,11 +225,13 @@ pub(crate) fn trial(case: Case, pad: u32, variant: Variant, rng: &mut Rng) -> Tr
         splits_max: splits_max(window, split_len, context),
         split_len,
         cap,
-        pad: [0; 2],
+        prefix,
+        pad: 0,
     };
     let step = Step { n_tokens: tokens, position, ..Step::default() };
     let qkv = rng.values((tokens * params.qkv_stride) as usize, 3.0);
-    let mut cache = || -> (Vec<u32>, Vec<f32>) {
+    // Words of the session's own part and of the shared one, and all values.
+    let mut cache = || -> (Vec<u32>, Vec<u32>, Vec<f32>) {
         // Positions that no token sees hold NaN.
         let mut values = trial::poisoned((kv_heads * context * head_dim) as usize);
         for head in values.chunks_mut((context * head_dim) as usize) {
@@ -226,20 +240,31 @@ pub(crate) fn trial(case: Case, pad: u32, variant: Variant, rng: &mut Rng) -> Tr
                 *value = rng.range(-2.0, 2.0);
             }
         }
-        match variant.kv {
+        let words = match variant.kv {
             Kv::F16 => {
                 let words = trial::pack_halves(&values);
-                let values = trial::unpack_halves(&words);
-                (words, values)
+                values = trial::unpack_halves(&words);
+                words
             }
-            Kv::F32 => (trial::words(&values), values),
+            Kv::F32 => trial::words(&values),
+        };
+        let of_head = (context * head_dim / variant.kv.per_word()) as usize;
+        let (mut own, mut shared) = (Vec::new(), Vec::new());
+        for head in words.chunks(of_head) {
+            let (first, rest) = head.split_at((prefix * head_dim / variant.kv.per_word()) as usize);
+            shared.extend_from_slice(first);
+            own.extend_from_slice(rest);
         }
+        // Bound, but not read.
+        shared.resize(shared.len().max(4), 0);
+        (own, shared, values)
     };
-    let ((k_words, k), (v_words, v)) = (cache(), cache());
+    let ((k_words, k_shared, k), (v_words, v_shared, v)) = (cache(), cache());
     let rows = (tokens * heads * params.splits_max) as usize;
     let mut out = trial::poisoned(rows * head_dim as usize);
     let mut ml = vec![[f32::from_bits(trial::POISON); 2]; rows];
-    let storage = vec![trial::words(&qkv), k_words, v_words, trial::words(&out), trial::words(ml.as_flattened())];
+    let (out_words, ml_words) = (trial::words(&out), trial::words(ml.as_flattened()));
+    let storage = vec![trial::words(&qkv), k_words, v_words, out_words, ml_words, k_shared, v_shared];
     reference(&params, &step, &qkv, &k, &v, &mut out, &mut ml);
     let out_tolerance = (0..out.len()).map(|i| TOLERANCE * 2.0 * ml[i / head_dim as usize][1]).collect();
     let ml_tolerance = ml.iter().flat_map(|&[m, l]| [TOLERANCE * (m.abs() + 1.0), TOLERANCE * l]).collect();
@@ -278,7 +303,8 @@ mod tests {
                 splits_max,
                 split_len,
                 cap: 0.0,
-                pad: [0; 2],
+                prefix: 0,
+                pad: 0,
             };
             let step = Step { n_tokens: 1, position, ..Step::default() };
             let qkv = rng.values(16, 2.0);

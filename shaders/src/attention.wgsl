@@ -2,6 +2,9 @@
 // sum l of exp(score - m), over the positions of the split that the token may see, max(0, pos - window + 1)..=pos. Scores
 // are bounded by params.cap (prelude/softcap.wgsl) if it is above 0.
 //
+// Keys and values of the first `prefix` positions, of which there may be none, lie in buffers of their own, which several
+// sessions share; the others follow in the session's.
+//
 // Splits are numbered from the first one the token sees and begin at multiples of split_len in absolute positions, so
 // a token's partial results do not depend on how its prompt was cut into steps.
 // Mapping: a workgroup = (kv head and HEADS of its query heads, split, row) on grid x, y, z. Scores: four invocations
@@ -20,13 +23,16 @@ struct Params {
     splits_max: u32,
     split_len: u32,
     cap: f32,
+    prefix: u32,
 }
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(2) var<storage, read> qkv: array<f32>;                    // (n_tokens, qkv_stride), q first
-@group(0) @binding(3) var<storage, read> k_cache: array<u32>;                // (kv_heads, context, head_dim)
-@group(0) @binding(4) var<storage, read> v_cache: array<u32>;                // (kv_heads, context, head_dim)
+@group(0) @binding(3) var<storage, read> k_cache: array<u32>;                // (kv_heads, context - prefix, head_dim)
+@group(0) @binding(4) var<storage, read> v_cache: array<u32>;                // (kv_heads, context - prefix, head_dim)
 @group(0) @binding(5) var<storage, read_write> partial_out: array<f32>;      // (n_tokens, heads, splits_max, head_dim)
 @group(0) @binding(6) var<storage, read_write> partial_ml: array<vec2<f32>>; // (n_tokens, heads, splits_max): m, l
+@group(0) @binding(7) var<storage, read> k_prefix: array<u32>;               // (kv_heads, prefix, head_dim)
+@group(0) @binding(8) var<storage, read> v_prefix: array<u32>;               // (kv_heads, prefix, head_dim)
 
 const LOWEST: f32 = -3.0e38;
 const PARTS: u32 = WG / TILE;
@@ -35,6 +41,21 @@ var<workgroup> q_tile: array<vec4<f32>, HEAD_DIM_MAX>;   // by element: the HEAD
 var<workgroup> scratch: array<vec4<f32>, WG>;
 var<workgroup> scores: array<vec4<f32>, TILE>;
 var<workgroup> weights: array<vec4<f32>, TILE>;
+
+// Two elements of a key and of a value, in the shared part or the session's own.
+fn key(word: u32, is_shared: bool) -> vec2<f32> {
+    if (is_shared) {
+        return kv_unpack(k_prefix[word], k_prefix[word + KV_PAIR_WORDS - 1u]);
+    }
+    return kv_unpack(k_cache[word], k_cache[word + KV_PAIR_WORDS - 1u]);
+}
+
+fn value(word: u32, is_shared: bool) -> vec2<f32> {
+    if (is_shared) {
+        return kv_unpack(v_prefix[word], v_prefix[word + KV_PAIR_WORDS - 1u]);
+    }
+    return kv_unpack(v_cache[word], v_cache[word + KV_PAIR_WORDS - 1u]);
+}
 
 @compute @workgroup_size(WG)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local_index: u32) {
@@ -72,7 +93,6 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     // Orders the writes of q before its reads.
     workgroupBarrier();
 
-    let cache_start = kv_head * params.context;
     let score_slot = local_index / PARTS;
     let score_part = local_index % PARTS;
     // Several invocations own the same pair when the head is small, each for its slice of the positions.
@@ -84,14 +104,19 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     var largest = vec4<f32>(LOWEST);
     var sum = vec4<f32>(0.0);
 
-    for (var tile = begin; tile < end; tile += TILE) {
-        let count = min(TILE, end - tile);
+    var count = 0u;
+    for (var tile = begin; tile < end; tile += count) {
+        // A tile lies in one part.
+        let is_shared = tile < params.prefix;
+        count = min(TILE, select(end, min(end, params.prefix), is_shared) - tile);
+        let own = kv_head * (params.context - params.prefix) + tile - params.prefix;
+        let cache_start = select(own, kv_head * params.prefix + tile, is_shared);
         var partial = vec4<f32>(0.0);
         if (score_slot < count) {
-            let row = (cache_start + tile + score_slot) * pairs;
+            let row = (cache_start + score_slot) * pairs;
             for (var i = score_part; i < pairs; i += PARTS) {
                 let word = (row + i) * KV_PAIR_WORDS;
-                let k = kv_unpack(k_cache[word], k_cache[word + KV_PAIR_WORDS - 1u]);
+                let k = key(word, is_shared);
                 partial = fma(q_tile[2u * i], vec4<f32>(k.x), partial);
                 partial = fma(q_tile[2u * i + 1u], vec4<f32>(k.y), partial);
             }
@@ -128,8 +153,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         workgroupBarrier();
         if (slice < slices) {
             for (var i = slice; i < count; i += slices) {
-                let word = ((cache_start + tile + i) * pairs + pair) * KV_PAIR_WORDS;
-                let v = kv_unpack(v_cache[word], v_cache[word + KV_PAIR_WORDS - 1u]);
+                let word = ((cache_start + i) * pairs + pair) * KV_PAIR_WORDS;
+                let v = value(word, is_shared);
                 even = fma(weights[i], vec4<f32>(v.x), even);
                 odd = fma(weights[i], vec4<f32>(v.y), odd);
                 sum += weights[i];

@@ -79,6 +79,7 @@ pub fn cases() -> Vec<attention::Case> {
         window,
         split_len: u32::MAX,
         cap: 0.0,
+        prefix: 0,
     };
     vec![
         case(1, 1, 16, 0, 1, 0),

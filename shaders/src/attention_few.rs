@@ -40,6 +40,7 @@ pub fn cases() -> Vec<attention::Case> {
         window: 0,
         split_len: 512,
         cap: 0.0,
+        prefix: 64,
     });
     cases
 }

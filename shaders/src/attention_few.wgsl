@@ -17,13 +17,16 @@ struct Params {
     splits_max: u32,
     split_len: u32,
     cap: f32,
+    prefix: u32,
 }
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(2) var<storage, read> qkv: array<vec4<f32>>;              // (n_tokens, qkv_stride / 4), q first
-@group(0) @binding(3) var<storage, read> k_cache: array<vec4<u32>>;          // (kv_heads, context, head_dim)
-@group(0) @binding(4) var<storage, read> v_cache: array<vec4<u32>>;          // (kv_heads, context, head_dim)
+@group(0) @binding(3) var<storage, read> k_cache: array<vec4<u32>>;          // (kv_heads, context - prefix, head_dim)
+@group(0) @binding(4) var<storage, read> v_cache: array<vec4<u32>>;          // (kv_heads, context - prefix, head_dim)
 @group(0) @binding(5) var<storage, read_write> partial_out: array<f32>;      // (n_tokens, heads, splits_max, head_dim)
 @group(0) @binding(6) var<storage, read_write> partial_ml: array<vec2<f32>>; // (n_tokens, heads, splits_max): m, l
+@group(0) @binding(7) var<storage, read> k_prefix: array<vec4<u32>>;         // (kv_heads, prefix, head_dim)
+@group(0) @binding(8) var<storage, read> v_prefix: array<vec4<u32>>;         // (kv_heads, prefix, head_dim)
 
 const LOWEST: f32 = -3.0e38;
 
@@ -46,11 +49,18 @@ fn eight(first: vec4<u32>, last: vec4<u32>) -> Eight {
     return Eight(bitcast<vec4<f32>>(first), bitcast<vec4<f32>>(last));
 }
 
-fn key(at: u32) -> Eight {
+// Of a key and of a value, in the shared part or the session's own.
+fn key(at: u32, is_shared: bool) -> Eight {
+    if (is_shared) {
+        return eight(k_prefix[at * KV_PAIR_WORDS], k_prefix[at * KV_PAIR_WORDS + KV_PAIR_WORDS - 1u]);
+    }
     return eight(k_cache[at * KV_PAIR_WORDS], k_cache[at * KV_PAIR_WORDS + KV_PAIR_WORDS - 1u]);
 }
 
-fn value(at: u32) -> Eight {
+fn value(at: u32, is_shared: bool) -> Eight {
+    if (is_shared) {
+        return eight(v_prefix[at * KV_PAIR_WORDS], v_prefix[at * KV_PAIR_WORDS + KV_PAIR_WORDS - 1u]);
+    }
     return eight(v_cache[at * KV_PAIR_WORDS], v_cache[at * KV_PAIR_WORDS + KV_PAIR_WORDS - 1u]);
 }
 
@@ -100,7 +110,6 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         q_hi[h] = qkv[q_at + 1u] * params.scale;
     }
 
-    let cache_start = kv_head * params.context * lanes + lane;
     var out: array<vec4<f32>, 8>;
     for (var i = 0u; i < 8u; i++) {
         out[i] = vec4<f32>(0.0);
@@ -108,14 +117,19 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     var largest = vec4<f32>(LOWEST);
     var sum = vec4<f32>(0.0);
     let tile_len = PASSES * at_once;
-    for (var tile = begin; tile < end; tile += tile_len) {
-        let count = min(tile_len, end - tile);
+    var count = 0u;
+    for (var tile = begin; tile < end; tile += count) {
+        // A tile lies in one part.
+        let is_shared = tile < params.prefix;
+        count = min(tile_len, select(end, min(end, params.prefix), is_shared) - tile);
+        let own = kv_head * (params.context - params.prefix) + tile - params.prefix;
+        let cache_start = select(own, kv_head * params.prefix + tile, is_shared);
         var values: array<Eight, PASSES>;
         for (var pass_index = 0u; pass_index < PASSES; pass_index++) {
             // Positions beyond the last one repeat it and get no weight.
-            let at = cache_start + min(tile + pass_index * at_once + slot, end - 1u) * lanes;
-            scratch[pass_index * WG + local_index] = scores_of(key(at), q_lo, q_hi);
-            values[pass_index] = value(at);
+            let at = (cache_start + min(pass_index * at_once + slot, count - 1u)) * lanes + lane;
+            scratch[pass_index * WG + local_index] = scores_of(key(at, is_shared), q_lo, q_hi);
+            values[pass_index] = value(at, is_shared);
         }
         // Orders the partial scores before their sums.
         workgroupBarrier();

@@ -43,10 +43,12 @@ params! {
         head_dim: u32,
         /// Leading elements that are rotated; a multiple of 4, 0 for none.
         rotary_dim: u32,
-        /// Positions of the cache.
+        /// Positions of the session.
         context: u32,
+        /// Position at which the cache begins.
+        prefix: u32,
         /// Unused.
-        pad: [u32; 3],
+        pad: [u32; 2],
     }
 }
 
@@ -80,7 +82,8 @@ fn reference(params: &Params, data: &Data, rope: &[[f32; 2]]) -> (Vec<f32>, Vec<
         rotary_dim: params.rotary_dim,
         qkv_stride: params.n,
         context: params.context,
-        pad: [0; 2],
+        prefix: params.prefix,
+        pad: 0,
     };
     let mut qkv = Vec::new();
     for row in 0..data.rows {
@@ -88,7 +91,7 @@ fn reference(params: &Params, data: &Data, rope: &[[f32; 2]]) -> (Vec<f32>, Vec<
         let bias = |n| w4::bias_of(params.flags, &data.bias, n);
         qkv.extend((0..params.n as usize).map(|n| (data.matrix.product(n, &x) + bias(n)) as f32));
     }
-    let elements = (params.kv_heads * params.context * params.head_dim) as usize;
+    let elements = (params.kv_heads * (params.context - params.prefix) * params.head_dim) as usize;
     let (mut keys, mut values) = (trial::poisoned(elements), trial::poisoned(elements));
     rope_append::reference(&rotation, &data.step, &mut qkv, rope, &mut keys, &mut values);
     let mut out = trial::poisoned((data.rows * params.out_stride) as usize);
@@ -119,7 +122,9 @@ pub fn cases() -> Vec<[u32; 9]> {
 
 fn trials(variant: Variant, rng: &mut Rng) -> Vec<Trial> {
     let mut trials = Vec::new();
-    for [heads, kv_heads, head_dim, rotary_dim, k, group_size, position, n_tokens, flags] in cases() {
+    for (i, [heads, kv_heads, head_dim, rotary_dim, k, group_size, position, n_tokens, flags]) in
+        cases().into_iter().enumerate()
+    {
         if Groups::of(group_size, k) > variant.groups {
             continue;
         }
@@ -145,6 +150,7 @@ fn trials(variant: Variant, rng: &mut Rng) -> Vec<Trial> {
             head_dim,
             rotary_dim,
             context,
+            prefix: if i % 2 == 1 { position } else { 0 },
             ..Params::default()
         };
         let rope: Vec<[f32; 2]> = (0..(context * rotary_dim / 2).max(1))
@@ -153,7 +159,7 @@ fn trials(variant: Variant, rng: &mut Rng) -> Vec<Trial> {
                 [cos, sin]
             })
             .collect();
-        let elements = (kv_heads * context * head_dim) as usize;
+        let elements = (kv_heads * (context - params.prefix) * head_dim) as usize;
         let poison = if variant.kv == Kv::F16 { trial::POISON_F16 } else { trial::POISON };
         let cache = vec![poison; elements / variant.kv.per_word() as usize];
         let mut storage = data.storage();

@@ -1,7 +1,7 @@
 // The q, k and v projections of few rows t, rotated where they belong: y = factor(t) * w x[t] (+ bias), w in the 4-bit
 // layout of the device with the rows of all heads of q, then k, then v, x staged, factor as in gemv_w4; q goes to out,
-// rotated k and plain v to the KV cache at the step's positions. Pairs of a head are (i, i + rotary_dim / 2): (a, b)
-// becomes (a cos - b sin, b cos + a sin).
+// rotated k and plain v to the KV cache, which begins at position `prefix`, at the step's positions. Pairs of a head are
+// (i, i + rotary_dim / 2): (a, b) becomes (a cos - b sin, b cos + a sin).
 //
 // Mapping: see prelude/gemv_w4.wgsl, a lane below 32 and the lane 32 further hold the elements of a pair, or of v, and of
 // k and q beyond rotary_dim, the elements half of the rest apart; grid x, y number blocks of 32 pairs of all heads, z
@@ -25,6 +25,7 @@ struct Params {
     head_dim: u32,
     rotary_dim: u32,
     context: u32,
+    prefix: u32,
 }
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(2) var<storage, read> x: array<vec4<u32>>;              // (rows) of staged inputs
@@ -33,8 +34,8 @@ struct Params {
 @group(0) @binding(5) var<storage, read> bias: array<f32>;                 // (n)
 @group(0) @binding(6) var<storage, read> rope: array<vec2<f32>>;           // (context, rotary_dim / 2): cos, sin
 @group(0) @binding(7) var<storage, read_write> out: array<f32>;            // (n_tokens, out_stride)
-@group(0) @binding(8) var<storage, read_write> k_cache: array<u32>;        // (kv_heads, context, head_dim)
-@group(0) @binding(9) var<storage, read_write> v_cache: array<u32>;        // (kv_heads, context, head_dim)
+@group(0) @binding(8) var<storage, read_write> k_cache: array<u32>;        // (kv_heads, context - prefix, head_dim)
+@group(0) @binding(9) var<storage, read_write> v_cache: array<u32>;        // (kv_heads, context - prefix, head_dim)
 
 const LANES: u32 = 64u;
 var<workgroup> elements: array<f32, 64>;
@@ -105,7 +106,8 @@ fn main(
     }
     let words = kv_pack(vec2<f32>(value, elements[local_index + 1u]));
     let kv_head = (head - params.heads) % params.kv_heads;
-    let word = ((kv_head * params.context + position) * params.head_dim + element) / 2u * KV_PAIR_WORDS;
+    let line = kv_head * (params.context - params.prefix) + position - params.prefix;
+    let word = (line * params.head_dim + element) / 2u * KV_PAIR_WORDS;
     if (head < params.heads + params.kv_heads) {
         k_cache[word] = words.x;
         k_cache[word + KV_PAIR_WORDS - 1u] = words[KV_PAIR_WORDS - 1u];

@@ -19,10 +19,12 @@ params! {
         rotary_dim: u32,
         /// Elements of a row of qkv.
         qkv_stride: u32,
-        /// Positions of the cache.
+        /// Positions of the session.
         context: u32,
+        /// Position at which the cache begins.
+        prefix: u32,
         /// Unused.
-        pad: [u32; 2],
+        pad: u32,
     }
 }
 
@@ -49,7 +51,7 @@ const ROTATION: f32 = 1e-6;
 const F16_ROUNDING: f32 = 6e-4;
 
 /// Rotates q in place and writes k and v to the caches, before they are rounded to the type of the cache. `k_cache`
-/// and `v_cache` are elements, (kv_heads, context, head_dim).
+/// and `v_cache` are elements, (kv_heads, context - prefix, head_dim).
 pub fn reference(
     params: &Params,
     step: &Step,
@@ -78,7 +80,8 @@ pub fn reference(
                 continue;
             }
             let cache = if head < heads + kv_heads { &mut *k_cache } else { &mut *v_cache };
-            let at = ((head - heads) % kv_heads * params.context as usize + position) * dim;
+            let line = (head - heads) % kv_heads * (params.context - params.prefix) as usize;
+            let at = (line + position - params.prefix as usize) * dim;
             cache[at..at + dim].copy_from_slice(&row);
         }
     }
@@ -99,10 +102,11 @@ pub fn cases() -> Vec<[u32; 6]> {
 
 fn trials(variant: Variant, rng: &mut Rng) -> Vec<Trial> {
     let mut trials = Vec::new();
-    for [heads, kv_heads, head_dim, rotary_dim, position, n_tokens] in cases() {
+    for (i, [heads, kv_heads, head_dim, rotary_dim, position, n_tokens]) in cases().into_iter().enumerate() {
         let row = (heads + 2 * kv_heads) * head_dim;
         let context = position + n_tokens + 2;
-        let params = Params { heads, kv_heads, head_dim, rotary_dim, qkv_stride: row + 4, context, pad: [0; 2] };
+        let prefix = if i % 2 == 1 { position } else { 0 };
+        let params = Params { heads, kv_heads, head_dim, rotary_dim, qkv_stride: row + 4, context, prefix, pad: 0 };
         let step = Step { n_tokens, position, ..Step::default() };
         let mut qkv = rng.values((n_tokens * params.qkv_stride) as usize, 30.0);
         let rope: Vec<[f32; 2]> = (0..(context * rotary_dim / 2).max(1))
@@ -111,7 +115,7 @@ fn trials(variant: Variant, rng: &mut Rng) -> Vec<Trial> {
                 [cos, sin]
             })
             .collect();
-        let elements = (kv_heads * context * head_dim) as usize;
+        let elements = (kv_heads * (context - prefix) * head_dim) as usize;
         let poison = if variant.kv == Kv::F16 { trial::POISON_F16 } else { trial::POISON };
         let cache = vec![poison; elements / variant.kv.per_word() as usize];
         let storage = vec![trial::words(&qkv), trial::words(rope.as_flattened()), cache.clone(), cache];
@@ -124,7 +128,9 @@ fn trials(variant: Variant, rng: &mut Rng) -> Vec<Trial> {
             Expected { binding, start: None, values, tolerance, rms: 0.0 }
         };
         trials.push(Trial {
-            label: format!("{heads}/{kv_heads} heads of {head_dim}, {rotary_dim} rotated, {n_tokens} at {position}"),
+            label: format!(
+                "{heads}/{kv_heads} heads of {head_dim}, {rotary_dim} rotated, {n_tokens} at {position} behind {prefix}"
+            ),
             params: bytemuck::bytes_of(&params).to_vec(),
             step,
             storage,

@@ -14,7 +14,8 @@ use awqua::ErrorKind;
 use awqua::backend::cuda::driver::Gpu;
 use awqua::backend::cuda::{CudaBackend, CudaChoice, CudaOptions, devices};
 use awqua::backend::{
-    AttentionShape, Backend, Budget, LogitsRows, Program, Progress, Runner, RunnerConfig, Step, WeightId, kv_bytes,
+    AttentionShape, Backend, Budget, LogitsRows, Program, Progress, Runner, RunnerConfig, Sharing, Step, WeightId,
+    kv_bytes,
 };
 use awqua::session::sampler::{SampleRequest, Sampling, pick};
 use awqua::tensor::Offset;
@@ -315,7 +316,7 @@ fn caches_can_be_kept_and_shared() {
         first.run(&Step { tokens: &prompt, position: 0, logits: LogitsRows::None }).expect("the step runs");
         let mut kept = vec![0; kv_bytes(&model.program, case.kv, 20) as usize];
         first.save_kv(20, &mut kept).expect("the cache is saved");
-        let mut fork = first.fork(20).expect("a fork");
+        let mut fork = first.fork(20, Sharing::Never).expect("a fork");
         let expected = logits(&mut first);
         assert_eq!(logits(&mut fork), expected);
         let (_other, mut second) = runner(&model, &config);

@@ -405,6 +405,75 @@ fn sessions_save_restore_and_fork() {
     }
 }
 
+/// Forks of one session keep their common start once on a GPU through wgpu, and answer as a session that computed it.
+#[test]
+fn forks_keep_their_start_once() {
+    // Engines of their own, whose memory nobody else uses.
+    for model in [load(BackendChoice::Cpu).ok(), gpu()].into_iter().flatten() {
+        let name = model.backend_info().backend;
+        let device = || model.engine().used().device;
+        let options = SessionOptions { context: Some(448), chunk: Some(64), threads: Some(1), ..Default::default() };
+        let vocab = model.config().vocab_size as u32;
+        let prompt: Vec<u32> = (0..210).map(|i| (3 + 37 * i) % vocab).collect();
+        let greedy = GenerateOptions { sampling: Sampling::greedy(), ..seeded(6) };
+        let question = |i: u32| [prompt.clone(), vec![20 + i, 30 + 2 * i, 40]].concat();
+        let answer = |session: &mut Session, i: u32| {
+            session.generate(&question(i), &greedy, &mut |_| ControlFlow::Continue(())).unwrap().ids
+        };
+        // What a session says that has its start for itself.
+        let alone = |i: u32| {
+            let mut session = Session::new(&model, &options).unwrap();
+            session.set_prompt(&prompt, &CancelToken::default()).unwrap();
+            answer(&mut session, i)
+        };
+        let before = device();
+        let mut root = Session::new(&model, &options).unwrap();
+        let whole = device() - before;
+        root.set_prompt(&prompt, &CancelToken::default()).unwrap();
+        let mut forks: Vec<Session> = (0..4).map(|_| root.fork().unwrap()).collect();
+        let taken = device() - before - whole;
+        let plain = Session::new(&model, &options).unwrap();
+        if name != "cpu" {
+            // 192 of 448 positions are common.
+            let position = (root.snapshot_bytes() - plain.snapshot_bytes()) / 210 - 4;
+            let kv = 192 * position;
+            assert_eq!(taken, 4 * (plain.bytes() - kv) + kv, "{name}");
+            assert_eq!(forks[0].bytes(), plain.bytes() - kv);
+        }
+        drop(plain);
+        // Everybody goes on, the root last and first, as if alone.
+        for i in [0, 3, 1, 2] {
+            assert_eq!(answer(&mut forks[i as usize], i), alone(i), "{name}, fork {i}");
+        }
+        assert_eq!(answer(&mut root, 9), alone(9), "{name}, the root");
+        // Forks of forks, and of a root that has gone on.
+        let mut grandchild = forks[1].fork().unwrap();
+        assert_eq!(grandchild.tokens(), forks[1].tokens());
+        let saved = {
+            let mut bytes = vec![0; grandchild.snapshot_bytes() as usize];
+            grandchild.save(&mut bytes).unwrap();
+            bytes
+        };
+        let mut again = vec![0; saved.len()];
+        forks[1].save(&mut again).unwrap();
+        assert!(saved == again, "{name}");
+        assert_eq!(answer(&mut grandchild, 5), alone(5), "{name}");
+        // One that overwrites what is common gets a copy of its own, and the others do not notice.
+        let other: Vec<u32> = prompt.iter().rev().copied().take(80).collect();
+        forks[0].truncate(70);
+        let short = GenerateOptions { max_tokens: 3, ..greedy.clone() };
+        let said = forks[0].generate(&other, &short, &mut |_| ControlFlow::Continue(())).unwrap().ids;
+        let mut fresh = Session::new(&model, &options).unwrap();
+        assert_eq!(said, fresh.generate(&other, &short, &mut |_| ControlFlow::Continue(())).unwrap().ids, "{name}");
+        assert_eq!(forks[0].bytes(), fresh.bytes());
+        forks[2].restore(&saved).unwrap();
+        assert_eq!(forks[2].tokens(), forks[1].tokens());
+        assert_eq!(answer(&mut forks[3], 4), alone(4), "{name}");
+        drop((root, forks, grandchild, fresh));
+        assert_eq!(device(), before, "{name}");
+    }
+}
+
 /// Tokens of a snapshot: the second word behind the two checksums.
 fn saved_tokens(snapshot: &[u8]) -> usize {
     u32::from_le_bytes(snapshot[28..32].try_into().unwrap()) as usize

@@ -749,9 +749,20 @@ pub trait Runner: Send {
     /// Takes back what [`Self::save_kv`] gave.
     fn load_kv(&mut self, n: u32, bytes: &[u8]) -> Result<()>;
 
-    /// A runner of the same capacities whose first `n` positions are those of this one, shared where the backend can
-    /// (the CPU does; GPUs copy on the device). Either may overwrite them without the other noticing.
-    fn fork(&mut self, n: u32) -> Result<Box<dyn Runner>>;
+    /// A runner of the same capacities whose first `n` positions are those of this one. Either may overwrite
+    /// them without the other noticing, but for those of [`Runner::shared`].
+    fn fork(&mut self, n: u32, sharing: Sharing) -> Result<Box<dyn Runner>>;
+
+    /// Bytes that [`Runner::fork`] takes, those of a shared part included if there is none yet.
+    fn fork_bytes(&self, n: u32, sharing: Sharing) -> u64 {
+        let _ = (n, sharing);
+        self.bytes()
+    }
+
+    /// The first positions if they are shared: no step may begin there.
+    fn shared(&self) -> Option<Shared> {
+        None
+    }
 
     /// Takes a choice as [`Runner::begin_sample`] does, and the step over the chosen token at `position`, with logits, as
     /// [`Runner::begin`] does: the token goes from the device to the device, [`Runner::poll_ahead`] tells it to the host
@@ -795,6 +806,28 @@ pub trait Runner: Send {
 
     /// Bytes held for this session: KV cache, activations, tables.
     fn bytes(&self) -> u64;
+}
+
+/// Whether a fork may keep positions once for several runners.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sharing {
+    /// No.
+    Never,
+    /// Where what is computed stays the same to the last bit.
+    Exact,
+    /// Wherever the backend can.
+    Always,
+}
+
+/// Positions at the start of a KV cache that several runners share.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Shared {
+    /// Equal for runners that share them.
+    pub id: usize,
+    /// How many.
+    pub positions: u32,
+    /// Bytes that they take, once for all.
+    pub bytes: u64,
 }
 
 /// Bytes of the keys and values of `n` positions.

@@ -3,10 +3,10 @@
 //! Everything that takes time is made of [`Session::tick`]s; the calls that wait ([`Session::generate`],
 //! [`Session::set_prompt`], ...) do the same work to its end.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
 
-use crate::backend::{Backend, Budget, KvType, LogitsRows, OpTime, Runner, RunnerConfig, Step};
+use crate::backend::{Backend, Budget, KvType, LogitsRows, OpTime, Runner, RunnerConfig, Sharing, Step};
 use crate::engine::{Bytes, Engine, Lease};
 use crate::error::{Error, ErrorKind, Result};
 use crate::model::{Model, ModelConfig};
@@ -153,6 +153,10 @@ struct Place {
     backend: Arc<dyn Backend>,
     #[expect(dead_code, reason = "held as long as the runner")]
     lease: Lease,
+    /// For the positions that the runner shares, by their id: all who do hold it.
+    shared: Option<(usize, Arc<Lease>)>,
+    /// The same for those that forks of this one share.
+    lent: Option<(usize, Weak<Lease>)>,
 }
 
 impl Place {
@@ -162,11 +166,37 @@ impl Place {
         let mut lease = model.engine().ledger().lease("a session", most)?;
         let runner = Arc::clone(&backend).runner(model.program(), config)?;
         lease.resize("a session", memory(&*backend, runner.bytes()))?;
-        Ok(Self { runner, backend, lease })
+        Ok(Self { runner, backend, lease, shared: None, lent: None })
     }
 
-    fn memory(&self) -> Bytes {
-        memory(&*self.backend, self.runner.bytes())
+    /// As this one with its first `n` positions, within the memory budget.
+    fn fork(&mut self, model: &Model, n: u32, sharing: Sharing) -> Result<Self> {
+        let ledger = model.engine().ledger();
+        let most = memory(&*self.backend, self.runner.fork_bytes(n, sharing));
+        let mut lease = ledger.lease("a session", most)?;
+        let runner = self.runner.fork(n, sharing)?;
+        lease.resize("a session", memory(&*self.backend, runner.bytes()))?;
+        let mut shared = None;
+        if let Some(part) = runner.shared() {
+            let mine = self.shared.clone().filter(|(id, _)| *id == part.id).map(|(_, lease)| lease);
+            let lent = || self.lent.as_ref().filter(|(id, _)| *id == part.id).and_then(|(_, lease)| lease.upgrade());
+            let bytes = memory(&*self.backend, part.bytes);
+            let held = match mine.or_else(lent) {
+                Some(held) => held,
+                None => Arc::new(ledger.lease("the shared start of sessions", bytes)?),
+            };
+            self.lent = Some((part.id, Arc::downgrade(&held)));
+            shared = Some((part.id, held));
+        }
+        Ok(Self { runner, backend: self.backend.clone(), lease, shared, lent: None })
+    }
+
+    /// Makes a step at `position` possible: what it would overwrite for others is copied before.
+    fn own(&mut self, model: &Model, position: u32) -> Result<()> {
+        if self.runner.shared().is_some_and(|shared| position < shared.positions) {
+            *self = self.fork(model, position, Sharing::Never)?;
+        }
+        Ok(())
     }
 }
 
@@ -243,7 +273,7 @@ impl Session {
         }
     }
 
-    /// Bytes held for this session on the device.
+    /// Bytes held for this session alone on the device.
     pub fn bytes(&self) -> u64 {
         self.place.as_ref().map_or(0, |place| place.runner.bytes())
     }
@@ -360,6 +390,7 @@ impl Session {
         while !self.attach(&Budget::UNLIMITED)? {
             self.wait()?;
         }
+        self.own(0)?;
         let vocab = self.model.config().vocab_size;
         for tokens in ids.chunks(self.config.max_logits_rows as usize) {
             cancel.check()?;
@@ -377,6 +408,11 @@ impl Session {
         Ok(())
     }
 
+    /// As [`Place::own`].
+    fn own(&mut self, position: usize) -> Result<()> {
+        self.place.as_mut().map_or(Ok(()), |place| place.own(&self.model, position as u32))
+    }
+
     /// Most tokens that one step computes.
     pub fn chunk(&self) -> u32 {
         self.config.max_tokens
@@ -391,6 +427,7 @@ impl Session {
         self.require_idle()?;
         self.check_ids(ids, self.tokens.len())?;
         self.has_logits = false;
+        self.own(self.tokens.len())?;
         self.write_rope(ids.len(), self.tokens.len() + ids.len())?;
         let step = Step { tokens: ids, position: self.tokens.len() as u32, logits: LogitsRows::Last };
         match &mut self.place {

@@ -1,7 +1,7 @@
 //! A session's cache as bytes, and as the start of other sessions.
 
-use super::{Place, Rotations, Session, Todo, UnderWay};
-use crate::backend::{KvType, kv_bytes};
+use super::{Rotations, Session, Todo, UnderWay};
+use crate::backend::{KvType, Sharing, kv_bytes};
 use crate::checksum::Checksum;
 use crate::error::{Error, ErrorKind, Result};
 
@@ -149,6 +149,7 @@ impl Session {
         match &mut self.place {
             Some(place) if place.runner.kv_type() == kv_type && !place.backend.is_lost() => {
                 if n > 0 {
+                    place.own(&self.model, 0)?;
                     place.runner.load_kv(n, kv)?;
                 }
                 self.tokens.extend_from_slice(&tokens);
@@ -165,8 +166,10 @@ impl Session {
     }
 
     /// A session of the same capacities that holds what this one does, without computing it again: many characters on
-    /// one system prompt compute it once. Memory of the shared tokens is shared on the CPU; a GPU copies it on the device.
-    /// Does not wait.
+    /// one system prompt compute it once, and keep its memory once: on the CPU what nobody writes to, on a GPU through
+    /// wgpu the part that all forks of one session begin with, in multiples of 64 tokens or more, beside the session they
+    /// came from. CUDA copies it, and so do deterministic sessions where shared memory would change the last bits (on
+    /// matrix units, and in models with windows). Does not wait.
     ///
     /// # Errors
     /// [`ErrorKind::InvalidInput`] while an answer is being made, [`ErrorKind::OutOfMemory`], [`ErrorKind::DeviceLost`] or
@@ -175,16 +178,15 @@ impl Session {
         self.require_idle()?;
         let n = self.tokens.len() as u32;
         let place = self.place.as_mut().ok_or_else(super::tick::no_runner)?;
-        let bytes = place.memory();
-        let lease = self.model.engine().ledger().lease("a session", bytes)?;
-        let runner = place.runner.fork(n)?;
+        let sharing = if self.deterministic { Sharing::Exact } else { Sharing::Always };
+        let fork = place.fork(&self.model, n, sharing)?;
         let mut tokens = Vec::with_capacity(self.config.context as usize);
         tokens.extend_from_slice(&self.tokens);
         Ok(Self {
             model: self.model.clone(),
             config: self.config.clone(),
             deterministic: self.deterministic,
-            place: Some(Place { runner, backend: place.backend.clone(), lease }),
+            place: Some(fork),
             is_lost: false,
             tokens,
             has_logits: false,

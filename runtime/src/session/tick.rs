@@ -305,6 +305,7 @@ impl Session {
         let (position, left) = (self.tokens.len(), self.todo.left());
         let n = self.step_size(position, left, device)?;
         self.has_logits = false;
+        self.own(position)?;
         // Of the prompt as a whole, or of the sequence so far where tokens come one at a time.
         let length = (position + left).min(self.todo.single_from).max(position + 1);
         self.write_rope(n, length)?;

@@ -167,7 +167,7 @@ pub const ENTRIES: &[Entry] = &[
     Entry {
         name: "gemv_w4_rope",
         bindings: &[
-            Binding { index: 0, name: "params", kind: BindingKind::Uniform, min_size: 68 },
+            Binding { index: 0, name: "params", kind: BindingKind::Uniform, min_size: 72 },
             Binding { index: 1, name: "step", kind: BindingKind::Uniform, min_size: 16 },
             Binding { index: 2, name: "x", kind: BindingKind::StorageRead, min_size: 16 },
             Binding { index: 3, name: "qweight", kind: BindingKind::StorageRead, min_size: 16 },
@@ -198,6 +198,7 @@ pub const ENTRIES: &[Entry] = &[
             Field { name: "head_dim", offset: 56 },
             Field { name: "rotary_dim", offset: 60 },
             Field { name: "context", offset: 64 },
+            Field { name: "prefix", offset: 68 },
         ],
     },
     Entry {
@@ -408,7 +409,7 @@ pub const ENTRIES: &[Entry] = &[
     Entry {
         name: "rope_append",
         bindings: &[
-            Binding { index: 0, name: "params", kind: BindingKind::Uniform, min_size: 24 },
+            Binding { index: 0, name: "params", kind: BindingKind::Uniform, min_size: 28 },
             Binding { index: 1, name: "step", kind: BindingKind::Uniform, min_size: 16 },
             Binding { index: 2, name: "qkv", kind: BindingKind::StorageReadWrite, min_size: 4 },
             Binding { index: 3, name: "rope", kind: BindingKind::StorageRead, min_size: 8 },
@@ -424,6 +425,7 @@ pub const ENTRIES: &[Entry] = &[
             Field { name: "rotary_dim", offset: 12 },
             Field { name: "qkv_stride", offset: 16 },
             Field { name: "context", offset: 20 },
+            Field { name: "prefix", offset: 24 },
         ],
     },
     Entry {
@@ -448,13 +450,15 @@ pub const ENTRIES: &[Entry] = &[
     Entry {
         name: "attention",
         bindings: &[
-            Binding { index: 0, name: "params", kind: BindingKind::Uniform, min_size: 40 },
+            Binding { index: 0, name: "params", kind: BindingKind::Uniform, min_size: 44 },
             Binding { index: 1, name: "step", kind: BindingKind::Uniform, min_size: 16 },
             Binding { index: 2, name: "qkv", kind: BindingKind::StorageRead, min_size: 4 },
             Binding { index: 3, name: "k_cache", kind: BindingKind::StorageRead, min_size: 4 },
             Binding { index: 4, name: "v_cache", kind: BindingKind::StorageRead, min_size: 4 },
             Binding { index: 5, name: "partial_out", kind: BindingKind::StorageReadWrite, min_size: 4 },
             Binding { index: 6, name: "partial_ml", kind: BindingKind::StorageReadWrite, min_size: 8 },
+            Binding { index: 7, name: "k_prefix", kind: BindingKind::StorageRead, min_size: 4 },
+            Binding { index: 8, name: "v_prefix", kind: BindingKind::StorageRead, min_size: 4 },
         ],
         workgroup_size: [128, 1, 1],
         workgroup_memory: 7168,
@@ -469,18 +473,21 @@ pub const ENTRIES: &[Entry] = &[
             Field { name: "splits_max", offset: 28 },
             Field { name: "split_len", offset: 32 },
             Field { name: "cap", offset: 36 },
+            Field { name: "prefix", offset: 40 },
         ],
     },
     Entry {
         name: "attention_few",
         bindings: &[
-            Binding { index: 0, name: "params", kind: BindingKind::Uniform, min_size: 40 },
+            Binding { index: 0, name: "params", kind: BindingKind::Uniform, min_size: 44 },
             Binding { index: 1, name: "step", kind: BindingKind::Uniform, min_size: 16 },
             Binding { index: 2, name: "qkv", kind: BindingKind::StorageRead, min_size: 16 },
             Binding { index: 3, name: "k_cache", kind: BindingKind::StorageRead, min_size: 16 },
             Binding { index: 4, name: "v_cache", kind: BindingKind::StorageRead, min_size: 16 },
             Binding { index: 5, name: "partial_out", kind: BindingKind::StorageReadWrite, min_size: 4 },
             Binding { index: 6, name: "partial_ml", kind: BindingKind::StorageReadWrite, min_size: 8 },
+            Binding { index: 7, name: "k_prefix", kind: BindingKind::StorageRead, min_size: 16 },
+            Binding { index: 8, name: "v_prefix", kind: BindingKind::StorageRead, min_size: 16 },
         ],
         workgroup_size: [128, 1, 1],
         workgroup_memory: 12288,
@@ -495,6 +502,7 @@ pub const ENTRIES: &[Entry] = &[
             Field { name: "splits_max", offset: 28 },
             Field { name: "split_len", offset: 32 },
             Field { name: "cap", offset: 36 },
+            Field { name: "prefix", offset: 40 },
         ],
     },
     Entry {

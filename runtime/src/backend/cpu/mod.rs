@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::{
     Activation, Backend, BackendInfo, Budget, BufferId, Device, KvType, LogitsRows, NormKind, Op, Program, Progress,
-    Rows, Runner, RunnerConfig, Span, Step, WeightId,
+    Rows, Runner, RunnerConfig, Sharing, Span, Step, WeightId,
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::session::sampler::{self, SampleRequest};
@@ -1028,7 +1028,7 @@ impl Runner for CpuRunner {
         Ok(())
     }
 
-    fn fork(&mut self, n: u32) -> Result<Box<dyn Runner>> {
+    fn fork(&mut self, n: u32, _: Sharing) -> Result<Box<dyn Runner>> {
         let mut fork = Self::new(Arc::clone(&self.backend), Arc::clone(&self.program), &self.config)?;
         fork.caches = self.caches.iter_mut().map(|cache| cache.fork(n as usize)).collect::<Result<Vec<_>>>()?;
         for (to, from) in fork.ropes.iter_mut().zip(&self.ropes) {

@@ -16,8 +16,8 @@ use super::pace::{self, Pace};
 use super::plan::{Plan, Work};
 use super::sampling::Sampler;
 use crate::backend::{
-    Backend, Budget, BufferId, KvType, LogitsRows, MAX_AHEAD, OpTime, Program, Progress, Runner, RunnerConfig, Step,
-    check_kv,
+    Backend, Budget, BufferId, KvType, LogitsRows, MAX_AHEAD, OpTime, Program, Progress, Runner, RunnerConfig, Sharing,
+    Step, check_kv,
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::session::sampler::{KeptRequest, SampleRequest, pick_in};
@@ -536,7 +536,7 @@ impl Runner for CudaRunner {
         self.stream.copy_rows(self.memory.buffer(self.memory.kv), self.kv_rows(n), HostRows::From(bytes))
     }
 
-    fn fork(&mut self, n: u32) -> Result<Box<dyn Runner>> {
+    fn fork(&mut self, n: u32, _: Sharing) -> Result<Box<dyn Runner>> {
         let fork = Self::new(Arc::clone(&self.backend), &self.program, &self.config)?;
         fork.stream.wait()?;
         let to = HostRows::Device(fork.memory.buffer(fork.memory.kv));

@@ -1,5 +1,7 @@
 //! What one session holds on the device: activations, KV cache, rotary tables.
 
+use std::sync::Arc;
+
 use awqua_shaders::{attention, attention_coop};
 use wgpu::BufferUsages;
 
@@ -33,8 +35,10 @@ pub(super) struct Memory<B = wgpu::Buffer> {
     pub(super) dummy: B,
     /// Bound where a kernel writes nothing.
     pub(super) unread: B,
-    /// Keys and values by layer: (kv_heads, context, head_dim) each.
+    /// Keys and values by layer behind the prefix: (kv_heads, context - prefix, head_dim) each.
     caches: Vec<(B, B)>,
+    /// The first positions, if they are shared.
+    pub(super) prefix: Option<Arc<Prefix>>,
     /// By rotary table: (context, rotary_dim / 2, 2) f32.
     ropes: Vec<B>,
     pub(super) context: u32,
@@ -43,10 +47,52 @@ pub(super) struct Memory<B = wgpu::Buffer> {
     pub(super) bytes: u64,
 }
 
+/// Keys and values of positions that several sessions begin with; nobody writes them any more.
+pub(super) struct Prefix {
+    /// By layer: (kv_heads, len, head_dim) each.
+    caches: Vec<(wgpu::Buffer, wgpu::Buffer)>,
+    /// Positions.
+    pub(super) len: u32,
+    /// Bytes of all of them.
+    pub(super) bytes: u64,
+}
+
+impl Prefix {
+    /// Allocates for `len` positions.
+    ///
+    /// # Errors
+    /// As [`Memory::new`].
+    pub(super) fn new(gpu: &Gpu, program: &Program, kv_type: KvType, len: u32) -> Result<Self> {
+        let size = part_bytes(program, kv_type, len);
+        let what = format!("a shared KV cache of {len} tokens");
+        gpu.has_room(&what, size.saturating_mul(2).saturating_mul(u64::from(program.layers)))?;
+        let usage = BufferUsages::STORAGE | BufferUsages::COPY_SRC | BufferUsages::COPY_DST;
+        let pair = |_| Ok((gpu.buffer(&what, size, usage)?, gpu.buffer(&what, size, usage)?));
+        let caches = (0..program.layers).map(pair).collect::<Result<_>>()?;
+        Ok(Self { caches, len, bytes: Self::bytes(program, kv_type, len) })
+    }
+
+    /// Bytes that [`Self::new`] allocates.
+    pub(super) fn bytes(program: &Program, kv_type: KvType, len: u32) -> u64 {
+        buffer_size(part_bytes(program, kv_type, len)).saturating_mul(2).saturating_mul(u64::from(program.layers))
+    }
+
+    /// Keys and values of `layer`.
+    pub(super) fn cache(&self, layer: u32) -> Result<(&wgpu::Buffer, &wgpu::Buffer)> {
+        let cache = self.caches.get(layer as usize).map(|(keys, values)| (keys, values));
+        cache.ok_or_else(|| Error::new(ErrorKind::InvalidInput, format!("the program has no layer {layer}")))
+    }
+}
+
 /// Bytes that [`Memory::new`] allocates.
 pub(super) fn bytes(program: &Program, config: &RunnerConfig) -> u64 {
+    bytes_behind(program, config, 0)
+}
+
+/// The same with `prefix` positions of the cache shared.
+pub(super) fn bytes_behind(program: &Program, config: &RunnerConfig, prefix: u32) -> u64 {
     let mut total = 0u64;
-    let counted = Memory::layout(program, config, &mut |_, bytes, _| {
+    let counted = Memory::layout(program, config, prefix, &mut |_, bytes, _| {
         total = total.saturating_add(buffer_size(bytes));
         Ok(())
     });
@@ -55,20 +101,26 @@ pub(super) fn bytes(program: &Program, config: &RunnerConfig) -> u64 {
 }
 
 impl Memory {
-    /// Allocates for the capacities of `config`.
+    /// Allocates for the capacities of `config`, behind the positions of `prefix`.
     ///
     /// # Errors
     /// [`ErrorKind::OutOfMemory`] naming the buffer and its bytes, or a device error.
-    pub(super) fn new(gpu: &Gpu, program: &Program, config: &RunnerConfig) -> Result<Self> {
-        let cache = cache_bytes(program, config);
+    pub(super) fn new(
+        gpu: &Gpu,
+        program: &Program,
+        config: &RunnerConfig,
+        prefix: Option<Arc<Prefix>>,
+    ) -> Result<Self> {
+        let shared = prefix.as_ref().map_or(0, |prefix| prefix.len);
+        let cache = cache_bytes(program, config, shared);
         gpu.has_room("the KV cache", cache.saturating_mul(2).saturating_mul(u64::from(program.layers)))?;
         let mut total = 0;
-        let mut memory = Self::layout(program, config, &mut |what, bytes, usage| {
+        let mut memory = Self::layout(program, config, shared, &mut |what, bytes, usage| {
             let buffer = gpu.buffer(what, bytes, usage | BufferUsages::COPY_DST)?;
             total += buffer.size();
             Ok(buffer)
         })?;
-        memory.bytes = total;
+        (memory.bytes, memory.prefix) = (total, prefix);
         Ok(memory)
     }
 
@@ -78,10 +130,20 @@ impl Memory {
     /// A device error.
     pub(super) fn placeholder(gpu: &Gpu, program: &Program, config: &RunnerConfig) -> Result<Self> {
         let dummy = gpu.buffer("a placeholder", 16, BufferUsages::STORAGE | BufferUsages::UNIFORM)?;
-        Self::layout(program, config, &mut |_, _, _| Ok(dummy.clone()))
+        Self::layout(program, config, 0, &mut |_, _, _| Ok(dummy.clone()))
     }
 
-    /// Keys and values of `layer`.
+    /// Positions that are shared.
+    pub(super) fn shared(&self) -> u32 {
+        self.prefix.as_ref().map_or(0, |prefix| prefix.len)
+    }
+
+    /// Keys and values of the shared positions of `layer`; placeholders if there are none.
+    pub(super) fn shared_cache(&self, layer: u32) -> Result<(&wgpu::Buffer, &wgpu::Buffer)> {
+        self.prefix.as_ref().map_or(Ok((&self.dummy, &self.dummy)), |prefix| prefix.cache(layer))
+    }
+
+    /// Keys and values of `layer` behind the shared positions.
     pub(super) fn cache(&self, layer: u32) -> Result<(&wgpu::Buffer, &wgpu::Buffer)> {
         let cache = self.caches.get(layer as usize).map(|(keys, values)| (keys, values));
         cache.ok_or_else(|| Error::new(ErrorKind::InvalidInput, format!("the program has no layer {layer}")))
@@ -95,10 +157,11 @@ impl Memory {
 }
 
 impl<B> Memory<B> {
-    /// Every buffer with its name, bytes and usage, made by `buffer`.
+    /// Every buffer with its name, bytes and usage, made by `buffer`; `prefix` positions of the cache are not among them.
     fn layout(
         program: &Program,
         config: &RunnerConfig,
+        prefix: u32,
         buffer: &mut dyn FnMut(&str, u64, BufferUsages) -> Result<B>,
     ) -> Result<Self> {
         let shape = program.attention;
@@ -113,7 +176,7 @@ impl<B> Memory<B> {
                 Ok(Activation { buffer: storage(&what, size(&[rows, stride], 4))?, stride })
             })
             .collect::<Result<_>>()?;
-        let cache_bytes = cache_bytes(program, config);
+        let cache_bytes = cache_bytes(program, config, prefix);
         let caches = (0..program.layers)
             .map(|layer| {
                 let what = format!("the KV cache of {} tokens in layer {layer}", config.context);
@@ -146,6 +209,7 @@ impl<B> Memory<B> {
             unread: storage("a placeholder", 16)?,
             step: buffer("the step", 16, BufferUsages::UNIFORM)?,
             caches,
+            prefix: None,
             ropes,
             context: config.context,
             kv_type: config.kv_type.unwrap_or(KvType::F16),
@@ -154,13 +218,18 @@ impl<B> Memory<B> {
     }
 }
 
-/// Bytes of the keys of one layer, and of its values. Kernels on matrix units read whole spans of positions, beyond the
-/// last one too.
-fn cache_bytes(program: &Program, config: &RunnerConfig) -> u64 {
+/// Bytes of the keys of one layer behind `prefix` positions, and of its values. Kernels on matrix units read whole spans
+/// of positions, beyond the last one too.
+fn cache_bytes(program: &Program, config: &RunnerConfig, prefix: u32) -> u64 {
+    let kv_type = config.kv_type.unwrap_or(KvType::F16);
+    let beyond = size(&[attention_coop::SPAN, program.attention.head_dim], kv_type.size() as u64);
+    part_bytes(program, kv_type, config.context.saturating_sub(prefix)).saturating_add(beyond)
+}
+
+/// Bytes of the keys of `positions` positions of one layer, and of its values.
+fn part_bytes(program: &Program, kv_type: KvType, positions: u32) -> u64 {
     let shape = program.attention;
-    let element = config.kv_type.unwrap_or(KvType::F16).size() as u64;
-    size(&[shape.kv_heads, config.context, shape.head_dim], element)
-        .saturating_add(size(&[attention_coop::SPAN, shape.head_dim], element))
+    size(&[shape.kv_heads, positions, shape.head_dim], kv_type.size() as u64)
 }
 
 fn size(factors: &[u32], bytes: u64) -> u64 {

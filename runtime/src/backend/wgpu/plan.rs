@@ -478,6 +478,7 @@ impl<'a> Planner<'a> {
             rotary_dim: if rope.is_some() { shape.rotary_dim } else { 0 },
             qkv_stride: self.stride(qkv),
             context: self.memory.context,
+            prefix: self.memory.shared(),
             ..Default::default()
         };
         let table = match rope {

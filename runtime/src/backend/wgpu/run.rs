@@ -2,7 +2,7 @@
 
 use std::any::Any;
 use std::collections::VecDeque;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use awqua_shaders as shaders;
@@ -10,15 +10,15 @@ use awqua_shaders::RowMode;
 
 use super::WgpuBackend;
 use super::device::Ticket;
-use super::memory::{self, Memory};
+use super::memory::{self, Memory, Prefix};
 use super::pace::{self, Pace};
 use super::plan::{Plan, PlannedOp};
 use super::profile;
 use super::readback::Readback;
 use super::sampling::{self, Sampler};
 use crate::backend::{
-    Backend, Budget, BufferId, KvType, LogitsRows, MAX_AHEAD, OpTime, Program, Progress, Runner, RunnerConfig, Step,
-    check_kv,
+    Backend, Budget, BufferId, KvType, LogitsRows, MAX_AHEAD, Op, OpTime, Program, Progress, Runner, RunnerConfig,
+    Shared, Sharing, Step, check_kv,
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::session::sampler::{KeptRequest, SampleRequest, pick_in};
@@ -88,6 +88,16 @@ pub(super) struct WgpuRunner {
     ahead: VecDeque<usize>,
     /// Slot of the next one.
     next_slot: usize,
+    /// A copy of the first positions that forks share, as long as they are what it holds.
+    lent: Weak<Prefix>,
+}
+
+/// Positions of a cache that lie in one piece.
+struct KvRange {
+    layer: u32,
+    values: bool,
+    head: u32,
+    positions: std::ops::Range<u32>,
 }
 
 /// The choice under way.
@@ -107,6 +117,16 @@ impl WgpuRunner {
     /// # Errors
     /// As [`crate::backend::Backend::runner`].
     pub(super) fn new(backend: Arc<WgpuBackend>, program: &Arc<Program>, config: &RunnerConfig) -> Result<Self> {
+        Self::behind(backend, program, config, None)
+    }
+
+    /// As [`Self::new`], behind positions that are there already.
+    fn behind(
+        backend: Arc<WgpuBackend>,
+        program: &Arc<Program>,
+        config: &RunnerConfig,
+        prefix: Option<Arc<Prefix>>,
+    ) -> Result<Self> {
         let gpu = &backend.gpu;
         gpu.check()?;
         let per_token = program.buffers.iter().map(|desc| desc.per_token).max().unwrap_or(1);
@@ -119,7 +139,7 @@ impl WgpuRunner {
         if program.buffers.get(program.logits.0 as usize).is_none_or(|desc| desc.width != program.vocab_size) {
             return Err(Error::new(ErrorKind::InvalidInput, "the logits buffer is not as wide as the vocabulary"));
         }
-        let memory = Memory::new(gpu, program, &config)?;
+        let memory = Memory::new(gpu, program, &config, prefix)?;
         let plan = Plan::new(&backend, program, &memory, config.max_tokens)?;
         let logits = &memory.activations[program.logits.0 as usize];
         let sampler = Sampler::new(&backend, program.vocab_size, config.context)?;
@@ -146,6 +166,7 @@ impl WgpuRunner {
             token_slots: [Readback::new(gpu, 16)?, Readback::new(gpu, 16)?],
             ahead: VecDeque::new(),
             next_slot: 0,
+            lent: Weak::new(),
             backend,
         })
     }
@@ -228,16 +249,85 @@ impl WgpuRunner {
         self.ahead.clear();
     }
 
-    fn copy_kv(&self, n: u32) -> impl Iterator<Item = (u32, bool, u64, u64)> + use<> {
-        let shape = self.program.attention;
-        let position_bytes = u64::from(shape.head_dim) * self.memory.kv_type.size() as u64;
-        let (heads, context) = (u64::from(shape.kv_heads), u64::from(self.config.context));
-        (0..self.program.layers).flat_map(move |layer| {
+    /// Positions `from..to` of keys and values of all layers and heads, in pieces that lie in one buffer, in order.
+    fn kv_ranges(&self, from: u32, to: u32) -> impl Iterator<Item = KvRange> + use<> {
+        let edge = self.memory.shared().clamp(from, to.max(from));
+        let (layers, heads) = (self.program.layers, self.program.attention.kv_heads);
+        (0..layers).flat_map(move |layer| {
             [false, true].into_iter().flat_map(move |values| {
-                (0..heads)
-                    .map(move |head| (layer, values, head * context * position_bytes, u64::from(n) * position_bytes))
+                (0..heads).flat_map(move |head| {
+                    [from..edge, edge..to]
+                        .into_iter()
+                        .filter(|positions| !positions.is_empty())
+                        .map(move |positions| KvRange { layer, values, head, positions })
+                })
             })
         })
+    }
+
+    /// Bytes of a position of one head.
+    fn position_bytes(&self) -> u64 {
+        u64::from(self.program.attention.head_dim) * self.memory.kv_type.size() as u64
+    }
+
+    /// Where a piece of the cache lies: buffer, byte and bytes.
+    fn locate(&self, range: &KvRange) -> Result<(&wgpu::Buffer, u64, u64)> {
+        let (position, shared) = (self.position_bytes(), self.memory.shared());
+        let ((keys, values), first, lines) = match range.positions.start < shared {
+            true => (self.memory.shared_cache(range.layer)?, 0, shared),
+            false => (self.memory.cache(range.layer)?, shared, self.config.context - shared),
+        };
+        let line = u64::from(range.head) * u64::from(lines) + u64::from(range.positions.start - first);
+        let buffer = if range.values { values } else { keys };
+        Ok((buffer, line * position, range.positions.len() as u64 * position))
+    }
+
+    /// Positions of which a split of few tokens never has a part only.
+    fn grain(&self) -> u32 {
+        shaders::attention::split_len(1, self.config.context)
+    }
+
+    /// Positions that a fork with `n` of them shares, and the copy of them if there is one already.
+    fn to_share(&self, n: u32, sharing: Sharing) -> (u32, Option<Arc<Prefix>>) {
+        // Neither matrix units nor windows that begin anywhere sum as they would over one cache.
+        let windows = || self.program.ops.iter().any(|op| matches!(op, Op::Attention { window: Some(_), .. }));
+        match sharing {
+            Sharing::Never => return (0, None),
+            Sharing::Exact if self.backend.coop || windows() => return (0, None),
+            Sharing::Exact | Sharing::Always => {}
+        }
+        let most = n / self.grain() * self.grain();
+        let there = self.memory.prefix.clone().into_iter().chain(self.lent.upgrade());
+        // Much more than what is there is worth a copy of its own.
+        let there = there.filter(|prefix| prefix.len <= n && 2 * prefix.len > most).max_by_key(|prefix| prefix.len);
+        (there.as_ref().map_or(most, |prefix| prefix.len), there)
+    }
+
+    /// A copy of the first `len` positions.
+    fn copy_prefix(&self, len: u32) -> Result<Prefix> {
+        let gpu = &self.backend.gpu;
+        let prefix = Prefix::new(gpu, &self.program, self.memory.kv_type, len)?;
+        let mut encoder = gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor { label: Some("prefix") });
+        for range in self.kv_ranges(0, len) {
+            let (from, offset, bytes) = self.locate(&range)?;
+            let (keys, values) = prefix.cache(range.layer)?;
+            let line = u64::from(range.head) * u64::from(len) + u64::from(range.positions.start);
+            let to = if range.values { values } else { keys };
+            encoder.copy_buffer_to_buffer(from, offset, to, line * self.position_bytes(), bytes);
+        }
+        gpu.submit(Some(encoder.finish()));
+        Ok(prefix)
+    }
+
+    /// Makes what step at `position` overwrites forgotten as the start of forks.
+    fn overwrite(&mut self, position: u32) -> Result<()> {
+        if position < self.memory.shared() {
+            return Err(Error::new(ErrorKind::InvalidInput, format!("position {position} is shared with others")));
+        }
+        if self.lent.upgrade().is_some_and(|lent| position < lent.len) {
+            self.lent = Weak::new();
+        }
+        Ok(())
     }
 }
 
@@ -260,6 +350,7 @@ impl Runner for WgpuRunner {
         let _watch = self.backend.gpu.watch();
         self.backend.check()?;
         step.check(&self.program, &self.config)?;
+        self.overwrite(step.position)?;
         self.forget();
         let gpu = &self.backend.gpu;
         let logits = step.logits.range(step.tokens.len());
@@ -492,16 +583,16 @@ impl Runner for WgpuRunner {
     fn save_kv(&mut self, n: u32, out: &mut [u8]) -> Result<()> {
         check_kv(&self.program, &self.config, self.memory.kv_type, n, out.len())?;
         let gpu = &self.backend.gpu;
-        let ranges: Vec<_> = self.copy_kv(n).filter(|(.., bytes)| *bytes > 0).collect();
+        let ranges: Vec<_> = self.kv_ranges(0, n).collect();
         let mut out = out;
         let capacity = self.readback.capacity();
         let mut at = (0, 0);
         while at.0 < ranges.len() {
             let (mut sources, mut total) = (Vec::new(), 0);
-            while let Some(&(layer, values, offset, bytes)) = ranges.get(at.0).filter(|_| total < capacity) {
+            while let Some(range) = ranges.get(at.0).filter(|_| total < capacity) {
+                let (buffer, offset, bytes) = self.locate(range)?;
                 let part = (bytes - at.1).min(capacity - total);
-                let (keys, value_cache) = self.memory.cache(layer)?;
-                sources.push((if values { value_cache } else { keys }, offset + at.1, part));
+                sources.push((buffer, offset + at.1, part));
                 total += part;
                 at = if at.1 + part == bytes { (at.0 + 1, 0) } else { (at.0, at.1 + part) };
             }
@@ -517,25 +608,34 @@ impl Runner for WgpuRunner {
 
     fn load_kv(&mut self, n: u32, bytes: &[u8]) -> Result<()> {
         check_kv(&self.program, &self.config, self.memory.kv_type, n, bytes.len())?;
+        self.overwrite(0)?;
         self.abandon();
         let mut rest = bytes;
-        for (layer, values, offset, bytes) in self.copy_kv(n) {
+        for range in self.kv_ranges(0, n) {
+            let (buffer, offset, bytes) = self.locate(&range)?;
             let (now, later) = rest.split_at(bytes as usize);
-            let (keys, value_cache) = self.memory.cache(layer)?;
-            self.backend.gpu.write(if values { value_cache } else { keys }, offset, now)?;
+            self.backend.gpu.write(buffer, offset, now)?;
             rest = later;
         }
         Ok(())
     }
 
-    fn fork(&mut self, n: u32) -> Result<Box<dyn Runner>> {
-        let fork = Self::new(Arc::clone(&self.backend), &self.program, &self.config)?;
+    fn fork(&mut self, n: u32, sharing: Sharing) -> Result<Box<dyn Runner>> {
+        let prefix = match self.to_share(n, sharing) {
+            (_, Some(prefix)) => Some(prefix),
+            (0, None) => None,
+            (len, None) => Some(Arc::new(self.copy_prefix(len)?)),
+        };
+        let shared = prefix.as_ref().map_or(0, |prefix| prefix.len);
+        if let Some(prefix) = &prefix {
+            self.lent = Arc::downgrade(prefix);
+        }
+        let fork = Self::behind(Arc::clone(&self.backend), &self.program, &self.config, prefix)?;
         let gpu = &self.backend.gpu;
         let mut encoder = gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor { label: Some("fork") });
-        for (layer, values, offset, bytes) in self.copy_kv(n).filter(|(.., bytes)| *bytes > 0) {
-            let ((keys, value_cache), (to_keys, to_values)) = (self.memory.cache(layer)?, fork.memory.cache(layer)?);
-            let (from, to) = if values { (value_cache, to_values) } else { (keys, to_keys) };
-            encoder.copy_buffer_to_buffer(from, offset, to, offset, bytes);
+        for range in self.kv_ranges(shared, n) {
+            let ((from, from_offset, bytes), (to, to_offset, _)) = (self.locate(&range)?, fork.locate(&range)?);
+            encoder.copy_buffer_to_buffer(from, from_offset, to, to_offset, bytes);
         }
         for table in 0..self.program.rope_tables {
             let (from, to) = (self.memory.rope(table)?, fork.memory.rope(table)?);
@@ -544,6 +644,18 @@ impl Runner for WgpuRunner {
         gpu.submit(Some(encoder.finish()));
         gpu.check()?;
         Ok(Box::new(fork))
+    }
+
+    fn fork_bytes(&self, n: u32, sharing: Sharing) -> u64 {
+        let (len, there) = self.to_share(n, sharing);
+        let copied = if there.is_some() { 0 } else { Prefix::bytes(&self.program, self.memory.kv_type, len) };
+        let own = memory::bytes_behind(&self.program, &self.config, len);
+        self.bytes() - self.memory.bytes + own + copied
+    }
+
+    fn shared(&self) -> Option<Shared> {
+        let prefix = self.memory.prefix.as_ref()?;
+        Some(Shared { id: Arc::as_ptr(prefix) as usize, positions: prefix.len, bytes: prefix.bytes })
     }
 
     fn rebind(&mut self, backend: Arc<dyn Backend>) -> Result<bool> {

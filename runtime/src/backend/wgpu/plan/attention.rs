@@ -30,7 +30,9 @@ impl Planner<'_> {
         let mut levels = Vec::new();
         // The number of splits is laid out in the partial buffers, so few and many tokens have parameters of their own.
         let few_tokens = attention::FEW_TOKENS.min(self.few_rows);
-        let coop = self.backend.coop && kv == Kv::F16 && attention_coop::handles(shape.head_dim);
+        let prefix = self.memory.shared();
+        // The kernel on matrix units reads one cache.
+        let coop = self.backend.coop && kv == Kv::F16 && attention_coop::handles(shape.head_dim) && prefix == 0;
         for (most, staged) in [(few_tokens, true), (self.few_rows, true), (u32::MAX, false)] {
             if coop && !staged {
                 levels.push((most, vec![self.attention_coop(qkv, out, layer, (scale, cap), window)?]));
@@ -51,11 +53,15 @@ impl Planner<'_> {
                 splits_max,
                 split_len,
                 cap,
+                prefix,
                 ..Default::default()
             };
-            let (keys, values) = self.memory.cache(layer)?;
+            let ((keys, values), (first_keys, first_values)) =
+                (self.memory.cache(layer)?, self.memory.shared_cache(layer)?);
             let (partial_out, partial_ml) = (&self.memory.partial_out, &self.memory.partial_ml);
-            let storage = vec![self.buffer(qkv), keys.clone(), values.clone(), partial_out.clone(), partial_ml.clone()];
+            let qkv = self.buffer(qkv);
+            let storage = [&qkv, keys, values, partial_out, partial_ml, first_keys, first_values];
+            let storage = storage.map(wgpu::Buffer::clone).to_vec();
             let launch = move |step: &Step| {
                 let seen = (step.position + step.n_tokens).min(if window == 0 { u32::MAX } else { window });
                 Launch {

@@ -122,6 +122,7 @@ impl<'a> Planner<'a> {
             head_dim: shape.head_dim,
             rotary_dim,
             context: self.memory.context,
+            prefix: self.memory.shared(),
             ..Default::default()
         };
         let table = match rope {
