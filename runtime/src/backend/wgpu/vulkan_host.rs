@@ -1,8 +1,8 @@
 //! A Vulkan device that a host made without wgpu, as wgpu's device.
 //!
 //! wgpu asks a physical device what it offers and takes for granted that the logical device was made with all of it. A
-//! host's device was made with what the host needs, so wgpu is shown that instead: its calls go through [`instance_proc`]
-//! and [`device_proc`], which answer the few questions that matter from the host's description and pass everything else
+//! host's device was made with what the host needs, so wgpu is shown that instead: its calls go through `instance_proc`
+//! and `device_proc`, which answer the few questions that matter from the host's description and pass everything else
 //! on, as a Vulkan layer would. The same place takes the host's lock around everything that works on the queue.
 
 use std::ffi::{CStr, c_char, c_void};
