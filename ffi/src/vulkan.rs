@@ -26,13 +26,17 @@ pub type awqua_vulkan_notify_fn = Option<unsafe extern "C" fn(user: *mut c_void)
 
 /// The device was made with shaderFloat16, storageBuffer16BitAccess and uniformAndStorageBuffer16BitAccess: arithmetic
 /// in half precision.
+#[allow(dead_code, reason = "values the caller uses")]
 pub const AWQUA_VULKAN_F16: u32 = 1;
 /// The device was made with subgroupSizeControl: subgroup operations.
+#[allow(dead_code, reason = "values the caller uses")]
 pub const AWQUA_VULKAN_SUBGROUPS: u32 = 2;
 /// The device was made with timelineSemaphore: cheaper submissions.
+#[allow(dead_code, reason = "values the caller uses")]
 pub const AWQUA_VULKAN_TIMELINE_SEMAPHORES: u32 = 4;
 /// The device was made with VK_KHR_cooperative_matrix and cooperativeMatrix, vulkanMemoryModel and
 /// vulkanMemoryModelDeviceScope: matrix units for prompts.
+#[allow(dead_code, reason = "values the caller uses")]
 pub const AWQUA_VULKAN_COOPERATIVE_MATRICES: u32 = 8;
 
 /// A Vulkan device of the host, for `vulkan` of awqua_engine_desc. Any device of Vulkan 1.1 or later will do; what the

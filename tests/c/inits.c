@@ -37,7 +37,7 @@ int main(void) {
     CHECK(model.struct_size == sizeof model && result.struct_size == sizeof result);
     CHECK(event.struct_size == sizeof event && session.struct_size == sizeof session);
     CHECK(engine.struct_size == sizeof engine && estimate.struct_size == sizeof estimate);
-    CHECK(io.struct_size == sizeof io);
+    CHECK(io.struct_size == sizeof io && vulkan.struct_size == sizeof vulkan);
     SAME(awqua_engine_desc, awqua_engine_desc_init, AWQUA_ENGINE_DESC_INIT);
     SAME(awqua_budget, awqua_budget_init, AWQUA_BUDGET_INIT);
     SAME(awqua_model_desc, awqua_model_desc_init, AWQUA_MODEL_DESC_INIT);

@@ -30,7 +30,7 @@ fn mask_bytes(vocab: u32) -> u64 {
 
 /// Bytes on the device for rows of `vocab` scores and at most `context` recent tokens.
 pub(super) fn bytes(vocab: u32, context: u32) -> u64 {
-    let pairs = u64::from(vocab.min(context).max(2)) + u64::from(vocab.min(MAX_BIASES).max(2));
+    let pairs = u64::from(vocab.min(context).max(2)) + u64::from(vocab.clamp(2, MAX_BIASES));
     16 + mask_bytes(vocab) + (pairs + first_candidates(vocab) + u64::from(MOST_LEFT)) * 8
 }
 

@@ -1,8 +1,8 @@
 //! A Vulkan device that a host made without wgpu, as wgpu's device.
 //!
 //! wgpu asks a physical device what it offers and takes for granted that the logical device was made with all of it. A
-//! host's device was made with what the host needs, so wgpu is shown that instead: its calls go through [`instance_proc`]
-//! and [`device_proc`], which answer the few questions that matter from the host's description and pass everything else
+//! host's device was made with what the host needs, so wgpu is shown that instead: its calls go through `instance_proc`
+//! and `device_proc`, which answer the few questions that matter from the host's description and pass everything else
 //! on, as a Vulkan layer would. The same place takes the host's lock around everything that works on the queue.
 
 use std::ffi::{CStr, c_char, c_void};
@@ -70,6 +70,22 @@ impl fmt::Debug for VulkanDevice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("VulkanDevice").field("device", &self.device).finish_non_exhaustive()
     }
+}
+
+/// A function that was looked up by its name, in the type of that name.
+macro_rules! typed {
+    ($function:expr, $type:ty) => {
+        // SAFETY: a pointer to a function of this type.
+        unsafe { std::mem::transmute::<unsafe extern "system" fn(), $type>($function) }
+    };
+}
+
+/// Any function as one of no particular type.
+macro_rules! void {
+    ($function:expr, $type:ty) => {
+        // SAFETY: a pointer to a function; whoever looked it up by its name knows its type.
+        Some(unsafe { std::mem::transmute::<$type, unsafe extern "system" fn()>($function) })
+    };
 }
 
 /// Takes the host's device for [`super::DeviceChoice::Adopted`].
@@ -211,15 +227,12 @@ impl Guest {
             // SAFETY: the caller's promise.
             unsafe { get_instance_proc(instance, name.as_ptr()) }.ok_or_else(|| missing(name))
         };
-        // SAFETY: here and below, functions have the type of their name.
-        let get_device_proc: vk::PFN_vkGetDeviceProcAddr =
-            unsafe { std::mem::transmute(of_instance(c"vkGetDeviceProcAddr")?) };
+        let get_device_proc = typed!(of_instance(c"vkGetDeviceProcAddr")?, vk::PFN_vkGetDeviceProcAddr);
         let of_device = |name: &'static CStr| {
             // SAFETY: the caller's promise.
             unsafe { get_device_proc(device, name.as_ptr()) }.ok_or_else(|| missing(name))
         };
-        // SAFETY: as above.
-        let get_queue: vk::PFN_vkGetDeviceQueue = unsafe { std::mem::transmute(of_device(c"vkGetDeviceQueue")?) };
+        let get_queue = typed!(of_device(c"vkGetDeviceQueue")?, vk::PFN_vkGetDeviceQueue);
         let mut queue = vk::Queue::null();
         // SAFETY: the device was made with this queue.
         unsafe { get_queue(device, host.queue_family, host.queue_index, &mut queue) };
@@ -228,23 +241,23 @@ impl Guest {
                 format!("the Vulkan device has no queue {} of family {}", host.queue_index, host.queue_family);
             return Err(Error::new(ErrorKind::InvalidInput, message));
         }
-        // SAFETY: as above.
-        let guest = Arc::new(unsafe {
-            Self {
-                instance,
-                physical_device: vk::PhysicalDevice::from_raw(host.physical_device as u64),
-                device,
-                queue,
-                api_version: host.api_version,
-                features: host.features,
-                queue_lock: host.queue_lock,
-                get_instance_proc,
-                get_device_proc,
-                properties: std::mem::transmute(of_instance(c"vkGetPhysicalDeviceProperties")?),
-                properties2: std::mem::transmute(of_instance(c"vkGetPhysicalDeviceProperties2")?),
-                queue_submit: std::mem::transmute(of_device(c"vkQueueSubmit")?),
-                queue_wait_idle: std::mem::transmute(of_device(c"vkQueueWaitIdle")?),
-            }
+        let guest = Arc::new(Self {
+            instance,
+            physical_device: vk::PhysicalDevice::from_raw(host.physical_device as u64),
+            device,
+            queue,
+            api_version: host.api_version,
+            features: host.features,
+            queue_lock: host.queue_lock,
+            get_instance_proc,
+            get_device_proc,
+            properties: typed!(of_instance(c"vkGetPhysicalDeviceProperties")?, vk::PFN_vkGetPhysicalDeviceProperties),
+            properties2: typed!(
+                of_instance(c"vkGetPhysicalDeviceProperties2")?,
+                vk::PFN_vkGetPhysicalDeviceProperties2
+            ),
+            queue_submit: typed!(of_device(c"vkQueueSubmit")?, vk::PFN_vkQueueSubmit),
+            queue_wait_idle: typed!(of_device(c"vkQueueWaitIdle")?, vk::PFN_vkQueueWaitIdle),
         });
         lock(&GUESTS).push(Arc::clone(&guest));
         let released = Released { guest: Arc::clone(&guest), tell: host.released, armed: AtomicBool::new(false) };
@@ -274,14 +287,6 @@ impl Guest {
         }
         result
     }
-}
-
-/// Any function as one of no particular type.
-macro_rules! void {
-    ($function:expr, $type:ty) => {
-        // SAFETY: a pointer to a function; whoever looked it up by its name knows its type.
-        Some(unsafe { std::mem::transmute::<$type, unsafe extern "system" fn()>($function) })
-    };
 }
 
 /// `vkGetInstanceProcAddr` as wgpu sees it.
