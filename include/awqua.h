@@ -1350,7 +1350,7 @@ typedef struct awqua_session_info {
    */
   uint32_t phase;
   /**
-   * Bytes held for the session on the device.
+   * Bytes held for the session on the device, without those that it shares with others.
    */
   uint64_t bytes;
 } awqua_session_info;
@@ -2134,8 +2134,11 @@ awqua_status awqua_session_truncate(struct awqua_session *session,
 
 /**
  * Makes a session of the same capacities that holds what this one does, without computing it again: many characters on
- * one system prompt compute it once. On the CPU they share the memory of those tokens as well; a GPU copies them on the
- * device. Either goes on as if the other one did not exist. Fails with AWQUA_ERR_STATE while an answer is being made.
+ * one system prompt compute it once, and keep its memory once. On the CPU what nobody writes to is shared; on a GPU all
+ * forks of a session share one copy of their start, in multiples of 64 tokens or more, beside the session they came
+ * from, and one that goes back behind it gets its own. CUDA copies the tokens, and so do deterministic sessions where
+ * shared memory would change the last bits: on matrix units, and in models with windows. Either goes on as if the other
+ * one did not exist. Fails with AWQUA_ERR_STATE while an answer is being made.
  */
 AWQUA_API
 awqua_status awqua_session_fork(struct awqua_session *session,
