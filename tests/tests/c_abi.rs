@@ -240,7 +240,7 @@ fn memory_comes_from_the_host() {
     run(Command::new(allocator).arg(model()));
 }
 
-/// A short subset, unless `AWQUA_LONG_TESTS` is set: every instruction is interpreted.
+/// A subset: every instruction is interpreted.
 #[test]
 fn valgrind_finds_nothing() {
     let Some(valgrind) = tool("valgrind") else { return };
@@ -252,7 +252,6 @@ fn valgrind_finds_nothing() {
         run(command.arg(program).args(arguments))
     };
     if let Some(fuzz) = plain("fuzz") {
-        let sequences = if std::env::var_os("AWQUA_LONG_TESTS").is_some() { "1000" } else { "100" };
-        memcheck(fuzz, &[&model_arg(), sequences, "7"]);
+        memcheck(fuzz, &[&model_arg(), "1000", "7"]);
     }
 }
