@@ -319,7 +319,10 @@ impl WgpuRunner {
         Ok(prefix)
     }
 
-    /// Makes what step at `position` overwrites forgotten as the start of forks.
+    /// Forgets the copy that forks share if a step at `position` makes it another one's.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`] where this session shares the position itself.
     fn overwrite(&mut self, position: u32) -> Result<()> {
         if position < self.memory.shared() {
             return Err(Error::new(ErrorKind::InvalidInput, format!("position {position} is shared with others")));
