@@ -273,8 +273,8 @@ pub unsafe extern "C" fn awqua_session_truncate(session: *mut awqua_session, n_t
 /// one system prompt compute it once, and keep its memory once. On the CPU what nobody writes to is shared; on a GPU all
 /// forks of a session share one copy of their start, in multiples of 64 tokens or more, beside the session they came
 /// from, and one that goes back behind it gets its own. CUDA copies the tokens, and so do deterministic sessions where
-/// shared memory would change the last bits: on matrix units, and in models with windows. Either goes on as if the other
-/// one did not exist. Fails with AWQUA_ERR_STATE while an answer is being made.
+/// shared memory would change the last bits: with matrix units or subgroups, and in models with windows. Either goes on
+/// as if the other one did not exist. Fails with AWQUA_ERR_STATE while an answer is being made.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn awqua_session_fork(
     session: *mut awqua_session,

@@ -293,11 +293,12 @@ impl WgpuRunner {
 
     /// Positions that a fork with `n` of them shares, and the copy of them if there is one already.
     fn to_share(&self, n: u32, sharing: Sharing) -> (u32, Option<Arc<Prefix>>) {
-        // Neither matrix units nor windows that begin anywhere sum as they would over one cache.
+        // Over one cache, matrix units and subgroups sum in other orders, and so do windows, which begin anywhere.
         let windows = || self.program.ops.iter().any(|op| matches!(op, Op::Attention { window: Some(_), .. }));
+        let subgroups = self.backend.reduce == shaders::Reduce::Subgroup;
         match sharing {
             Sharing::Never => return (0, None),
-            Sharing::Exact if self.backend.coop || windows() => return (0, None),
+            Sharing::Exact if self.backend.coop || subgroups || windows() => return (0, None),
             Sharing::Exact | Sharing::Always => {}
         }
         let most = n / self.grain() * self.grain();
