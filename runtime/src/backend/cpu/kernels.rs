@@ -95,6 +95,10 @@ pub(super) fn best() -> Box<dyn Kernels> {
             return Box::new(kernels);
         }
     }
+    #[cfg(target_arch = "aarch64")]
+    if let Some(kernels) = super::arm::Neon::new() {
+        return Box::new(kernels);
+    }
     Box::new(Portable)
 }
 
@@ -107,6 +111,8 @@ pub(super) fn all() -> Vec<Box<dyn Kernels>> {
         all.extend(super::x86::Avx2::new().map(|k| Box::new(k) as _));
         all.extend(super::x86::Avx512::new().map(|k| Box::new(k) as _));
     }
+    #[cfg(target_arch = "aarch64")]
+    all.extend(super::arm::Neon::new().map(|k| Box::new(k) as _));
     all
 }
 

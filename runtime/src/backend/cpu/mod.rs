@@ -10,6 +10,8 @@ use kernels::Kernels;
 use runner::CpuRunner;
 use weights::{Partial, Weights};
 
+#[cfg(target_arch = "aarch64")]
+mod arm;
 mod attention;
 mod integer;
 mod kernels;

@@ -16,7 +16,12 @@ use crate::tensor::{BlockMatrix, Bytes, DenseMatrix, Weight, WeightShape};
 pub(super) struct Weights {
     stored: Vec<Stored>,
     arena: Arena,
+    /// Whether there is any packed matrix.
+    packed: bool,
 }
+
+/// Bytes from which on a matrix is worth rounding to 8 bits.
+const LARGE: usize = 8 << 20;
 
 /// A weight in memory.
 enum Stored {
@@ -64,6 +69,7 @@ impl Weights {
             self.stored[id] = Stored::Plain { weight, rounded: OnceLock::new() };
             return Ok(());
         };
+        self.packed = true;
         let (place, bytes) = self.arena.take(shape.bytes())?;
         rows::interleave(matrix, &shape, bytes);
         self.stored[id] = Stored::Blocks(shape, place);
@@ -86,10 +92,13 @@ impl Weights {
         }
     }
 
-    /// The blocks that [`Self::rounded`] gives.
+    /// The blocks that [`Self::rounded`] gives: of a large matrix beside packed ones. A small one is read from a cache
+    /// anyway; and who keeps all matrices in half precision has memory for it, and wants it.
     pub(super) fn rounded_shape(&self, id: usize) -> Option<Shape> {
         match &self.stored[id] {
-            Stored::Plain { weight: Weight::Dense(m), .. } => Shape::of_bytes(m.n, m.k),
+            Stored::Plain { weight: Weight::Dense(m), .. } if self.packed && m.bytes.len() >= LARGE => {
+                Shape::of_bytes(m.n, m.k)
+            }
             _ => None,
         }
     }

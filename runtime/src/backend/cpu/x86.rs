@@ -6,7 +6,7 @@
 use std::arch::x86_64::*;
 
 use super::integer::rows::{LANES, Rows};
-use super::integer::{Inputs, Panel, avx2};
+use super::integer::{Inputs, Panel, avx2, avx512};
 use super::kernels::{Kernels, Portable, TILE};
 use super::vector::{self, Outer};
 use crate::tensor::{DenseType, Offset};
@@ -128,34 +128,39 @@ impl Kernels for Avx2 {
 }
 
 /// AVX-512F, which implies everything [`Avx2`] needs on every processor that has it; checked all the same.
-pub(super) struct Avx512(Avx2);
+pub(super) struct Avx512 {
+    avx2: Avx2,
+    /// Whether there are products of 16-bit numbers (AVX-512 BW and VNNI).
+    vnni: bool,
+}
 
 impl Avx512 {
     pub(super) fn new() -> Option<Self> {
-        is_x86_feature_detected!("avx512f").then(Avx2::new).flatten().map(Self)
+        let vnni = is_x86_feature_detected!("avx512bw") && is_x86_feature_detected!("avx512vnni");
+        is_x86_feature_detected!("avx512f").then(Avx2::new).flatten().map(|avx2| Self { avx2, vnni })
     }
 }
 
 impl Kernels for Avx512 {
     fn name(&self) -> &'static str {
-        "avx512"
+        if self.vnni { "avx512-vnni" } else { "avx512" }
     }
 
     fn expand_w4(&self, words: &[u32], params: &[u32], group_size: usize, offset: Offset, out: &mut [f32]) {
         assert!(out.len() == words.len() * 8 && group_size.is_multiple_of(8));
         if !group_size.is_multiple_of(16) {
-            return self.0.expand_w4(words, params, group_size, offset, out);
+            return self.avx2.expand_w4(words, params, group_size, offset, out);
         }
         // SAFETY: `self` proves AVX-512F and F16C.
         unsafe { expand_w4_avx512(words, params, group_size, offset, out) }
     }
 
     fn expand_f16(&self, bytes: &[u8], out: &mut [f32]) {
-        self.0.expand_f16(bytes, out);
+        self.avx2.expand_f16(bytes, out);
     }
 
     fn narrow_f16(&self, values: &[f32], out: &mut [half::f16]) {
-        self.0.narrow_f16(values, out);
+        self.avx2.narrow_f16(values, out);
     }
 
     fn dot_tile(
@@ -201,39 +206,52 @@ impl Kernels for Avx512 {
     }
 
     fn axpy(&self, a: f32, x: &[f32], y: &mut [f32]) {
-        self.0.axpy(a, x, y);
+        self.avx2.axpy(a, x, y);
     }
 
     fn softmax(&self, x: &mut [f32]) {
-        self.0.softmax(x);
+        self.avx2.softmax(x);
     }
 
     fn silu(&self, gate: &[f32], up: &[f32], out: &mut [f32]) {
-        self.0.silu(gate, up, out);
+        self.avx2.silu(gate, up, out);
     }
 
     fn gelu_tanh(&self, gate: &[f32], up: &[f32], out: &mut [f32]) {
-        self.0.gelu_tanh(gate, up, out);
+        self.avx2.gelu_tanh(gate, up, out);
     }
 
     fn outer(&self, a: (&[f32], usize), b: (&[f32], usize), c: (&mut [f32], usize), extents: Outer) {
-        self.0.outer(a, b, c, extents);
+        self.avx2.outer(a, b, c, extents);
     }
 
     fn round_span(&self, x: &[f32], codes: &mut [i16]) -> (f32, f32) {
-        self.0.round_span(x, codes)
+        self.avx2.round_span(x, codes)
     }
 
     fn gemv(&self, w: &Rows<'_>, block: usize, x: &Inputs<'_>, out: &mut [f32; LANES]) {
-        self.0.gemv(w, block, x, out);
+        if !self.vnni {
+            return self.avx2.gemv(w, block, x, out);
+        }
+        x.check(w.shape());
+        // SAFETY: `vnni` proves AVX-512 F, BW and VNNI.
+        unsafe { avx512::gemv(w, block, x, out) }
     }
 
     fn unpack(&self, w: &Rows<'_>, block: usize, first: usize, panel: &mut Panel) {
-        self.0.unpack(w, block, first, panel);
+        if !self.vnni {
+            return self.avx2.unpack(w, block, first, panel);
+        }
+        // SAFETY: `vnni` proves AVX-512 F and BW.
+        unsafe { avx512::unpack(w, block, first, panel) }
     }
 
     fn gemm(&self, panel: &Panel, first: usize, x: &Inputs<'_>, sums: &mut [[f32; LANES]]) {
-        self.0.gemm(panel, first, x, sums);
+        if !self.vnni {
+            return self.avx2.gemm(panel, first, x, sums);
+        }
+        // SAFETY: `vnni` proves AVX-512 F, BW and VNNI.
+        unsafe { avx512::gemm(panel, first, x, sums) }
     }
 }
 

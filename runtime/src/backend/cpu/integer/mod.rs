@@ -21,6 +21,10 @@ use rows::{LANES, MAX_SPAN, Rows};
 mod activations;
 #[cfg(target_arch = "x86_64")]
 pub(super) mod avx2;
+#[cfg(target_arch = "x86_64")]
+pub(super) mod avx512;
+#[cfg(target_arch = "aarch64")]
+pub(super) mod neon;
 pub(super) mod portable;
 pub(super) mod rows;
 #[cfg(test)]
