@@ -102,8 +102,7 @@ pub(super) fn best() -> Box<dyn Kernels> {
     Box::new(Portable)
 }
 
-/// Every implementation this processor supports, for tests.
-#[cfg(test)]
+/// Every implementation this processor supports, for tests and measurements.
 pub(super) fn all() -> Vec<Box<dyn Kernels>> {
     let mut all: Vec<Box<dyn Kernels>> = vec![Box::new(Portable)];
     #[cfg(target_arch = "x86_64")]

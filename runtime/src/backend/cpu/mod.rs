@@ -16,6 +16,7 @@ mod attention;
 mod integer;
 mod kernels;
 mod matmul;
+pub mod measure;
 mod pool;
 mod runner;
 mod vector;

@@ -173,7 +173,7 @@ impl Arena {
 }
 
 /// Zeros in huge pages where the system has them.
-fn huge_pages(bytes: Option<usize>, what: &str) -> Result<MmapMut> {
+pub(super) fn huge_pages(bytes: Option<usize>, what: &str) -> Result<MmapMut> {
     let pages = zero_pages(bytes, what)?;
     #[cfg(target_os = "linux")]
     let _ = pages.advise(memmap2::Advice::HugePage);

@@ -114,7 +114,7 @@ impl Activations {
         Self::with(codes as usize, spans as usize)
     }
 
-    pub(super) fn with(codes: usize, spans: usize) -> Result<Self> {
+    pub(in crate::backend::cpu) fn with(codes: usize, spans: usize) -> Result<Self> {
         let what = "rounded activations";
         // `vec!` leaves fresh pages untouched but aborts where there are none; so ask first.
         Vec::<i16>::new().try_reserve_exact(codes).map_err(|_| out_of_memory(what, 2 * codes))?;

@@ -13,7 +13,7 @@
 use std::sync::Mutex;
 
 use super::kernels::Kernels;
-use super::matmul::{Group, Output, TASKS_PER_THREAD};
+use super::matmul::{Output, TASKS_PER_THREAD};
 use super::pool::Pool;
 use crate::error::Result;
 use rows::{LANES, MAX_SPAN, Rows};
@@ -30,6 +30,7 @@ pub(super) mod rows;
 #[cfg(test)]
 mod tests;
 
+pub(super) use super::matmul::Group;
 pub(super) use activations::{Activations, Inputs, bytes};
 
 /// Columns of a [`Panel`]: its codes then take half of a first-level cache of 32 KiB.

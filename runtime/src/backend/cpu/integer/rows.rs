@@ -15,7 +15,7 @@
 use half::f16;
 
 use crate::backend::cpu::kernels::Kernels;
-use crate::tensor::{Offset, W4Matrix};
+use crate::tensor::{DenseType, Offset, W4Matrix};
 
 /// Rows of a block.
 pub(in crate::backend::cpu) const LANES: usize = 16;
@@ -50,7 +50,10 @@ impl Shape {
     /// The blocks that a packed matrix of this shape is stored in, if its groups allow it.
     pub(in crate::backend::cpu) fn of_w4(n: usize, k: usize, group_size: usize, offset: Offset) -> Option<Self> {
         let fits = k > 0 && group_size > 0 && k.is_multiple_of(group_size) && group_size.is_multiple_of(BYTE_GROUP);
-        fits.then_some(Self { n, k, group_size, codes: Codes::Four(offset) })
+        // The definition's rounding to bfloat16, which products in integers leave out, is coarse enough to see: with
+        // groups of 32 it moves logits of small models by 0.7 % of the largest one.
+        let coarse = offset.rounding() == DenseType::BF16 && !group_size.is_multiple_of(2 * BYTE_GROUP);
+        (fits && !coarse).then_some(Self { n, k, group_size, codes: Codes::Four(offset) })
     }
 
     /// The blocks that a dense matrix can be rounded to.
@@ -202,8 +205,7 @@ struct Group<'a> {
 
 impl Group<'_> {
     fn word(&self, octet: usize) -> u32 {
-        let at = 4 * (octet * LANES + self.lane);
-        u32::from_ne_bytes([self.codes[at], self.codes[at + 1], self.codes[at + 2], self.codes[at + 3]])
+        u32::from_ne_bytes(self.codes.as_chunks().0[octet * LANES + self.lane])
     }
 
     fn byte(&self, octet: usize, column: usize) -> i8 {

@@ -310,5 +310,6 @@ fn other_matrices_are_left_to_the_exact_path() {
     for (k, group_size) in [(72, 8), (344, 344), (96, 48)] {
         assert!(Shape::of_w4(2, k, group_size, Offset::Zero).is_none());
     }
+    assert!(Shape::of_w4(2, 64, 32, Offset::ZeroBf16).is_none());
     assert!(Shape::of_bytes(5, 72).is_none());
 }
