@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use super::{Backend, BackendInfo, Device, KvType, Op, Program, Runner, RunnerConfig, WeightId};
 use crate::error::{Error, ErrorKind, Result};
 use crate::tensor::{Weight, WeightShape};
+use integer::rows::Shape;
 use kernels::Kernels;
 use runner::CpuRunner;
 use weights::{Partial, Weights};
@@ -61,7 +62,20 @@ pub(crate) fn runner_bytes(program: &Program, config: &RunnerConfig) -> u64 {
     let floats = activations.fold(ropes + sampling + gathered_len(program, config), u64::saturating_add);
     let floats = floats.saturating_add((weights as u64).saturating_add(sums as u64).saturating_mul(threads as u64));
     let kv = super::kv_bytes(program, config.kv_type.unwrap_or(KvType::F32), config.context);
-    floats.saturating_mul(4).saturating_add(kv).saturating_add(integer::bytes(program, config))
+    let all = floats.saturating_mul(4).saturating_add(kv).saturating_add(integer::bytes(program, config));
+    all.saturating_add(rounded_head(program, config))
+}
+
+/// Bytes of an output layer in 8 bits, if there may be one. Counted for every session, though they share it: whether
+/// another one has made it already is not known beforehand.
+fn rounded_head(program: &Program, config: &RunnerConfig) -> u64 {
+    let inputs = program.ops.iter().filter(|_| !config.exact).filter_map(|op| match op {
+        Op::Linear { x, out, .. } if out.buffer == program.logits => program.buffers.get(x.0 as usize),
+        _ => None,
+    });
+    let shapes = inputs.filter_map(|x| Shape::of_bytes(program.vocab_size as usize, x.width as usize));
+    let large = shapes.filter(|shape| shape.n.saturating_mul(2 * shape.k) >= weights::LARGE);
+    large.filter_map(|shape| shape.bytes()).map(|bytes| bytes as u64).sum()
 }
 
 /// Elements of [`Gathered::x`].

@@ -21,7 +21,10 @@ pub(super) struct Weights {
 }
 
 /// Bytes from which on a matrix is worth rounding to 8 bits.
-const LARGE: usize = 8 << 20;
+pub(super) const LARGE: usize = 8 << 20;
+
+/// Blocks that are rounded at a time.
+const PART: usize = 64;
 
 /// A weight in memory.
 enum Stored {
@@ -106,25 +109,29 @@ impl Weights {
     /// A dense matrix rounded to 8 bits, which is done when it is first asked for; afterwards the pages of a mapped
     /// file are given back.
     pub(super) fn rounded(&self, id: usize, pool: &mut Pool, kernels: &dyn Kernels) -> Result<Rows<'_>> {
-        let (Some(shape), Stored::Plain { weight, rounded }) = (self.rounded_shape(id), &self.stored[id]) else {
+        let (Some(shape), Stored::Plain { weight: weight @ Weight::Dense(dense), rounded }) =
+            (self.rounded_shape(id), &self.stored[id])
+        else {
             return Err(mismatch("a dense matrix"));
         };
         if rounded.get().is_none() {
             let mut pages = huge_pages(shape.bytes(), "a matrix in 8 bits")?;
-            let blocks = shape.blocks();
-            let tasks = blocks.min(pool.threads() * matmul::TASKS_PER_THREAD);
-            let per_task = blocks.div_ceil(tasks.max(1));
-            let parts: Vec<_> = pages.chunks_mut(per_task * shape.block_bytes()).map(Mutex::new).collect();
+            let parts: Vec<_> = pages.chunks_mut(PART * shape.block_bytes()).map(Mutex::new).collect();
             pool.run(parts.len(), &|task, _| {
                 let mut bytes = parts[task].lock().unwrap_or_else(|e| e.into_inner());
-                rows::round(&shape, task * per_task, &mut bytes, |row, out| {
+                rows::round(&shape, task * PART, &mut bytes, |row, out| {
                     matmul::expand(kernels, Matrix::Plain(weight), row, 0, out);
                 });
+                // Part by part, so that the two forms are never resident together.
+                let rows = task * PART * rows::LANES..shape.n.min((task + 1) * PART * rows::LANES);
+                let row_bytes = dense.row_bytes();
+                if let Some(read) = dense.bytes.slice(rows.start * row_bytes..rows.end * row_bytes) {
+                    read.release();
+                }
             });
             drop(parts);
             // Another session may have been faster.
             let _ = rounded.set(pages);
-            weight.release();
         }
         let pages = rounded.get().ok_or_else(|| mismatch("a matrix in 8 bits"))?;
         Ok(Rows::new(shape, pages))
