@@ -56,7 +56,8 @@
 #define AWQUA_MEMORY_STATS_INIT { (uint32_t)sizeof(awqua_memory_stats), 0, 0, 0, 0 }
 #define AWQUA_DEVICE_INFO_INIT { (uint32_t)sizeof(awqua_device_info), 0, 0, 0, 0, 0, { 0 }, { 0 }, { 0 }, { 0 }, { 0 } }
 #define AWQUA_ENGINE_DESC_INIT { (uint32_t)sizeof(awqua_engine_desc), 0, 0, 0, { NULL, 0 }, 0, 0, NULL, 0, { 0 }, \
-                                 { 0 }, NULL, NULL }
+                                 { 0 }, NULL, NULL, NULL }
+#define AWQUA_VULKAN_INIT { (uint32_t)sizeof(awqua_vulkan), 0, 0, 0, 0, 0, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL }
 #define AWQUA_ENGINE_INFO_INIT { (uint32_t)sizeof(awqua_engine_info), 0, 0, 0 }
 #define AWQUA_BUDGET_INIT { (uint32_t)sizeof(awqua_budget), 0, 2000, 4000, AWQUA_NO_LIMIT, 1, 0 }
 #define AWQUA_IO_INIT { (uint32_t)sizeof(awqua_io), 0, NULL, NULL, NULL, NULL, NULL, NULL }
@@ -80,12 +81,34 @@
 /**
  * Raised when functions or fields are appended.
  */
-#define AWQUA_ABI_MINOR 1
+#define AWQUA_ABI_MINOR 2
 
 /**
  * Length of an `awqua_str` whose end is its NUL.
  */
 #define AWQUA_STRLEN UINT64_MAX
+
+/**
+ * The device was made with shaderFloat16, storageBuffer16BitAccess and uniformAndStorageBuffer16BitAccess: arithmetic
+ * in half precision.
+ */
+#define AWQUA_VULKAN_F16 1
+
+/**
+ * The device was made with subgroupSizeControl: subgroup operations.
+ */
+#define AWQUA_VULKAN_SUBGROUPS 2
+
+/**
+ * The device was made with timelineSemaphore: cheaper submissions.
+ */
+#define AWQUA_VULKAN_TIMELINE_SEMAPHORES 4
+
+/**
+ * The device was made with VK_KHR_cooperative_matrix and cooperativeMatrix, vulkanMemoryModel and
+ * vulkanMemoryModelDeviceScope: matrix units for prompts.
+ */
+#define AWQUA_VULKAN_COOPERATIVE_MATRICES 8
 
 /**
  * On a GPU, never use half-precision arithmetic or subgroup operations, whatever the adapter offers; on the CPU, never
@@ -97,6 +120,12 @@
  * Recover from the loss of a device in the next tick, without awqua_engine_recover.
  */
 #define AWQUA_ENGINE_AUTO_RECOVER 2
+
+/**
+ * On CUDA, queue work with the device's highest priority. Without it the lowest is taken, so that the host's own CUDA
+ * work goes first; the work of graphics interfaces is not ordered by it. Ignored elsewhere.
+ */
+#define AWQUA_ENGINE_HIGH_PRIORITY 4
 
 /**
  * The device was lost and not recovered yet.
@@ -160,6 +189,12 @@
  * at multiples of `chunk`, and only whole ones are used again.
  */
 #define AWQUA_SESSION_DETERMINISTIC 1
+
+/**
+ * On the CPU, multiply 4-bit weights in single precision, as their formats define it. Without it, where groups are
+ * multiples of 64, activations are rounded to 16 bits, which is faster. GPUs ignore it.
+ */
+#define AWQUA_SESSION_EXACT 2
 
 /**
  * Go on after the model's end-of-turn ids.
@@ -326,6 +361,11 @@ enum awqua_backend
    * A GPU through Vulkan, Metal or Direct3D 12, software ones included; no fall-back.
    */
   AWQUA_BACKEND_GPU = 2,
+  /**
+   * An NVIDIA GPU through CUDA, with AWQUA_ERR_NO_DEVICE where there is none or the library was built without it.
+   * AWQUA_BACKEND_AUTO prefers it where it is there and can compute the model.
+   */
+  AWQUA_BACKEND_CUDA = 3,
 };
 #ifndef __cplusplus
 #if __STDC_VERSION__ >= 202311L
@@ -774,6 +814,98 @@ typedef void (*awqua_task_fn)(void *context, uint32_t index, uint32_t worker);
 typedef void (*awqua_parallel_for_fn)(void *user, uint32_t count, awqua_task_fn task, void *context);
 
 /**
+ * Any function, as PFN_vkVoidFunction.
+ */
+typedef void (*awqua_vulkan_function)(void);
+
+/**
+ * PFN_vkGetInstanceProcAddr, with the handle as a pointer.
+ */
+typedef awqua_vulkan_function (*awqua_vulkan_get_proc_fn)(void *instance, const char *name);
+
+/**
+ * A function of the host that takes only `user`.
+ */
+typedef void (*awqua_vulkan_notify_fn)(void *user);
+
+/**
+ * A Vulkan device of the host, for `vulkan` of awqua_engine_desc. Any device of Vulkan 1.1 or later will do; what the
+ * flags name makes the kernels faster, from an extension or as a part of Vulkan itself.
+ *
+ * Ownership. Instance, device and queue stay the host's: the library makes its own buffers, pipelines and command
+ * pools on the device and destroys nothing else. Instance and device must live until `released` is called, which
+ * happens once nothing of the library uses them any more: when the engine that they were given to, its models and their
+ * sessions are freed, or have gone over to another device. Then they may be destroyed, in `released` itself or later.
+ *
+ * The queue. Vulkan lets one thread at a time work on a queue. Without `lock_queue` and `unlock_queue` the library
+ * works on it only inside of calls on models and sessions of the engine, and on the engine itself, so a host whose
+ * ticks and submissions come from one thread has nothing to do; one that submits from other threads gives the two
+ * functions, which the library calls around every call on the queue, or gives a second queue of the device that only the
+ * library uses. Two queues also let the GPU work on both at once, where one takes turns; submissions of the library are
+ * as short as the ticks' budgets. The host's own vkDeviceWaitIdle counts as work on all queues.
+ */
+typedef struct awqua_vulkan {
+  /**
+   * sizeof(awqua_vulkan).
+   */
+  uint32_t struct_size;
+  /**
+   * AWQUA_VULKAN_* flags: what the device was made with. What was not enabled must not be named.
+   */
+  uint32_t flags;
+  /**
+   * VkApplicationInfo::apiVersion of the instance, at least VK_API_VERSION_1_1.
+   */
+  uint32_t api_version;
+  /**
+   * Family of the queue, which has graphics and compute.
+   */
+  uint32_t queue_family;
+  /**
+   * Number of the queue in its family.
+   */
+  uint32_t queue_index;
+  /**
+   * 0.
+   */
+  uint32_t reserved;
+  /**
+   * vkGetInstanceProcAddr, cast.
+   */
+  awqua_vulkan_get_proc_fn get_instance_proc_addr;
+  /**
+   * VkInstance.
+   */
+  void *instance;
+  /**
+   * VkPhysicalDevice.
+   */
+  void *physical_device;
+  /**
+   * VkDevice.
+   */
+  void *device;
+  /**
+   * Blocks until the calling thread has the queue for itself, or NULL; both or neither. Never called twice without
+   * `unlock_queue` between. Must not call the library.
+   */
+  awqua_vulkan_notify_fn lock_queue;
+  /**
+   * Ends that.
+   */
+  awqua_vulkan_notify_fn unlock_queue;
+  /**
+   * Tells that the library has let go of the device, once and from inside the last call that frees what used it, or
+   * NULL. Not called if the call that handed the device over fails. Must not call the library.
+   */
+  awqua_vulkan_notify_fn released;
+  /**
+   * Handed to the functions.
+   */
+  void *user;
+} awqua_vulkan;
+
+/**
  * What an engine is made from; all zero behind `struct_size` is the default.
  */
 typedef struct awqua_engine_desc {
@@ -833,6 +965,10 @@ typedef struct awqua_engine_desc {
    * Handed to `parallel_for`.
    */
   void *parallel_for_user;
+  /**
+   * The host's own Vulkan device, or NULL; no other device is chosen then. Read during the call only.
+   */
+  const struct awqua_vulkan *vulkan;
 } awqua_engine_desc;
 
 /**
@@ -1702,6 +1838,10 @@ typedef struct awqua_api {
    */
   awqua_status (*engine_get_info)(const struct awqua_engine *engine, struct awqua_engine_info *info);
   /**
+   * awqua_engine_recover_vulkan
+   */
+  awqua_status (*engine_recover_vulkan)(const struct awqua_engine *engine, const struct awqua_vulkan *vulkan);
+  /**
    * awqua_session_get_info
    */
   awqua_status (*session_get_info)(const struct awqua_session *session, struct awqua_session_info *info);
@@ -1790,6 +1930,15 @@ awqua_status awqua_engine_get_info(const struct awqua_engine *engine,
  */
 AWQUA_API
 awqua_status awqua_engine_recover(const struct awqua_engine *engine);
+
+/**
+ * Goes on with another Vulkan device of the host, whether the one in use is lost or not, as a renderer is made anew:
+ * models and sessions go over to it in their next ticks as after awqua_engine_recover, and `released` of the former one
+ * is called once the last of them has. AWQUA_BACKEND_CPU refuses it.
+ */
+AWQUA_API
+awqua_status awqua_engine_recover_vulkan(const struct awqua_engine *engine,
+                                         const struct awqua_vulkan *vulkan);
 
 /**
  * Loses the device on purpose, to test what a program does then. The CPU can not be lost.

@@ -163,6 +163,13 @@ struct message {
 
 inline awqua_request request() noexcept { return awqua_request AWQUA_REQUEST_INIT; }
 
+/* The defaults of a session with AWQUA_SESSION_* flags. */
+inline awqua_session_desc session_desc(std::uint32_t flags = 0) noexcept {
+    awqua_session_desc desc = AWQUA_SESSION_DESC_INIT;
+    desc.flags = flags;
+    return desc;
+}
+
 /* One conversation with a model. */
 class session {
   public:
@@ -171,6 +178,7 @@ class session {
         check(awqua_session_create(with.get(), desc, &object));
         object_.reset(object);
     }
+    session(const model &with, const awqua_session_desc &desc) : session(with, &desc) {}
 
     void begin(std::string_view prompt, const awqua_request &how = request()) {
         check(awqua_session_begin_text(object_.get(), str(prompt), &how));

@@ -12,6 +12,7 @@ typedef struct {
     awqua_str device;
 } awqua_engine_desc;
 typedef struct { uint32_t struct_size, flags; awqua_str path; } awqua_model_desc;
+typedef struct { uint32_t struct_size, flags, context, kv_type, chunk, reserved; } awqua_session_desc;
 typedef struct { uint32_t struct_size, flags; uint64_t cpu_us; } awqua_budget;
 typedef struct { uint32_t struct_size, flags; uint64_t done, total; } awqua_load_progress;
 typedef struct {
@@ -42,7 +43,16 @@ int32_t awqua_model_tick(awqua_model *model, const awqua_budget *budget, awqua_l
 int32_t awqua_model_free(awqua_model *model);
 int32_t awqua_budget_init(awqua_budget *budget);
 int32_t awqua_request_init(awqua_request *request);
-int32_t awqua_session_create(const awqua_model *model, const void *desc, awqua_session **session);
+int32_t awqua_model_evict(const awqua_model *model);
+int32_t awqua_model_restore(const awqua_model *model);
+int32_t awqua_session_desc_init(awqua_session_desc *desc);
+int32_t awqua_session_create(const awqua_model *model, const awqua_session_desc *desc, awqua_session **session);
+int32_t awqua_session_fork(awqua_session *session, awqua_session **forked);
+int32_t awqua_session_save(awqua_session *session, void *buffer, uint64_t capacity, uint64_t *length);
+int32_t awqua_session_restore(awqua_session *session, const void *snapshot, uint64_t length);
+int32_t awqua_session_trim(awqua_session *session);
+int32_t awqua_session_begin_embedding_text(awqua_session *session, awqua_str text);
+int32_t awqua_session_get_embedding(const awqua_session *session, float *values, uint64_t capacity, uint64_t *count);
 int32_t awqua_session_begin_text(awqua_session *session, awqua_str prompt, const awqua_request *request);
 int32_t awqua_session_tick(awqua_session *session, const awqua_budget *budget, void *result);
 int32_t awqua_session_poll(awqua_session *session, awqua_event *event);
@@ -54,7 +64,10 @@ local PENDING, EMPTY = 1, 2
 local TEXT, DONE = 1, 2
 
 local C = ffi.load(os.getenv("AWQUA_LIBRARY") or "awqua")
-local awqua = { BACKEND_AUTO = 0, BACKEND_CPU = 1, BACKEND_GPU = 2 }
+local awqua = {
+    BACKEND_AUTO = 0, BACKEND_CPU = 1, BACKEND_GPU = 2, BACKEND_CUDA = 3,
+    DETERMINISTIC = 1, EXACT = 2,
+}
 
 local function check(status)
     if status < 0 then
@@ -109,10 +122,61 @@ function awqua.load(model, us)
     return true, 1
 end
 
-function awqua.session(model)
-    local out = ffi.new("awqua_session *[1]")
-    check(C.awqua_session_create(model, nil, out))
+-- `options` are members of awqua_session_desc.
+function awqua.session(model, options)
+    local desc, out = new("awqua_session_desc", C.awqua_session_desc_init), ffi.new("awqua_session *[1]")
+    for name, value in pairs(options or {}) do
+        desc[name] = value
+    end
+    check(C.awqua_session_create(model, desc, out))
     return own(out, C.awqua_session_free)
+end
+
+-- A session that holds what this one does, without computing it again.
+function awqua.fork(session)
+    local out = ffi.new("awqua_session *[1]")
+    check(C.awqua_session_fork(session, out))
+    return own(out, C.awqua_session_free)
+end
+
+-- What the session holds as a string, for restore in this run or a later one.
+function awqua.save(session)
+    local length = ffi.new("uint64_t[1]")
+    C.awqua_session_save(session, nil, 0, length)
+    local bytes = ffi.new("uint8_t[?]", length[0])
+    check(C.awqua_session_save(session, bytes, length[0], length))
+    return ffi.string(bytes, length[0])
+end
+
+function awqua.restore(session, snapshot)
+    check(C.awqua_session_restore(session, snapshot, #snapshot))
+end
+
+-- Gives the memory of an idle session back; it is computed again when it is needed.
+function awqua.trim(session)
+    check(C.awqua_session_trim(session))
+end
+
+-- Gives the memory of the weights back; `load` brings them back after `reload`.
+function awqua.evict(model)
+    check(C.awqua_model_evict(model))
+end
+
+function awqua.reload(model)
+    check(C.awqua_model_restore(model))
+end
+
+-- Begins to embed a text; tick to its end, then `embedding` has the vector.
+function awqua.embed(session, text)
+    check(C.awqua_session_begin_embedding_text(session, str(text)))
+end
+
+function awqua.embedding(session)
+    local count = ffi.new("uint64_t[1]")
+    C.awqua_session_get_embedding(session, nil, 0, count)
+    local values = ffi.new("float[?]", count[0])
+    check(C.awqua_session_get_embedding(session, values, count[0], count))
+    return values, tonumber(count[0])
 end
 
 -- Begins to continue `prompt`; `options` are members of awqua_request.

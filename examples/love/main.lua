@@ -15,6 +15,39 @@ local function ask()
     said, talking = prompt, true
 end
 
+-- What a game needs around a dialogue, once at the end of a run with a number of frames.
+local function remember()
+    local options = { max_tokens = 8, temperature = 0, flags = 1 }
+    local function answer(of)
+        awqua.begin(of, PROMPTS[1], options)
+        local text, done = "", false
+        while not done do
+            local more
+            more, done = awqua.tick(of, BUDGET_US)
+            text = text .. more
+        end
+        return text
+    end
+    local first = awqua.session(model, { context = 64, flags = awqua.DETERMINISTIC + awqua.EXACT })
+    local expected = answer(first)
+    local second = awqua.fork(first)
+    assert(answer(second) == expected, "a fork goes on differently")
+    local saved = awqua.save(second)
+    awqua.trim(second)
+    awqua.restore(second, saved)
+    awqua.evict(model)
+    awqua.reload(model)
+    while not awqua.load(model, BUDGET_US) do end
+    assert(answer(second) == expected, "a restored session goes on differently")
+    awqua.embed(second, "The grey cat slept.")
+    repeat
+        local _, done = awqua.tick(second, BUDGET_US)
+    until done
+    local values, count = awqua.embedding(second)
+    assert(count > 0 and values[0] == values[0])
+    print(string.format("remembered:%s, embedded %d numbers", expected, count))
+end
+
 function love.load(arguments)
     local path = assert(arguments[1], "usage: love examples/love MODEL_FOLDER [frames]")
     frames = tonumber(arguments[2])
@@ -46,6 +79,7 @@ function love.update(dt)
         end
     end
     if frames and frame >= frames then
+        remember()
         print(string.format("%d frames, %d lines, slowest frame %.1f ms", frame, lines, slowest * 1000))
         love.event.quit(lines > 0 and 0 or 1)
     end

@@ -7,9 +7,13 @@ using System.Text;
 
 namespace Awqua
 {
-    public enum Backend : uint { Auto = 0, Cpu = 1, Gpu = 2 }
+    public enum Backend : uint { Auto = 0, Cpu = 1, Gpu = 2, Cuda = 3 }
 
-    public enum StopReason : uint { None = 0, Eos = 1, Text = 2, MaxTokens = 3, ContextFull = 4, Cancelled = 5 }
+    public enum GrammarKind : uint { None = 0, JsonSchema = 1, Regex = 2, Lark = 3 }
+
+    public enum Trim : uint { Pages = 0, Sessions = 1, Weights = 2 }
+
+    public enum StopReason : uint { None = 0, Eos = 1, Text = 2, MaxTokens = 3, ContextFull = 4, Cancelled = 5, Complete = 6 }
 
     /// <summary>A failed call: its status and the text behind it.</summary>
     public sealed class AwquaException : Exception
@@ -28,6 +32,17 @@ namespace Awqua
         public float TopP = 0.95f;
         public ulong Seed;
         public bool IgnoreEos;
+
+        /// <summary>What the answer has to look like; needs a library with grammars.</summary>
+        public GrammarKind GrammarKind;
+        public string Grammar = "";
+    }
+
+    /// <summary>Capacities of a session; zero takes the default.</summary>
+    public sealed class SessionOptions
+    {
+        public uint Context, Chunk;
+        public bool Deterministic, Exact;
     }
 
     /// <summary>Where models run.</summary>
@@ -42,6 +57,12 @@ namespace Awqua
             desc.Backend = (uint)backend;
             Native.Check(Native.awqua_engine_create(ref desc, out Handle));
         }
+
+        /// <summary>Lets go of a lost device; models and sessions find another one in their next ticks.</summary>
+        public void Recover() => Native.Check(Native.awqua_engine_recover(Handle));
+
+        /// <summary>Asks all sessions to give memory back in their next ticks.</summary>
+        public void Trim(Trim level) => Native.Check(Native.awqua_engine_trim(Handle, (uint)level));
 
         public void Dispose() => Handle.Dispose();
     }
@@ -76,6 +97,11 @@ namespace Awqua
 
         public void Cancel() => Native.Check(Native.awqua_model_cancel(Handle));
 
+        /// <summary>Gives the memory of the weights back, and brings them back with the next ticks.</summary>
+        public void Evict() => Native.Check(Native.awqua_model_evict(Handle));
+
+        public void Restore() => Native.Check(Native.awqua_model_restore(Handle));
+
         public void Dispose() => Handle.Dispose();
     }
 
@@ -85,27 +111,36 @@ namespace Awqua
         private readonly SessionHandle handle;
         private byte[] buffer = new byte[256];
 
-        public Session(Model model)
+        public Session(Model model, SessionOptions options = null)
         {
-            Native.Check(Native.awqua_session_create(model.Handle, IntPtr.Zero, out handle));
+            var how = options ?? new SessionOptions();
+            var desc = new Native.SessionDesc { StructSize = (uint)Marshal.SizeOf(typeof(Native.SessionDesc)) };
+            Native.Check(Native.awqua_session_desc_init(ref desc));
+            desc.Flags = (how.Deterministic ? 1u : 0) | (how.Exact ? 2u : 0);
+            desc.Context = how.Context;
+            desc.Chunk = how.Chunk;
+            Native.Check(Native.awqua_session_create(model.Handle, ref desc, out handle));
         }
+
+        private Session(SessionHandle handle) { this.handle = handle; }
 
         /// <summary>Begins to continue a text.</summary>
         public void Begin(string prompt, Request how = null)
         {
-            var text = new Utf8(prompt);
+            Utf8 text = new Utf8(prompt), grammar = new Utf8(how?.Grammar ?? "");
             try
             {
-                var request = Native.RequestOf(how ?? new Request());
+                var request = Native.RequestOf(how ?? new Request(), grammar);
                 Native.Check(Native.awqua_session_begin_text(handle, text.Str, ref request));
             }
-            finally { text.Free(); }
+            finally { text.Free(); grammar.Free(); }
         }
 
         /// <summary>Begins to answer a conversation of (role, content) turns, with the model's own template.</summary>
         public void Begin(IList<KeyValuePair<string, string>> conversation, Request how = null)
         {
             var texts = new List<Utf8>();
+            var grammar = new Utf8(how?.Grammar ?? "");
             try
             {
                 var messages = new Native.Message[conversation.Count];
@@ -116,10 +151,10 @@ namespace Awqua
                     messages[i].Role = texts[2 * i].Str;
                     messages[i].Content = texts[2 * i + 1].Str;
                 }
-                var request = Native.RequestOf(how ?? new Request());
+                var request = Native.RequestOf(how ?? new Request(), grammar);
                 Native.Check(Native.awqua_session_begin_chat(handle, messages, (ulong)messages.Length, ref request));
             }
-            finally { texts.ForEach(text => text.Free()); }
+            finally { texts.ForEach(text => text.Free()); grammar.Free(); }
         }
 
         /// <summary>Works for about the given time; true while there is more to do.</summary>
@@ -151,6 +186,49 @@ namespace Awqua
                 }
             }
             finally { pin.Free(); }
+        }
+
+        /// <summary>A session that holds what this one does, without computing it again.</summary>
+        public Session Fork()
+        {
+            Native.Check(Native.awqua_session_fork(handle, out var forked));
+            return new Session(forked);
+        }
+
+        /// <summary>What the session holds, for Restore in this run or a later one.</summary>
+        public byte[] Save()
+        {
+            var status = Native.awqua_session_save(handle, null, 0, out var length);
+            if (status != Native.BufferTooSmall) Native.Check(status);
+            var bytes = new byte[length];
+            Native.Check(Native.awqua_session_save(handle, bytes, length, out _));
+            return bytes;
+        }
+
+        public void Restore(byte[] snapshot) =>
+            Native.Check(Native.awqua_session_restore(handle, snapshot, (ulong)snapshot.Length));
+
+        /// <summary>Forgets all but the first tokens.</summary>
+        public void Truncate(uint tokens) => Native.Check(Native.awqua_session_truncate(handle, tokens));
+
+        /// <summary>Gives the memory of an idle session back; it is computed again when it is needed.</summary>
+        public void Trim() => Native.Check(Native.awqua_session_trim(handle));
+
+        /// <summary>Begins to embed a text; Tick to its end, then Embedding has the vector.</summary>
+        public void BeginEmbedding(string text)
+        {
+            var bytes = new Utf8(text);
+            try { Native.Check(Native.awqua_session_begin_embedding_text(handle, bytes.Str)); }
+            finally { bytes.Free(); }
+        }
+
+        public float[] Embedding()
+        {
+            var status = Native.awqua_session_get_embedding(handle, null, 0, out var count);
+            if (status != Native.BufferTooSmall) Native.Check(status);
+            var values = new float[count];
+            Native.Check(Native.awqua_session_get_embedding(handle, values, count, out _));
+            return values;
         }
 
         /// <summary>Ends the answer at the next tick. Any thread, any time.</summary>
@@ -205,7 +283,7 @@ namespace Awqua
 #else
         private const string Library = "awqua";
 #endif
-        internal const int Ok = 0, Pending = 1, Empty = 2;
+        internal const int Ok = 0, Pending = 1, Empty = 2, BufferTooSmall = -3;
         internal const uint EventText = 1, EventDone = 2, EventError = 3;
         private const uint IgnoreEos = 1;
 
@@ -236,7 +314,13 @@ namespace Awqua
             internal ulong Seed;
             internal IntPtr Stops, StopIds;
             internal uint NStopIds, Reserved;
+            internal IntPtr Biases, BannedIds;
+            internal uint NBiases, NBannedIds, ShiftKeep, GrammarKind;
+            internal Str Grammar;
         }
+
+        [StructLayout(LayoutKind.Sequential)]
+        internal struct SessionDesc { internal uint StructSize, Flags, Context, KvType, Chunk, Reserved; }
 
         [StructLayout(LayoutKind.Sequential)]
         internal struct Event
@@ -260,7 +344,19 @@ namespace Awqua
         [DllImport(Library)] internal static extern int awqua_model_free(IntPtr model);
         [DllImport(Library)] private static extern int awqua_budget_init(ref Budget budget);
         [DllImport(Library)] private static extern int awqua_request_init(ref RequestDesc request);
-        [DllImport(Library)] internal static extern int awqua_session_create(ModelHandle model, IntPtr desc, out SessionHandle session);
+        [DllImport(Library)] internal static extern int awqua_engine_recover(EngineHandle engine);
+        [DllImport(Library)] internal static extern int awqua_engine_trim(EngineHandle engine, uint level);
+        [DllImport(Library)] internal static extern int awqua_model_evict(ModelHandle model);
+        [DllImport(Library)] internal static extern int awqua_model_restore(ModelHandle model);
+        [DllImport(Library)] internal static extern int awqua_session_desc_init(ref SessionDesc desc);
+        [DllImport(Library)] internal static extern int awqua_session_create(ModelHandle model, ref SessionDesc desc, out SessionHandle session);
+        [DllImport(Library)] internal static extern int awqua_session_fork(SessionHandle session, out SessionHandle forked);
+        [DllImport(Library)] internal static extern int awqua_session_save(SessionHandle session, [Out] byte[] buffer, ulong capacity, out ulong length);
+        [DllImport(Library)] internal static extern int awqua_session_restore(SessionHandle session, byte[] snapshot, ulong length);
+        [DllImport(Library)] internal static extern int awqua_session_truncate(SessionHandle session, uint tokens);
+        [DllImport(Library)] internal static extern int awqua_session_trim(SessionHandle session);
+        [DllImport(Library)] internal static extern int awqua_session_begin_embedding_text(SessionHandle session, Str text);
+        [DllImport(Library)] internal static extern int awqua_session_get_embedding(SessionHandle session, [Out] float[] values, ulong capacity, out ulong count);
         [DllImport(Library)] internal static extern int awqua_session_begin_text(SessionHandle session, Str prompt, ref RequestDesc request);
         [DllImport(Library)] internal static extern int awqua_session_begin_chat(SessionHandle session, [In] Message[] messages, ulong count, ref RequestDesc request);
         [DllImport(Library)] internal static extern int awqua_session_tick(SessionHandle session, ref Budget budget, IntPtr result);
@@ -286,7 +382,7 @@ namespace Awqua
             return budget;
         }
 
-        internal static RequestDesc RequestOf(Request how)
+        internal static RequestDesc RequestOf(Request how, Utf8 grammar)
         {
             var request = new RequestDesc { StructSize = (uint)Marshal.SizeOf(typeof(RequestDesc)) };
             Check(awqua_request_init(ref request));
@@ -296,6 +392,8 @@ namespace Awqua
             request.TopK = how.TopK;
             request.TopP = how.TopP;
             request.Seed = how.Seed;
+            request.GrammarKind = (uint)how.GrammarKind;
+            if (how.GrammarKind != GrammarKind.None) request.Grammar = grammar.Str;
             return request;
         }
     }

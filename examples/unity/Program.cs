@@ -7,6 +7,57 @@ namespace Awqua
 {
     internal static class Program
     {
+        // Two characters on one start, a saved game, weights that go and come back, and what texts are like.
+        private static bool Remember(Model model, TimeSpan time)
+        {
+            var options = new SessionOptions { Context = 128, Deterministic = true, Exact = true };
+            var request = new Request { MaxTokens = 8, Temperature = 0, IgnoreEos = true };
+            var prompt = "It was a fine morning, and Emma walked along the river.";
+            using (var first = new Session(model, options))
+            {
+                var said = Answer(first, prompt, request, time);
+                using (var second = first.Fork())
+                {
+                    if (Answer(second, prompt, request, time) != said) return false;
+                    var saved = second.Save();
+                    second.Truncate(0);
+                    second.Trim();
+                    second.Restore(saved);
+                    model.Evict();
+                    model.Restore();
+                    while (!model.Tick(time, out _)) { }
+                    if (Answer(second, prompt, request, time) != said) return false;
+                }
+                float[] cat = Embed(first, "The grey cat slept.", time), dog = Embed(first, "The old mill stood still.", time);
+                var same = Embed(first, "The grey cat slept.", time);
+                Console.WriteLine("remembered:" + said + ", embedded " + cat.Length + " numbers");
+                return said.Length > 0 && Distance(cat, same) == 0 && Distance(cat, dog) > 0;
+            }
+        }
+
+        private static string Answer(Session session, string prompt, Request request, TimeSpan time)
+        {
+            var text = new StringBuilder();
+            session.Begin(prompt, request);
+            while (session.Tick(time)) { }
+            return session.Poll(text) == StopReason.MaxTokens ? text.ToString() : "";
+        }
+
+        private static float[] Embed(Session session, string text, TimeSpan time)
+        {
+            session.BeginEmbedding(text);
+            while (session.Tick(time)) { }
+            session.Poll(new StringBuilder());
+            return session.Embedding();
+        }
+
+        private static double Distance(float[] a, float[] b)
+        {
+            double sum = 0;
+            for (var i = 0; i < a.Length; i++) sum += Math.Abs(a[i] - b[i]);
+            return sum;
+        }
+
         private static int Main(string[] arguments)
         {
             if (arguments.Length != 1)
@@ -32,6 +83,7 @@ namespace Awqua
                         Console.WriteLine("The old miller said," + text + " [" + reason + "]");
                         if (text.Length == 0 || reason == StopReason.None) return 1;
                     }
+                    if (!Remember(model, time)) return 1;
                 }
                 try
                 {

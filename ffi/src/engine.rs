@@ -15,6 +15,7 @@ use crate::model::check_flags;
 use crate::status::awqua_status::{self, *};
 use crate::status::{Failure, Outcome};
 use crate::text::{self, awqua_str};
+use crate::vulkan::{self, awqua_vulkan};
 
 /// Where a model runs.
 #[repr(u32)]
@@ -27,6 +28,9 @@ pub enum awqua_backend {
     AWQUA_BACKEND_CPU = 1,
     /// A GPU through Vulkan, Metal or Direct3D 12, software ones included; no fall-back.
     AWQUA_BACKEND_GPU = 2,
+    /// An NVIDIA GPU through CUDA, with AWQUA_ERR_NO_DEVICE where there is none or the library was built without it.
+    /// AWQUA_BACKEND_AUTO prefers it where it is there and can compute the model.
+    AWQUA_BACKEND_CUDA = 3,
 }
 
 /// On a GPU, never use half-precision arithmetic or subgroup operations, whatever the adapter offers; on the CPU, never
@@ -34,6 +38,10 @@ pub enum awqua_backend {
 pub const AWQUA_ENGINE_PORTABLE_KERNELS: u32 = 1;
 /// Recover from the loss of a device in the next tick, without awqua_engine_recover.
 pub const AWQUA_ENGINE_AUTO_RECOVER: u32 = 2;
+
+/// On CUDA, queue work with the device's highest priority. Without it the lowest is taken, so that the host's own CUDA
+/// work goes first; the work of graphics interfaces is not ordered by it. Ignored elsewhere.
+pub const AWQUA_ENGINE_HIGH_PRIORITY: u32 = 4;
 
 /// What an engine is made from; all zero behind `struct_size` is the default.
 #[repr(C)]
@@ -69,6 +77,8 @@ pub struct awqua_engine_desc {
     pub parallel_for: awqua_parallel_for_fn,
     /// Handed to `parallel_for`.
     pub parallel_for_user: *mut c_void,
+    /// The host's own Vulkan device, or NULL; no other device is chosen then. Read during the call only.
+    pub vulkan: *const awqua_vulkan,
 }
 
 // SAFETY: repr(C), u32 first, no padding on 64-bit targets and none that is read elsewhere; integers, pointers, a text
@@ -90,6 +100,7 @@ unsafe impl Sized32 for awqua_engine_desc {
         device_luid: [0; 8],
         parallel_for: None,
         parallel_for_user: std::ptr::null_mut(),
+        vulkan: std::ptr::null(),
     };
 }
 
@@ -120,9 +131,11 @@ fn options(desc: &awqua_engine_desc) -> Outcome<EngineOptions> {
         0 => BackendChoice::Auto,
         1 => BackendChoice::Cpu,
         2 => BackendChoice::Wgpu,
+        3 => BackendChoice::Cuda,
         other => return Err(Failure::invalid(format!("`backend` is {other}, expected an awqua_backend"))),
     };
-    check_flags(desc.flags, AWQUA_ENGINE_PORTABLE_KERNELS | AWQUA_ENGINE_AUTO_RECOVER)?;
+    let flags = AWQUA_ENGINE_PORTABLE_KERNELS | AWQUA_ENGINE_AUTO_RECOVER | AWQUA_ENGINE_HIGH_PRIORITY;
+    check_flags(desc.flags, flags)?;
     if desc.threads > 1024 {
         return Err(Failure::invalid(format!("`threads` is {}, expected at most 1024", desc.threads)));
     }
@@ -143,18 +156,24 @@ fn options(desc: &awqua_engine_desc) -> Outcome<EngineOptions> {
         auto_recover: desc.flags & AWQUA_ENGINE_AUTO_RECOVER != 0,
         threads: Some(threads),
         jobs: jobs(desc.parallel_for, desc.parallel_for_user, threads),
+        high_priority: desc.flags & AWQUA_ENGINE_HIGH_PRIORITY != 0,
     })
 }
 
 /// The adapter that is meant, which may be named in one way only.
 fn device(name: Option<&str>, desc: &awqua_engine_desc) -> Outcome<DeviceChoice> {
     let (uuid, luid) = (desc.device_uuid != [0; 16], desc.device_luid != [0; 8]);
-    match (name, uuid, luid) {
-        (None, false, false) => Ok(DeviceChoice::Best),
-        (Some(name), false, false) => Ok(DeviceChoice::Named(name.to_owned())),
-        (None, true, false) => Ok(DeviceChoice::Uuid(desc.device_uuid)),
-        (None, false, true) => Ok(DeviceChoice::Luid(desc.device_luid)),
-        _ => Err(Failure::invalid("`device`, `device_uuid` and `device_luid` exclude each other")),
+    match (name, uuid, luid, desc.vulkan.is_null()) {
+        (None, false, false, true) => Ok(DeviceChoice::Best),
+        (Some(name), false, false, true) => Ok(DeviceChoice::Named(name.to_owned())),
+        (None, true, false, true) => Ok(DeviceChoice::Uuid(desc.device_uuid)),
+        (None, false, true, true) => Ok(DeviceChoice::Luid(desc.device_luid)),
+        (None, false, false, false) if desc.backend == awqua_backend::AWQUA_BACKEND_CPU as u32 => {
+            Err(Failure::invalid("`vulkan` is of no use to AWQUA_BACKEND_CPU"))
+        }
+        // SAFETY: the caller of the exported function promises it.
+        (None, false, false, false) => unsafe { vulkan::choice(desc.vulkan) },
+        _ => Err(Failure::invalid("`device`, `device_uuid`, `device_luid` and `vulkan` exclude each other")),
     }
 }
 
@@ -255,6 +274,26 @@ pub unsafe extern "C" fn awqua_engine_recover(engine: *const awqua_engine) -> aw
     unsafe {
         handle::shared("awqua_engine_recover", awqua_engine::handle(engine), |engine, ()| {
             engine.inner.recover()?;
+            Ok(AWQUA_OK)
+        })
+    }
+}
+
+/// Goes on with another Vulkan device of the host, whether the one in use is lost or not, as a renderer is made anew:
+/// models and sessions go over to it in their next ticks as after awqua_engine_recover, and `released` of the former one
+/// is called once the last of them has. AWQUA_BACKEND_CPU refuses it.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn awqua_engine_recover_vulkan(
+    engine: *const awqua_engine,
+    vulkan: *const awqua_vulkan,
+) -> awqua_status {
+    // SAFETY: the caller's promise, for both.
+    unsafe {
+        handle::shared("awqua_engine_recover_vulkan", awqua_engine::handle(engine), |engine, ()| {
+            if engine.inner.options().backend == BackendChoice::Cpu {
+                return Err(Failure::state("the engine works on the CPU"));
+            }
+            engine.inner.recover_with(vulkan::choice(vulkan)?);
             Ok(AWQUA_OK)
         })
     }
@@ -465,10 +504,10 @@ pub unsafe extern "C" fn awqua_device_get(index: u32, info: *mut awqua_device_in
     })
 }
 
-layout!(awqua_engine_desc, 104, {
+layout!(awqua_engine_desc, 112, {
     struct_size: 0, flags: 4, backend: 8, threads: 12, device: 16, host_budget_bytes: 32, device_budget_bytes: 40,
     pipeline_cache: 48, pipeline_cache_len: 56, device_uuid: 64, device_luid: 80, parallel_for: 88,
-    parallel_for_user: 96,
+    parallel_for_user: 96, vulkan: 104,
 });
 layout!(awqua_engine_info, 24, { struct_size: 0, flags: 4, host_bytes: 8, device_bytes: 16 });
 layout!(awqua_device_info, 312, {

@@ -7,6 +7,7 @@
 //! | `layout`, `text` | structures with a size, text and arrays of the caller |
 //! | `alloc`, `log` | the host's memory and log |
 //! | `engine`, `model`, `session` | the objects |
+//! | `vulkan` | the host's Vulkan device |
 //! | `source`, `jobs` | the host's files and threads |
 //! | `answer` | what sessions make, tick by tick |
 //! | `api` | the same functions as a table |
@@ -31,3 +32,4 @@ mod status;
 mod table;
 mod text;
 mod version;
+mod vulkan;

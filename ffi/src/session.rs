@@ -31,6 +31,9 @@ pub enum awqua_kv_type {
 /// are, whatever the session did before, and also across the loss of a device. Prompts are computed in chunks that end
 /// at multiples of `chunk`, and only whole ones are used again.
 pub const AWQUA_SESSION_DETERMINISTIC: u32 = 1;
+/// On the CPU, multiply 4-bit weights in single precision, as their formats define it. Without it, where groups are
+/// multiples of 64, activations are rounded to 16 bits, which is faster. GPUs ignore it.
+pub const AWQUA_SESSION_EXACT: u32 = 2;
 
 /// Capacities of a session, fixed when it is made; all zero behind `struct_size` is the default.
 #[repr(C)]
@@ -188,7 +191,7 @@ pub unsafe extern "C" fn awqua_session_create(
 
 /// What a description asks for.
 pub fn session_options(desc: &awqua_session_desc) -> Outcome<SessionOptions> {
-    check_flags(desc.flags, AWQUA_SESSION_DETERMINISTIC)?;
+    check_flags(desc.flags, AWQUA_SESSION_DETERMINISTIC | AWQUA_SESSION_EXACT)?;
     let kv_type = match desc.kv_type {
         0 => None,
         1 => Some(KvType::F16),
@@ -202,7 +205,7 @@ pub fn session_options(desc: &awqua_session_desc) -> Outcome<SessionOptions> {
         threads: None,
         chunk: optional(desc.chunk),
         deterministic: desc.flags & AWQUA_SESSION_DETERMINISTIC != 0,
-        exact: false,
+        exact: desc.flags & AWQUA_SESSION_EXACT != 0,
     })
 }
 

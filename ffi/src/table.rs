@@ -11,6 +11,7 @@ use crate::session::*;
 use crate::status::awqua_status;
 use crate::text::awqua_str;
 use crate::version::{AWQUA_ABI_MAJOR, AWQUA_ABI_MINOR};
+use crate::vulkan::awqua_vulkan;
 use std::ffi::{c_char, c_void};
 
 /// Every function of this header, for programs that load the library at run time; see awqua_get_api. Members are
@@ -211,6 +212,9 @@ pub struct awqua_api {
     /// awqua_engine_get_info
     pub engine_get_info:
         unsafe extern "C" fn(engine: *const awqua_engine, info: *mut awqua_engine_info) -> awqua_status,
+    /// awqua_engine_recover_vulkan
+    pub engine_recover_vulkan:
+        unsafe extern "C" fn(engine: *const awqua_engine, vulkan: *const awqua_vulkan) -> awqua_status,
     /// awqua_session_get_info
     pub session_get_info:
         unsafe extern "C" fn(session: *const awqua_session, info: *mut awqua_session_info) -> awqua_status,
@@ -282,6 +286,7 @@ pub static API: awqua_api = awqua_api {
     session_get_embedding: awqua_session_get_embedding,
     engine_create: awqua_engine_create,
     engine_get_info: awqua_engine_get_info,
+    engine_recover_vulkan: awqua_engine_recover_vulkan,
     session_get_info: awqua_session_get_info,
     session_fork: awqua_session_fork,
     session_restore: awqua_session_restore,

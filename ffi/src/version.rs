@@ -3,4 +3,4 @@
 /// Raised when a function or structure changes incompatibly; part of the SONAME.
 pub const AWQUA_ABI_MAJOR: u32 = 1;
 /// Raised when functions or fields are appended.
-pub const AWQUA_ABI_MINOR: u32 = 1;
+pub const AWQUA_ABI_MINOR: u32 = 2;

@@ -44,6 +44,9 @@ pub fn grid(params: &Params) -> [u32; 3] {
 /// Id of a place that holds no candidate.
 pub const NO_ID: u32 = u32::MAX;
 
+/// Key of negative infinity: it, NaN and empty places are never chosen.
+pub const NEVER_KEY: u32 = 0x007f_ffff;
+
 /// Key of a score: larger keys are larger scores, equal scores (also the two zeros) have equal keys, NaN has 0.
 pub fn sort_key(score: f32) -> u32 {
     match score.to_bits() {
@@ -126,6 +129,7 @@ mod tests {
         for pair in scores.windows(2) {
             assert!(sort_key(pair[0]) < sort_key(pair[1]), "{pair:?}");
         }
+        assert_eq!(sort_key(f32::NEG_INFINITY), NEVER_KEY);
         assert_eq!(sort_key(0.0), sort_key(-0.0));
         assert!(sort_key(f32::NAN) < sort_key(f32::NEG_INFINITY) && sort_key(-f32::NAN) == 0);
         assert!(scores.iter().all(|&score| key_score(sort_key(score)) == score));

@@ -1,5 +1,6 @@
 //! Twin of `argmax_reduce.wgsl`; the formula and the mapping are in its header.
 
+use crate::argmax::NEVER_KEY;
 use crate::trial::Expected;
 use crate::*;
 
@@ -32,9 +33,10 @@ pub fn grid() -> [u32; 3] {
     [1, 1, 1]
 }
 
-/// Id of the best candidate.
+/// Id of the best candidate; 0 if none of them can be chosen.
 pub fn reference(params: &Params, candidates: &[[u32; 2]]) -> u32 {
-    crate::argmax::best(&candidates[..params.n as usize])[1]
+    let [key, id] = crate::argmax::best(&candidates[..params.n as usize]);
+    if key > NEVER_KEY { id } else { 0 }
 }
 
 /// The candidates once.
@@ -49,12 +51,12 @@ pub fn cases() -> Vec<u32> {
 
 fn trials(_variant: Variant, rng: &mut Rng) -> Vec<Trial> {
     let mut trials = Vec::new();
-    for n in cases() {
+    for (n, lowest) in cases().into_iter().flat_map(|n| [(n, NEVER_KEY + 1), (n, NEVER_KEY - 3), (n, NEVER_KEY - 1)]) {
         let params = Params { n, pad: [0; 3] };
         // Few distinct keys, so that the id decides.
-        let candidates: Vec<[u32; 2]> = (0..n).map(|i| [1000 + rng.below(4), (n - i) * 10 + rng.below(10)]).collect();
+        let candidates: Vec<[u32; 2]> = (0..n).map(|i| [lowest + rng.below(4), (n - i) * 10 + rng.below(10)]).collect();
         trials.push(Trial {
-            label: format!("{n} candidates"),
+            label: format!("{n} candidates from key {lowest:#x} on"),
             params: bytemuck::bytes_of(&params).to_vec(),
             step: Step::default(),
             storage: vec![candidates.as_flattened().to_vec(), vec![trial::POISON; 4]],

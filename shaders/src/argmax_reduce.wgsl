@@ -1,4 +1,4 @@
-// The id of the best of n candidates, written to result[0].
+// The id of the best of n candidates, written to result[0]; 0 if none of them can be chosen.
 //
 // Mapping: one workgroup. Traffic: the candidates once.
 
@@ -29,6 +29,6 @@ fn main(@builtin(local_invocation_index) local_index: u32) {
         workgroupBarrier();
     }
     if (local_index == 0u) {
-        result[0] = best[0].y;
+        result[0] = select(0u, best[0].y, best[0].x > NEVER_KEY);
     }
 }

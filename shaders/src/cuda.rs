@@ -110,11 +110,11 @@ arguments! {
     SampleRequest {
         top_k: u32, n_recent: u32,
         temperature: f32, top_p: f32, min_p: f32, uniform: f32, repetition: f32, presence: f32, frequency: f32,
-        position: u32, pad: [u32; 6],
+        position: u32, n_biases: u32, has_mask: u32, mask_words: u32, pad: [u32; 3],
     }
     /// Arguments of `sample_*`.
     SampleArgs {
-        scores: u64, requests: u64, recent: u64, candidates: u64, turn: u64, tokens: u64, position: u64, results: u64,
+        scores: u64, requests: u64, recent: u64, biases: u64, mask: u64, candidates: u64, turn: u64, tokens: u64, position: u64, results: u64,
         vocab: u32, second: u32,
     }
     /// Arguments of `w4_*`.

@@ -41,6 +41,7 @@ pub mod attention;
 pub mod attention_coop;
 pub mod attention_few;
 pub mod attention_reduce;
+pub mod bias;
 pub mod catalogue;
 pub mod combine;
 #[cfg(feature = "cuda")]
@@ -65,6 +66,7 @@ pub mod glu;
 pub mod group;
 pub mod halve;
 pub mod head_norm;
+pub mod mask;
 pub mod norm;
 pub mod packed;
 pub mod penalize;
@@ -561,7 +563,7 @@ impl Kernel {
 }
 
 /// Every kernel.
-pub static ALL: [&Kernel; 37] = [
+pub static ALL: [&Kernel; 39] = [
     &embed::KERNEL,
     &embed_packed::KERNEL,
     &arrange::KERNEL,
@@ -594,7 +596,9 @@ pub static ALL: [&Kernel; 37] = [
     &gemm_dense_experts::KERNEL,
     &combine::KERNEL,
     &gate::KERNEL,
+    &bias::KERNEL,
     &penalize::KERNEL,
+    &mask::KERNEL,
     &argmax::KERNEL,
     &argmax_reduce::KERNEL,
     &top_k::KERNEL,

@@ -1,4 +1,4 @@
-// Token choice: penalties of recent tokens, then the largest score, or the top_k largest, their softmax cut by top_p and
+// Token choice: biases, penalties of recent tokens and the mask of allowed ones, then the largest score, or the top_k largest, their softmax cut by top_p and
 // min_p, and a draw. The chosen token goes where the next step looks for it, and to the host.
 //
 // The request and the number of choices are those of kernels that ended before the previous one began, except for the
@@ -17,13 +17,18 @@ struct SampleRequest {
     float uniform;
     float repetition, presence, frequency;
     u32 position;  // of the step that follows
-    u32 pad[6];
+    u32 n_biases;  // pairs of id and bits of the bias in `biases`
+    u32 has_mask;  // whether only tokens of `mask` may be chosen, and its words
+    u32 mask_words;
+    u32 pad[3];
 };
 
 struct SampleArgs {
     const float* scores;            // (vocab)
     const SampleRequest* requests;  // (SLOTS), taken in turn
     const U2* recent;               // (n_recent)
+    const U2* biases;               // (n_biases), of distinct ids
+    const u32* mask;                // (mask_words): bit id % 32 of word id / 32
     u64* candidates;                // of the first round, then of the second one
     u32* turn;                      // choices made so far
     u32* tokens;                    // [0]: the chosen one
@@ -95,6 +100,12 @@ DEVICE void largest_key(u64* keys, u32 n) {
     block_sync();
 }
 
+// Whether the mask of a choice, if it has one, leaves the token.
+DEVICE bool is_allowed(const SampleArgs& args, const SampleRequest& request, u32 id) {
+    if (request.has_mask == 0) return true;
+    return id / 32 < request.mask_words && (load_fresh(args.mask + id / 32) >> id % 32 & 1) != 0;
+}
+
 DEVICE u32 kept(const SampleRequest& request) { return request.top_k == 0 ? 1 : request.top_k; }
 DEVICE u32 slices(u32 n) { return (n + SLICE - 1) / SLICE; }
 
@@ -108,7 +119,12 @@ KERNEL(sample_slices, SampleArgs, 512, 1) {
         scores[i] = first + i < args.vocab ? load_fresh(args.scores + first + i) : -infinity();
     }
     block_sync();
-    // Ids are distinct.
+    // Ids are distinct, here and below.
+    for (u32 i = threadIdx.x; i < request.n_biases; i += blockDim.x) {
+        const U2 bias = load_fresh(args.biases + i);
+        if (bias.x >= first && bias.x < first + SLICE) scores[bias.x - first] += as_f32(bias.y);
+    }
+    block_sync();
     for (u32 i = threadIdx.x; i < request.n_recent; i += blockDim.x) {
         const U2 recent = load_fresh(args.recent + i);
         if (recent.x >= first && recent.x < first + SLICE) {
@@ -118,7 +134,9 @@ KERNEL(sample_slices, SampleArgs, 512, 1) {
         }
     }
     block_sync();
-    for (u32 i = threadIdx.x; i < SLICE; i += blockDim.x) keys[i] = key_of(scores[i], first + i);
+    for (u32 i = threadIdx.x; i < SLICE; i += blockDim.x) {
+        keys[i] = is_allowed(args, request, first + i) ? key_of(scores[i], first + i) : 0;
+    }
     if (request.top_k == 0) {
         largest_key(keys, SLICE);
     } else {

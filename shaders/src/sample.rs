@@ -1,5 +1,6 @@
 //! Twin of `sample.wgsl`; the formula and the mapping are in its header.
 
+use crate::argmax::NEVER_KEY;
 use crate::trial::Expected;
 use crate::*;
 
@@ -57,14 +58,17 @@ pub fn grid() -> [u32; 3] {
 
 /// Id of the picked candidate, as the kernel computes it in f32 with additions in candidate order.
 pub fn reference(params: &Params, candidates: &[[u32; 2]]) -> u32 {
-    // A softmax over infinities, or over nothing but NaN (key 0), is not defined; the order still is.
+    if candidates[0][0] <= NEVER_KEY {
+        return 0;
+    }
+    // A softmax over infinities is not defined; the order still is.
     if !crate::argmax::key_score(candidates[0][0]).is_finite() {
         return candidates[0][1];
     }
     let count = params.top_k.min(params.vocab).clamp(1, MAX_TOP_K) as usize;
     let weights = weights(params, &candidates[..count]);
     let total: f32 = weights.iter().sum();
-    let (kept, mass) = prefix(params, &weights, total);
+    let (kept, mass) = prefix(params, candidates, &weights, total);
     let mut cumulated = 0.0;
     for (weight, candidate) in weights[..kept].iter().zip(candidates) {
         cumulated += weight;
@@ -83,11 +87,11 @@ fn weights(params: &Params, candidates: &[[u32; 2]]) -> Vec<f32> {
 }
 
 /// Candidates that top_p and min_p keep, and their mass.
-fn prefix(params: &Params, weights: &[f32], total: f32) -> (usize, f32) {
+fn prefix(params: &Params, candidates: &[[u32; 2]], weights: &[f32], total: f32) -> (usize, f32) {
     let (mut kept, mut mass) = (0, 0.0);
-    for &weight in weights {
+    for (&weight, &[key, _]) in weights.iter().zip(candidates) {
         let enough = kept > 0 && params.top_p < 1.0 && mass >= params.top_p * total;
-        if enough || weight < params.min_p {
+        if enough || weight < params.min_p || key <= NEVER_KEY {
             break;
         }
         mass += weight;
@@ -117,7 +121,7 @@ pub fn cases() -> Vec<(u32, u32, f32, f32, f32)> {
 fn is_delicate(params: &Params, candidates: &[[u32; 2]]) -> bool {
     let weights = weights(params, candidates);
     let total: f32 = weights.iter().sum();
-    let (_, mass) = prefix(params, &weights, total);
+    let (_, mass) = prefix(params, candidates, &weights, total);
     let mut cumulated = 0.0;
     weights.iter().any(|&weight| {
         cumulated += weight;
@@ -142,6 +146,12 @@ fn trials(_variant: Variant, rng: &mut Rng) -> Vec<Trial> {
             match rng.below(12) {
                 0 => candidates[0][0] = crate::argmax::sort_key(f32::INFINITY),
                 1 => candidates.iter_mut().for_each(|candidate| candidate[0] = 0),
+                2 => candidates.iter_mut().for_each(|candidate| candidate[0] = NEVER_KEY),
+                // Most are taken away.
+                3..6 => {
+                    let left = 1 + rng.below(count.min(8) as u32) as usize;
+                    candidates[left.min(count)..].iter_mut().for_each(|candidate| candidate[0] = NEVER_KEY);
+                }
                 _ => {}
             }
             candidates.sort_by_key(|&[key, id]| (!key, id));

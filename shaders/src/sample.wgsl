@@ -1,6 +1,6 @@
 // Picks a token from sorted candidates: softmax of score / temperature over the top_k first; the shortest prefix that
 // reaches top_p; of it those with p >= min_p * p_max; then the first whose cumulated probability exceeds
-// uniform_number times the kept mass. Writes its id to result[0].
+// uniform_number times the kept mass. Writes its id to result[0]; 0 if no candidate can be chosen.
 //
 // Mapping: one workgroup; exponentials in parallel, the walk over at most WG numbers by one invocation so that its
 // order of additions is the twin's. Traffic: nothing that matters.
@@ -44,7 +44,11 @@ fn main(@builtin(local_invocation_index) local_index: u32) {
     if (local_index != 0u) {
         return;
     }
-    // A softmax over infinities, or over nothing but NaN (key 0), is not defined; the order still is.
+    if (candidates[0].x <= NEVER_KEY) {
+        result[0] = 0u;
+        return;
+    }
+    // A softmax over infinities is not defined; the order still is.
     if ((key_bits(candidates[0].x) & 0x7fffffffu) >= 0x7f800000u) {
         result[0] = candidates[0].y;
         return;
@@ -57,7 +61,7 @@ fn main(@builtin(local_invocation_index) local_index: u32) {
     var kept = 0u;
     var mass = 0.0;
     while (kept < count && (kept == 0u || params.top_p >= 1.0 || mass < params.top_p * total)) {
-        if (weights[kept] < params.min_p) {
+        if (weights[kept] < params.min_p || candidates[kept].x <= NEVER_KEY) {
             break;
         }
         mass += weights[kept];

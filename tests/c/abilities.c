@@ -462,6 +462,36 @@ static void embeddings(const awqua_model *model) {
     OK(awqua_session_free(session));
 }
 
+/* Exact products are other numbers, not far away, and the same ones again. */
+static void exactness(const awqua_model *model) {
+    static const uint32_t FLAGS[] = { 0, AWQUA_SESSION_EXACT, AWQUA_SESSION_EXACT | AWQUA_SESSION_DETERMINISTIC };
+    static float values[3][2048];
+    awqua_session_desc desc = AWQUA_SESSION_DESC_INIT;
+    awqua_session *session = NULL;
+    double error = 0, norm = 0;
+    uint64_t n = 0, i;
+    int way;
+    for (way = 0; way < 3; way++) {
+        desc.context = 256;
+        desc.chunk = 16;
+        desc.flags = FLAGS[way];
+        OK(awqua_session_create(model, &desc, &session));
+        OK(awqua_session_begin_embedding_text(session, AWQUA_CSTR(PROMPT)));
+        OK(awqua_session_run(session));
+        OK(awqua_session_get_embedding(session, values[way], 2048, &n));
+        OK(awqua_session_free(session));
+    }
+    for (i = 0; i < n; i++) {
+        double difference = (double)values[0][i] - (double)values[1][i];
+        error += difference * difference;
+        norm += (double)values[1][i] * (double)values[1][i];
+    }
+    CHECK(error > 0 && error < 1e-6 * norm);
+    CHECK(memcmp(values[1], values[2], n * sizeof **values) == 0);
+    desc.flags = 4;
+    EXPECT(AWQUA_ERR_INVALID_ARGUMENT, awqua_session_create(model, &desc, &session));
+}
+
 static void choices(const awqua_model *model) {
     awqua_session *session = deterministic(model);
     awqua_request request = greedy(1);
@@ -524,6 +554,7 @@ int main(int argc, char **argv) {
     OK(awqua_session_free(session));
     forks(model, expected);
     embeddings(model);
+    exactness(model);
     choices(model);
     shifts(model);
     OK(awqua_model_free(model));

@@ -72,6 +72,59 @@ static void play(const char *path) {
     OK(awqua_engine_free(engine));
 }
 
+/* On a GPU wgpu allocates for every submission: how much is printed, and none of it stays. */
+static void play_on_gpu(const char *path) {
+    awqua_engine_desc desc = AWQUA_ENGINE_DESC_INIT;
+    awqua_engine *engine = NULL;
+    awqua_model *model;
+    awqua_session *session;
+    awqua_request request = AWQUA_REQUEST_INIT;
+    awqua_budget budget = AWQUA_BUDGET_INIT;
+    awqua_tick_result result = AWQUA_TICK_RESULT_INIT;
+    awqua_memory_stats stats = AWQUA_MEMORY_STATS_INIT;
+    uint64_t before, live, peak;
+    uint32_t tokens = 0, ticks = 0;
+    awqua_status status;
+    desc.backend = AWQUA_BACKEND_GPU;
+    OK(awqua_engine_create(&desc, &engine));
+    model = new_model(engine, path);
+    status = awqua_model_run(model);
+    if (status == AWQUA_ERR_NO_DEVICE) {
+        printf("no GPU\n");
+        return;
+    }
+    OK(status);
+    session = new_session(model, 256);
+    request.max_tokens = 100;
+    request.flags = AWQUA_REQUEST_IGNORE_EOS;
+    OK(awqua_session_begin_text(session, AWQUA_CSTR("It was a fine morning, and Emma"), &request));
+    do {
+        EXPECT(AWQUA_PENDING, awqua_session_tick(session, &budget, &result));
+    } while (result.answer_tokens < 4);
+    before = calls;
+    live = peak = bytes;
+    while (tokens < 20) {
+        char text[64];
+        awqua_event event = AWQUA_EVENT_INIT;
+        event.text = text;
+        event.text_capacity = sizeof text;
+        EXPECT(AWQUA_PENDING, awqua_session_tick(session, &budget, &result));
+        tokens += result.new_tokens;
+        ticks++;
+        peak = bytes > peak ? bytes : peak;
+        while (awqua_session_poll(session, &event) == AWQUA_OK) {
+        }
+    }
+    OK(awqua_memory(&stats));
+    printf("wgpu: %.1f allocations a token, %.1f a tick; at most %llu bytes more than before, %lld in the end\n",
+           (double)(calls - before) / tokens, (double)(calls - before) / ticks, (unsigned long long)(peak - live),
+           (long long)bytes - (long long)live);
+    CHECK(bytes < live + (256u << 10));
+    OK(awqua_session_free(session));
+    OK(awqua_model_free(model));
+    OK(awqua_engine_free(engine));
+}
+
 int main(int argc, char **argv) {
     awqua_allocator allocator = AWQUA_ALLOCATOR_INIT;
     awqua_memory_stats stats = AWQUA_MEMORY_STATS_INIT;
@@ -96,5 +149,6 @@ int main(int argc, char **argv) {
     OK(awqua_memory(&stats));
     CHECK(stats.bytes == bytes && stats.allocations == calls + earlier && stats.peak_bytes >= bytes);
     CHECK(calls > 10);
+    play_on_gpu(argv[1]);
     return 0;
 }

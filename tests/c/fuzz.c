@@ -92,6 +92,7 @@ static void create(struct objects *o, const char *path) {
             session.kv_type = chance(10) ? random_below(9) : random_below(3);
             session.chunk = random_below(40);
             session.flags |= chance(3) ? AWQUA_SESSION_DETERMINISTIC : 0;
+            session.flags |= chance(3) ? AWQUA_SESSION_EXACT : 0;
             CHECK(known(awqua_session_create(random_model(o), &session, &o->sessions[slot])));
         }
     }
@@ -259,6 +260,7 @@ static unsigned char snapshot[1 << 16];
 static uint64_t snapshot_len;
 
 static void memory(struct objects *o) {
+    awqua_vulkan vulkan = AWQUA_VULKAN_INIT;
     awqua_session *session = o->sessions[random_below(SLOTS)];
     awqua_session **free_slot = &o->sessions[random_below(SLOTS)];
     awqua_model *model = o->models[random_below(SLOTS)];
@@ -293,6 +295,9 @@ static void memory(struct objects *o) {
     case 6:
         CHECK(known(awqua_engine_debug_lose_device(o->engines[random_below(SLOTS)])));
         CHECK(known(awqua_engine_recover(o->engines[random_below(SLOTS)])));
+        vulkan.struct_size = random_size(sizeof vulkan);
+        vulkan.flags = random_flags();
+        CHECK(known(awqua_engine_recover_vulkan(o->engines[random_below(SLOTS)], chance(9) ? NULL : &vulkan)));
         break;
     default:
         if (chance(2)) {

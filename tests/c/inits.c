@@ -30,13 +30,14 @@ int main(void) {
     awqua_engine_info engine = AWQUA_ENGINE_INFO_INIT;
     awqua_estimate estimate = AWQUA_ESTIMATE_INIT;
     awqua_io io = AWQUA_IO_INIT;
+    awqua_vulkan vulkan = AWQUA_VULKAN_INIT;
     CHECK(literal.len == 3 && string.len == AWQUA_STRLEN && strcmp(string.data, literal.data) == 0);
     CHECK(stats.struct_size == sizeof stats && allocator.struct_size == sizeof allocator);
     CHECK(device.struct_size == sizeof device && progress.struct_size == sizeof progress);
     CHECK(model.struct_size == sizeof model && result.struct_size == sizeof result);
     CHECK(event.struct_size == sizeof event && session.struct_size == sizeof session);
     CHECK(engine.struct_size == sizeof engine && estimate.struct_size == sizeof estimate);
-    CHECK(io.struct_size == sizeof io);
+    CHECK(io.struct_size == sizeof io && vulkan.struct_size == sizeof vulkan);
     SAME(awqua_engine_desc, awqua_engine_desc_init, AWQUA_ENGINE_DESC_INIT);
     SAME(awqua_budget, awqua_budget_init, AWQUA_BUDGET_INIT);
     SAME(awqua_model_desc, awqua_model_desc_init, AWQUA_MODEL_DESC_INIT);

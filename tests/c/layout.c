@@ -24,7 +24,23 @@ CHECK(awqua_memory_stats_bytes, offsetof(awqua_memory_stats, bytes) == 8);
 CHECK(awqua_memory_stats_peak_bytes, offsetof(awqua_memory_stats, peak_bytes) == 16);
 CHECK(awqua_memory_stats_allocations, offsetof(awqua_memory_stats, allocations) == 24);
 
-CHECK(awqua_engine_desc, sizeof(awqua_engine_desc) == 104);
+CHECK(awqua_vulkan, sizeof(awqua_vulkan) == 88);
+CHECK(awqua_vulkan_struct_size, offsetof(awqua_vulkan, struct_size) == 0);
+CHECK(awqua_vulkan_flags, offsetof(awqua_vulkan, flags) == 4);
+CHECK(awqua_vulkan_api_version, offsetof(awqua_vulkan, api_version) == 8);
+CHECK(awqua_vulkan_queue_family, offsetof(awqua_vulkan, queue_family) == 12);
+CHECK(awqua_vulkan_queue_index, offsetof(awqua_vulkan, queue_index) == 16);
+CHECK(awqua_vulkan_reserved, offsetof(awqua_vulkan, reserved) == 20);
+CHECK(awqua_vulkan_get_instance_proc_addr, offsetof(awqua_vulkan, get_instance_proc_addr) == 24);
+CHECK(awqua_vulkan_instance, offsetof(awqua_vulkan, instance) == 32);
+CHECK(awqua_vulkan_physical_device, offsetof(awqua_vulkan, physical_device) == 40);
+CHECK(awqua_vulkan_device, offsetof(awqua_vulkan, device) == 48);
+CHECK(awqua_vulkan_lock_queue, offsetof(awqua_vulkan, lock_queue) == 56);
+CHECK(awqua_vulkan_unlock_queue, offsetof(awqua_vulkan, unlock_queue) == 64);
+CHECK(awqua_vulkan_released, offsetof(awqua_vulkan, released) == 72);
+CHECK(awqua_vulkan_user, offsetof(awqua_vulkan, user) == 80);
+
+CHECK(awqua_engine_desc, sizeof(awqua_engine_desc) == 112);
 CHECK(awqua_engine_desc_struct_size, offsetof(awqua_engine_desc, struct_size) == 0);
 CHECK(awqua_engine_desc_flags, offsetof(awqua_engine_desc, flags) == 4);
 CHECK(awqua_engine_desc_backend, offsetof(awqua_engine_desc, backend) == 8);
@@ -38,6 +54,7 @@ CHECK(awqua_engine_desc_device_uuid, offsetof(awqua_engine_desc, device_uuid) ==
 CHECK(awqua_engine_desc_device_luid, offsetof(awqua_engine_desc, device_luid) == 80);
 CHECK(awqua_engine_desc_parallel_for, offsetof(awqua_engine_desc, parallel_for) == 88);
 CHECK(awqua_engine_desc_parallel_for_user, offsetof(awqua_engine_desc, parallel_for_user) == 96);
+CHECK(awqua_engine_desc_vulkan, offsetof(awqua_engine_desc, vulkan) == 104);
 
 CHECK(awqua_engine_info, sizeof(awqua_engine_info) == 24);
 CHECK(awqua_engine_info_struct_size, offsetof(awqua_engine_info, struct_size) == 0);

@@ -131,6 +131,7 @@ int main(int argc, char **argv) {
     PANIC(awqua_engine_last_error, NOBODY, awqua_engine_last_error(w.engine, text, sizeof text, &n));
     PANIC(awqua_engine_get_info, ENGINE, awqua_engine_get_info(w.engine, &engine_info));
     PANIC(awqua_engine_recover, ENGINE, awqua_engine_recover(w.engine));
+    PANIC(awqua_engine_recover_vulkan, ENGINE, awqua_engine_recover_vulkan(w.engine, NULL));
     PANIC(awqua_engine_debug_lose_device, ENGINE, awqua_engine_debug_lose_device(w.engine));
     PANIC(awqua_engine_trim, ENGINE, awqua_engine_trim(w.engine, AWQUA_TRIM_PAGES));
     PANIC(awqua_engine_get_pipeline_cache, ENGINE, awqua_engine_get_pipeline_cache(w.engine, text, sizeof text, &n));

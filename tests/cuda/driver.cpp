@@ -260,8 +260,10 @@ FUNCTION cuMemsetD8Async(u64 address, u8 value, size_t bytes, Stream*) {
     std::memset(reinterpret_cast<void*>(address), value, bytes);
     return SUCCESS;
 }
-FUNCTION cuStreamCreateWithPriority(Stream** stream, u32, int) {
+FUNCTION cuStreamCreateWithPriority(Stream** stream, u32, int priority) {
     CHECK_STATUS;
+    const char* expected = std::getenv("AWQUA_MACHINE_PRIORITY");
+    if (expected && std::atoi(expected) != priority) return INVALID_VALUE;
     *stream = new Stream;
     return SUCCESS;
 }

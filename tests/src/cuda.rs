@@ -23,7 +23,7 @@ impl Device {
     /// # Panics
     /// If that fails.
     pub fn open() -> Self {
-        let gpu = Gpu::open(&CudaChoice::Best).expect("the device opens");
+        let gpu = Gpu::open(&CudaChoice::Best, false).expect("the device opens");
         let stream = gpu.stream().expect("a stream");
         Self { gpu, stream }
     }

@@ -1,5 +1,6 @@
 //! Shared parts of the workspace tests.
 
+pub mod constraints;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 pub mod decoder;

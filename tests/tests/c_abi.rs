@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use awqua_tests::generated::{check, root};
-use awqua_tests::hosts::{compiler, library, model, output, program, run, scratch, symbols, tool};
+use awqua_tests::hosts::{compiler, library, model, output, program, run, scratch, skip, symbols, tool};
 
 const COMPILERS: [(&str, &str); 4] = [("gcc", "c99"), ("clang", "c11"), ("g++", "c++17"), ("clang++", "c++17")];
 /// Calls made by the fuzz driver; few where every instruction is watched.
@@ -160,7 +160,10 @@ fn injected_panics_become_statuses() {
 #[test]
 fn cancelling_works_at_every_tick() {
     let Some(cancels) = sanitized("cancels") else { return };
-    run(Command::new(cancels).arg(model()));
+    // The cost grows with the square of the ticks, of which the story model has five times as many.
+    let small = root().join("tests/fixtures/arch/llama-llama3rope-awq-gemm-g64");
+    let model = if std::env::var_os("AWQUA_LONG_TESTS").is_some() { model() } else { small };
+    run(Command::new(cancels).arg(model));
 }
 
 #[test]
@@ -186,6 +189,24 @@ fn grammars_are_kept() {
 fn a_lost_device_is_recovered() {
     let Some(loss) = plain("loss") else { return };
     let said = run(Command::new(loss).arg(model()));
+    let demanded = std::env::var_os("AWQUA_REQUIRE_GPU").is_some();
+    assert!(!demanded || !said.contains("no GPU"), "no GPU adapter, and AWQUA_REQUIRE_GPU is set");
+}
+
+/// A host's own Vulkan device; without the sanitizers, as above. Its header is demanded where the hosts' programs are.
+#[test]
+fn a_vulkan_device_is_shared() {
+    let (Some(gcc), Some(pkg_config)) = (tool("gcc"), tool("pkg-config")) else { return };
+    if !output(Command::new(pkg_config).args(["--exists", "vulkan"])).status.success() {
+        assert!(std::env::var_os("AWQUA_REQUIRE_HOSTS").is_none(), "Vulkan's header is missing: libvulkan-dev");
+        return skip("the host of a Vulkan device needs libvulkan-dev");
+    }
+    let mut gcc = compiler(gcc, "c99");
+    let vulkan = scratch("bin").join("vulkan");
+    let library = library("fault-injection");
+    gcc.arg(root().join("tests/c/vulkan.c")).arg("-o").arg(&vulkan).arg("-L").arg(&library.dir);
+    run(gcc.args(["-lawqua", "-lvulkan", "-lpthread"]).arg(format!("-Wl,-rpath,{}", library.dir.display())));
+    let said = run(Command::new(vulkan).arg(model()));
     let demanded = std::env::var_os("AWQUA_REQUIRE_GPU").is_some();
     assert!(!demanded || !said.contains("no GPU"), "no GPU adapter, and AWQUA_REQUIRE_GPU is set");
 }
@@ -219,7 +240,7 @@ fn memory_comes_from_the_host() {
     run(Command::new(allocator).arg(model()));
 }
 
-/// A short subset: every instruction is interpreted.
+/// A short subset, unless `AWQUA_LONG_TESTS` is set: every instruction is interpreted.
 #[test]
 fn valgrind_finds_nothing() {
     let Some(valgrind) = tool("valgrind") else { return };
@@ -231,6 +252,7 @@ fn valgrind_finds_nothing() {
         run(command.arg(program).args(arguments))
     };
     if let Some(fuzz) = plain("fuzz") {
-        memcheck(fuzz, &[&model_arg(), "100", "7"]);
+        let sequences = if std::env::var_os("AWQUA_LONG_TESTS").is_some() { "1000" } else { "100" };
+        memcheck(fuzz, &[&model_arg(), sequences, "7"]);
     }
 }

@@ -11,12 +11,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use awqua::ErrorKind;
+use awqua::backend::cuda::driver::Gpu;
 use awqua::backend::cuda::{CudaBackend, CudaChoice, CudaOptions, devices};
 use awqua::backend::{
     AttentionShape, Backend, Budget, LogitsRows, Program, Progress, Runner, RunnerConfig, Step, WeightId, kv_bytes,
 };
 use awqua::session::sampler::{SampleRequest, Sampling, pick};
 use awqua::tensor::Offset;
+use awqua_tests::constraints;
 use awqua_tests::decoder::{
     CONTEXT, Case, MAX_TOKENS, Model, Projection, Rng, STEPS, Style, build, cases, config, error, rope_rows, tokens,
     write_rope,
@@ -174,6 +176,22 @@ fn tokens_are_picked_as_on_the_cpu() {
     }
     runner.read_logits(&mut again).expect("the logits come back");
     assert!(logits == again, "sampling changed the logits");
+}
+
+/// Over vocabularies that end within a word of a mask, and of more than one slice.
+#[test]
+fn constrained_tokens_are_picked_as_on_the_cpu() {
+    if !is_on_machine("constrained_tokens_are_picked_as_on_the_cpu", &[&[]]) {
+        return;
+    }
+    let mut rng = Rng(22);
+    for vocab in [31, 2101] {
+        let (_backend, mut runner) = runner(&build(&fast_case(vocab)), &config());
+        let mut row = Vec::new();
+        runner.run(&Step { tokens: &[3, 1], position: 0, logits: LogitsRows::Last }).expect("the step runs");
+        runner.read_logits(&mut row).expect("the logits come back");
+        constraints::check(&mut *runner, &row, &mut rng, &[0.313, constraints::LARGEST]);
+    }
 }
 
 /// The oldest token ahead.
@@ -346,6 +364,20 @@ fn wrong_calls_are_refused() {
     lost(runner.run(&Step { tokens: &[1], position: 1, logits: LogitsRows::Last }).expect_err("it is gone").kind());
     lost(runner.read_logits(&mut Vec::new()).expect_err("it is gone").kind());
     lost(backend.clone().runner(&model.program, &config()).err().expect("it is gone").kind());
+}
+
+/// The lowest priority unless the highest one is asked for; the machine refuses others.
+#[test]
+fn streams_have_the_priority_that_was_asked_for() {
+    let settings: &[&[(&str, &str)]] = &[&[("AWQUA_MACHINE_PRIORITY", "0")], &[("AWQUA_MACHINE_PRIORITY", "-5")]];
+    if !is_on_machine("streams_have_the_priority_that_was_asked_for", settings) {
+        return;
+    }
+    let accepted = std::env::var("AWQUA_MACHINE_PRIORITY").ok();
+    for high in [false, true] {
+        let stream = Gpu::open(&CudaChoice::Best, high).expect("the device opens").stream();
+        assert_eq!(stream.is_ok(), accepted.as_ref().is_none_or(|accepted| (accepted != "0") == high));
+    }
 }
 
 #[test]

@@ -8,6 +8,7 @@ use awqua::backend::wgpu::{DeviceChoice, WgpuBackend, WgpuOptions, adapters};
 use awqua::backend::{Backend, KvType, LogitsRows, Program, ROW_STEP, Runner, RunnerConfig, Step, WeightId};
 use awqua::session::sampler::{SampleRequest, Sampling, pick};
 use awqua::tensor::{DenseMatrix, W4Matrix, Weight};
+use awqua_tests::constraints;
 use awqua_tests::decoder::{
     CONTEXT, Case, MAX_TOKENS, Model, Rng, STEPS, Style, build, cases, config, error, rope_rows, tokens, write_rope,
 };
@@ -209,6 +210,22 @@ fn tokens_are_picked_as_on_the_cpu() {
         }
         runner.read_logits(&mut again).expect("the logits come back");
         assert!(logits == again, "sampling changed the logits");
+    }
+}
+
+/// Over vocabularies that end within a word of a mask.
+#[test]
+fn constrained_tokens_are_picked_as_on_the_cpu() {
+    let mut rng = Rng(21);
+    // All variants pick with the same kernels.
+    let Some(options) = options().into_iter().next() else { return };
+    for vocab in [31, 96, 1025, 5003] {
+        let case = Case { vocab, ..cases().swap_remove(0) };
+        let (_, mut runner) = runner(&options, &build(&case), case.kv);
+        let mut row = Vec::new();
+        runner.run(&Step { tokens: &[3, 1], position: 0, logits: LogitsRows::Last }).expect("the step runs");
+        runner.read_logits(&mut row).expect("the logits come back");
+        constraints::check(&mut *runner, &row, &mut rng, &[0.0, 0.313, 0.75, constraints::LARGEST]);
     }
 }
 

@@ -8,7 +8,7 @@ use awqua_tests::generated::{check, root};
 /// Rust files of `ffi/src` in the order of their subjects, which is the order of new functions in the table.
 const SUBJECTS: [&str; 7] = ["api", "alloc", "log", "engine", "model", "session", "answer"];
 /// Rust files whose types are in the header, in the order of their subjects.
-const TYPES: [&str; 9] = ["text", "alloc", "log", "jobs", "engine", "source", "model", "session", "answer"];
+const TYPES: [&str; 10] = ["text", "alloc", "log", "jobs", "vulkan", "engine", "source", "model", "session", "answer"];
 
 struct Export {
     name: String,
@@ -76,7 +76,7 @@ fn check_table() {
     }
     table.push_str(
         "use crate::status::awqua_status;\nuse crate::text::awqua_str;\n\
-         use crate::version::{AWQUA_ABI_MAJOR, AWQUA_ABI_MINOR};\nuse std::ffi::{c_char, c_void};\n\n\
+         use crate::version::{AWQUA_ABI_MAJOR, AWQUA_ABI_MINOR};\nuse crate::vulkan::awqua_vulkan;\nuse std::ffi::{c_char, c_void};\n\n\
          /// Every function of this header, for programs that load the library at run time; see awqua_get_api. Members \
          are\n/// only ever appended.\n#[repr(C)]\n#[derive(Clone, Copy)]\npub struct awqua_api {\n    \
          /// sizeof(awqua_api) of the library.\n    pub struct_size: u32,\n    \

@@ -114,6 +114,7 @@ fn love_talks() {
         .env("AWQUA_LIBRARY", library("wgpu").dir.join("libawqua.so"))
         .env("LIBGL_ALWAYS_SOFTWARE", "1"));
     assert!(said.contains("300 frames") && said.contains("The old miller looked at Emma and said,"), "{said}");
+    assert!(said.contains("remembered:"), "{said}");
 }
 
 #[test]
@@ -128,4 +129,5 @@ fn mono_talks() {
     run(&mut command);
     let said = run(Command::new(mono).arg(program).arg(model()).env("LD_LIBRARY_PATH", library("wgpu").dir));
     assert!(said.contains("The old miller said,") && said.contains("as expected: AWQUA_ERR_IO"), "{said}");
+    assert!(said.contains("remembered:"), "{said}");
 }

@@ -30,8 +30,12 @@ pub(super) fn is_chosen(options: &EngineOptions, choice: &DeviceChoice) -> bool 
 pub(super) fn begin(options: &EngineOptions, choice: &DeviceChoice) -> Result<Box<dyn Opening>> {
     let none = || Error::new(ErrorKind::NoDevice, "CUDA knows devices by name and UUID");
     let device = device(choice).ok_or_else(none)?;
-    let force_portable = options.portable_kernels;
-    Ok(cuda::begin_open(CudaOptions { device, force_portable, ..CudaOptions::default() }))
+    Ok(cuda::begin_open(CudaOptions {
+        device,
+        force_portable: options.portable_kernels,
+        high_priority: options.high_priority,
+        ..CudaOptions::default()
+    }))
 }
 
 /// Whether it can compute `program` over `weights`.

@@ -67,6 +67,10 @@ pub struct EngineOptions {
     pub threads: Option<usize>,
     /// The host's own threads, used instead of threads of ours.
     pub jobs: Option<Jobs>,
+    /// On CUDA: queue work with the device's highest priority instead of its lowest. With the lowest, blocks of other
+    /// streams that wait are started first, so that a host's own CUDA work is not held up; work of graphics interfaces
+    /// is not ordered by it. Elsewhere it has no meaning.
+    pub high_priority: bool,
 }
 
 /// How much memory to give back; each level includes those before it.
@@ -117,12 +121,15 @@ impl std::fmt::Debug for Engine {
 
 impl Engine {
     /// An engine. No device is opened before the first model is loaded.
-    pub fn new(options: EngineOptions) -> Arc<Self> {
+    pub fn new(mut options: EngineOptions) -> Arc<Self> {
         let ledger = Ledger::new(options.host_budget, options.device_budget);
-        Arc::new(Self { options, ledger, state: Mutex::default(), trims: AtomicU64::new(0) })
+        // A host's device is let go of when another one takes its place, so it is in one place only.
+        let instead = options.device.is_shared().then(|| std::mem::take(&mut options.device));
+        let state = Mutex::new(State { instead, ..State::default() });
+        Arc::new(Self { options, ledger, state, trims: AtomicU64::new(0) })
     }
 
-    /// What it was made from.
+    /// What it was made from, but for a host's own device.
     pub fn options(&self) -> &EngineOptions {
         &self.options
     }
@@ -311,7 +318,8 @@ impl Engine {
                     state.without_cuda = true;
                     return Ok(None);
                 }
-                if self.options.backend == BackendChoice::Auto && !self.options.device.is_asked_for() {
+                let asked = state.instead.as_ref().unwrap_or(&self.options.device).is_asked_for();
+                if self.options.backend == BackendChoice::Auto && !asked {
                     self.give_up(&mut state, &error.to_string())?;
                     return Ok(None);
                 }

@@ -18,7 +18,7 @@ impl DeviceChoice {
 
     /// Whether the device is the host's.
     pub(super) fn is_shared(&self) -> bool {
-        matches!(self, Self::Shared(_))
+        matches!(self, Self::Shared(_) | Self::Adopted(_))
     }
 }
 

@@ -28,7 +28,7 @@ pub(super) struct Answer {
     pub(super) reused: usize,
     /// New tokens, without the id that ended the turn.
     pub(super) ids: Vec<u32>,
-    /// Biases and bans as the sampler takes them.
+    /// Biases and bans as the sampler takes them: one entry an id.
     bias: Vec<(u32, f32)>,
     /// Behind the number of the last accepted token.
     random: Pcg32,
@@ -66,13 +66,12 @@ impl Answer {
         };
         let constraint = options.grammar.as_ref().map(|grammar| Constraint::new(model, grammar)).transpose()?;
         let random = Pcg32::new(options.seed, 0);
-        let banned = options.banned.iter().map(|&id| (id, f32::NEG_INFINITY));
         let most = options.max_tokens.min(if options.shift.is_some() { SET_ASIDE } else { context as usize });
         Ok(Self {
             prompt: prompt.len(),
             reused: 0,
             ids: Vec::with_capacity(most),
-            bias: options.bias.iter().copied().chain(banned).collect(),
+            bias: biases(&options),
             ahead: random.clone(),
             random,
             recent: Recent::new(&options.sampling, prompt),
@@ -176,6 +175,21 @@ impl Answer {
             _ => Ok(()),
         }
     }
+}
+
+/// Biases and bans by id, each id once: several of one add up.
+fn biases(options: &GenerateOptions) -> Vec<(u32, f32)> {
+    let banned = options.banned.iter().map(|&id| (id, f32::NEG_INFINITY));
+    let mut biases: Vec<(u32, f32)> = options.bias.iter().copied().chain(banned).collect();
+    biases.sort_by_key(|(id, _)| *id);
+    biases.dedup_by(|(id, more), (kept, bias)| {
+        let same = id == kept;
+        if same {
+            *bias += *more;
+        }
+        same
+    });
+    biases
 }
 
 /// Occurrences of the last tokens, for the penalties.

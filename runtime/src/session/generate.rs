@@ -17,7 +17,7 @@ pub struct GenerateOptions {
     pub sampling: Sampling,
     /// Seed of PCG-32 (XSH RR 64/32, stream 0), from which one number is drawn a token.
     pub seed: u64,
-    /// Added to the logits of these ids before anything else; negative infinity bans one.
+    /// Added to the logits of these ids before anything else, several of one id together; negative infinity bans one.
     pub bias: Vec<(u32, f32)>,
     /// Ids that are never chosen.
     pub banned: Vec<u32>,

@@ -83,7 +83,7 @@ pub struct SampleRequest<'a> {
     pub recent: &'a [(u32, u32)],
     /// Uniform in [0, 1).
     pub uniform: f32,
-    /// Added to the logits of these ids before anything else; negative infinity bans a token.
+    /// Added to the logits of these distinct ids before anything else; negative infinity bans a token.
     pub bias: &'a [(u32, f32)],
     /// Tokens that may be chosen, if not all: bit `id % 32` of word `id / 32`; ids behind the last word may not.
     pub mask: Option<&'a [u32]>,

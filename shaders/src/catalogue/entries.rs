@@ -777,6 +777,21 @@ pub const ENTRIES: &[Entry] = &[
         ],
     },
     Entry {
+        name: "bias",
+        bindings: &[
+            Binding { index: 0, name: "params", kind: BindingKind::Uniform, min_size: 12 },
+            Binding { index: 2, name: "biases", kind: BindingKind::StorageRead, min_size: 8 },
+            Binding { index: 3, name: "scores", kind: BindingKind::StorageReadWrite, min_size: 4 },
+        ],
+        workgroup_size: [64, 1, 1],
+        workgroup_memory: 0,
+        params: &[
+            Field { name: "vocab", offset: 0 },
+            Field { name: "offset", offset: 4 },
+            Field { name: "n", offset: 8 },
+        ],
+    },
+    Entry {
         name: "penalize",
         bindings: &[
             Binding { index: 0, name: "params", kind: BindingKind::Uniform, min_size: 44 },
@@ -797,6 +812,21 @@ pub const ENTRIES: &[Entry] = &[
             Field { name: "repetition", offset: 32 },
             Field { name: "presence", offset: 36 },
             Field { name: "frequency", offset: 40 },
+        ],
+    },
+    Entry {
+        name: "mask",
+        bindings: &[
+            Binding { index: 0, name: "params", kind: BindingKind::Uniform, min_size: 12 },
+            Binding { index: 2, name: "mask", kind: BindingKind::StorageRead, min_size: 4 },
+            Binding { index: 3, name: "scores", kind: BindingKind::StorageReadWrite, min_size: 4 },
+        ],
+        workgroup_size: [256, 1, 1],
+        workgroup_memory: 0,
+        params: &[
+            Field { name: "vocab", offset: 0 },
+            Field { name: "offset", offset: 4 },
+            Field { name: "words", offset: 8 },
         ],
     },
     Entry {

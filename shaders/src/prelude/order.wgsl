@@ -1,5 +1,7 @@
 // Total order of scores, twin of `argmax::sort_key`: a larger key is a larger score, NaN has the smallest key.
 
+// Key of negative infinity: it, NaN and empty places are never chosen.
+const NEVER_KEY: u32 = 0x007fffffu;
 // Id of a place that holds no candidate.
 const NO_ID: u32 = 0xffffffffu;
 

@@ -76,11 +76,11 @@ unsafe impl Send for Function {}
 unsafe impl Sync for Function {}
 
 impl Gpu {
-    /// Opens a device and loads the kernels.
+    /// Opens a device and loads the kernels; its streams have the highest priority, or else the lowest.
     ///
     /// # Errors
     /// [`ErrorKind::NoDevice`] if none fits, or a device error.
-    pub fn open(choice: &CudaChoice) -> Result<Arc<Self>> {
+    pub fn open(choice: &CudaChoice, high_priority: bool) -> Result<Arc<Self>> {
         let driver = Driver::load()?;
         let devices = driver.devices()?;
         let none = |reason: String| Error::new(ErrorKind::NoDevice, reason);
@@ -114,12 +114,12 @@ impl Gpu {
             functions: Mutex::default(),
         };
         gpu.limits.shared = shared?;
-        gpu.load()?;
+        gpu.load(high_priority)?;
         Ok(Arc::new(gpu))
     }
 
-    /// Loads the kernels.
-    fn load(&mut self) -> Result<()> {
+    /// Loads the kernels, and finds out the priority of streams.
+    fn load(&mut self, high_priority: bool) -> Result<()> {
         let (major, minor) = self.limits.capability;
         let image = awqua_shaders::cuda::Image::of(major, minor)
             .ok_or_else(|| Error::new(ErrorKind::NoDevice, "there are no kernels for this device"))?;
@@ -133,7 +133,7 @@ impl Gpu {
             check(sys::cuModuleLoadData(&mut module, bytes.as_ptr().cast()), "loading the kernels")?;
         }
         drop(current);
-        (self.priority, self.module) = (least, module);
+        (self.priority, self.module) = (if high_priority { greatest } else { least }, module);
         Ok(())
     }
 

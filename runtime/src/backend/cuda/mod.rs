@@ -35,6 +35,8 @@ pub struct CudaOptions {
     pub force_no_graphs: bool,
     /// Use only the kernels that every device has.
     pub force_portable: bool,
+    /// Queue work with the device's highest priority instead of its lowest.
+    pub high_priority: bool,
 }
 
 /// Opens the device that `options` name, and checks its arithmetic.
@@ -76,7 +78,7 @@ impl CudaOpening {
     fn piece(&mut self) -> Result<Option<CudaDevice>> {
         match &self.gpu {
             None => {
-                self.gpu = Some(Gpu::open(&self.options.device)?);
+                self.gpu = Some(Gpu::open(&self.options.device, self.options.high_priority)?);
                 Ok(None)
             }
             Some(gpu) => {

@@ -1,4 +1,5 @@
-//! Token choice on the device: requests and results pass through host memory that the device sees.
+//! Token choice on the device, biases, penalties and mask included: requests and results pass through host memory that
+//! the device sees.
 
 use std::sync::Arc;
 
@@ -14,14 +15,23 @@ const MAX_TOP_K: u32 = 256;
 /// Scores whose candidates two rounds bring down to what the last one sorts.
 const MOST_SCORES: u32 = MOST_LEFT / MAX_TOP_K * SLICE / MAX_TOP_K * SLICE;
 
+/// Most tokens with a bias of a choice that the kernels make.
+const MAX_BIASES: u32 = 4096;
+
 /// Candidates of the first round.
 fn first_candidates(vocab: u32) -> u64 {
     u64::from(vocab.div_ceil(SLICE)) * u64::from(MAX_TOP_K)
 }
 
+/// Bytes of a mask of tokens.
+fn mask_bytes(vocab: u32) -> u64 {
+    u64::from(vocab.div_ceil(32).next_multiple_of(4)) * 4
+}
+
 /// Bytes on the device for rows of `vocab` scores and at most `context` recent tokens.
 pub(super) fn bytes(vocab: u32, context: u32) -> u64 {
-    16 + u64::from(vocab.min(context)).max(2) * 8 + (first_candidates(vocab) + u64::from(MOST_LEFT)) * 8
+    let pairs = u64::from(vocab.min(context).max(2)) + u64::from(vocab.clamp(2, MAX_BIASES));
+    16 + mask_bytes(vocab) + (pairs + first_candidates(vocab) + u64::from(MOST_LEFT)) * 8
 }
 
 /// The sampling kernels of one session.
@@ -31,6 +41,8 @@ pub(super) struct Sampler {
     results: Pinned,
     recent: Buffer,
     recent_capacity: usize,
+    biases: Buffer,
+    mask: Buffer,
     candidates: Buffer,
     turn: Buffer,
     /// Choices queued so far, as the device counts them.
@@ -53,6 +65,8 @@ impl Sampler {
             results: gpu.pinned(SLOTS as usize * 8)?,
             recent: gpu.buffer("recent tokens", u64::from(recent_capacity) * 8)?,
             recent_capacity: recent_capacity as usize,
+            biases: gpu.buffer("biases", u64::from(vocab.min(MAX_BIASES)) * 8)?,
+            mask: gpu.buffer("the mask of tokens", mask_bytes(vocab))?,
             candidates: gpu.buffer("candidates", (first_candidates(vocab) + u64::from(MOST_LEFT)) * 8)?,
             turn,
             turns: 0,
@@ -62,15 +76,15 @@ impl Sampler {
 
     /// Bytes of its buffers on the device.
     pub(super) fn bytes(&self) -> u64 {
-        self.recent.bytes() + self.candidates.bytes() + self.turn.bytes()
+        [&self.recent, &self.biases, &self.mask, &self.candidates, &self.turn].map(Buffer::bytes).iter().sum()
     }
 
     /// Whether the kernels can make this choice; the others need the whole row in order.
     pub(super) fn handles(&self, request: &SampleRequest<'_>) -> bool {
         let s = request.sampling;
         let kept = s.temperature == 0.0 || (1..=MAX_TOP_K).contains(&s.top_k);
-        let plain = request.bias.is_empty() && request.mask.is_none();
-        kept && plain && self.vocab <= MOST_SCORES && request.recent.len() <= self.recent_capacity
+        let biases = request.bias.len() <= self.vocab.min(MAX_BIASES) as usize;
+        kept && biases && self.vocab <= MOST_SCORES && request.recent.len() <= self.recent_capacity
     }
 
     /// The kernels that choose from the scores at `scores` and leave the token for the next step.
@@ -80,6 +94,8 @@ impl Sampler {
             scores,
             requests: self.requests.address(),
             recent: self.recent.address(),
+            biases: self.biases.address(),
+            mask: self.mask.address(),
             candidates: self.candidates.address(),
             turn: self.turn.address(),
             tokens: memory.address(memory.tokens),
@@ -109,6 +125,14 @@ impl Sampler {
             let pairs: Vec<[u32; 2]> = recent.iter().map(|&(id, count)| [id, count]).collect();
             stream.upload(&self.recent, 0, bytemuck::cast_slice(&pairs))?;
         }
+        if !request.bias.is_empty() {
+            let pairs: Vec<[u32; 2]> = request.bias.iter().map(|&(id, bias)| [id, bias.to_bits()]).collect();
+            stream.upload(&self.biases, 0, bytemuck::cast_slice(&pairs))?;
+        }
+        let mask = request.mask.map(|mask| &mask[..mask.len().min(self.vocab.div_ceil(32) as usize)]);
+        if let Some(mask) = mask.filter(|mask| !mask.is_empty()) {
+            stream.upload(&self.mask, 0, bytemuck::cast_slice(mask))?;
+        }
         let words = Request {
             top_k: if s.temperature == 0.0 { 0 } else { s.top_k.min(self.vocab) },
             n_recent: recent.len() as u32,
@@ -120,7 +144,10 @@ impl Sampler {
             presence: s.presence_penalty,
             frequency: s.frequency_penalty,
             position,
-            pad: [0; 6],
+            n_biases: request.bias.len() as u32,
+            has_mask: mask.is_some().into(),
+            mask_words: mask.map_or(0, |mask| mask.len() as u32),
+            pad: [0; 3],
         };
         let slot = (self.turns % SLOTS) as usize;
         let size = size_of::<Request>() / 4;

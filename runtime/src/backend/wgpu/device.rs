@@ -66,29 +66,29 @@ impl Gpu {
             limits.max_storage_buffer_binding_size = limits.max_storage_buffer_binding_size.min(bytes.max(256));
         }
         let features = wanted_features(adapter, options);
-        let request = adapter.request_device(&wgpu::DeviceDescriptor {
-            label: Some("awqua"),
-            required_features: features,
-            required_limits: limits.clone(),
-            experimental_features: match features.contains(Features::EXPERIMENTAL_COOPERATIVE_MATRIX) {
-                // SAFETY: the one experimental feature asked for is used by one kernel, whose trials run before its
-                // first use; wgpu documents it as incomplete, not as unsound where a driver reports it.
-                true => unsafe { wgpu::ExperimentalFeatures::enabled() },
-                false => wgpu::ExperimentalFeatures::disabled(),
-            },
-            memory_hints: wgpu::MemoryHints::Performance,
-            trace: wgpu::Trace::Off,
-        });
+        let request = adapter.request_device(&descriptor(features, limits.clone()));
         let (device, queue) = pollster::block_on(request)
             .map_err(|e| Error::new(ErrorKind::Device, format!("`{}` can not be opened: {e}", summary.name)))?;
-        let gpu = Self::new(device, queue, summary, (features, limits), options, false);
-        let on_error = gpu.faults.clone();
-        gpu.device.on_uncaptured_error(Arc::new(move |error| on_error.report(&error)));
-        let on_loss = gpu.faults.clone();
-        gpu.device.set_device_lost_callback(move |reason, message| {
+        Ok(Self::new(device, queue, summary, (features, limits), options, false).handling())
+    }
+
+    /// Hears of errors and of the loss of the device.
+    fn handling(self) -> Self {
+        let on_error = self.faults.clone();
+        self.device.on_uncaptured_error(Arc::new(move |error| on_error.report(&error)));
+        let on_loss = self.faults.clone();
+        self.device.set_device_lost_callback(move |reason, message| {
             let _ = on_loss.lost.set(format!("{reason:?}: {message}"));
         });
-        Ok(gpu)
+        self
+    }
+
+    /// Uses the host's device, which nobody else knows through wgpu.
+    ///
+    /// # Errors
+    /// As [`Self::share`].
+    pub(super) fn adopt(adopted: &SharedGpu, options: &WgpuOptions) -> Result<Self> {
+        Ok(Self { shared: false, ..Self::share(adopted, options)? }.handling())
     }
 
     /// Uses the host's device.
@@ -361,6 +361,23 @@ impl Gpu {
                 self.check()
             }
         }
+    }
+}
+
+/// How a device with these features and limits is opened.
+pub(super) fn descriptor(features: Features, limits: Limits) -> wgpu::DeviceDescriptor<'static> {
+    wgpu::DeviceDescriptor {
+        label: Some("awqua"),
+        required_features: features,
+        required_limits: limits,
+        experimental_features: match features.contains(Features::EXPERIMENTAL_COOPERATIVE_MATRIX) {
+            // SAFETY: the one experimental feature asked for is used by one kernel, whose trials run before its
+            // first use; wgpu documents it as incomplete, not as unsound where a driver reports it.
+            true => unsafe { wgpu::ExperimentalFeatures::enabled() },
+            false => wgpu::ExperimentalFeatures::disabled(),
+        },
+        memory_hints: wgpu::MemoryHints::Performance,
+        trace: wgpu::Trace::Off,
     }
 }
 

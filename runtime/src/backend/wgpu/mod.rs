@@ -29,6 +29,8 @@ mod sampling;
 mod selftest;
 #[cfg(any(windows, target_os = "linux", target_os = "android", target_os = "freebsd"))]
 mod vulkan;
+#[cfg(any(windows, target_os = "linux", target_os = "android", target_os = "freebsd"))]
+pub mod vulkan_host;
 mod weights;
 
 pub use adapters::{AdapterSummary, DeviceIds, adapters};
@@ -53,6 +55,8 @@ pub enum DeviceChoice {
     Luid([u8; 8]),
     /// The host's own.
     Shared(SharedGpu),
+    /// The host's own, which it does not use through wgpu itself: its error and device-lost handlers become ours.
+    Adopted(SharedGpu),
 }
 
 impl fmt::Display for DeviceChoice {
@@ -63,7 +67,7 @@ impl fmt::Display for DeviceChoice {
             Self::Named(name) => write!(f, "`{name}`"),
             Self::Uuid(id) => f.write_str("UUID ").and_then(|()| hex(f, id)),
             Self::Luid(id) => f.write_str("LUID ").and_then(|()| hex(f, id)),
-            Self::Shared(_) => f.write_str("the shared one"),
+            Self::Shared(_) | Self::Adopted(_) => f.write_str("the shared one"),
         }
     }
 }
@@ -128,6 +132,7 @@ pub(crate) fn runner_bytes(program: &Program, config: &RunnerConfig) -> u64 {
 fn open_gpu(options: &WgpuOptions) -> Result<Gpu> {
     match &options.device {
         DeviceChoice::Shared(shared) => Gpu::share(shared, options),
+        DeviceChoice::Adopted(adopted) => Gpu::adopt(adopted, options),
         choice => {
             let adapters = adapters::enumerate();
             let mut summaries: Vec<_> = adapters.iter().enumerate().map(|(i, a)| adapters::summary(i, a)).collect();

@@ -1,6 +1,6 @@
-//! Token choice on the device: penalties, then argmax or top-k and a draw; four bytes come back.
+//! Token choice on the device: biases, penalties and mask, then argmax or top-k and a draw; four bytes come back.
 
-use awqua_shaders::{Kernel, Variant, argmax, argmax_reduce, penalize, sample, top_k, uniform_bytes};
+use awqua_shaders::{Kernel, Variant, argmax, argmax_reduce, bias, mask, penalize, sample, top_k, uniform_bytes};
 use wgpu::BufferUsages;
 
 use super::WgpuBackend;
@@ -19,24 +19,42 @@ struct Stage {
 const SAMPLE_SLOT: u64 = 0;
 const ARGMAX_SLOT: u64 = 1;
 const ARGMAX_REDUCE_SLOT: u64 = 2;
-const TOP_K_SLOT: u64 = 3;
+const BIAS_SLOT: u64 = 3;
+const MASK_SLOT: u64 = 4;
+const TOP_K_SLOT: u64 = 5;
+
+/// Most tokens with a bias of a choice that the kernels make.
+const MAX_BIASES: u32 = 4096;
 
 /// Every kernel of this file.
-pub(super) static KERNELS: [&Kernel; 5] =
-    [&penalize::KERNEL, &argmax::KERNEL, &argmax_reduce::KERNEL, &top_k::KERNEL, &sample::KERNEL];
+pub(super) static KERNELS: [&Kernel; 7] = [
+    &bias::KERNEL,
+    &penalize::KERNEL,
+    &mask::KERNEL,
+    &argmax::KERNEL,
+    &argmax_reduce::KERNEL,
+    &top_k::KERNEL,
+    &sample::KERNEL,
+];
 
 /// The sampling kernels bound to buffers of one session.
 pub(super) struct Sampler {
     vocab: u32,
-    /// Copy of the logits row that penalties change.
+    /// Copy of the logits row that biases, penalties and the mask change.
     scores: wgpu::Buffer,
+    /// (capacity) pairs of id and bits of the bias.
+    biases: wgpu::Buffer,
+    /// (vocab) bits.
+    mask_words: wgpu::Buffer,
     /// (capacity) pairs of id and count.
     recent: wgpu::Buffer,
     recent_capacity: usize,
     uniforms: wgpu::Buffer,
     slot_bytes: u64,
     result: wgpu::Buffer,
+    bias: Stage,
     penalize: Stage,
+    mask: Stage,
     argmax: [Stage; 2],
     /// As many as the largest k can need.
     top_k: Vec<Stage>,
@@ -58,8 +76,10 @@ impl Sampler {
             gpu.buffer(what, size, BufferUsages::STORAGE | BufferUsages::COPY_DST | BufferUsages::COPY_SRC)
         };
         let recent_capacity = vocab.min(context);
-        let [score_bytes, recent_bytes, candidate_bytes] = sizes(vocab, context);
+        let Sizes { score_bytes, bias_bytes, recent_bytes, mask_bytes, candidate_bytes } = sizes(vocab, context);
         let scores = storage("scores", score_bytes)?;
+        let biases = storage("biases", bias_bytes)?;
+        let mask_words = storage("the mask of tokens", mask_bytes)?;
         let recent = storage("recent tokens", recent_bytes)?;
         let candidates = [storage("candidates", candidate_bytes)?, storage("candidates", candidate_bytes)?];
         let result = storage("the chosen token", 16)?;
@@ -80,7 +100,9 @@ impl Sampler {
         let [a, b] = &candidates;
         let sampler = Self {
             vocab,
+            bias: stage(&bias::KERNEL, BIAS_SLOT, &[&biases, &scores])?,
             penalize: stage(&penalize::KERNEL, SAMPLE_SLOT, &[&recent, &scores])?,
+            mask: stage(&mask::KERNEL, MASK_SLOT, &[&mask_words, &scores])?,
             argmax: [
                 stage(&argmax::KERNEL, ARGMAX_SLOT, &[&scores, a])?,
                 stage(&argmax_reduce::KERNEL, ARGMAX_REDUCE_SLOT, &[a, &result])?,
@@ -98,6 +120,8 @@ impl Sampler {
             ],
             bytes: bytes + uniforms.size(),
             scores,
+            biases,
+            mask_words,
             recent,
             recent_capacity: recent_capacity as usize,
             slot_bytes,
@@ -115,7 +139,8 @@ impl Sampler {
     pub(super) fn handles(&self, request: &SampleRequest<'_>) -> bool {
         let s = request.sampling;
         let kept = s.temperature == 0.0 || (1..=sample::MAX_TOP_K).contains(&s.top_k);
-        kept && request.bias.is_empty() && request.mask.is_none() && request.recent.len() <= self.recent_capacity
+        let biases = request.bias.len() <= self.vocab.min(MAX_BIASES) as usize;
+        kept && biases && request.recent.len() <= self.recent_capacity
     }
 
     /// Bytes of its buffers.
@@ -178,10 +203,25 @@ impl Sampler {
                 pass.set_bind_group(0, &stage.bind_group, &[]);
                 pass.dispatch_workgroups(x, y, z);
             };
+            // The mask comes last, as nothing brings a score back that it takes away.
+            if !request.bias.is_empty() {
+                let params = bias::Params { vocab: self.vocab, n: request.bias.len() as u32, ..Default::default() };
+                let pairs: Vec<[u32; 2]> = request.bias.iter().map(|&(id, bias)| [id, bias.to_bits()]).collect();
+                self.write(gpu, BIAS_SLOT, uniform_bytes(&params));
+                gpu.queue.write_buffer(&self.biases, 0, bytemuck::cast_slice(&pairs));
+                run(&self.bias, bias::grid(&params));
+            }
             if !recent.is_empty() {
                 let pairs: Vec<[u32; 2]> = recent.iter().map(|&(id, count)| [id, count]).collect();
                 gpu.queue.write_buffer(&self.recent, 0, bytemuck::cast_slice(&pairs));
                 run(&self.penalize, penalize::grid(&params));
+            }
+            if let Some(words) = request.mask {
+                let words = &words[..words.len().min(mask::words(self.vocab) as usize)];
+                let params = mask::Params { vocab: self.vocab, words: words.len() as u32, ..Default::default() };
+                self.write(gpu, MASK_SLOT, uniform_bytes(&params));
+                gpu.queue.write_buffer(&self.mask_words, 0, bytemuck::cast_slice(words));
+                run(&self.mask, mask::grid(&params));
             }
             if s.temperature == 0.0 {
                 let [blocks, reduce] = &self.argmax;
@@ -215,14 +255,28 @@ impl Sampler {
     }
 }
 
-/// Bytes of the scores, of the recent tokens and of one buffer of candidates.
-fn sizes(vocab: u32, context: u32) -> [u64; 3] {
+/// Bytes of the buffers; there are two of candidates.
+struct Sizes {
+    score_bytes: u64,
+    bias_bytes: u64,
+    recent_bytes: u64,
+    mask_bytes: u64,
+    candidate_bytes: u64,
+}
+
+fn sizes(vocab: u32, context: u32) -> Sizes {
     let most = top_k::kept(vocab, sample::MAX_TOP_K).max(argmax::blocks(vocab));
-    [u64::from(vocab) * 4, u64::from(vocab.min(context)) * 8, u64::from(most) * 8]
+    Sizes {
+        score_bytes: u64::from(vocab) * 4,
+        bias_bytes: u64::from(vocab.min(MAX_BIASES)) * 8,
+        recent_bytes: u64::from(vocab.min(context)) * 8,
+        mask_bytes: u64::from(mask::words(vocab)) * 4,
+        candidate_bytes: u64::from(most) * 8,
+    }
 }
 
 /// Bytes that a sampler takes, but for some uniform blocks.
 pub(super) fn bytes(vocab: u32, context: u32) -> u64 {
-    let [scores, recent, candidates] = sizes(vocab, context);
-    scores + recent + 2 * candidates
+    let Sizes { score_bytes, bias_bytes, recent_bytes, mask_bytes, candidate_bytes } = sizes(vocab, context);
+    score_bytes + bias_bytes + recent_bytes + mask_bytes + 2 * candidate_bytes
 }
