@@ -3,7 +3,8 @@
 //
 // Mapping: a block works on a head of keys, up to 16 heads of queries that share it, a token and a split; each of its
 // four warps takes 16 of every 64 positions through a ring of its own, and multiplies on the matrix units.
-// Traffic: keys and values once.
+// Traffic: keys and values once. What earlier kernels than the previous one left in the cache is read before that one
+// ends: all but the step's own tokens.
 #include "prelude/w4.cuh"
 
 struct AttentionArgs {
@@ -26,6 +27,8 @@ struct AttentionArgs {
 constexpr u32 ATTENTION_WARPS = 4;
 constexpr u32 BLOCK_POSITIONS = 64;
 constexpr u32 MANY_HEADS = 16;
+// Blocks of positions of a split, if there are as many: combining takes longer than a few more of them.
+constexpr u32 LEAST_BLOCKS = 2;
 constexpr float LEAST = -1e30f;
 
 DEVICE constexpr u32 attention_depth(u32 head_dim) { return head_dim > 128 ? 2 : 3; }
@@ -51,7 +54,6 @@ template <u32 HEAD_DIM>
 DEVICE void attention(const AttentionArgs& args) {
     constexpr u32 PITCH = HEAD_DIM + 8, BYTES = 16 * PITCH * 2, DEPTH = attention_depth(HEAD_DIM);
     constexpr u32 UNITS = HEAD_DIM / 8;
-    wait_for_previous();
     const u32 lane = lane_id(), warp = warp_id(), g = lane / 4, c = lane % 4;
     const u32 group = args.heads / args.kv_heads, head_blocks = (group + MANY_HEADS - 1) / MANY_HEADS;
     const u32 kv_head = blockIdx.y / head_blocks, in_group = blockIdx.y % head_blocks * MANY_HEADS;
@@ -62,9 +64,12 @@ DEVICE void attention(const AttentionArgs& args) {
     const u32 seen_from = args.window && last + 1 > args.window ? last + 1 - args.window : 0;
     // Blocks of positions, and those of this split.
     const u32 first_block = seen_from / BLOCK_POSITIONS;
-    const u32 blocks = last / BLOCK_POSITIONS + 1 - first_block, each = (blocks + splits - 1) / splits;
+    const u32 blocks = last / BLOCK_POSITIONS + 1 - first_block, each = max((blocks + splits - 1) / splits, LEAST_BLOCKS);
     const u32 used = (blocks + each - 1) / each;
-    if (split >= used) return;
+    if (split >= used) {
+        wait_for_previous();
+        return;
+    }
     const u32 from = first_block + split * each, to = min(from + each, first_block + blocks);
 
     const u64 line = (u64(args.layer) * 2 * args.kv_heads + kv_head) * place.context;
@@ -72,19 +77,28 @@ DEVICE void attention(const AttentionArgs& args) {
     const u16* const values = keys + u64(args.kv_heads) * place.context * HEAD_DIM;
     u8* const memory = shared_memory();
     u8* const ring = memory + warp * (DEPTH * 2 * BYTES);
-    auto copy_block = [&](u32 block) {
+    // Tokens of a step have consecutive positions, or caches of their own.
+    const u32 old = last - min(last, token);
+    // Positions of a block that are below `end`, from `begin` on.
+    auto copy_positions = [&](u32 block, u32 begin, u32 end) {
         u16* const slot = reinterpret_cast<u16*>(ring + (block - from) % DEPTH * 2 * BYTES);
         const u32 first = block * BLOCK_POSITIONS + warp * 16;
         UNROLL for (u32 i = 0; i < UNITS / 2; i++) {
             const u32 at = i * 32 + lane, row = at / UNITS, unit = at % UNITS, position = first + row;
+            if (position < begin || position >= end) continue;
             const bool seen = position >= seen_from && position <= last;
             const u32 offset = (seen ? position : last) * HEAD_DIM + unit * 8;
             copy_async16(slot + row * PITCH + unit * 8, keys + offset, seen);
             copy_async16(slot + BYTES / 2 + row * PITCH + unit * 8, values + offset, seen);
         }
     };
+    constexpr u32 ALL = 0xffffffff;
     UNROLL for (u32 i = 0; i < DEPTH - 1; i++) {
-        if (from + i < to) copy_block(from + i);
+        if (from + i < to) copy_positions(from + i, 0, old);
+    }
+    wait_for_previous();
+    UNROLL for (u32 i = 0; i < DEPTH - 1; i++) {
+        if (from + i < to) copy_positions(from + i, old, ALL);
         copy_async_commit();
     }
 
@@ -100,7 +114,7 @@ DEVICE void attention(const AttentionArgs& args) {
     float sums[HEAD_DIM / 8][4] = {};
     float largest[2] = {LEAST, LEAST}, weight[2] = {0, 0};
     UNROLL_1 for (u32 block = from; block < to; block++) {
-        if (block + DEPTH - 1 < to) copy_block(block + DEPTH - 1);
+        if (block + DEPTH - 1 < to) copy_positions(block + DEPTH - 1, 0, ALL);
         copy_async_commit();
         copy_async_wait<DEPTH - 1>();
         warp_sync();

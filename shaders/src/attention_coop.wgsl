@@ -4,7 +4,8 @@
 // Mapping: a workgroup = (query head, tile of TILE tokens) on grid x, z; a subgroup of 32 has 16 of the tokens and goes over
 // their positions SPAN at a time, twice: first for the largest score and the sum of exp(score - largest) of each token,
 // then for the weighted sum of the values. So accumulators, which have no addressable elements, need no correction.
-// Traffic: keys twice and values once per TILE tokens and query head, from cache after the first subgroup.
+// The subgroups share the keys or values of a span in workgroup memory.
+// Traffic: keys twice and values once per TILE tokens and query head.
 
 struct Params {
     heads: u32,
@@ -28,12 +29,23 @@ const SUBGROUPS: u32 = WG / 32u;
 // vec4s from one row to the next, so that the rows that a subgroup reads at once lie in different banks.
 const Q_VECS: u32 = HEAD_DIM_MAX / 4u + 2u;
 const P_VECS: u32 = SPAN / 4u + 2u;
+const S_VECS: u32 = SPAN / 4u + 1u;
 
 var<workgroup> q_tile: array<vec4<f16>, TILE * Q_VECS>;
-var<workgroup> scores: array<f32, TILE * SPAN>;
+var<workgroup> scores: array<vec4<f32>, TILE * S_VECS>;
 var<workgroup> p_tile: array<vec4<f16>, TILE * P_VECS>;
+// Keys or values of a span.
+var<workgroup> kv_tile: array<vec4<f16>, SPAN * Q_VECS>;
 // By token: largest score, sum of exp(score - largest), of each half of the positions of a span.
 var<workgroup> found: array<vec2<f32>, 2u * TILE>;
+
+// Bounded scores of the four positions from `at` on, LOWEST where a token at `position` that sees those from `first` on
+// does not see them.
+fn seen_scores(score: vec4<f32>, at: u32, first: u32, position: u32) -> vec4<f32> {
+    let positions = vec4<u32>(at, at + 1u, at + 2u, at + 3u);
+    let seen = (positions >= vec4<u32>(first)) & (positions <= vec4<u32>(position));
+    return select(vec4<f32>(LOWEST), softcap4(score, params.cap), seen);
+}
 
 @compute @workgroup_size(WG)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local_index: u32) {
@@ -64,11 +76,12 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     }
     let k_start = kv_head * params.context;
     let q_at = subgroup * 16u * Q_VECS;
-    let score_at = subgroup * 16u * SPAN;
+    let score_at = subgroup * 16u * S_VECS;
 
     // The softmax: two invocations a token, each for half of a span.
     let row = subgroup * 16u + lane / 2u;
     let part = lane % 2u * (SPAN / 2u);
+    let my_scores = row * S_VECS + part / 4u;
     let position = step.position + min(token_start + row, step.n_tokens - 1u);
     var first = 0u;
     if (params.window > 0u && position + 1u > params.window) {
@@ -80,36 +93,37 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     for (var span = begin; span <= last; span += SPAN) {
         var s0 = coop_mat16x16<f32,C>();
         var s1 = coop_mat16x16<f32,C>();
-        let k_at = (k_start + span) * vecs;
+        let kv_at = (k_start + span) * vecs;
+        for (var i = local_index; i < SPAN * vecs; i += WG) {
+            kv_tile[i / vecs * Q_VECS + i % vecs] = k_cache[kv_at + i];
+        }
+        // Orders the keys' writes before their reads.
+        workgroupBarrier();
         for (var d = 0u; d < vecs; d += 4u) {
             let q = coopLoadT<coop_mat16x16<f16,A>>(&q_tile[q_at + d], Q_VECS);
-            s0 = coopMultiplyAdd(q, coopLoad<coop_mat16x16<f16,B>>(&k_cache[k_at + d], vecs), s0);
-            s1 = coopMultiplyAdd(q, coopLoad<coop_mat16x16<f16,B>>(&k_cache[k_at + 16u * vecs + d], vecs), s1);
+            s0 = coopMultiplyAdd(q, coopLoad<coop_mat16x16<f16,B>>(&kv_tile[d], Q_VECS), s0);
+            s1 = coopMultiplyAdd(q, coopLoad<coop_mat16x16<f16,B>>(&kv_tile[16u * Q_VECS + d], Q_VECS), s1);
         }
-        coopStoreT(s0, &scores[score_at], SPAN);
-        coopStoreT(s1, &scores[score_at + 16u], SPAN);
+        coopStoreT(s0, &scores[score_at], S_VECS);
+        coopStoreT(s1, &scores[score_at + 4u], S_VECS);
         // Orders the scores' writes before their reads.
         workgroupBarrier();
-        var span_largest = LOWEST;
-        for (var i = 0u; i < SPAN / 2u; i++) {
-            let at = span + part + i;
-            if (at >= first && at <= position) {
-                // An invocation bounds the scores that only it reads.
-                let score = softcap(scores[row * SPAN + part + i], params.cap);
-                scores[row * SPAN + part + i] = score;
-                span_largest = max(span_largest, score);
-            }
+        var span_scores: array<vec4<f32>, SPAN / 8u>;
+        var span_largest = vec4<f32>(LOWEST);
+        for (var i = 0u; i < SPAN / 8u; i++) {
+            span_scores[i] = seen_scores(scores[my_scores + i], span + part + 4u * i, first, position);
+            span_largest = max(span_largest, span_scores[i]);
         }
-        if (span_largest > LOWEST) {
-            let new_largest = max(largest, span_largest);
+        let pair_largest = max(span_largest.xy, span_largest.zw);
+        let new_largest = max(largest, max(pair_largest.x, pair_largest.y));
+        if (new_largest > LOWEST) {
             sum *= exp(max(largest - new_largest, -100.0));
             largest = new_largest;
-            for (var i = 0u; i < SPAN / 2u; i++) {
-                let at = span + part + i;
-                if (at >= first && at <= position) {
-                    sum += exp(scores[row * SPAN + part + i] - largest);
-                }
+            var sums = vec4<f32>(0.0);
+            for (var i = 0u; i < SPAN / 8u; i++) {
+                sums += exp(max(span_scores[i] - largest, vec4<f32>(-100.0)));
             }
+            sum += dot(sums, vec4<f32>(1.0));
         }
         // Orders these reads before the next scores.
         workgroupBarrier();
@@ -131,55 +145,58 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     for (var span = begin; span <= last; span += SPAN) {
         var s0 = coop_mat16x16<f32,C>();
         var s1 = coop_mat16x16<f32,C>();
-        let k_at = (k_start + span) * vecs;
+        let kv_at = (k_start + span) * vecs;
+        for (var i = local_index; i < SPAN * vecs; i += WG) {
+            kv_tile[i / vecs * Q_VECS + i % vecs] = k_cache[kv_at + i];
+        }
+        // Orders the keys' writes before their reads.
+        workgroupBarrier();
         for (var d = 0u; d < vecs; d += 4u) {
             let q = coopLoadT<coop_mat16x16<f16,A>>(&q_tile[q_at + d], Q_VECS);
-            s0 = coopMultiplyAdd(q, coopLoad<coop_mat16x16<f16,B>>(&k_cache[k_at + d], vecs), s0);
-            s1 = coopMultiplyAdd(q, coopLoad<coop_mat16x16<f16,B>>(&k_cache[k_at + 16u * vecs + d], vecs), s1);
+            s0 = coopMultiplyAdd(q, coopLoad<coop_mat16x16<f16,B>>(&kv_tile[d], Q_VECS), s0);
+            s1 = coopMultiplyAdd(q, coopLoad<coop_mat16x16<f16,B>>(&kv_tile[16u * Q_VECS + d], Q_VECS), s1);
         }
-        coopStoreT(s0, &scores[score_at], SPAN);
-        coopStoreT(s1, &scores[score_at + 16u], SPAN);
+        coopStoreT(s0, &scores[score_at], S_VECS);
+        coopStoreT(s1, &scores[score_at + 4u], S_VECS);
         // Orders the scores' writes before their reads.
         workgroupBarrier();
         for (var i = 0u; i < SPAN / 8u; i++) {
-            var weights = vec4<f32>(0.0);
-            for (var e = 0u; e < 4u; e++) {
-                let at = span + part + i * 4u + e;
-                if (at >= first && at <= position) {
-                    let score = softcap(scores[row * SPAN + part + i * 4u + e], params.cap);
-                    weights[e] = exp(score - joined) * inverse_sum;
-                }
-            }
+            let score = seen_scores(scores[my_scores + i], span + part + 4u * i, first, position);
+            let weights = exp(max(score - joined, vec4<f32>(-100.0))) * inverse_sum;
             p_tile[row * P_VECS + part / 4u + i] = vec4<f16>(weights);
         }
-        // Orders the weights' writes before their reads, and the scores' reads before the next ones.
+        // The barrier behind the scores orders the keys' reads before these writes.
+        for (var i = local_index; i < SPAN * vecs; i += WG) {
+            kv_tile[i / vecs * Q_VECS + i % vecs] = v_cache[kv_at + i];
+        }
+        // Orders the weights' and the values' writes before their reads, and the scores' reads before the next ones.
         workgroupBarrier();
         for (var k = 0u; k < SPAN; k += 16u) {
             let p = coopLoadT<coop_mat16x16<f16,A>>(&p_tile[subgroup * 16u * P_VECS + k / 4u], P_VECS);
-            let v_at = (k_start + span + k) * vecs;
+            let v_at = k * Q_VECS;
             if (params.head_dim > 0u) {
-                o0 = coopMultiplyAdd(p, coopLoadT<coop_mat16x16<f16,B>>(&v_cache[v_at], vecs), o0);
+                o0 = coopMultiplyAdd(p, coopLoadT<coop_mat16x16<f16,B>>(&kv_tile[v_at], Q_VECS), o0);
             }
             if (params.head_dim > 16u) {
-                o1 = coopMultiplyAdd(p, coopLoadT<coop_mat16x16<f16,B>>(&v_cache[v_at + 4u], vecs), o1);
+                o1 = coopMultiplyAdd(p, coopLoadT<coop_mat16x16<f16,B>>(&kv_tile[v_at + 4u], Q_VECS), o1);
             }
             if (params.head_dim > 32u) {
-                o2 = coopMultiplyAdd(p, coopLoadT<coop_mat16x16<f16,B>>(&v_cache[v_at + 8u], vecs), o2);
+                o2 = coopMultiplyAdd(p, coopLoadT<coop_mat16x16<f16,B>>(&kv_tile[v_at + 8u], Q_VECS), o2);
             }
             if (params.head_dim > 48u) {
-                o3 = coopMultiplyAdd(p, coopLoadT<coop_mat16x16<f16,B>>(&v_cache[v_at + 12u], vecs), o3);
+                o3 = coopMultiplyAdd(p, coopLoadT<coop_mat16x16<f16,B>>(&kv_tile[v_at + 12u], Q_VECS), o3);
             }
             if (params.head_dim > 64u) {
-                o4 = coopMultiplyAdd(p, coopLoadT<coop_mat16x16<f16,B>>(&v_cache[v_at + 16u], vecs), o4);
+                o4 = coopMultiplyAdd(p, coopLoadT<coop_mat16x16<f16,B>>(&kv_tile[v_at + 16u], Q_VECS), o4);
             }
             if (params.head_dim > 80u) {
-                o5 = coopMultiplyAdd(p, coopLoadT<coop_mat16x16<f16,B>>(&v_cache[v_at + 20u], vecs), o5);
+                o5 = coopMultiplyAdd(p, coopLoadT<coop_mat16x16<f16,B>>(&kv_tile[v_at + 20u], Q_VECS), o5);
             }
             if (params.head_dim > 96u) {
-                o6 = coopMultiplyAdd(p, coopLoadT<coop_mat16x16<f16,B>>(&v_cache[v_at + 24u], vecs), o6);
+                o6 = coopMultiplyAdd(p, coopLoadT<coop_mat16x16<f16,B>>(&kv_tile[v_at + 24u], Q_VECS), o6);
             }
             if (params.head_dim > 112u) {
-                o7 = coopMultiplyAdd(p, coopLoadT<coop_mat16x16<f16,B>>(&v_cache[v_at + 28u], vecs), o7);
+                o7 = coopMultiplyAdd(p, coopLoadT<coop_mat16x16<f16,B>>(&kv_tile[v_at + 28u], Q_VECS), o7);
             }
         }
         // Orders these reads before the next weights.
@@ -188,61 +205,66 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 
     // Sixteen columns at a time through workgroup memory.
     if (params.head_dim > 0u) {
-        coopStoreT(o0, &scores[score_at], 16u);
+        coopStoreT(o0, &scores[score_at], S_VECS);
         workgroupBarrier();
         store(subgroup, lane, token_start, head * params.head_dim);
         workgroupBarrier();
     }
     if (params.head_dim > 16u) {
-        coopStoreT(o1, &scores[score_at], 16u);
+        coopStoreT(o1, &scores[score_at], S_VECS);
         workgroupBarrier();
         store(subgroup, lane, token_start, head * params.head_dim + 16u);
         workgroupBarrier();
     }
     if (params.head_dim > 32u) {
-        coopStoreT(o2, &scores[score_at], 16u);
+        coopStoreT(o2, &scores[score_at], S_VECS);
         workgroupBarrier();
         store(subgroup, lane, token_start, head * params.head_dim + 32u);
         workgroupBarrier();
     }
     if (params.head_dim > 48u) {
-        coopStoreT(o3, &scores[score_at], 16u);
+        coopStoreT(o3, &scores[score_at], S_VECS);
         workgroupBarrier();
         store(subgroup, lane, token_start, head * params.head_dim + 48u);
         workgroupBarrier();
     }
     if (params.head_dim > 64u) {
-        coopStoreT(o4, &scores[score_at], 16u);
+        coopStoreT(o4, &scores[score_at], S_VECS);
         workgroupBarrier();
         store(subgroup, lane, token_start, head * params.head_dim + 64u);
         workgroupBarrier();
     }
     if (params.head_dim > 80u) {
-        coopStoreT(o5, &scores[score_at], 16u);
+        coopStoreT(o5, &scores[score_at], S_VECS);
         workgroupBarrier();
         store(subgroup, lane, token_start, head * params.head_dim + 80u);
         workgroupBarrier();
     }
     if (params.head_dim > 96u) {
-        coopStoreT(o6, &scores[score_at], 16u);
+        coopStoreT(o6, &scores[score_at], S_VECS);
         workgroupBarrier();
         store(subgroup, lane, token_start, head * params.head_dim + 96u);
         workgroupBarrier();
     }
     if (params.head_dim > 112u) {
-        coopStoreT(o7, &scores[score_at], 16u);
+        coopStoreT(o7, &scores[score_at], S_VECS);
         workgroupBarrier();
         store(subgroup, lane, token_start, head * params.head_dim + 112u);
         workgroupBarrier();
     }
 }
 
-// Stores 16 columns from `column` on of the subgroup's 16 tokens.
+// Stores 16 columns from `column` on of the subgroup's 16 tokens: an invocation has eight of a token.
 fn store(subgroup: u32, lane: u32, token_start: u32, column: u32) {
-    for (var i = lane / 16u; i < 16u; i += 2u) {
-        let token = token_start + subgroup * 16u + i;
-        if (token < step.n_tokens) {
-            out[token * params.out_stride + column + lane % 16u] = scores[subgroup * 16u * SPAN + i * 16u + lane % 16u];
+    let row = subgroup * 16u + lane / 2u;
+    let token = token_start + row;
+    if (token < step.n_tokens) {
+        let at = token * params.out_stride + column + lane % 2u * 8u;
+        for (var i = 0u; i < 2u; i++) {
+            let values = scores[row * S_VECS + lane % 2u * 2u + i];
+            for (var e = 0u; e < 4u; e++) {
+                out[at + 4u * i + e] = values[e];
+            }
         }
     }
 }

@@ -120,7 +120,7 @@ arguments! {
     /// Arguments of `w4_*`.
     W4Args {
         codes: u64, params: u64, scales: u64, zeros: u64, out: u64, out_params: u64,
-        n: u32, k: u32, groups: u32, stages: u32, first_tile: u32, tiles: u32,
+        n: u32, k: u32, groups: u32, stages: u32, first_tile: u32, tiles: u32, first_chunk: u32, first_group: u32,
     }
     /// Arguments of `dense_rows`.
     RowsArgs {

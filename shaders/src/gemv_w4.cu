@@ -71,7 +71,7 @@ DEVICE void gemv(const GemvW4Args& args) {
             // Inputs of zero lie behind the last group.
             const u32 group = min((stage * 4 + lane % 16 / 4 * (4 / GROUPS)) >> p.group_shift, p.groups - 1);
             u8* const to = ring + (stage - first) % DEPTH * SLOT + 2 * CODES;
-            copy_async16(to + (lane < 16 ? 0 : PARAMS) + lane % 16 * 16, params + group * 4);
+            copy_async16_of_run(to + (lane < 16 ? 0 : PARAMS) + lane % 16 * 16, params + group * 4);
         }
     };
     // Inputs of a stage: 256 bytes a token; the halves of every other row change places, for the sake of the banks.
@@ -84,6 +84,18 @@ DEVICE void gemv(const GemvW4Args& args) {
         }
     };
 
+    // The norm in front of one token, a few stages at a time: no earlier kernel writes its weights.
+    constexpr u32 AT_ONCE = 4;
+    const bool through_norm = ONE && args.x && args.norm;
+    F4 norm[AT_ONCE];
+    auto load_norm = [&](u32 stage) {
+        UNROLL for (u32 i = 0; i < AT_ONCE; i++) {
+            const u32 at = (stage + i) * 32 + lane;
+            const bool there = stage + i < last && at < args.k / 4;
+            norm[i] = there && through_norm ? reinterpret_cast<const F4*>(args.norm)[at] : F4{1, 1, 1, 1};
+        }
+    };
+    if (ONE) load_norm(first);
     UNROLL for (u32 i = 0; i < DEPTH; i++) {
         if (first + i < last) copy_weights(first + i);
         if (ONE) copy_async_commit();
@@ -98,20 +110,18 @@ DEVICE void gemv(const GemvW4Args& args) {
     float squares = 0;
     if (ONE && args.x) {
         const F4* const x = reinterpret_cast<const F4*>(args.x);
-        const F4* const norm = reinterpret_cast<const F4*>(args.norm);
-        constexpr u32 AT_ONCE = 4;
         UNROLL_1 for (u32 stage = first; stage < last; stage += AT_ONCE) {
-            F4 v[AT_ONCE], w[AT_ONCE];
+            F4 v[AT_ONCE];
             UNROLL for (u32 i = 0; i < AT_ONCE; i++) {
                 const u32 at = (stage + i) * 32 + lane;
                 const bool there = stage + i < last && at < args.k / 4;
                 v[i] = there ? load_fresh(x + at) : F4{0, 0, 0, 0};
-                w[i] = there && norm ? norm[at] : F4{1, 1, 1, 1};
             }
+            if (stage > first) load_norm(stage);
             UNROLL for (u32 i = 0; i < AT_ONCE; i++) {
                 if (stage + i >= last) break;
                 squares += v[i].x * v[i].x + v[i].y * v[i].y + v[i].z * v[i].z + v[i].w * v[i].w;
-                const F4 u = {v[i].x * w[i].x, v[i].y * w[i].y, v[i].z * w[i].z, v[i].w * w[i].w};
+                const F4 w = norm[i], u = {v[i].x * w.x, v[i].y * w.y, v[i].z * w.z, v[i].w * w.w};
                 const float scale = scale_of(
                     warp_max(fmaxf(fmaxf(fabsf(u.x), fabsf(u.y)), fmaxf(fabsf(u.z), fabsf(u.w)))));
                 reinterpret_cast<U2*>(row)[(stage + i) * 32 + lane] = halves(normed(u, scale, nullptr));
@@ -131,6 +141,8 @@ DEVICE void gemv(const GemvW4Args& args) {
         }
     }
 
+    // Sums of the first and the second words of lanes: chains of products half as long, where there are registers.
+    constexpr u32 CHAINS = NT == 1 ? 2 : 1;
     float total[2][NT][4] = {};
     UNROLL_1 for (u32 stage = first; stage < last; stage++) {
         copy_async_wait<DEPTH - 1>();
@@ -140,7 +152,7 @@ DEVICE void gemv(const GemvW4Args& args) {
         const U2* const group_params = reinterpret_cast<const U2*>(slot + 2 * CODES) + g;
         const float factor = ONE ? factors[stage] : 1.f;
         Group groups[2];
-        float part[2][NT][4], sums[NT][4];
+        float part[CHAINS][2][NT][4], sums[NT][4];
         UNROLL for (u32 half = 0; half < 4; half++) {
             // Where a group begins.
             const bool begins = GROUPS == 4 || half == 0 || (GROUPS == 2 && half == 2);
@@ -148,7 +160,9 @@ DEVICE void gemv(const GemvW4Args& args) {
             if (begins) {
                 UNROLL for (u32 r = 0; r < 2; r++) {
                     groups[r] = group_of<SUMS>(group_params[r * PARAMS / 8 + half * GROUPS / 4 * 8], p.flags);
-                    UNROLL for (u32 t = 0; t < NT; t++) UNROLL for (u32 i = 0; i < 4; i++) part[r][t][i] = 0;
+                    UNROLL for (u32 t = 0; t < NT; t++) UNROLL for (u32 i = 0; i < 4; i++) {
+                        part[0][r][t][i] = part[CHAINS - 1][r][t][i] = 0;
+                    }
                 }
                 UNROLL for (u32 t = 0; t < NT; t++) UNROLL for (u32 i = 0; i < 4; i++) sums[t][i] = 0;
             }
@@ -167,9 +181,9 @@ DEVICE void gemv(const GemvW4Args& args) {
                 const U2 words = reinterpret_cast<const U2*>(codes + r * 64 + half / 2 * 32)[half % 2];
                 u32 a[4];
                 unpack(a, words.x, groups[r].low, groups[r].high);
-                UNROLL for (u32 t = 0; t < NT; t++) mma(part[r][t], a, x[t].x, x[t].y);
+                UNROLL for (u32 t = 0; t < NT; t++) mma(part[0][r][t], a, x[t].x, x[t].y);
                 unpack(a, words.y, groups[r].low, groups[r].high);
-                UNROLL for (u32 t = 0; t < NT; t++) mma(part[r][t], a, x[t].z, x[t].w);
+                UNROLL for (u32 t = 0; t < NT; t++) mma(part[CHAINS - 1][r][t], a, x[t].z, x[t].w);
             }
             if (SUMS) {
                 const u32 ones[4] = {0x3c003c00, 0x3c003c00, 0x3c003c00, 0x3c003c00};
@@ -183,7 +197,8 @@ DEVICE void gemv(const GemvW4Args& args) {
                     UNROLL for (u32 i = 0; i < 4; i++) {
                         const Group& group = groups[r];
                         const float s = (i < 2 ? group.s0 : group.s1) * factor;
-                        total[r][t][i] = fmaf(s, part[r][t][i], total[r][t][i]);
+                        const float sum = part[0][r][t][i] + (CHAINS == 2 ? part[CHAINS - 1][r][t][i] : 0.f);
+                        total[r][t][i] = fmaf(s, sum, total[r][t][i]);
                         if (SUMS) {
                             const float offset = (i < 2 ? group.c0 : group.c1) * factor;
                             total[r][t][i] = fmaf(offset, sums[t][i], total[r][t][i]);

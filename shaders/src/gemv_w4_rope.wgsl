@@ -3,8 +3,8 @@
 // rotated k and plain v to the KV cache at the step's positions. Pairs of a head are (i, i + rotary_dim / 2): (a, b)
 // becomes (a cos - b sin, b cos + a sin).
 //
-// Mapping: see prelude/gemv_w4.wgsl, a lane below 32 and the lane 32 further hold the elements of a pair, or of v, and of
-// k and q beyond rotary_dim, the elements half of the rest apart; grid x, y number blocks of 32 pairs of all heads, z
+// Mapping: see prelude/gemv_w4.wgsl, a lane holds the elements of a pair, or of v, and of k and q beyond rotary_dim, the
+// elements half of the rest apart; grid x, y number blocks of 32 pairs of all heads, z
 // rows. Traffic: every weight once a row, x once a workgroup (from cache after the first).
 
 struct Params {
@@ -36,7 +36,7 @@ struct Params {
 @group(0) @binding(8) var<storage, read_write> k_cache: array<u32>;        // (kv_heads, context, head_dim)
 @group(0) @binding(9) var<storage, read_write> v_cache: array<u32>;        // (kv_heads, context, head_dim)
 
-const LANES: u32 = 64u;
+const LANES: u32 = 32u;
 var<workgroup> elements: array<f32, 64>;
 
 // The first of the two elements of a head that pair `pair` stands for, and how far the second one is.
@@ -70,25 +70,18 @@ fn main(
     let pair = index % pairs;
     let elements_of_pair = pair_elements(pair);
     let element = elements_of_pair.x + is_second * elements_of_pair.y;
-    let n = head * params.head_dim + element;
-    var value = gemv(n, token, local_index);
+    let n = head * params.head_dim + vec2<u32>(elements_of_pair.x, elements_of_pair.x + elements_of_pair.y);
+    var values = gemv_pair(n, token, local_index);
     if ((params.flags & FLAG_BIAS) != 0u) {
-        value += bias[n];
+        values += vec2<f32>(bias[n.x], bias[n.y]);
     }
-    if (local_index < 64u) {
-        elements[local_index] = value;
-    }
-    // Orders the products before the rotation.
-    workgroupBarrier();
-    if (local_index < 64u && pair * 2u < params.rotary_dim && head < params.heads + params.kv_heads) {
+    if (pair * 2u < params.rotary_dim && head < params.heads + params.kv_heads) {
         let turn = rope[position * (params.rotary_dim / 2u) + pair];
-        let other = elements[local_index ^ 32u];
-        value = value * turn.x + select(-other, other, is_second == 1u) * turn.y;
+        values = vec2<f32>(values.x * turn.x - values.y * turn.y, values.y * turn.x + values.x * turn.y);
     }
-    // Orders the reads of the rotation before its results.
-    workgroupBarrier();
-    if (local_index < 64u) {
-        elements[local_index] = value;
+    if (local_index < 32u) {
+        elements[lane] = values.x;
+        elements[lane + 32u] = values.y;
     }
     // Orders the rotated elements before neighbours are packed into words.
     workgroupBarrier();
@@ -96,14 +89,14 @@ fn main(
         return;
     }
     if (head < params.heads) {
-        out[token * params.out_stride + params.out_offset + head * params.head_dim + element] = value;
+        out[token * params.out_stride + params.out_offset + head * params.head_dim + element] = elements[local_index];
         return;
     }
     // Pairs, halves and heads are even in number, so an even pair has its right neighbour in the same half.
     if (lane % 2u == 1u) {
         return;
     }
-    let words = kv_pack(vec2<f32>(value, elements[local_index + 1u]));
+    let words = kv_pack(vec2<f32>(elements[local_index], elements[local_index + 1u]));
     let kv_head = (head - params.heads) % params.kv_heads;
     let word = ((kv_head * params.context + position) * params.head_dim + element) / 2u * KV_PAIR_WORDS;
     if (head < params.heads + params.kv_heads) {

@@ -2,8 +2,7 @@
 // next matrix; w in the 4-bit layout of the device with the gate projection above the up projection, x staged, for few
 // rows t; activation as in prelude/activation.wgsl, factor as in gemv_w4.
 //
-// Mapping: see prelude/gemv_w4.wgsl, lanes below 32 hold gates and the others their ups; grid x, y number chunks of 32
-// outputs, z rows. Traffic: every weight once a row, x once a workgroup (from cache after the first).
+// Mapping: see prelude/gemv_w4.wgsl, a lane holds a gate and its up; grid x, y number chunks of 32 outputs, z rows. Traffic: every weight once a row, x once a workgroup (from cache after the first).
 
 struct Params {
     n: u32,
@@ -28,8 +27,7 @@ struct Params {
 @group(0) @binding(5) var<storage, read> bias: array<f32>;                 // (bias_offset + n)
 @group(0) @binding(6) var<storage, read_write> staged: array<vec4<u32>>;   // (rows) of staged inputs
 
-const LANES: u32 = 64u;
-var<workgroup> ups: array<f32, 32>;
+const LANES: u32 = 32u;
 
 @compute @workgroup_size(WG)
 fn main(
@@ -45,19 +43,11 @@ fn main(
     }
     let i = chunk * 32u + local_index % 32u;
     // Outputs beyond the width repeat the last one and count as zeros.
-    let is_up = local_index / 32u % 2u;
-    let n = min(i, width - 1u) + is_up * width;
-    var value = gemv(n, input_row(params.row_mode, token), local_index);
+    let gate = min(i, width - 1u);
+    var values = gemv_pair(vec2<u32>(gate, gate + width), input_row(params.row_mode, token), local_index);
     if ((params.flags & FLAG_BIAS) != 0u) {
-        value += bias[params.bias_offset + n];
+        values += vec2<f32>(bias[params.bias_offset + gate], bias[params.bias_offset + gate + width]);
     }
-    if (local_index >= 32u && local_index < 64u) {
-        ups[local_index - 32u] = value;
-    }
-    // Orders the ups before the gates meet them.
-    workgroupBarrier();
-    if (local_index < 32u) {
-        value = activate(value, params.activation) * ups[local_index];
-    }
+    let value = activate(values.x, params.activation) * values.y;
     stage_chunk(local_index, select(0.0, value, i < width), 1.0, chunk, token, params.stage_quads);
 }

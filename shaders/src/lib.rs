@@ -41,6 +41,7 @@ pub mod attention;
 pub mod attention_coop;
 pub mod attention_few;
 pub mod attention_reduce;
+pub mod attention_subgroup;
 pub mod bias;
 pub mod catalogue;
 pub mod combine;
@@ -80,6 +81,7 @@ pub mod staged;
 pub mod top_k;
 pub mod trial;
 pub mod w4;
+pub mod w4_stored;
 
 pub use trial::{Rng, Trial};
 
@@ -563,7 +565,7 @@ impl Kernel {
 }
 
 /// Every kernel.
-pub static ALL: [&Kernel; 39] = [
+pub static ALL: [&Kernel; 41] = [
     &embed::KERNEL,
     &embed_packed::KERNEL,
     &arrange::KERNEL,
@@ -584,6 +586,7 @@ pub static ALL: [&Kernel; 39] = [
     &round_groups::KERNEL,
     &attention::KERNEL,
     &attention_few::KERNEL,
+    &attention_subgroup::KERNEL,
     &attention_coop::KERNEL,
     &attention_reduce::KERNEL,
     &glu::KERNEL,
@@ -603,6 +606,7 @@ pub static ALL: [&Kernel; 39] = [
     &argmax_reduce::KERNEL,
     &top_k::KERNEL,
     &sample::KERNEL,
+    &w4_stored::KERNEL,
 ];
 
 /// The complete WGSL of a kernel: constants, preludes of the variant, body.

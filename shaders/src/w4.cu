@@ -4,10 +4,10 @@
 #include "prelude/w4.cuh"
 
 struct W4Args {
-    const u32* codes;   // w4_rows: (n, k / 8); w4_awq: (k, n / 8)
+    const u32* codes;   // w4_rows: (n, k / 8); w4_awq: (k, n / 8), from the first input of first_chunk on
     const u32* params;  // w4_rows: (n, groups), f16 scale low and offset high
-    const u16* scales;  // w4_awq: (groups, n)
-    const u32* zeros;   // w4_awq: (groups, n / 8)
+    const u16* scales;  // w4_awq: (groups, n), from first_group on
+    const u32* zeros;   // w4_awq: (groups, n / 8), the same
     U4* out;
     U2* out_params;
     u32 n, k;
@@ -15,6 +15,8 @@ struct W4Args {
     u32 stages;
     u32 first_tile;     // of out
     u32 tiles;
+    u32 first_chunk;    // w4_awq
+    u32 first_group;    // w4_awq_params
 };
 
 // Four codes, 4 bits each, at the places 0, 4, 2, 6 of a word.
@@ -57,28 +59,30 @@ KERNEL(w4_rows_params, W4Args, 256, 4) {
 // Column n of a word of AutoAWQ, 0 to 7.
 DEVICE u32 awq_code(u32 word, u32 n) { return word >> (n / 2 + n % 2 * 4) * 4 & 15; }
 
+// Grid: chunks, tiles by eights.
 KERNEL(w4_awq, W4Args, 256, 4) {
-    const u32 lane = lane_id(), g = lane / 4, c = lane % 4, chunk = blockIdx.x, tile = blockIdx.y * 8 + warp_id();
+    const u32 lane = lane_id(), g = lane / 4, c = lane % 4, tile = blockIdx.y * 8 + warp_id();
     if (tile >= args.tiles) return;
-    const u32 columns = args.n / 8;
+    const u32 columns = args.n / 8, first = args.first_chunk * CHUNK;
     u32 words[4];
     UNROLL for (u32 j = 0; j < 4; j++) {
         words[j] = 0;
         UNROLL for (u32 i = 0; i < 4; i++) {
-            const u32 k = chunk * CHUNK + j / 2 * 32 + c * 8 + j % 2 * 4 + i;
+            const u32 k = blockIdx.x * CHUNK + j / 2 * 32 + c * 8 + j % 2 * 4 + i;
             // Places 0, 4, 2, 6 for the first row.
             const u32 place = (i / 2 * 2 + i % 2 * 4) * 4;
             UNROLL for (u32 r = 0; r < 2; r++) {
                 const u32 column = tile * 2 + r;
-                if (k < args.k && column < columns) {
+                if (first + k < args.k && column < columns) {
                     words[j] |= awq_code(args.codes[u64(k) * columns + column], g) << (place + r * 4);
                 }
             }
         }
     }
-    store_unit(args, tile, chunk, lane, words);
+    store_unit(args, tile, args.first_chunk + blockIdx.x, lane, words);
 }
 
+// Grid: groups, tiles by 32.
 KERNEL(w4_awq_params, W4Args, 256, 4) {
     const u32 group = blockIdx.x, tile = blockIdx.y * 32 + threadIdx.x / 8, g = threadIdx.x % 8;
     if (tile >= args.tiles) return;
@@ -87,7 +91,7 @@ KERNEL(w4_awq_params, W4Args, 256, 4) {
         const u32 zero = awq_code(args.zeros[u64(group) * (args.n / 8) + row / 8], row % 8);
         return u32(args.scales[u64(group) * args.n + row]) | u32(h_from_f32(float(zero))) << 16;
     };
-    args.out_params[(u64(args.first_tile + tile) * args.groups + group) * 8 + g] = {
+    args.out_params[(u64(args.first_tile + tile) * args.groups + args.first_group + group) * 8 + g] = {
         params_of(tile * TILE + g), params_of(tile * TILE + g + 8)};
 }
 

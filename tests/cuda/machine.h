@@ -175,6 +175,7 @@ DEVICE u32 load_host(const u32* p) { return *static_cast<const volatile u32*>(p)
 DEVICE void store_host(u64* p, u64 v) { *static_cast<volatile u64*>(p) = v; }
 
 DEVICE void copy_async16(void* to, const void* from) { machine::copy(to, from, true); }
+DEVICE void copy_async16_of_run(void* to, const void* from) { machine::copy(to, from, true); }
 DEVICE void copy_async16(void* to, const void* from, bool valid) { machine::copy(to, from, valid); }
 DEVICE void copy_async_commit() { machine::copy_commit(); }
 template <int N>

@@ -59,8 +59,12 @@ fn folders() -> Vec<PathBuf> {
 }
 
 /// What to open of a folder: itself, or the one file that its reference names.
+fn path(folder: &Path, reference: &Value) -> PathBuf {
+    reference["file"].as_str().map_or_else(|| folder.to_path_buf(), |file| folder.join(file))
+}
+
 fn open(folder: &Path, reference: &Value, options: &LoadOptions) -> Arc<Model> {
-    let path = reference["file"].as_str().map_or_else(|| folder.to_path_buf(), |file| folder.join(file));
+    let path = path(folder, reference);
     Model::open(&path, options).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
 }
 
@@ -212,20 +216,22 @@ fn cuda_logits_match_the_peer() {
     for folder in folders() {
         let session = SessionOptions { context: Some(256), ..Default::default() };
         let name = folder.file_name().unwrap().to_string_lossy().into_owned();
-        let model = match Model::open(&folder, &options) {
+        let reference = reference(&folder);
+        let path = path(&folder, &reference);
+        let model = match Model::open(&path, &options) {
             Ok(model) => model,
             Err(refused) => {
                 assert_eq!(refused.kind(), awqua::ErrorKind::Unsupported, "{name}: {refused}");
                 println!("{name}: {refused}");
                 // Another backend takes it without being asked.
-                let any = Model::open(&folder, &LoadOptions::default()).unwrap();
+                let any = Model::open(&path, &LoadOptions::default()).unwrap();
                 assert_ne!(any.backend_info().backend, "cuda", "{name}");
                 continue;
             }
         };
         assert!(!MIXTURES.contains(&name.as_str()), "{name}");
         computed += 1;
-        let worst = worst_logits(&model, &reference(&folder), &session);
+        let worst = worst_logits(&model, &reference, &session);
         println!("{name} {}: {worst:.1e}", model.backend_info().device);
         assert!(worst <= 1e-2, "{name}: {worst:e}");
     }

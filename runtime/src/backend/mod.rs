@@ -6,14 +6,17 @@
 //! exhaustive matches of the backends then point at every place that has to learn it.
 
 use std::any::Any;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::quant::awq::StoredGemm;
 use crate::session::sampler::SampleRequest;
 use crate::tensor::{Weight, WeightShape};
 
 pub use crate::quant::ROW_STEP;
+pub use crate::quant::awq::INPUT_STEP;
 
 pub use products::{Products, Resident, RoundingGrid};
 
@@ -536,6 +539,26 @@ pub trait Backend: Any + Send + Sync {
     /// [`ErrorKind::InvalidInput`] for rows of another form or too many of them, or a device error.
     fn fill(&mut self, id: WeightId, rows: Weight) -> Result<()>;
 
+    /// Whether [`Self::fill_stored`] takes `stored` as the next rows of the weight reserved last.
+    fn takes_stored(&self, id: WeightId, stored: &StoredGemm) -> bool {
+        let _ = (id, stored);
+        false
+    }
+
+    /// As [`Self::fill`], for a matrix that is not read yet, which the device brings to its own layout: inputs `inputs`
+    /// of all its rows, those before them first, from a multiple of [`INPUT_STEP`] on. It counts as filled with the
+    /// last of them.
+    ///
+    /// # Errors
+    /// As [`Self::fill`], and those of reading the file.
+    fn fill_stored(&mut self, id: WeightId, stored: &StoredGemm, inputs: Range<usize>) -> Result<()> {
+        let _ = (stored, inputs);
+        Err(Error::new(ErrorKind::InvalidInput, format!("weight {} does not take rows as they are stored", id.0)))
+    }
+
+    /// No more weights will come, and all that came are settled: gives back what only uploads need.
+    fn end_of_weights(&mut self) {}
+
     /// Takes a whole weight, and waits for the device.
     ///
     /// # Errors
@@ -618,6 +641,12 @@ pub trait Device: Send + Sync {
     /// A backend without weights on it.
     fn backend(&self) -> Box<dyn Backend>;
 
+    /// Prompt tokens that a session computes at a time unless asked otherwise: enough to keep the device busy, for
+    /// memory that it can spare.
+    fn default_chunk(&self) -> u32 {
+        DEFAULT_CHUNK
+    }
+
     /// Whether it is gone; everything on it fails with [`ErrorKind::DeviceLost`] then.
     fn is_lost(&self) -> bool {
         false
@@ -652,6 +681,9 @@ pub trait Opening: Send {
     /// A device error.
     fn wait(&mut self) -> Result<()>;
 }
+
+/// See [`Device::default_chunk`].
+pub(crate) const DEFAULT_CHUNK: u32 = 256;
 
 /// Most tokens chosen ahead of the host, see [`Runner::begin_ahead`]: one that is computed and one behind it, so that
 /// the device never waits for the host.

@@ -18,6 +18,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::tensor::{Bytes, DenseMatrix, DenseType, GgmlType};
 
 mod files;
+mod gather;
 pub mod gguf;
 mod inspect;
 mod safetensors;
@@ -26,6 +27,9 @@ pub mod source;
 mod torch;
 
 pub use files::map_file;
+pub use gather::Piece;
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+pub(crate) use gather::gather;
 pub use inspect::{Inspection, TensorInfo, TensorKind, inspect};
 pub use source::Source;
 

@@ -43,6 +43,8 @@ pub(super) fn check(program: &Program, weights: &[WeightShape]) -> Result<()> {
     cuda::check(program, weights)
 }
 
+pub(super) use crate::backend::cuda::DEFAULT_CHUNK;
+
 /// Bytes that a weight takes there.
 pub(super) fn weight_bytes(shape: &WeightShape) -> u64 {
     cuda::weight_bytes(shape)

@@ -5,6 +5,9 @@ use crate::backend::{Opening, Program, RunnerConfig};
 use crate::error::{Error, ErrorKind, Result};
 use crate::tensor::WeightShape;
 
+/// See [`crate::backend::Device::default_chunk`].
+pub(super) const DEFAULT_CHUNK: u32 = crate::backend::DEFAULT_CHUNK;
+
 /// Whether CUDA was asked for.
 pub(super) fn is_chosen(options: &EngineOptions, _: &DeviceChoice) -> bool {
     options.backend == BackendChoice::Cuda

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::backend::{Budget, Device, Jobs, Opening, Program, RunnerConfig};
+use crate::backend::{self, Budget, Device, Jobs, Opening, Program, RunnerConfig};
 use crate::error::{Error, ErrorKind, Result};
 use crate::tensor::WeightShape;
 
@@ -232,10 +232,15 @@ impl Engine {
         }
     }
 
-    /// Prompt tokens that a session computes at a time unless asked otherwise.
+    /// Prompt tokens that a session computes at a time unless asked otherwise; of a device that is not open yet, at most.
     pub(crate) fn default_chunk(&self) -> u32 {
-        // CUDA's kernels for many rows are at their best with thousands, and keep no wide rows in memory.
-        if self.is_cuda() { 2048 } else { 256 }
+        let device = self.lock().device.clone();
+        match device {
+            Some(device) => device.default_chunk(),
+            None if self.is_cuda() => cuda::DEFAULT_CHUNK,
+            None if self.is_host() => backend::DEFAULT_CHUNK,
+            None => opening::MOST_CHUNK,
+        }
     }
 
     /// Whether CUDA is what models are loaded onto.

@@ -35,8 +35,8 @@ fn has_hardware() -> bool {
     wgpu::adapters().iter().any(|a| a.kind != "cpu" && a.unusable.is_none())
 }
 
-/// Bytes that a weight and a session take on a GPU.
-pub(crate) use crate::backend::wgpu::{runner_bytes, weight_bytes};
+/// Bytes that a weight and a session take on a GPU, and how many tokens a session computes at a time there at most.
+pub(crate) use crate::backend::wgpu::{DISCRETE_CHUNK as MOST_CHUNK, runner_bytes, weight_bytes};
 
 /// The CPU.
 pub(super) fn processor(options: &EngineOptions) -> Box<dyn Opening> {

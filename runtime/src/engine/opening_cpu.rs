@@ -39,6 +39,9 @@ pub(super) fn on_host(_: &EngineOptions, _: &DeviceChoice) -> bool {
     true
 }
 
+/// See [`Device::default_chunk`].
+pub(super) const MOST_CHUNK: u32 = crate::backend::DEFAULT_CHUNK;
+
 /// Bytes that a weight takes on a GPU: none of this build does.
 pub(crate) fn weight_bytes(_: &WeightShape) -> u64 {
     0

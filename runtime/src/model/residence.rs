@@ -115,9 +115,10 @@ impl Bring {
                     if !backend.upload_is_settled()? {
                         return Ok(None);
                     }
-                    let Self::Weights { backend, lease, .. } = std::mem::replace(self, Self::Device) else {
+                    let Self::Weights { mut backend, lease, .. } = std::mem::replace(self, Self::Device) else {
                         return Ok(None);
                     };
+                    backend.end_of_weights();
                     *self = Self::Kernels { backend: backend.into(), lease };
                 }
                 Self::Kernels { backend, .. } => {

@@ -6,12 +6,13 @@ use std::ops::Range;
 
 use super::arch::{ExpertNames, NormWeights, QkNorm, Stacked};
 use super::config::{ExpertConfig, ModelConfig};
-use crate::backend::{Backend, ROW_STEP, WeightId};
+use crate::backend::{Backend, INPUT_STEP, ROW_STEP, WeightId};
 use crate::checkpoint::Checkpoint;
 use crate::checksum::Checksum;
 use crate::error::{Error, ErrorKind, Result};
+use crate::quant::awq::StoredGemm;
 use crate::quant::{self, InputTransform, LinearShape, Quantization};
-use crate::tensor::{Weight, WeightShape};
+use crate::tensor::{Offset, Weight, WeightShape};
 
 /// A linear layer on the backend.
 #[derive(Debug, Clone, Copy)]
@@ -230,7 +231,8 @@ impl Planner<'_> {
                 let message = "experts whose inputs are reordered or scaled one by one";
                 return Err(Error::new(ErrorKind::Unsupported, message).in_tensor(name));
             }
-            let parts = parts.iter().zip(&own).map(|(prefix, own)| linear_part(prefix, own.weight, k)).collect();
+            let parts = parts.iter().zip(&own).map(|(prefix, own)| self.linear_part(prefix, own.weight, k));
+            let parts = parts.collect::<Result<_>>()?;
             let id = self.push(&name, shape.weight, parts);
             if let Some(item) = self.items.last_mut() {
                 item.stack = Some((index, modules.len()));
@@ -290,7 +292,8 @@ impl Planner<'_> {
     /// An embedding table, packed or not.
     fn table(&mut self, prefix: &str, n: usize, k: usize) -> Result<WeightId> {
         let shape = quant::table_shape(self.checkpoint, self.quantization.as_ref(), prefix, n, k)?;
-        Ok(self.push(prefix, shape, vec![linear_part(prefix, shape, k)]))
+        let part = self.linear_part(prefix, shape, k)?;
+        Ok(self.push(prefix, shape, vec![part]))
     }
 
     fn vector(&mut self, name: &str, len: usize) -> Result<WeightId> {
@@ -310,7 +313,7 @@ impl Planner<'_> {
     fn linear(&mut self, prefix: &str, n: usize, k: usize, bias: bool) -> Result<Projection> {
         let shape = quant::linear_shape(self.checkpoint, self.quantization.as_ref(), prefix, n, k)?;
         let bias = self.bias(prefix, n, bias)?;
-        let part = linear_part(prefix, shape.weight, k);
+        let part = self.linear_part(prefix, shape.weight, k)?;
         Ok(self.project(prefix, shape, vec![part], bias.into_iter().collect(), 0))
     }
 
@@ -377,14 +380,14 @@ impl Planner<'_> {
         }
         if let Some(shape) = stack(&shapes) {
             let prefix = parts.iter().map(|(prefix, _)| prefix.as_str()).collect::<Vec<_>>().join(" + ");
-            let parts = parts.iter().zip(&shapes).map(|((prefix, _), shape)| linear_part(prefix, shape.weight, k));
-            let parts = parts.collect();
+            let parts = parts.iter().zip(&shapes).map(|((prefix, _), shape)| self.linear_part(prefix, shape.weight, k));
+            let parts = parts.collect::<Result<_>>()?;
             return Ok(vec![self.project(&prefix, shape, parts, biases.into_iter().flatten().collect(), 0)]);
         }
         let mut offset = 0;
         let mut projections = Vec::with_capacity(parts.len());
         for (((prefix, n), shape), bias) in parts.iter().zip(shapes).zip(biases) {
-            let part = vec![linear_part(prefix, shape.weight, k)];
+            let part = vec![self.linear_part(prefix, shape.weight, k)?];
             projections.push(self.project(prefix, shape, part, bias.into_iter().collect(), offset));
             offset += n;
         }
@@ -403,8 +406,24 @@ impl Planner<'_> {
 
         let shape = quant::linear_shape(self.checkpoint, self.quantization.as_ref(), prefix, n, k)?;
         let bias = self.bias(prefix, n, bias)?.map(|part| part.in_order(order.clone()));
-        let part = linear_part(prefix, shape.weight, k).in_order(order);
+        let part = self.linear_part(prefix, shape.weight, k)?.in_order(order);
         Ok(self.project(prefix, shape, vec![part], bias.into_iter().collect(), 0))
+    }
+
+    /// The rows of a module, in the form that was planned.
+    fn linear_part(&self, prefix: &str, shape: WeightShape, k: usize) -> Result<Part> {
+        let (module, n) = (prefix.to_owned(), shape.rows());
+        let stored = match shape {
+            WeightShape::W4 { offset: Offset::Zero, .. } => {
+                StoredGemm::of(self.checkpoint, self.quantization.as_ref(), prefix, n, k)?
+            }
+            _ => None,
+        };
+        let part = Part::new(prefix, n, move |input, rows| {
+            let rows = quant::load_rows(input.checkpoint, input.quantization, &module, (n, k), rows)?;
+            Ok(rows.map(|rows| rows.widened(&shape)))
+        });
+        Ok(Part { stored, ..part })
     }
 
     fn push(&mut self, name: &str, shape: WeightShape, parts: Vec<Part>) -> WeightId {
@@ -413,18 +432,10 @@ impl Planner<'_> {
     }
 }
 
-/// The rows of a module, in the form that was planned.
-fn linear_part(prefix: &str, shape: WeightShape, k: usize) -> Part {
-    let (module, n) = (prefix.to_owned(), shape.rows());
-    Part::new(prefix, n, move |input, rows| {
-        let rows = quant::load_rows(input.checkpoint, input.quantization, &module, (n, k), rows)?;
-        Ok(rows.map(|rows| rows.widened(&shape)))
-    })
-}
-
 /// What is known already.
 fn kept_part(len: usize, weight: Weight) -> Part {
-    Part { prefix: String::new(), rows: len, read: Box::new(move |_, _| Ok(Some(weight.clone()))), is_whole: true }
+    let read: ReadRows = Box::new(move |_, _| Ok(Some(weight.clone())));
+    Part { prefix: String::new(), rows: len, read, stored: None, is_whole: true }
 }
 
 /// The shape of one matrix with the rows of all, if they are 4-bit, packed in the same way, and do the same to their
@@ -471,6 +482,8 @@ struct Part {
     prefix: String,
     rows: usize,
     read: ReadRows,
+    /// The same rows for backends that take them as they are stored.
+    stored: Option<StoredGemm>,
     /// Whether it is read in one piece.
     is_whole: bool,
 }
@@ -490,7 +503,7 @@ impl Part {
         rows: usize,
         read: impl Fn(&Input<'_>, Range<usize>) -> Result<Option<Weight>> + Send + Sync + 'static,
     ) -> Self {
-        Self { prefix: prefix.to_owned(), rows, read: Box::new(read), is_whole: false }
+        Self { prefix: prefix.to_owned(), rows, read: Box::new(read), stored: None, is_whole: false }
     }
 
     /// The same rows in the order of `order`.
@@ -500,7 +513,7 @@ impl Part {
             true => Ok(read(input, rows)?.map(|weight| weight.select_rows(&order))),
             false => Ok(None),
         };
-        Self { prefix, rows: n, read: Box::new(read), is_whole: false }
+        Self { prefix, rows: n, read: Box::new(read), stored: None, is_whole: false }
     }
 }
 
@@ -547,6 +560,8 @@ pub(super) struct Upload {
     part: usize,
     /// Next row of the part.
     row: usize,
+    /// Next input of the part, where it is taken as it is stored.
+    input: usize,
     id: Option<WeightId>,
     /// Rows that do not fill a step yet, because the next ones are stored elsewhere.
     held: Option<Weight>,
@@ -600,11 +615,30 @@ impl Upload {
         let Some(part) = item.parts.get(self.part) else {
             return Err(Error::new(ErrorKind::InvalidTensor, "the weight has no rows"));
         };
+        if let Some(stored) = &part.stored
+            && self.held.is_none()
+            && backend.takes_stored(id, stored)
+        {
+            let bytes = item.shape.bytes(part.rows);
+            let step = (most.saturating_mul(stored.k as u64) / bytes.max(1)) as usize / INPUT_STEP * INPUT_STEP;
+            let inputs = self.input..stored.k.min(self.input.saturating_add(step.max(INPUT_STEP)));
+            let before = |input: usize| bytes * input as u64 / stored.k as u64;
+            let brought = before(inputs.end) - before(inputs.start);
+            self.input = inputs.end;
+            backend.fill_stored(id, stored, inputs)?;
+            if self.input == stored.k {
+                (self.part, self.input) = (self.part + 1, 0);
+                self.end_item(item, checkpoint, backend);
+            }
+            return Ok(brought);
+        }
         // What is computed with in place is not cut up.
-        let whole = part.is_whole || backend.is_host() && item.is_view(checkpoint);
+        let is_view = item.is_view(checkpoint);
+        let whole = part.is_whole || backend.is_host() && is_view;
         let step = (most / item.shape.bytes(1).max(1)) as usize / ROW_STEP * ROW_STEP;
         let end = if whole { part.rows } else { part.rows.min(self.row.saturating_add(step.max(ROW_STEP))) };
-        let ranges = shares(self.row..end, if whole { 0 } else { item.shape.bytes(1) });
+        // Views are made at once; the backend reads them.
+        let ranges = shares(self.row..end, if whole || is_view { 0 } else { item.shape.bytes(1) });
         let (part_number, is_last_part) = (self.part, self.part + 1 == item.parts.len());
         let mut bytes = 0;
         read_side_by_side(part, &input, ranges, |rows, range| {
@@ -638,14 +672,20 @@ impl Upload {
             bytes += item.shape.bytes(count);
             Ok(())
         })?;
-        if self.part == item.parts.len() {
-            if !backend.is_host() {
-                // The device has them now.
-                item.parts.iter().flat_map(|part| tensors(checkpoint, part)).for_each(|tensor| tensor.release());
-            }
-            *self = Self { item: self.item + 1, ..Self::default() };
-        }
+        self.end_item(item, checkpoint, backend);
         Ok(bytes)
+    }
+
+    /// Goes on to the next weight behind the last part of this one.
+    fn end_item(&mut self, item: &Item, checkpoint: &Checkpoint, backend: &dyn Backend) {
+        if self.part < item.parts.len() {
+            return;
+        }
+        if !backend.is_host() || !item.is_view(checkpoint) {
+            // The device has them now, or the host a copy.
+            item.parts.iter().flat_map(|part| tensors(checkpoint, part)).for_each(|tensor| tensor.release());
+        }
+        *self = Self { item: self.item + 1, ..Self::default() };
     }
 }
 

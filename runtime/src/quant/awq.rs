@@ -11,16 +11,19 @@
 //!
 //! ZW is ceil(G/8) rounded up to a multiple of 1, 2 or 4 for groups of at least 128, of 64 and of 32; the padding is 0.
 
+use std::ops::Range;
+
 use half::f16;
 
-use crate::checkpoint::{Checkpoint, Dtype, TensorView};
+use crate::checkpoint::source::Extent;
+use crate::checkpoint::{Checkpoint, Dtype, Piece, TensorView};
 use crate::error::{Error, ErrorKind, Result};
 use crate::tensor::{Offset, W4Matrix, Weight};
 
 use super::bits::transpose;
 use super::build::{Rows, affine, numbers};
 use super::canonical::{pack_params, read_f16, release};
-use super::{Shape, words};
+use super::{Dialect, Quantization, Shape, words};
 
 /// Nibble t of a `gemm` word holds output feature 8c + `GEMM_ORDER[t]`.
 const GEMM_ORDER: [usize; 8] = [0, 2, 4, 6, 1, 3, 5, 7];
@@ -36,8 +39,81 @@ pub struct GemmTensors {
     pub scales: Vec<f16>,
 }
 
-pub(super) fn decode_gemm(checkpoint: &Checkpoint, prefix: &str, shape: Shape) -> Result<Weight> {
-    let Shape { n, k, group_size, groups } = shape;
+/// Inputs at which [`StoredGemm`] can be cut.
+pub const INPUT_STEP: usize = 128;
+
+/// A matrix in the layout of `gemm` where it is stored, its headers checked but nothing read: for devices that undo the
+/// layout themselves, which is much faster than the processor.
+#[derive(Debug, Clone)]
+pub struct StoredGemm {
+    /// Output features; a multiple of 8.
+    pub n: usize,
+    /// Input features; a multiple of 8.
+    pub k: usize,
+    /// Input features of a group; divides `k`.
+    pub group_size: usize,
+    /// (k, n / 8) words, little-endian.
+    qweight: Extent,
+    /// (groups, n / 8) words, little-endian.
+    qzeros: Extent,
+    /// (groups, n) half precision, little-endian.
+    scales: Extent,
+}
+
+impl StoredGemm {
+    /// The module `prefix` of `n` outputs and `k` inputs, if it is stored in this layout with scales of half precision.
+    ///
+    /// # Errors
+    /// As [`super::load_linear`], as far as headers show.
+    pub fn of(
+        checkpoint: &Checkpoint,
+        quantization: Option<&Quantization>,
+        prefix: &str,
+        n: usize,
+        k: usize,
+    ) -> Result<Option<Self>> {
+        let Some(scheme) = super::scheme_of_stored(checkpoint, quantization, prefix)? else { return Ok(None) };
+        if scheme.dialect != Dialect::AwqGemm {
+            return Ok(None);
+        }
+        let shape = Shape::of(checkpoint, prefix, (n, k), scheme)?;
+        let [qweight, qzeros, scales] = gemm_tensors(checkpoint, prefix, shape)?;
+        let extent = |tensor: &TensorView| tensor.extent().clone();
+        Ok((scales.dtype == Dtype::F16).then(|| Self {
+            n,
+            k,
+            group_size: shape.group_size,
+            qweight: extent(qweight),
+            qzeros: extent(qzeros),
+            scales: extent(scales),
+        }))
+    }
+
+    /// The groups that begin within `inputs`.
+    pub fn groups_from(&self, inputs: &Range<usize>) -> Range<usize> {
+        inputs.start.div_ceil(self.group_size)..inputs.end.div_ceil(self.group_size)
+    }
+
+    /// What is stored for `inputs`: (inputs, n / 8) words of codes, and of the groups that begin there (groups, n) scales
+    /// and (groups, n / 8) words of zero points.
+    pub fn pieces(&self, inputs: &Range<usize>) -> [Piece<'_>; 3] {
+        let groups = self.groups_from(inputs);
+        let rows = |extent, rows: &Range<usize>, bytes: usize| Piece::Stored {
+            extent,
+            at: rows.start * bytes,
+            len: rows.len() * bytes,
+        };
+        [
+            rows(&self.qweight, inputs, self.n / 2),
+            rows(&self.scales, &groups, self.n * 2),
+            rows(&self.qzeros, &groups, self.n / 2),
+        ]
+    }
+}
+
+/// The tensors of a module, after checks of their types and shapes.
+fn gemm_tensors<'a>(checkpoint: &'a Checkpoint, prefix: &str, shape: Shape) -> Result<[&'a TensorView; 3]> {
+    let Shape { n, k, groups, .. } = shape;
     let [qweight, qzeros, scales] = tensors(checkpoint, prefix, "qzeros")?;
     shape.expect_words().map_err(|error| error.in_file(&qweight.file).in_tensor(&qweight.name))?;
     if n % 8 != 0 {
@@ -46,6 +122,12 @@ pub(super) fn decode_gemm(checkpoint: &Checkpoint, prefix: &str, shape: Shape) -
     check(qweight, Dtype::I32, &[k, n / 8])?;
     check(qzeros, Dtype::I32, &[groups, n / 8])?;
     scales.expect_shape(&[groups, n])?;
+    Ok([qweight, qzeros, scales])
+}
+
+pub(super) fn decode_gemm(checkpoint: &Checkpoint, prefix: &str, shape: Shape) -> Result<Weight> {
+    let Shape { n, k, group_size, groups } = shape;
+    let [qweight, qzeros, scales] = gemm_tensors(checkpoint, prefix, shape)?;
     let scale_values = read_f16(scales)?;
 
     let mut group_params = qzeros.reserve(n * groups)?;

@@ -80,7 +80,7 @@ pub const ENTRIES: &[Entry] = &[
             Binding { index: 4, name: "staged", kind: BindingKind::StorageReadWrite, min_size: 16 },
         ],
         workgroup_size: [32, 1, 1],
-        workgroup_memory: 256,
+        workgroup_memory: 320,
         params: &[
             Field { name: "k", offset: 0 },
             Field { name: "x_stride", offset: 4 },
@@ -146,7 +146,7 @@ pub const ENTRIES: &[Entry] = &[
             Binding { index: 7, name: "staged", kind: BindingKind::StorageReadWrite, min_size: 16 },
         ],
         workgroup_size: [256, 1, 1],
-        workgroup_memory: 1408,
+        workgroup_memory: 4320,
         params: &[
             Field { name: "n", offset: 0 },
             Field { name: "k", offset: 4 },
@@ -179,7 +179,7 @@ pub const ENTRIES: &[Entry] = &[
             Binding { index: 9, name: "v_cache", kind: BindingKind::StorageReadWrite, min_size: 4 },
         ],
         workgroup_size: [256, 1, 1],
-        workgroup_memory: 1408,
+        workgroup_memory: 4256,
         params: &[
             Field { name: "n", offset: 0 },
             Field { name: "k", offset: 4 },
@@ -212,7 +212,7 @@ pub const ENTRIES: &[Entry] = &[
             Binding { index: 6, name: "staged", kind: BindingKind::StorageReadWrite, min_size: 16 },
         ],
         workgroup_size: [256, 1, 1],
-        workgroup_memory: 1536,
+        workgroup_memory: 4320,
         params: &[
             Field { name: "n", offset: 0 },
             Field { name: "k", offset: 4 },
@@ -498,6 +498,37 @@ pub const ENTRIES: &[Entry] = &[
         ],
     },
     Entry {
+        name: "attention_subgroup",
+        bindings: &[
+            Binding { index: 0, name: "params", kind: BindingKind::Uniform, min_size: 52 },
+            Binding { index: 1, name: "step", kind: BindingKind::Uniform, min_size: 16 },
+            Binding { index: 2, name: "qkv", kind: BindingKind::StorageRead, min_size: 16 },
+            Binding { index: 3, name: "k_cache", kind: BindingKind::StorageRead, min_size: 16 },
+            Binding { index: 4, name: "v_cache", kind: BindingKind::StorageRead, min_size: 16 },
+            Binding { index: 5, name: "partial_out", kind: BindingKind::StorageReadWrite, min_size: 4 },
+            Binding { index: 6, name: "partial_ml", kind: BindingKind::StorageReadWrite, min_size: 8 },
+            Binding { index: 7, name: "out", kind: BindingKind::StorageReadWrite, min_size: 4 },
+            Binding { index: 8, name: "staged", kind: BindingKind::StorageReadWrite, min_size: 16 },
+        ],
+        workgroup_size: [256, 1, 1],
+        workgroup_memory: 6464,
+        params: &[
+            Field { name: "heads", offset: 0 },
+            Field { name: "kv_heads", offset: 4 },
+            Field { name: "head_dim", offset: 8 },
+            Field { name: "qkv_stride", offset: 12 },
+            Field { name: "context", offset: 16 },
+            Field { name: "scale", offset: 20 },
+            Field { name: "window", offset: 24 },
+            Field { name: "splits_max", offset: 28 },
+            Field { name: "split_len", offset: 32 },
+            Field { name: "cap", offset: 36 },
+            Field { name: "out_stride", offset: 40 },
+            Field { name: "flags", offset: 44 },
+            Field { name: "stage_quads", offset: 48 },
+        ],
+    },
+    Entry {
         name: "attention_coop",
         bindings: &[
             Binding { index: 0, name: "params", kind: BindingKind::Uniform, min_size: 36 },
@@ -508,7 +539,7 @@ pub const ENTRIES: &[Entry] = &[
             Binding { index: 5, name: "out", kind: BindingKind::StorageReadWrite, min_size: 4 },
         ],
         workgroup_size: [128, 1, 1],
-        workgroup_memory: 31744,
+        workgroup_memory: 41472,
         params: &[
             Field { name: "heads", offset: 0 },
             Field { name: "kv_heads", offset: 4 },
@@ -532,7 +563,7 @@ pub const ENTRIES: &[Entry] = &[
             Binding { index: 5, name: "staged", kind: BindingKind::StorageReadWrite, min_size: 16 },
         ],
         workgroup_size: [256, 1, 1],
-        workgroup_memory: 4352,
+        workgroup_memory: 4416,
         params: &[
             Field { name: "heads", offset: 0 },
             Field { name: "head_dim", offset: 4 },
@@ -627,7 +658,7 @@ pub const ENTRIES: &[Entry] = &[
             Binding { index: 6, name: "out", kind: BindingKind::StorageReadWrite, min_size: 4 },
         ],
         workgroup_size: [256, 1, 1],
-        workgroup_memory: 1152,
+        workgroup_memory: 4000,
         params: &[
             Field { name: "n", offset: 0 },
             Field { name: "k", offset: 4 },
@@ -659,7 +690,7 @@ pub const ENTRIES: &[Entry] = &[
             Binding { index: 6, name: "staged", kind: BindingKind::StorageReadWrite, min_size: 16 },
         ],
         workgroup_size: [256, 1, 1],
-        workgroup_memory: 1536,
+        workgroup_memory: 4448,
         params: &[
             Field { name: "n", offset: 0 },
             Field { name: "k", offset: 4 },
@@ -894,6 +925,28 @@ pub const ENTRIES: &[Entry] = &[
             Field { name: "repetition", offset: 32 },
             Field { name: "presence", offset: 36 },
             Field { name: "frequency", offset: 40 },
+        ],
+    },
+    Entry {
+        name: "w4_stored",
+        bindings: &[
+            Binding { index: 0, name: "params", kind: BindingKind::Uniform, min_size: 36 },
+            Binding { index: 2, name: "stored", kind: BindingKind::StorageRead, min_size: 4 },
+            Binding { index: 3, name: "codes", kind: BindingKind::StorageReadWrite, min_size: 16 },
+            Binding { index: 4, name: "group_params", kind: BindingKind::StorageReadWrite, min_size: 4 },
+        ],
+        workgroup_size: [256, 1, 1],
+        workgroup_memory: 0,
+        params: &[
+            Field { name: "n", offset: 0 },
+            Field { name: "inputs", offset: 4 },
+            Field { name: "skip", offset: 8 },
+            Field { name: "rows", offset: 12 },
+            Field { name: "first_row", offset: 16 },
+            Field { name: "first", offset: 20 },
+            Field { name: "per_row", offset: 24 },
+            Field { name: "scales", offset: 28 },
+            Field { name: "zeros", offset: 32 },
         ],
     },
 ];

@@ -203,6 +203,18 @@ DEVICE void copy_async16(void* to, const void* from) {
     *static_cast<U4*>(to) = load_fresh(static_cast<const U4*>(from));
 #endif
 }
+// The same; its neighbours are wanted soon and may come along as far as the L2 cache. For runs too short for the memory
+// to be quick with them one by one.
+DEVICE void copy_async16_of_run(void* to, const void* from) {
+#if HAS_ASYNC_COPY
+    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;"
+                 :
+                 : "r"(shared_address(to)), "l"(from)
+                 : "memory");
+#else
+    copy_async16(to, from);
+#endif
+}
 // Zeros where `valid` is false; `from` is not read then.
 DEVICE void copy_async16(void* to, const void* from, bool valid) {
 #if HAS_ASYNC_COPY

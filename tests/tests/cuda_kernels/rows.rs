@@ -378,9 +378,27 @@ fn matrices_of_autoawq_files() {
             stages: product.stages,
             first_tile: 0,
             tiles,
+            first_chunk: 0,
+            first_group: 0,
         };
-        device.run("w4_awq", [2 * product.stages, tiles.div_ceil(8), 1], 256, 0, &arguments);
-        device.run("w4_awq_params", [groups as u32, tiles.div_ceil(32), 1], 256, 0, &arguments);
+        // In two pieces, the second of which begins with the second chunk and the second group.
+        for first in [0, 1] {
+            let chunks = if first == 0 { 1 } else { 2 * product.stages - 1 };
+            let from = u64::from(first) * cuda::CHUNK as u64 * (n as u64 / 8) * 4;
+            let piece = W4Args { codes: arguments.codes + from, first_chunk: first, ..arguments };
+            device.run("w4_awq", [chunks, tiles.div_ceil(8), 1], 256, 0, &piece);
+            let rest = if first == 0 { 1 } else { groups as u32 - 1 };
+            let (scales, zeros) = (u64::from(first) * n as u64 * 2, u64::from(first) * (n as u64 / 8) * 4);
+            let piece = W4Args {
+                scales: arguments.scales + scales,
+                zeros: arguments.zeros + zeros,
+                first_group: first,
+                ..arguments
+            };
+            if rest > 0 {
+                device.run("w4_awq_params", [rest, tiles.div_ceil(32), 1], 256, 0, &piece);
+            }
+        }
         for (found, expected, what) in [(&codes, &w.codes, "codes"), (&params, &w.params, "parameters")] {
             let bytes = expected.bytes() as usize;
             let (found, expected): (Vec<u8>, Vec<u8>) =

@@ -192,6 +192,10 @@ impl Gpu {
             // All that a block can have: what a launch uses is up to the launch.
             let most = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             check(sys::cuFuncSetAttribute(function, most, self.limits.shared as c_int), &doing)?;
+            // The same split of shared memory and cache for all: a multiprocessor has to be empty to change it, and a
+            // kernel could not begin beside the one in front.
+            let share = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
+            check(sys::cuFuncSetAttribute(function, share, 100), &doing)?;
         }
         functions.insert(name, Function(function));
         Ok(Function(function))

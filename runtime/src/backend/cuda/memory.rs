@@ -211,8 +211,8 @@ impl Memory {
         }
         let shape = program.attention;
         let blocks = shape.kv_heads * (shape.heads / shape.kv_heads).div_ceil(MANY_HEADS);
-        // Two blocks a multiprocessor, but no split of less than a block of positions.
-        let number = (2 * self.gpu.limits.multiprocessors).div_ceil(blocks);
+        // No more blocks than run at once, two a multiprocessor, and no split of less than a block of positions.
+        let number = 2 * self.gpu.limits.multiprocessors / blocks;
         let number = number.min(self.config.context.div_ceil(64)).clamp(1, 64);
         let parts = u64::from(FEW.min(self.config.max_tokens)) * u64::from(shape.heads) * u64::from(number);
         let partial = self.make(stream, "attention of the splits", parts.checked_mul(u64::from(shape.head_dim) * 4))?;

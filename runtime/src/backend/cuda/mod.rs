@@ -1,18 +1,21 @@
 //! NVIDIA GPUs through CUDA: our own kernels, compiled ahead, and the driver alone.
 //!
-//! `driver` is the driver behind safe types, `selftest` decides which kernels can be trusted, `weights` lays matrices out
-//! on the device, `memory` is what a session holds there, `plan` turns a program into kernel calls once, `run` queues one
+//! `driver` is the driver behind safe types, `selftest` decides which kernels can be trusted, `loader` brings weights to
+//! the device, `weights` lays them out there, `memory` is what a session holds there, `plan` turns a program into kernel calls once, `run` queues one
 //! step of it, `sampling` picks tokens and `pace` estimates how long work takes. A machine without a driver, or with an
 //! old one, is one without such a device.
 
+use std::ops::Range;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use super::{Backend, BackendInfo, Budget, Device, KvType, Opening, Program, Runner, RunnerConfig, WeightId};
 use crate::error::{Error, ErrorKind, Result};
+use crate::quant::awq::StoredGemm;
 use crate::tensor::{Weight, WeightShape};
 
 #[doc(hidden)]
 pub mod driver;
+mod loader;
 mod memory;
 mod pace;
 mod plan;
@@ -24,7 +27,11 @@ mod weights;
 pub use driver::{CudaChoice, DeviceSummary, devices};
 
 use driver::{Gpu, Stream};
-use weights::{CudaWeight, Loader};
+use loader::{Loader, STAGING};
+use weights::CudaWeight;
+
+/// The kernels for many rows are at their best with thousands, and keep no wide rows in memory.
+pub(crate) const DEFAULT_CHUNK: u32 = 2048;
 
 /// What to open.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -131,6 +138,10 @@ impl Device for CudaDevice {
         Box::new(self.backend())
     }
 
+    fn default_chunk(&self) -> u32 {
+        DEFAULT_CHUNK
+    }
+
     fn is_lost(&self) -> bool {
         self.gpu.is_lost()
     }
@@ -212,7 +223,7 @@ impl Backend for CudaBackend {
         drop(self.hold()?);
         let loader = match &mut self.loader {
             Some(loader) => loader,
-            none => none.insert(Loader::new(&self.gpu)?),
+            none => none.insert(Loader::new(&self.gpu, STAGING)?),
         };
         let weight = CudaWeight::reserve(&self.gpu, &loader.stream, name, shape).map_err(|e| e.in_tensor(name))?;
         loader.filled = 0;
@@ -235,6 +246,33 @@ impl Backend for CudaBackend {
             }
             _ => Err(Error::new(ErrorKind::InvalidInput, format!("weight {} takes no {count} rows", id.0))),
         }
+    }
+
+    fn takes_stored(&self, id: WeightId, stored: &StoredGemm) -> bool {
+        let weights = self.weights.read().unwrap_or_else(PoisonError::into_inner);
+        let weight = weights.as_ref().and_then(|weights| weights.get(id.0 as usize));
+        match (weight, &self.loader) {
+            (Some(weight), Some(loader)) => weight.takes_stored(loader, stored),
+            _ => false,
+        }
+    }
+
+    fn fill_stored(&mut self, id: WeightId, stored: &StoredGemm, inputs: Range<usize>) -> Result<()> {
+        drop(self.hold()?);
+        let weights = self.weights.get_mut().unwrap_or_else(PoisonError::into_inner).get_or_insert_default();
+        let last = weights.len().checked_sub(1);
+        match (weights.get_mut(id.0 as usize), &mut self.loader) {
+            (Some(weight), Some(loader))
+                if last == Some(id.0 as usize) && loader.filled + stored.n <= weight.rows() =>
+            {
+                weight.fill_stored(loader, stored, inputs)
+            }
+            _ => Err(Error::new(ErrorKind::InvalidInput, format!("weight {} takes no {} rows", id.0, stored.n))),
+        }
+    }
+
+    fn end_of_weights(&mut self) {
+        self.loader = None;
     }
 
     fn weight_bytes(&self, shape: &WeightShape) -> u64 {

@@ -7,7 +7,8 @@ use half::f16;
 
 use super::CudaOptions;
 use super::driver::{Gpu, Launch};
-use super::weights::{CudaW4, CudaWeight, Loader};
+use super::loader::Loader;
+use super::weights::{CudaW4, CudaWeight};
 use crate::error::{Error, ErrorKind, Result};
 use crate::tensor::{Offset, W4Matrix, Weight};
 
@@ -15,6 +16,8 @@ use crate::tensor::{Offset, W4Matrix, Weight};
 const N: usize = 96;
 const K: usize = 256;
 const TOKENS: usize = 70;
+/// Bytes of the matrix on its way.
+const ROOM: usize = 64 << 10;
 /// Largest difference, relative to the largest product: half precision weights carry 11 bits.
 const TOLERANCE: f32 = 1e-3;
 
@@ -90,7 +93,7 @@ impl Trial {
                 products[t * N + n] = row.iter().zip(x).map(|(w, x)| w * x.to_f32()).sum();
             }
         }
-        let mut loader = Loader::new(gpu)?;
+        let mut loader = Loader::new(gpu, ROOM)?;
         let rows = Weight::W4(host);
         let mut matrix = CudaWeight::reserve(gpu, &loader.stream, "the self-test", &rows.shape())?;
         matrix.fill(&mut loader, &rows)?;

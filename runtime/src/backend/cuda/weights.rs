@@ -1,16 +1,17 @@
 //! Weights on the device: packed matrices in the tiles of the kernels, made there from rows as they arrive; dense
 //! matrices in half precision rows; vectors.
 
+use std::ops::Range;
 use std::sync::Arc;
 
-use awqua_shaders::cuda::{self, RowsArgs, STAGE, TILE, W4Args};
+use awqua_shaders::cuda::{self, CHUNK, RowsArgs, STAGE, TILE, W4Args};
 
-use super::driver::{Buffer, Event, Gpu, Launch, Pinned, Stream};
+use super::driver::{Buffer, Gpu, Launch, Stream};
+use super::loader::Loader;
+use crate::checkpoint::Piece;
 use crate::error::{Error, ErrorKind, Result};
+use crate::quant::awq::StoredGemm;
 use crate::tensor::{DenseMatrix, DenseType, Offset, W4Matrix, Weight, WeightShape};
-
-/// Bytes on their way at once, twice: one half is filled while the device takes the other.
-const STAGING: usize = 8 << 20;
 
 /// Rows of a dense matrix that one kernel call lays out.
 const MOST_ROWS: usize = 32768;
@@ -121,63 +122,6 @@ fn dimension(value: usize) -> Result<u32> {
         .map_err(|_| Error::new(ErrorKind::Unsupported, format!("dimension {value} does not fit 32 bits")))
 }
 
-/// What uploads go through.
-pub(super) struct Loader {
-    gpu: Arc<Gpu>,
-    pub(super) stream: Stream,
-    /// Rows of the last weight that came so far.
-    pub(super) filled: usize,
-    halves: [Half; 2],
-    /// The half that is filled next.
-    next: usize,
-}
-
-/// One half of the way: memory of the host, the same on the device, and the end of the work on it.
-struct Half {
-    host: Pinned,
-    device: Buffer,
-    end: Option<Event>,
-}
-
-impl Loader {
-    pub(super) fn new(gpu: &Arc<Gpu>) -> Result<Self> {
-        let half = || {
-            let device = gpu.buffer("the way of the weights", STAGING as u64)?;
-            Ok::<_, Error>(Half { host: gpu.pinned(STAGING)?, device, end: None })
-        };
-        Ok(Self { gpu: gpu.clone(), stream: gpu.stream()?, filled: 0, halves: [half()?, half()?], next: 0 })
-    }
-
-    /// Whether the device has taken everything.
-    pub(super) fn is_settled(&self) -> Result<bool> {
-        self.halves.iter().try_fold(true, |all, half| Ok(all && half.end.as_ref().map_or(Ok(true), Event::is_reached)?))
-    }
-
-    /// Brings `parts` to the device, one behind the other at multiples of 16 bytes, and queues what `use_them` makes of
-    /// their addresses. The parts are at most [`STAGING`] bytes.
-    fn pass(&mut self, parts: &[&[u8]], use_them: impl FnOnce(&[u64]) -> Result<Vec<Launch>>) -> Result<()> {
-        let half = &mut self.halves[self.next];
-        if let Some(end) = half.end.take() {
-            end.wait()?;
-        }
-        let (mut at, mut addresses) = (0, Vec::with_capacity(parts.len()));
-        for part in parts {
-            addresses.push(half.device.address() + at as u64);
-            half.host.bytes_mut()[at..at + part.len()].copy_from_slice(part);
-            at = (at + part.len()).next_multiple_of(16);
-        }
-        self.stream.upload_pinned(&half.device, 0, &half.host, at.min(STAGING))?;
-        for launch in use_them(&addresses)? {
-            // SAFETY: the callers make the arguments from what they reserved; buffers of weights live as long as the
-            // backend, which waits for its stream before it frees them.
-            unsafe { self.stream.launch(&Launch { overlaps: false, ..launch }) }?;
-        }
-        half.end = Some(super::mark(&self.gpu, &self.stream)?);
-        self.next = 1 - self.next;
-        Ok(())
-    }
-}
-
 impl CudaWeight {
     /// Makes room for a weight of `shape`.
     ///
@@ -268,6 +212,27 @@ impl CudaWeight {
         loader.filled = first + rows.shape().rows();
         Ok(())
     }
+
+    /// Whether [`Self::fill_stored`] takes `stored` as the next rows.
+    pub(super) fn takes_stored(&self, loader: &Loader, stored: &StoredGemm) -> bool {
+        matches!(self, Self::W4(to) if to.takes(loader, stored))
+    }
+
+    /// Queues the upload of some inputs of the next rows.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`] if they are of another form, those of reading, or a device error.
+    pub(super) fn fill_stored(&mut self, loader: &mut Loader, stored: &StoredGemm, inputs: Range<usize>) -> Result<()> {
+        let last = inputs.end == stored.k;
+        match self {
+            Self::W4(to) if to.takes(loader, stored) => to.fill_stored(loader, stored, inputs)?,
+            _ => return Err(Error::new(ErrorKind::InvalidInput, "this weight does not take rows as they are stored")),
+        }
+        if last {
+            loader.filled += stored.n;
+        }
+        Ok(())
+    }
 }
 
 impl CudaW4 {
@@ -275,11 +240,11 @@ impl CudaW4 {
         if rows.offset == Offset::Zero && !rows.group_params.iter().all(|params| is_code(*params)) {
             self.flags |= cuda::FRACTIONS;
         }
-        let (codes, params) = (loader.gpu.function("w4_rows")?, loader.gpu.function("w4_rows_params")?);
+        let (codes, params) = (loader.gpu().function("w4_rows")?, loader.gpu().function("w4_rows_params")?);
         let (columns, groups) = (rows.k / 8, rows.groups());
         let pair = 2 * TILE as usize;
         let pair_bytes = pair * (columns + groups) * 4;
-        let at_once = ((STAGING - 64) / pair_bytes).max(1) * pair;
+        let at_once = ((loader.room - 64) / pair_bytes).max(1) * pair;
         for first in (0..rows.n).step_by(at_once) {
             let last = rows.n.min(first + at_once);
             let words: &[u8] = bytemuck::cast_slice(&rows.qweight[first * columns..last * columns]);
@@ -297,15 +262,69 @@ impl CudaW4 {
                 ..Default::default()
             };
             let grids = ([2 * self.stages(), tiles.div_ceil(8), 1], [self.groups, tiles.div_ceil(32), 1]);
-            if words.len() + numbers.len() + 16 > STAGING {
+            if words.len() + numbers.len() + 16 > loader.room {
                 return Err(Error::new(ErrorKind::Unsupported, format!("rows of {} bytes", pair_bytes / pair)));
             }
-            loader.pass(&[words, numbers], |at| {
+            loader.pass(&[Piece::Bytes(words), Piece::Bytes(numbers)], |at| {
                 let arguments = W4Args { codes: at[0], params: at[1], ..arguments };
                 Ok(vec![
                     Launch::new(codes, grids.0, 256, 0, &arguments),
                     Launch::new(params, grids.1, 256, 0, &arguments),
                 ])
+            })?;
+        }
+        Ok(())
+    }
+}
+
+impl CudaW4 {
+    /// Whether the kernels undo this layout, and a few of its inputs fit on the way.
+    fn takes(&self, loader: &Loader, stored: &StoredGemm) -> bool {
+        let alike = stored.k == self.k as usize && stored.k / stored.group_size == self.groups as usize;
+        let fits = Self::piece_bytes(stored, &(0..STAGE as usize)) <= loader.room && stored.k.is_multiple_of(8);
+        alike
+            && fits
+            && self.flags & cuda::OFFSET_IS_BIAS == 0
+            && (loader.filled | stored.n).is_multiple_of(2 * TILE as usize)
+    }
+
+    /// Bytes of codes and group parameters of some inputs, at most, with their alignment on the way.
+    fn piece_bytes(stored: &StoredGemm, inputs: &Range<usize>) -> usize {
+        let groups = inputs.len().div_ceil(stored.group_size);
+        inputs.len() * stored.n / 2 + groups * (stored.n * 2 + stored.n / 2) + 64
+    }
+
+    /// Queues inputs `inputs`, from a multiple of [`STAGE`] on, of the next rows.
+    fn fill_stored(&self, loader: &mut Loader, stored: &StoredGemm, inputs: Range<usize>) -> Result<()> {
+        let (codes, params) = (loader.gpu().function("w4_awq")?, loader.gpu().function("w4_awq_params")?);
+        let stage = STAGE as usize;
+        let at_once = (loader.room / Self::piece_bytes(stored, &(0..stage))).max(1) * stage;
+        for from in inputs.clone().step_by(at_once) {
+            let inputs = from..inputs.end.min(from + at_once);
+            let groups = stored.groups_from(&inputs);
+            let tiles = (stored.n / TILE as usize) as u32;
+            let arguments = W4Args {
+                out: self.codes.address(),
+                out_params: self.params.address(),
+                n: dimension(stored.n)?,
+                k: self.k,
+                groups: self.groups,
+                stages: self.stages(),
+                first_tile: (loader.filled / TILE as usize) as u32,
+                tiles,
+                first_chunk: (from / CHUNK as usize) as u32,
+                first_group: groups.start as u32,
+                ..Default::default()
+            };
+            let chunks = inputs.len().div_ceil(CHUNK as usize) as u32;
+            loader.pass(&stored.pieces(&inputs), |at| {
+                let arguments = W4Args { codes: at[0], scales: at[1], zeros: at[2], ..arguments };
+                let mut launches = vec![Launch::new(codes, [chunks, tiles.div_ceil(8), 1], 256, 0, &arguments)];
+                if !groups.is_empty() {
+                    let grid = [groups.len() as u32, tiles.div_ceil(32), 1];
+                    launches.push(Launch::new(params, grid, 256, 0, &arguments));
+                }
+                Ok(launches)
             })?;
         }
         Ok(())
@@ -320,7 +339,7 @@ impl CudaDense {
             DenseType::F32 => cuda::FROM_F32,
         };
         let row_bytes = rows.row_bytes();
-        let at_once = (STAGING / row_bytes.max(1)).clamp(1, MOST_ROWS);
+        let at_once = (loader.room / row_bytes.max(1)).clamp(1, MOST_ROWS);
         for first in (0..rows.n).step_by(at_once) {
             let count = at_once.min(rows.n - first);
             let data = &rows.bytes[first * row_bytes..(first + count) * row_bytes];
@@ -330,7 +349,7 @@ impl CudaDense {
     }
 
     fn fill_dequantised(&mut self, loader: &mut Loader, rows: &W4Matrix) -> Result<()> {
-        let at_once = (STAGING / (rows.k * 4)).clamp(1, MOST_ROWS);
+        let at_once = (loader.room / (rows.k * 4)).clamp(1, MOST_ROWS);
         let mut values = Vec::new();
         for first in (0..rows.n).step_by(at_once) {
             let count = at_once.min(rows.n - first);
@@ -345,14 +364,14 @@ impl CudaDense {
 
     /// Brings `count` rows to row `first`.
     fn pass(&self, loader: &mut Loader, first: usize, count: usize, data: &[u8], kind: u32) -> Result<()> {
-        if data.len() > STAGING {
+        if data.len() > loader.room {
             return Err(Error::new(ErrorKind::Unsupported, format!("rows of {} bytes", data.len() / count.max(1))));
         }
-        let function = loader.gpu.function("dense_rows")?;
+        let function = loader.gpu().function("dense_rows")?;
         let to = self.rows.address() + first as u64 * u64::from(self.stride) * 2;
         let (k, stride) = (self.k, self.stride);
         let grid = [stride.div_ceil(256), count as u32, 1];
-        loader.pass(&[data], |at| {
+        loader.pass(&[Piece::Bytes(data)], |at| {
             let arguments = RowsArgs { from: at[0], to, k, stride, r#type: kind, pad: 0 };
             Ok(vec![Launch::new(function, grid, 256, 0, &arguments)])
         })

@@ -47,6 +47,11 @@ impl Ticket {
     pub(super) fn number(&self) -> u64 {
         self.number
     }
+
+    /// What the device knows it by.
+    pub(super) fn index(&self) -> &wgpu::SubmissionIndex {
+        &self.index
+    }
 }
 
 #[derive(Default)]

@@ -1,22 +1,28 @@
 //! Any GPU through wgpu: Vulkan, Metal or Direct3D 12.
 //!
 //! `adapters` says what there is, `device` is an open one and turns its failures into errors, `selftest` decides which
-//! kernel variants can be trusted, `pipelines` compiles kernels, `weights` lays matrices out, `memory` is what a session
+//! kernel variants can be trusted, `pipelines` compiles kernels, `weights` lays matrices out, `loader` brings them there,
+//! `memory` is what a session
 //! holds there, `pace` estimates how long work takes, `plan` turns a program into bind groups and uniform blocks once,
 //! `run` encodes and submits one step of it, and `sampling` picks tokens without reading logits back.
 
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use awqua_shaders::{Elem, Reduce, Size, Variant};
 
-use super::{Backend, BackendInfo, Budget, Device, KvType, Opening, Program, Runner, RunnerConfig, WeightId};
+use super::{
+    Backend, BackendInfo, Budget, DEFAULT_CHUNK, Device, KvType, Opening, Program, Runner, RunnerConfig, WeightId,
+};
 use crate::error::{Error, ErrorKind, Result};
+use crate::quant::awq::StoredGemm;
 use crate::tensor::{Weight, WeightShape};
 
 mod adapters;
 mod device;
+mod loader;
 mod memory;
 mod pace;
 mod pipelines;
@@ -37,6 +43,7 @@ pub use adapters::{AdapterSummary, DeviceIds, adapters};
 pub use products::products;
 
 use device::Gpu;
+use loader::Loader;
 use pipelines::Pipelines;
 use selftest::SelfTest;
 use weights::GpuWeight;
@@ -188,6 +195,10 @@ impl Opening for WgpuOpening {
     }
 }
 
+/// [`Device::default_chunk`] of devices with many multiprocessors and memory of their own: 256 rows by 4,096 outputs keep
+/// half of an H100 busy.
+pub(crate) const DISCRETE_CHUNK: u32 = 1024;
+
 /// An open GPU with the kernel variants it is trusted with.
 struct WgpuDevice {
     gpu: Arc<Gpu>,
@@ -208,6 +219,7 @@ impl WgpuDevice {
             weights: Vec::new(),
             evicted: AtomicBool::new(false),
             filled: 0,
+            loader: None,
             stack: None,
             weight_bytes: 0,
         }
@@ -217,6 +229,10 @@ impl WgpuDevice {
 impl Device for WgpuDevice {
     fn backend(&self) -> Box<dyn Backend> {
         Box::new(self.backend())
+    }
+
+    fn default_chunk(&self) -> u32 {
+        if self.gpu.summary.kind == "discrete" { DISCRETE_CHUNK } else { DEFAULT_CHUNK }
     }
 
     fn is_lost(&self) -> bool {
@@ -249,6 +265,8 @@ pub struct WgpuBackend {
     evicted: AtomicBool,
     /// Rows of the last weight that came so far.
     filled: usize,
+    /// Made when the first weight comes.
+    loader: Option<Loader>,
     /// The first expert of the stack under way, and the form of all.
     stack: Option<(WeightId, WeightShape)>,
     weight_bytes: u64,
@@ -279,6 +297,24 @@ impl WgpuBackend {
         match self.evicted.load(Ordering::Acquire) {
             false => self.gpu.check(),
             true => Err(Error::new(ErrorKind::Evicted, "the weights were evicted")),
+        }
+    }
+
+    /// The weight whose buffers the next `count` rows of weight `id` go to, and which of its rows is the first: experts
+    /// lie in the first one's.
+    fn place(&self, id: WeightId, count: usize) -> Result<(usize, usize)> {
+        let last = self.weights.len().checked_sub(1);
+        let (at, before, room) = match (self.weights.get(id.0 as usize), self.stack) {
+            (Some(&GpuWeight::Expert { n, first }), Some((_, shape))) => {
+                (first, (id.0 - first) as usize * weights::expert_rows(&shape), n as usize)
+            }
+            (_, Some((first, shape))) if first == id => (id.0, 0, shape.rows()),
+            (weight, _) => (id.0, 0, weight.map_or(0, GpuWeight::rows)),
+        };
+        let at = at as usize;
+        match last == Some(id.0 as usize) && at < self.weights.len() && self.filled + count <= room {
+            true => Ok((at, before + self.filled)),
+            false => Err(Error::new(ErrorKind::InvalidInput, format!("weight {} takes no {count} rows", id.0))),
         }
     }
 
@@ -334,24 +370,44 @@ impl Backend for WgpuBackend {
     }
 
     fn fill(&mut self, id: WeightId, rows: Weight) -> Result<()> {
-        let last = self.weights.len().checked_sub(1);
         let count = rows.shape().rows();
-        // Experts lie in the first one's buffers.
-        let (at, before, room) = match (self.weights.get(id.0 as usize), self.stack) {
-            (Some(&GpuWeight::Expert { n, first }), Some((_, shape))) => {
-                (first, (id.0 - first) as usize * weights::expert_rows(&shape), n as usize)
-            }
-            (_, Some((first, shape))) if first == id => (id.0, 0, shape.rows()),
-            (weight, _) => (id.0, 0, weight.map_or(0, GpuWeight::rows)),
+        let (at, first) = self.place(id, count)?;
+        let loader = match &mut self.loader {
+            Some(loader) => loader,
+            none => none.insert(Loader::new(&self.gpu, &self.pipelines)?),
         };
-        match self.weights.get_mut(at as usize) {
-            Some(weight) if last == Some(id.0 as usize) && self.filled + count <= room => {
-                weight.fill(&self.gpu, before + self.filled, &rows)?;
-                self.filled += count;
+        self.weights[at].fill(&self.gpu, loader, first, &rows)?;
+        self.filled += count;
+        Ok(())
+    }
+
+    fn takes_stored(&self, id: WeightId, stored: &StoredGemm) -> bool {
+        match (&self.loader, self.place(id, stored.n)) {
+            (Some(loader), Ok((at, first))) => match &self.weights[at] {
+                GpuWeight::W4(to) => loader.takes(to, stored, first),
+                _ => false,
+            },
+            _ => false,
+        }
+    }
+
+    fn fill_stored(&mut self, id: WeightId, stored: &StoredGemm, inputs: Range<usize>) -> Result<()> {
+        let (at, first) = self.place(id, stored.n)?;
+        match (&mut self.loader, &self.weights[at]) {
+            (Some(loader), GpuWeight::W4(to)) if loader.takes(to, stored, first) => {
+                let last = inputs.end == stored.k;
+                loader.fill(&self.gpu, to, first, stored, inputs)?;
+                if last {
+                    self.filled += stored.n;
+                }
                 Ok(())
             }
-            _ => Err(Error::new(ErrorKind::InvalidInput, format!("weight {} takes no {count} rows", id.0))),
+            _ => Err(Error::new(ErrorKind::InvalidInput, format!("weight {} does not take stored rows", id.0))),
         }
+    }
+
+    fn end_of_weights(&mut self) {
+        self.loader = None;
     }
 
     fn weight_bytes(&self, shape: &WeightShape) -> u64 {

@@ -73,6 +73,13 @@ pub(super) struct Launch {
     pub(super) cost: Cost,
 }
 
+impl Launch {
+    /// Whether the step has nothing to do for it.
+    pub(super) fn is_nothing(&self) -> bool {
+        self.grid.contains(&0)
+    }
+}
+
 impl Dispatch {
     /// Size for this step.
     pub(super) fn launch(&self, step: &Step) -> Launch {

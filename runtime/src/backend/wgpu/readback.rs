@@ -22,6 +22,8 @@ pub(super) struct Readback {
 struct Flight {
     state: Arc<AtomicU32>,
     bytes: u64,
+    /// The submission that it waits for.
+    index: wgpu::SubmissionIndex,
 }
 
 impl Readback {
@@ -67,8 +69,7 @@ impl Readback {
         take: impl FnOnce(&[u8]),
     ) -> Result<()> {
         self.begin(gpu, encoder, &[(source, offset, bytes)])?;
-        let done = gpu.wait_until(None, || self.arrived());
-        match done.and_then(|()| self.poll(gpu, take)) {
+        match self.wait(gpu).and_then(|()| self.poll(gpu, take)) {
             Ok(_) => Ok(()),
             Err(error) => {
                 self.cancel();
@@ -94,11 +95,11 @@ impl Readback {
             encoder.copy_buffer_to_buffer(source, offset, &self.staging, at, bytes);
             at += bytes;
         }
-        gpu.submit(Some(encoder.finish()));
+        let index = gpu.submit(Some(encoder.finish())).index().clone();
         gpu.check()?;
         let mut flight = lock(&self.flight);
         let state = Arc::new(AtomicU32::new(PENDING));
-        *flight = Some(Flight { state: state.clone(), bytes: at });
+        *flight = Some(Flight { state: state.clone(), bytes: at, index });
         self.staging.map_async(wgpu::MapMode::Read, 0..at, move |result| {
             state.store(if result.is_ok() { MAPPED } else { FAILED }, Ordering::Release);
         });
@@ -108,6 +109,15 @@ impl Readback {
     /// Whether the result of [`Self::begin`], good or bad, is there.
     pub(super) fn arrived(&self) -> bool {
         lock(&self.flight).as_ref().is_none_or(|flight| flight.state.load(Ordering::Acquire) != PENDING)
+    }
+
+    /// Blocks until the result is there, but not for what was submitted since: that keeps the device busy meanwhile.
+    ///
+    /// # Errors
+    /// As [`Gpu::wait`].
+    pub(super) fn wait(&self, gpu: &Gpu) -> Result<()> {
+        let index = lock(&self.flight).as_ref().map(|flight| flight.index.clone());
+        gpu.wait_until(index.as_ref(), || self.arrived())
     }
 
     /// Gives `take` what [`Self::begin`] asked for; `false` if it is not there yet.

@@ -197,6 +197,10 @@ impl WgpuRunner {
                 let all = if self.takes_part(op) { op.dispatches(&step) } else { &[] };
                 while let Some(dispatch) = all.get(self.next.1) {
                     let launch = dispatch.launch(&step);
+                    if launch.is_nothing() {
+                        self.next.1 += 1;
+                        continue;
+                    }
                     let over = self.pace.estimate(class, flops + launch.cost.flops, count + 1) > most;
                     if count > 0 && (over || count >= dispatches || flops >= gpu.submission_flops) {
                         break 'encoding;
@@ -323,10 +327,10 @@ impl Runner for WgpuRunner {
         let gpu = &self.backend.gpu;
         let _watch = gpu.watch();
         if let Some(&slot) = self.ahead.front() {
-            return gpu.wait_until(None, || self.token_slots[slot].arrived());
+            return self.token_slots[slot].wait(gpu);
         }
         if !matches!(self.choice, Choice::None) {
-            return gpu.wait_until(None, || self.readback.arrived());
+            return self.readback.wait(gpu);
         }
         // The previous step if it is still there, so that the device has the latest one to go on with.
         let finished = gpu.finished()?;
@@ -507,7 +511,7 @@ impl Runner for WgpuRunner {
             }
             let encoder = gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor { label: Some("KV") });
             self.readback.begin(gpu, encoder, &sources)?;
-            gpu.wait_until(None, || self.readback.arrived())?;
+            self.readback.wait(gpu)?;
             let (now, rest) = out.split_at_mut(total as usize);
             self.readback.poll(gpu, |bytes| now.copy_from_slice(bytes))?;
             out = rest;

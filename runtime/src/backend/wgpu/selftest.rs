@@ -6,8 +6,8 @@
 use std::collections::VecDeque;
 
 use awqua_shaders::{
-    Elem, Kernel, Reduce, Rng, Size, Trial, Variant, attention, attention_coop, gemm_w4, gemm_w4_coop, gemv_w4, norm,
-    uniform_bytes,
+    Elem, Kernel, Reduce, Rng, Size, Trial, Variant, attention, attention_coop, attention_subgroup, gemm_w4,
+    gemm_w4_coop, gemv_w4, norm, uniform_bytes,
 };
 use wgpu::{BufferUsages, Features};
 
@@ -36,6 +36,8 @@ pub(super) struct SelfTest {
     /// Variants still to be tried, the preferred one first.
     candidates: VecDeque<(Elem, Reduce)>,
     size: Size,
+    /// Whether subgroups are large enough for [`attention_subgroup`].
+    wide: bool,
     /// Why earlier candidates were refused.
     refused: String,
     /// Kernels and trials of the candidate still to be run.
@@ -64,15 +66,25 @@ impl SelfTest {
             _ => Size::Small,
         };
         let offered = candidates.into_iter().filter(|(offered, ..)| *offered);
-        Self {
+        let wide = gpu.summary.subgroup.is_some_and(|(least, _)| least >= attention_subgroup::LEAST_SUBGROUP);
+        let mut test = Self {
             candidates: offered.map(|(_, elem, reduce)| (elem, reduce)).collect(),
             size,
+            wide,
             refused: String::new(),
-            kernels: KERNELS.into(),
+            kernels: VecDeque::new(),
             trials: VecDeque::new(),
             flight: None,
             coop: false,
-        }
+        };
+        test.kernels = test.kernels_of_candidate();
+        test
+    }
+
+    /// The kernels that the preferred candidate is tried with.
+    fn kernels_of_candidate(&self) -> VecDeque<&'static Kernel> {
+        let subgroups = self.candidates.front().is_some_and(|(_, reduce)| *reduce == Reduce::Subgroup);
+        KERNELS.into_iter().chain((subgroups && self.wide).then_some(&attention_subgroup::KERNEL)).collect()
     }
 
     /// Compiles a kernel, starts a trial or judges one; the choice once it is made. `None` is a piece of work done, or,
@@ -102,7 +114,7 @@ impl SelfTest {
                 if !self.coop {
                     self.refused += &format!("; {name} refused: {}", error.message());
                     self.candidates.pop_front();
-                    self.kernels = KERNELS.into();
+                    self.kernels = self.kernels_of_candidate();
                     return Ok(None);
                 }
                 self.refused += &format!("; matrix units refused: {}", error.message());
@@ -158,7 +170,7 @@ pub(super) fn pass(gpu: &Gpu, pipelines: &Pipelines, kernel: &'static Kernel, va
     for trial in trials_that_fit(gpu, kernel, variant) {
         let mut flight = Flight::begin(gpu, pipelines, kernel, variant, trial)?;
         loop {
-            gpu.wait_until(None, || flight.readback.arrived())?;
+            flight.readback.wait(gpu)?;
             if let Step::Done = flight.advance(gpu)? {
                 break;
             }

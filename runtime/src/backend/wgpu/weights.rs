@@ -7,6 +7,7 @@ use awqua_shaders::{FLAG_BF16, FLAG_OFFSET_IS_BIAS, FLAG_ROUND_PRODUCTS, FLAG_SU
 use wgpu::BufferUsages;
 
 use super::device::{Gpu, SLICE};
+use super::loader::Loader;
 use crate::error::{Error, ErrorKind, Result};
 use crate::tensor::{
     BlockMatrix, DenseMatrix, DenseType, GgmlType, Levels, LevelsForm, Offset, PackedMatrix, W4Matrix, Weight,
@@ -288,14 +289,14 @@ impl GpuWeight {
     ///
     /// # Errors
     /// [`ErrorKind::InvalidInput`] if they are of another form, or a device error.
-    pub(super) fn fill(&mut self, gpu: &Gpu, first: usize, rows: &Weight) -> Result<()> {
+    pub(super) fn fill(&mut self, gpu: &Gpu, loader: &mut Loader, first: usize, rows: &Weight) -> Result<()> {
         let other = || Error::new(ErrorKind::InvalidInput, format!("{:?} are rows of another weight", rows.shape()));
         match (self, rows) {
             (Self::W4(to), Weight::W4(rows)) if rows.k == to.k as usize && first.is_multiple_of(w4::TILE_N) => {
                 to.fill(gpu, first, rows)
             }
             (Self::Dense(to), Weight::Dense(rows)) if rows.k == to.k as usize && rows.dtype == to.dtype => {
-                to.fill(gpu, first, rows)
+                to.fill(gpu, loader, first, rows)
             }
             (Self::Packed(to), rows) if to.takes(&rows.shape()) => match rows {
                 Weight::Packed(rows) => to.fill(gpu, first, rows),
@@ -332,6 +333,11 @@ impl GpuWeight {
 }
 
 impl GpuW4 {
+    /// Whether offsets are zero points.
+    pub(super) fn takes_zeros(&self) -> bool {
+        self.flags & FLAG_OFFSET_IS_BIAS == 0
+    }
+
     fn fill(&mut self, gpu: &Gpu, first: usize, rows: &W4Matrix) -> Result<()> {
         let shape = w4::Shape { n: rows.n, k: rows.k, group_size: rows.group_size };
         let (columns, groups) = (rows.k / 8, rows.groups());
@@ -459,7 +465,7 @@ impl GpuPacked {
 }
 
 impl GpuDense {
-    fn fill(&self, gpu: &Gpu, first: usize, rows: &DenseMatrix) -> Result<()> {
+    fn fill(&self, gpu: &Gpu, loader: &mut Loader, first: usize, rows: &DenseMatrix) -> Result<()> {
         let row_bytes = rows.row_bytes();
         let padded = row_bytes.next_multiple_of(ROW_BYTES);
         for part in &self.parts {
@@ -467,7 +473,11 @@ impl GpuDense {
             let (from, to) = (first.max(part_first), (first + rows.n).min(part_end));
             if from < to {
                 let data = &rows.bytes[(from - first) * row_bytes..(to - first) * row_bytes];
-                write(gpu, &part.words, ((from - part_first) * padded) as u64, data, row_bytes, padded)?;
+                let offset = ((from - part_first) * padded) as u64;
+                match row_bytes == padded {
+                    true => loader.write(gpu, &part.words, offset, data)?,
+                    false => write(gpu, &part.words, offset, data, row_bytes, padded)?,
+                }
             }
         }
         Ok(())

@@ -443,17 +443,29 @@ impl Gemv {
             (_, false, 2..) => ("gemv_w4_16_128", 1),
             (..) => ("gemv_w4_16_any", 4),
         };
-        // More warps share the inputs of a pair of tiles where there are few pairs and many inputs.
-        let most = match w.pairs() < 2 * gpu.limits.multiprocessors {
-            true if tokens <= 8 && w.stages() >= 64 => 16,
-            true => 8,
-            false => 4,
-        };
-        let wanted = [16, 8, 4, 2, 1].into_iter().filter(|warps| *warps <= most);
+        let most = Self::warps(tokens, w, gpu.limits);
         let shared = |warps: &u32| cuda::gemv_shared(tokens, per_stage, *warps, w.stages());
-        let warps = wanted.into_iter().find(|warps| shared(warps) <= gpu.limits.shared);
+        let warps = (1..=most).rev().find(|warps| shared(warps) <= gpu.limits.shared);
         let warps = warps.ok_or_else(|| unsupported(&format!("packed matrices of {} inputs", w.k)))?;
         Ok(Self { name, function: gpu.function(name)?, warps, shared: shared(&warps) })
+    }
+
+    /// Warps that share a pair of tiles, as measured on an H100.
+    fn warps(tokens: u32, w: &CudaW4, limits: Limits) -> u32 {
+        let (pairs, stages) = (w.pairs(), w.stages());
+        if tokens == 1 {
+            // As many on a multiprocessor as their copies keep the memory busy with and its shared memory holds, and a
+            // few stages for each.
+            const RESIDENT: u32 = 24;
+            let blocks = pairs.div_ceil(limits.multiprocessors).max(1);
+            return (RESIDENT / blocks).clamp(4, 16).min((stages * 3 / 8).max(4));
+        }
+        // More share the inputs where there are few pairs and many inputs.
+        match pairs < 2 * limits.multiprocessors {
+            true if tokens <= 8 && stages >= 64 => 16,
+            true => 8,
+            false => 4,
+        }
     }
 
     fn call(self, w: &CudaW4, make: impl Fn(&Step) -> GemvW4Args + Send + Sync + 'static) -> Call {

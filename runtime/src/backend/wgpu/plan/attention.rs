@@ -1,6 +1,9 @@
 //! Attention: splits of the positions, then their combination.
 
-use awqua_shaders::{FLAG_STAGE, Kv, RowMode, Step, attention, attention_coop, attention_few, attention_reduce};
+use awqua_shaders::{
+    FLAG_STAGE, Kv, Reduce, RowMode, Step, attention, attention_coop, attention_few, attention_reduce,
+    attention_subgroup,
+};
 
 use super::{Draft, DraftOp, Launch, Planner, unsupported};
 use crate::backend::{BufferId, Op};
@@ -37,8 +40,12 @@ impl Planner<'_> {
                 continue;
             }
             let context = self.memory.context;
-            let split_len = attention::split_len(most, context);
             let window = window.unwrap_or(0);
+            let subgroups = most <= few_tokens && self.has_subgroups_for(shape.head_dim, self.stride(qkv));
+            let split_len = match subgroups {
+                true => attention_subgroup::split_len(context),
+                false => attention::split_len(most, context),
+            };
             let splits_max = attention::splits_max(window, split_len, context);
             let params = attention::Params {
                 heads: shape.heads,
@@ -55,7 +62,8 @@ impl Planner<'_> {
             };
             let (keys, values) = self.memory.cache(layer)?;
             let (partial_out, partial_ml) = (&self.memory.partial_out, &self.memory.partial_ml);
-            let storage = vec![self.buffer(qkv), keys.clone(), values.clone(), partial_out.clone(), partial_ml.clone()];
+            let mut storage =
+                vec![self.buffer(qkv), keys.clone(), values.clone(), partial_out.clone(), partial_ml.clone()];
             let launch = move |step: &Step| {
                 let seen = (step.position + step.n_tokens).min(if window == 0 { u32::MAX } else { window });
                 Launch {
@@ -63,10 +71,32 @@ impl Planner<'_> {
                     cost: attention::cost(&params, kv, seen, step.n_tokens),
                 }
             };
-            let eights = most <= few_tokens && attention_few::handles(shape.head_dim, params.qkv_stride);
-            let kernel = if eights { &attention_few::KERNEL } else { &attention::KERNEL };
-            let first = self.draft(kernel, self.variant(), &params, storage, launch)?;
             let target = target.as_ref().filter(|_| staged);
+            let staged_out = target.map_or(&self.memory.unread, |target| &target.buffer).clone();
+            let first = if subgroups {
+                let params = attention_subgroup::Params {
+                    heads: params.heads,
+                    kv_heads: params.kv_heads,
+                    head_dim: params.head_dim,
+                    qkv_stride: params.qkv_stride,
+                    context,
+                    scale,
+                    window,
+                    splits_max,
+                    split_len,
+                    cap,
+                    out_stride: self.stride(out),
+                    flags: if target.is_some() { FLAG_STAGE } else { 0 },
+                    stage_quads: target.map_or(0, |target| target.quads),
+                    ..Default::default()
+                };
+                storage.extend([self.buffer(out), staged_out.clone()]);
+                self.draft(&attention_subgroup::KERNEL, self.variant(), &params, storage, launch)?
+            } else {
+                let eights = most <= few_tokens && attention_few::handles(shape.head_dim, params.qkv_stride);
+                let kernel = if eights { &attention_few::KERNEL } else { &attention::KERNEL };
+                self.draft(kernel, self.variant(), &params, storage, launch)?
+            };
             let params = attention_reduce::Params {
                 heads: shape.heads,
                 head_dim: shape.head_dim,
@@ -77,10 +107,13 @@ impl Planner<'_> {
                 flags: if target.is_some() { FLAG_STAGE } else { 0 },
                 stage_quads: target.map_or(0, |target| target.quads),
             };
-            let staged_out = target.map_or(&self.memory.unread, |target| &target.buffer).clone();
             let storage = vec![partial_out.clone(), partial_ml.clone(), self.buffer(out), staged_out];
             let launch = move |step: &Step| Launch {
-                grid: attention_reduce::grid(&params, step.n_tokens),
+                // Nothing is left to do for tokens with one split each.
+                grid: match subgroups && attention_subgroup::is_whole(window, split_len, step) {
+                    true => [0; 3],
+                    false => attention_reduce::grid(&params, step.n_tokens),
+                },
                 cost: attention_reduce::cost(
                     &params,
                     attention::splits(window, split_len, step.position, step.n_tokens),
@@ -92,6 +125,12 @@ impl Planner<'_> {
         }
         self.ready = target.map(|target| target.of);
         Ok(DraftOp { rows: RowMode::All, levels })
+    }
+
+    /// Whether subgroups add up the scores of heads of `head_dim` elements in rows of `qkv_stride`.
+    fn has_subgroups_for(&self, head_dim: u32, qkv_stride: u32) -> bool {
+        let (least, _) = self.backend.gpu.summary.subgroup.unwrap_or_default();
+        self.backend.reduce == Reduce::Subgroup && attention_subgroup::handles(head_dim, qkv_stride, least)
     }
 
     /// Many tokens on matrix units.

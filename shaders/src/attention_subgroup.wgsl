@@ -1,0 +1,278 @@
+// As attention.wgsl, for few tokens, and heads whose eights of elements fit a subgroup: unnormalised output, largest score
+// m and sum l of exp(score - m) of one split for the query heads of one kv head. Where a token has one split only, the
+// result is whole: it goes to `out`, divided by l, and with FLAG_STAGE is staged (prelude/stage.wgsl), too.
+//
+// Mapping: a workgroup = (kv head and HEADS of its query heads, split, row) on grid x, y, z. head_dim / 8 lanes share a
+// position, eight elements each, and add up their parts of a score by shuffles, so that no invocation waits for another
+// before the very end; PASSES positions are on their way at once. A vec4 holds the HEADS query heads.
+// Traffic: the split's keys and values once for HEADS query heads. Online softmax in f32.
+
+struct Params {
+    heads: u32,
+    kv_heads: u32,
+    head_dim: u32,
+    qkv_stride: u32,
+    context: u32,
+    scale: f32,
+    window: u32,
+    splits_max: u32,
+    split_len: u32,
+    cap: f32,
+    out_stride: u32,
+    flags: u32,
+    stage_quads: u32,
+}
+@group(0) @binding(0) var<uniform> params: Params;
+@group(0) @binding(2) var<storage, read> qkv: array<vec4<f32>>;              // (n_tokens, qkv_stride / 4), q first
+@group(0) @binding(3) var<storage, read> k_cache: array<vec4<u32>>;          // (kv_heads, context, head_dim)
+@group(0) @binding(4) var<storage, read> v_cache: array<vec4<u32>>;          // (kv_heads, context, head_dim)
+@group(0) @binding(5) var<storage, read_write> partial_out: array<f32>;      // (n_tokens, heads, splits_max, head_dim)
+@group(0) @binding(6) var<storage, read_write> partial_ml: array<vec2<f32>>; // (n_tokens, heads, splits_max): m, l
+@group(0) @binding(7) var<storage, read_write> out: array<f32>;              // (n_tokens, out_stride)
+@group(0) @binding(8) var<storage, read_write> staged: array<vec4<u32>>;     // (n_tokens) of staged inputs
+
+const LOWEST: f32 = -3.0e38;
+
+// What the subgroups found: half of the weighted sums of one query head, largest scores and sums of weights of all.
+var<workgroup> parts: array<vec4<f32>, WG>;
+var<workgroup> found: array<vec2<f32>, HEADS * WG / 8u>;
+// The output of one query head.
+var<workgroup> head_out: array<vec4<f32>, HEAD_DIM_MAX / 4u>;
+
+// Eight elements of the cache.
+struct Eight {
+    lo: vec4<f32>,
+    hi: vec4<f32>,
+}
+
+fn eight(first: vec4<u32>, last: vec4<u32>) -> Eight {
+    if (KV_PAIR_WORDS == 1u) {
+        return Eight(
+            vec4<f32>(unpack2x16float(first.x), unpack2x16float(first.y)),
+            vec4<f32>(unpack2x16float(first.z), unpack2x16float(first.w)),
+        );
+    }
+    return Eight(bitcast<vec4<f32>>(first), bitcast<vec4<f32>>(last));
+}
+
+fn key(at: u32) -> Eight {
+    return eight(k_cache[at * KV_PAIR_WORDS], k_cache[at * KV_PAIR_WORDS + KV_PAIR_WORDS - 1u]);
+}
+
+fn value(at: u32) -> Eight {
+    return eight(v_cache[at * KV_PAIR_WORDS], v_cache[at * KV_PAIR_WORDS + KV_PAIR_WORDS - 1u]);
+}
+
+// exp(score - top) without overflow of what counts as nothing.
+fn fade(score: vec4<f32>, top: vec4<f32>) -> vec4<f32> {
+    return exp(max(score - top, vec4<f32>(-100.0)));
+}
+
+// What an invocation found: largest scores, sums of weights, and a column of weighted sums for each of its elements.
+struct Found {
+    top: vec4<f32>,
+    weights: vec4<f32>,
+    lo: mat4x4<f32>,
+    hi: mat4x4<f32>,
+}
+
+// Scores of one position: the sum over the `lanes` lanes that share it, LOWEST where it is not seen.
+fn score_of(k: Eight, q_lo: mat4x4<f32>, q_hi: mat4x4<f32>, lanes: u32, is_seen: bool) -> vec4<f32> {
+    var score = k.lo * q_lo + k.hi * q_hi;
+    score += subgroupShuffleXor(score, 1u);
+    score += subgroupShuffleXor(score, 2u);
+    if (lanes > 4u) {
+        score += subgroupShuffleXor(score, 4u);
+    }
+    if (lanes > 8u) {
+        score += subgroupShuffleXor(score, 8u);
+    }
+    if (lanes > 16u) {
+        score += subgroupShuffleXor(score, 16u);
+    }
+    return select(vec4<f32>(LOWEST), softcap4(score, params.cap), is_seen);
+}
+
+// Adds the values of a position whose score is `score`, not above `found.top`.
+fn add(found: ptr<function, Found>, score: vec4<f32>, v: Eight) {
+    // Nothing seen yet leaves nothing: the difference would be 0.
+    let weight = select(fade(score, (*found).top), vec4<f32>(0.0), score == vec4<f32>(LOWEST));
+    (*found).weights += weight;
+    (*found).lo[0] = fma(weight, vec4<f32>(v.lo.x), (*found).lo[0]);
+    (*found).lo[1] = fma(weight, vec4<f32>(v.lo.y), (*found).lo[1]);
+    (*found).lo[2] = fma(weight, vec4<f32>(v.lo.z), (*found).lo[2]);
+    (*found).lo[3] = fma(weight, vec4<f32>(v.lo.w), (*found).lo[3]);
+    (*found).hi[0] = fma(weight, vec4<f32>(v.hi.x), (*found).hi[0]);
+    (*found).hi[1] = fma(weight, vec4<f32>(v.hi.y), (*found).hi[1]);
+    (*found).hi[2] = fma(weight, vec4<f32>(v.hi.z), (*found).hi[2]);
+    (*found).hi[3] = fma(weight, vec4<f32>(v.hi.w), (*found).hi[3]);
+}
+
+// Every column times the query heads' factors.
+fn scaled(m: mat4x4<f32>, factors: vec4<f32>) -> mat4x4<f32> {
+    return mat4x4<f32>(m[0] * factors, m[1] * factors, m[2] * factors, m[3] * factors);
+}
+
+fn raise(found: ptr<function, Found>, top: vec4<f32>) {
+    let correction = fade((*found).top, top);
+    (*found).top = top;
+    (*found).weights *= correction;
+    (*found).lo = scaled((*found).lo, correction);
+    (*found).hi = scaled((*found).hi, correction);
+}
+
+fn shuffled(m: mat4x4<f32>, distance: u32) -> mat4x4<f32> {
+    return mat4x4<f32>(
+        subgroupShuffleXor(m[0], distance),
+        subgroupShuffleXor(m[1], distance),
+        subgroupShuffleXor(m[2], distance),
+        subgroupShuffleXor(m[3], distance),
+    );
+}
+
+@compute @workgroup_size(WG)
+fn main(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(local_invocation_index) local_index: u32,
+    @builtin(subgroup_size) width: u32,
+    @builtin(subgroup_invocation_id) lane: u32,
+) {
+    let token = group.z;
+    let heads_per_kv = params.heads / params.kv_heads;
+    let blocks_per_kv = (heads_per_kv + HEADS - 1u) / HEADS;
+    let kv_head = group.x / blocks_per_kv;
+    let head_in_kv = group.x % blocks_per_kv * HEADS;
+    if (token >= step.n_tokens || kv_head >= params.kv_heads) {
+        return;
+    }
+    let position = step.position + token;
+    var first = 0u;
+    if (params.window > 0u && position + 1u > params.window) {
+        first = position + 1u - params.window;
+    }
+    let first_split = first / params.split_len;
+    let split = first_split + group.y;
+    let begin = max(first, split * params.split_len);
+    let end = min(position + 1u, (split + 1u) * params.split_len);
+    if (begin >= end || group.y >= params.splits_max) {
+        return;
+    }
+    let is_whole = first_split == position / params.split_len;
+
+    let lanes = params.head_dim / 8u;
+    let slots = width / lanes;
+    let subgroup = local_index / width;
+    let subgroups = WG / width;
+    let at_once = subgroups * slots;
+    let mine = subgroup * slots + lane / lanes;
+    let head_start = kv_head * heads_per_kv + head_in_kv;
+    let heads_here = min(HEADS, heads_per_kv - head_in_kv);
+
+    // Columns are query heads; those beyond the last repeat it.
+    var q_lo: mat4x4<f32>;
+    var q_hi: mat4x4<f32>;
+    for (var h = 0u; h < HEADS; h++) {
+        let head = head_start + min(h, heads_here - 1u);
+        let q_at = token * params.qkv_stride / 4u + (head * lanes + lane % lanes) * 2u;
+        q_lo[h] = qkv[q_at] * params.scale;
+        q_hi[h] = qkv[q_at + 1u] * params.scale;
+    }
+
+    let cache_start = kv_head * params.context * lanes + lane % lanes;
+    var mine_found = Found(vec4<f32>(LOWEST), vec4<f32>(0.0), mat4x4<f32>(), mat4x4<f32>());
+    for (var tile = begin + mine; tile - mine < end; tile += 4u * at_once) {
+        // Positions beyond the last one repeat it and get no weight.
+        let at0 = cache_start + min(tile, end - 1u) * lanes;
+        let at1 = cache_start + min(tile + at_once, end - 1u) * lanes;
+        let at2 = cache_start + min(tile + 2u * at_once, end - 1u) * lanes;
+        let at3 = cache_start + min(tile + 3u * at_once, end - 1u) * lanes;
+        let k0 = key(at0);
+        let k1 = key(at1);
+        let k2 = key(at2);
+        let k3 = key(at3);
+        let v0 = value(at0);
+        let v1 = value(at1);
+        let v2 = value(at2);
+        let v3 = value(at3);
+        let s0 = score_of(k0, q_lo, q_hi, lanes, tile < end);
+        let s1 = score_of(k1, q_lo, q_hi, lanes, tile + at_once < end);
+        let s2 = score_of(k2, q_lo, q_hi, lanes, tile + 2u * at_once < end);
+        let s3 = score_of(k3, q_lo, q_hi, lanes, tile + 3u * at_once < end);
+        raise(&mine_found, max(mine_found.top, max(max(s0, s1), max(s2, s3))));
+        add(&mine_found, s0, v0);
+        add(&mine_found, s1, v1);
+        add(&mine_found, s2, v2);
+        add(&mine_found, s3, v3);
+    }
+
+    // The slots of a subgroup.
+    for (var m = lanes; m < width; m *= 2u) {
+        raise(&mine_found, max(mine_found.top, subgroupShuffleXor(mine_found.top, m)));
+        mine_found.weights += subgroupShuffleXor(mine_found.weights, m);
+        mine_found.lo += shuffled(mine_found.lo, m);
+        mine_found.hi += shuffled(mine_found.hi, m);
+    }
+    if (lane == 0u) {
+        for (var h = 0u; h < HEADS; h++) {
+            found[h * subgroups + subgroup] = vec2<f32>(mine_found.top[h], mine_found.weights[h]);
+        }
+    }
+    // The subgroups, a query head and the first or last four of its eights at a time.
+    for (var h = 0u; h < heads_here; h++) {
+        let head = head_start + h;
+        let row = (token * params.heads + head) * params.splits_max + group.y;
+        for (var half = 0u; half < 2u; half++) {
+            if (lane < lanes) {
+                // Row h: that query head's elements.
+                let of_head = vec4<f32>(vec4<u32>(0u, 1u, 2u, 3u) == vec4<u32>(h));
+                parts[subgroup * lanes + lane] = select(of_head * mine_found.lo, of_head * mine_found.hi, half == 1u);
+            }
+            // Orders the parts before their sums.
+            workgroupBarrier();
+            if (local_index < lanes) {
+                var top = LOWEST;
+                for (var s = 0u; s < subgroups; s++) {
+                    top = max(top, found[h * subgroups + s].x);
+                }
+                var weights = 0.0;
+                var total = vec4<f32>(0.0);
+                for (var s = 0u; s < subgroups; s++) {
+                    let factor = exp(max(found[h * subgroups + s].x - top, -100.0));
+                    weights = fma(found[h * subgroups + s].y, factor, weights);
+                    total = fma(parts[s * lanes + local_index], vec4<f32>(factor), total);
+                }
+                if (is_whole) {
+                    total /= weights;
+                } else if (local_index == 0u) {
+                    partial_ml[row] = vec2<f32>(top, weights);
+                }
+                head_out[local_index * 2u + half] = total;
+                for (var e = 0u; e < 4u; e++) {
+                    let i = local_index * 8u + half * 4u + e;
+                    if (is_whole) {
+                        out[token * params.out_stride + head * params.head_dim + i] = total[e];
+                    } else {
+                        partial_out[row * params.head_dim + i] = total[e];
+                    }
+                }
+            }
+            // Orders these reads before the next parts, and the output before it is staged.
+            workgroupBarrier();
+        }
+        if (is_whole && (params.flags & FLAG_STAGE) != 0u && local_index < lanes) {
+            // An invocation stages eight elements of a chunk.
+            let chunk_start = local_index / 4u * 8u;
+            var tops = vec4<f32>(0.0);
+            var squares = vec4<f32>(0.0);
+            for (var i = chunk_start; i < chunk_start + 8u; i++) {
+                tops = max(tops, abs(head_out[i]));
+                squares = fma(head_out[i], head_out[i], squares);
+            }
+            let top = max(max(tops.x, tops.y), max(tops.z, tops.w));
+            let chunk = head * params.head_dim / 32u + local_index / 4u;
+            let lo = head_out[2u * local_index];
+            let hi = head_out[2u * local_index + 1u];
+            stage_eight(local_index % 4u, lo, hi, top, dot(squares, vec4<f32>(1.0)), chunk, token, params.stage_quads);
+        }
+    }
+}
