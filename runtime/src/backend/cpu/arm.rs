@@ -81,7 +81,7 @@ impl Kernels for Neon {
     }
 
     fn gemv(&self, w: &Rows<'_>, block: usize, x: &Inputs<'_>, out: &mut [f32; LANES]) {
-        x.check(w.shape());
+        x.check_row(w.shape());
         // SAFETY: `self` proves NEON and its products of bytes.
         unsafe { neon::gemv(w, block, x, out) }
     }

@@ -202,7 +202,7 @@ impl Kernels for Portable {
     }
 
     fn gemv(&self, w: &Rows<'_>, block: usize, x: &Inputs<'_>, out: &mut [f32; LANES]) {
-        x.check(w.shape());
+        x.check_row(w.shape());
         portable::gemv(w, block, x, out);
     }
 

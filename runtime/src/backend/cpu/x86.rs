@@ -111,7 +111,7 @@ impl Kernels for Avx2 {
     }
 
     fn gemv(&self, w: &Rows<'_>, block: usize, x: &Inputs<'_>, out: &mut [f32; LANES]) {
-        x.check(w.shape());
+        x.check_row(w.shape());
         // SAFETY: `self` proves AVX2, FMA and F16C.
         unsafe { avx2::gemv(w, block, x, out) }
     }
@@ -233,7 +233,7 @@ impl Kernels for Avx512 {
         if !self.vnni {
             return self.avx2.gemv(w, block, x, out);
         }
-        x.check(w.shape());
+        x.check_row(w.shape());
         // SAFETY: `vnni` proves AVX-512 F, BW and VNNI.
         unsafe { avx512::gemv(w, block, x, out) }
     }

@@ -4,6 +4,7 @@ use super::super::kernels::Kernels;
 use super::super::pool::Pool;
 use super::super::{fitting, mismatch, out_of_memory, zeros};
 use super::rows::{BYTE_GROUP, OCTET, Shape};
+use super::{PANEL, Panel};
 use crate::backend::cpu::matmul::TASKS_PER_THREAD;
 use crate::backend::{Op, Program, RunnerConfig};
 use crate::error::Result;
@@ -60,11 +61,18 @@ impl Inputs<'_> {
     }
 
     /// # Panics
-    /// Unless these are rows for a matrix of the shape.
-    pub(in crate::backend::cpu) fn check(&self, shape: &Shape) {
-        assert!(self.k == shape.k && self.span == shape.span() && self.codes.len().is_multiple_of(self.k));
-        let spans = self.codes.len() / self.span;
-        assert!(self.scales.len() == spans && self.sums.len() == spans);
+    /// Unless this is one row for matrices of the shape.
+    pub(in crate::backend::cpu) fn check_row(&self, shape: &Shape) {
+        assert!(self.k == shape.k && self.span == shape.span() && self.codes.len() == self.k);
+        assert!(self.scales.len() * self.span == self.k && self.sums.len() == self.scales.len());
+    }
+
+    /// # Panics
+    /// Unless these are `tokens` rows with the columns of the panel, whose first span is `first`.
+    pub(super) fn check_panel(&self, panel: &Panel, first: usize, tokens: usize) {
+        assert!(self.span == panel.span && (first + panel.spans) * self.span <= self.k);
+        assert!(panel.spans * panel.span <= PANEL && self.codes.len() == tokens * self.k);
+        assert!(self.scales.len() * self.span == self.codes.len() && self.sums.len() == self.scales.len());
     }
 }
 

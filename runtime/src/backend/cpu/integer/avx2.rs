@@ -2,8 +2,9 @@
 //!
 //! A vector has eight rows, so a block is two. One `vpmaddwd` multiplies a pair of columns of eight rows with the same
 //! pair of activations, which a broadcasting load brings. One token takes, for the 128 codes of an octet, 12
-//! instructions to bring the codes out and 4 of: 2 products, 2 additions. Many tokens share codes that were brought out
-//! before ([`Panel`]): tiles of 16 rows and 6 tokens keep their 12 sums in registers.
+//! instructions to bring the codes out, 8 products and 8 additions: 7 cycles for 64 bytes on four vector units. Many
+//! tokens share codes that were brought out before ([`Panel`]): tiles of 16 rows and 6 tokens keep their 12 sums in
+//! registers.
 
 use std::arch::x86_64::*;
 
@@ -39,6 +40,7 @@ unsafe fn gemv_block<const FOUR: bool>(w: &Rows<'_>, block: usize, x: &Inputs<'_
     let mut codes = x.codes.as_ptr();
     let mut sums = [_mm256_setzero_ps(); 2];
     let mut index = 0;
+    // What the processor fetches ahead by itself brings 15 GB/s of the 22 that it can read; with this it is 20.
     let ahead = if FOUR { 2048 } else { 1024 };
     for _ in 0..groups {
         // SAFETY: a group's numbers come first in its bytes.
@@ -199,8 +201,7 @@ pub(in crate::backend::cpu) fn unpack(w: &Rows<'_>, block: usize, first: usize, 
 /// See [`super::super::kernels::Kernels::gemm`].
 #[target_feature(enable = "avx2,fma")]
 pub(in crate::backend::cpu) fn gemm(panel: &Panel, first: usize, x: &Inputs<'_>, sums: &mut [[f32; LANES]]) {
-    assert!(sums.len() * x.k == x.codes.len() && x.span == panel.span && (first + panel.spans) * x.span <= x.k);
-    assert!(x.scales.len() == x.sums.len() && x.scales.len() * x.span == x.codes.len());
+    x.check_panel(panel, first, sums.len());
     let mut t = 0;
     while t < sums.len() {
         let tokens = TOKENS.min(sums.len() - t);

@@ -129,8 +129,7 @@ pub(in crate::backend::cpu) fn unpack(w: &Rows<'_>, block: usize, first: usize, 
 /// See [`super::super::kernels::Kernels::gemm`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 pub(in crate::backend::cpu) fn gemm(panel: &Panel, first: usize, x: &Inputs<'_>, sums: &mut [[f32; LANES]]) {
-    assert!(sums.len() * x.k == x.codes.len() && x.span == panel.span && (first + panel.spans) * x.span <= x.k);
-    assert!(x.scales.len() == x.sums.len() && x.scales.len() * x.span == x.codes.len());
+    x.check_panel(panel, first, sums.len());
     let mut t = 0;
     while t < sums.len() {
         let sums = &mut sums[t..];
