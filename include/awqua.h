@@ -191,8 +191,9 @@
 #define AWQUA_SESSION_DETERMINISTIC 1
 
 /**
- * On the CPU, multiply 4-bit weights in single precision, as their formats define it. Without it, where groups are
- * multiples of 64, activations are rounded to 16 bits, which is faster. GPUs ignore it.
+ * On the CPU, multiply in single precision, with weights as their formats define them. Without it, where 4-bit weights
+ * have groups of 32 or its multiples, activations are rounded to 16 bits, and a half-precision output layer of 8 MiB or
+ * more beside such weights to 8, once for all sessions; both are faster. GPUs ignore it.
  */
 #define AWQUA_SESSION_EXACT 2
 

@@ -31,8 +31,9 @@ pub enum awqua_kv_type {
 /// are, whatever the session did before, and also across the loss of a device. Prompts are computed in chunks that end
 /// at multiples of `chunk`, and only whole ones are used again.
 pub const AWQUA_SESSION_DETERMINISTIC: u32 = 1;
-/// On the CPU, multiply 4-bit weights in single precision, as their formats define it. Without it, where groups are
-/// multiples of 64, activations are rounded to 16 bits, which is faster. GPUs ignore it.
+/// On the CPU, multiply in single precision, with weights as their formats define them. Without it, where 4-bit weights
+/// have groups of 32 or its multiples, activations are rounded to 16 bits, and a half-precision output layer of 8 MiB or
+/// more beside such weights to 8, once for all sessions; both are faster. GPUs ignore it.
 pub const AWQUA_SESSION_EXACT: u32 = 2;
 
 /// Capacities of a session, fixed when it is made; all zero behind `struct_size` is the default.

@@ -33,7 +33,7 @@ pub struct DeviceArgs {
     /// Use only the GPU kernels that run everywhere: no f16 arithmetic, no subgroups
     #[arg(long)]
     pub portable_kernels: bool,
-    /// On the CPU: multiply 4-bit weights in f32 instead of rounding activations to 16 bits
+    /// On the CPU: multiply in f32 instead of rounding activations to 16 bits and the output layer to 8
     #[arg(long)]
     pub exact: bool,
 }

@@ -681,8 +681,8 @@ impl Upload {
         if self.part < item.parts.len() {
             return;
         }
-        if !backend.is_host() {
-            // The device has them now.
+        if !backend.is_host() || !item.is_view(checkpoint) {
+            // The device has them now, or the host a copy.
             item.parts.iter().flat_map(|part| tensors(checkpoint, part)).for_each(|tensor| tensor.release());
         }
         *self = Self { item: self.item + 1, ..Self::default() };

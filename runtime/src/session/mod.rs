@@ -87,8 +87,9 @@ pub struct SessionOptions {
     /// chunks that end at multiples of `chunk`, and only whole ones are reused: a little slower where a budget would
     /// have liked another size.
     pub deterministic: bool,
-    /// On the CPU: multiply 4-bit weights in f32, as their formats define it. Otherwise, where groups are
-    /// multiples of 64, activations are rounded to 16 bits, which is faster. GPUs ignore it.
+    /// On the CPU: multiply in f32, with weights as their formats define them. Otherwise, where 4-bit weights have
+    /// groups of 32 or its multiples, activations are rounded to 16 bits, and a half-precision output layer of 8 MiB or
+    /// more beside such weights to 8, once for all sessions; both are faster. GPUs ignore it.
     pub exact: bool,
 }
 

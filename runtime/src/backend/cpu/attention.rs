@@ -1,5 +1,6 @@
 //! Rotation, KV cache and attention on the CPU.
 
+use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
 use half::f16;
@@ -7,12 +8,49 @@ use memmap2::MmapMut;
 
 use super::kernels::Kernels;
 use super::pool::Pool;
+use super::vector::Outer;
 use super::{Scratch, softcap, zero_pages};
 use crate::backend::{AttentionShape, KvType};
 use crate::error::Result;
 
-/// Keys (or values) of one layer, (kv_heads, context, head_dim). Pages of their own: a cache is large and fills
-/// slowly, and memory from the allocator may have to be cleared, and so become resident, at once.
+/// Positions whose keys are stored side by side.
+const LANES: usize = 16;
+
+/// Where a layer's keys and values are.
+///
+/// Values are (kv_heads, positions, head_dim). Keys are (kv_heads, positions / 16, head_dim, 16), so that sixteen scores
+/// are sums of the lanes of one vector. Positions are those of the context, rounded up to a multiple of 16.
+#[derive(Clone, Copy)]
+pub(super) struct Layout {
+    kv_heads: usize,
+    positions: usize,
+    dim: usize,
+}
+
+impl Layout {
+    pub(super) fn new(shape: &AttentionShape, context: usize) -> Option<Self> {
+        let positions = context.checked_next_multiple_of(LANES)?;
+        Some(Self { kv_heads: shape.kv_heads as usize, positions, dim: shape.head_dim as usize })
+    }
+
+    /// Elements of all keys, or of all values.
+    pub(super) fn len(&self) -> Option<usize> {
+        self.kv_heads.checked_mul(self.dim)?.checked_mul(self.positions)
+    }
+
+    /// The first element of a position's values.
+    fn value(&self, head: usize, position: usize) -> usize {
+        (head * self.positions + position) * self.dim
+    }
+
+    /// The first element of a position's key; the others are [`LANES`] apart.
+    fn key(&self, head: usize, position: usize) -> usize {
+        (head * self.positions + position / LANES * LANES) * self.dim + position % LANES
+    }
+}
+
+/// Keys (or values) of one layer. Pages of their own: a cache is large and fills slowly, and memory from the allocator may
+/// have to be cleared, and so become resident, at once.
 struct Store {
     kv_type: KvType,
     pages: MmapMut,
@@ -32,6 +70,20 @@ impl Store {
             }
             KvType::F32 => {
                 bytemuck::cast_slice_mut::<u8, f32>(&mut self.pages)[range].copy_from_slice(values);
+            }
+        }
+    }
+
+    /// Writes `values` [`LANES`] elements apart.
+    fn scatter(&mut self, at: usize, values: &[f32]) {
+        match self.kv_type {
+            KvType::F16 => {
+                let to = &mut bytemuck::cast_slice_mut::<u8, f16>(&mut self.pages)[at..];
+                to.iter_mut().step_by(LANES).zip(values).for_each(|(to, value)| *to = f16::from_f32(*value));
+            }
+            KvType::F32 => {
+                let to = &mut bytemuck::cast_slice_mut::<u8, f32>(&mut self.pages)[at..];
+                to.iter_mut().step_by(LANES).zip(values).for_each(|(to, value)| *to = *value);
             }
         }
     }
@@ -68,24 +120,23 @@ pub(super) struct Cache {
     shared: Vec<(Arc<Pair>, usize)>,
     own: Pair,
     kv_type: KvType,
-    n: Option<usize>,
+    layout: Layout,
 }
 
 impl Cache {
-    /// `n` elements of keys and as many of values.
-    pub(super) fn new(kv_type: KvType, n: Option<usize>) -> Result<Self> {
-        Ok(Self { shared: Vec::new(), own: Pair::new(kv_type, n)?, kv_type, n })
+    pub(super) fn new(kv_type: KvType, layout: Layout) -> Result<Self> {
+        Ok(Self { shared: Vec::new(), own: Pair::new(kv_type, layout.len())?, kv_type, layout })
     }
 
     /// A cache that shares the first `positions`; both write what follows to memory of their own.
     pub(super) fn fork(&mut self, positions: usize) -> Result<Self> {
-        let fork = Pair::new(self.kv_type, self.n)?;
+        let fork = Pair::new(self.kv_type, self.layout.len())?;
         self.truncate(positions);
         if self.shared.last().map_or(0, |(_, end)| *end) < positions {
-            let own = Pair::new(self.kv_type, self.n)?;
+            let own = Pair::new(self.kv_type, self.layout.len())?;
             self.shared.push((Arc::new(std::mem::replace(&mut self.own, own)), positions));
         }
-        Ok(Self { shared: self.shared.clone(), own: fork, kv_type: self.kv_type, n: self.n })
+        Ok(Self { shared: self.shared.clone(), own: fork, kv_type: self.kv_type, layout: self.layout })
     }
 
     /// Stops sharing positions from `positions` on, which are about to be written.
@@ -107,59 +158,78 @@ impl Cache {
         }
     }
 
-    /// Copies bytes of the first `positions` of every head to `out`, keys, then values.
-    pub(super) fn save(&self, shape: &AttentionShape, context: usize, positions: usize, out: &mut [u8]) {
-        let position_bytes = shape.head_dim as usize * self.kv_type.size();
+    /// Copies bytes of the first `positions` of every head to `out`, keys, then values, (kv_heads, positions, head_dim).
+    pub(super) fn save(&self, positions: usize, out: &mut [u8]) {
+        let size = self.kv_type.size();
+        let row = self.layout.dim * size;
         let (keys, values) = out.split_at_mut(out.len() / 2);
-        for (out, pick) in [(keys, Pair::key_pages as fn(&Pair) -> &MmapMut), (values, Pair::value_pages)] {
-            for (head, out) in out.chunks_exact_mut((positions * position_bytes).max(1)).enumerate() {
-                let mut at = 0;
-                while at < positions {
-                    let (pair, end) = self.at(at);
-                    let end = end.min(positions);
-                    let from = (head * context + at) * position_bytes;
-                    let len = (end - at) * position_bytes;
-                    out[at * position_bytes..][..len].copy_from_slice(&pick(pair)[from..from + len]);
-                    at = end;
+        for (rows, is_key) in [(keys, true), (values, false)] {
+            for (i, row) in rows.chunks_exact_mut(row).enumerate() {
+                let (head, position) = (i / positions, i % positions);
+                let (pair, _) = self.at(position);
+                match is_key {
+                    true => {
+                        let from = pair.keys.pages[self.layout.key(head, position) * size..].chunks(LANES * size);
+                        row.chunks_exact_mut(size).zip(from).for_each(|(to, from)| to.copy_from_slice(&from[..size]));
+                    }
+                    false => {
+                        let from = self.layout.value(head, position) * size;
+                        row.copy_from_slice(&pair.values.pages[from..from + row.len()]);
+                    }
                 }
             }
         }
     }
 
     /// Takes back what [`Self::save`] gave.
-    pub(super) fn load(&mut self, shape: &AttentionShape, context: usize, positions: usize, bytes: &[u8]) {
+    pub(super) fn load(&mut self, positions: usize, bytes: &[u8]) {
         self.truncate(0);
-        let position_bytes = shape.head_dim as usize * self.kv_type.size();
+        let size = self.kv_type.size();
+        let row = self.layout.dim * size;
         let (keys, values) = bytes.split_at(bytes.len() / 2);
-        for (bytes, pages) in [(keys, &mut self.own.keys.pages), (values, &mut self.own.values.pages)] {
-            for (head, bytes) in bytes.chunks_exact((positions * position_bytes).max(1)).enumerate() {
-                pages[head * context * position_bytes..][..bytes.len()].copy_from_slice(bytes);
+        for (rows, is_key) in [(keys, true), (values, false)] {
+            for (i, row) in rows.chunks_exact(row).enumerate() {
+                let (head, position) = (i / positions, i % positions);
+                match is_key {
+                    true => {
+                        let at = self.layout.key(head, position) * size;
+                        let to = self.own.keys.pages[at..].chunks_mut(LANES * size);
+                        row.chunks_exact(size).zip(to).for_each(|(from, to)| to[..size].copy_from_slice(from));
+                    }
+                    false => {
+                        let to = self.layout.value(head, position) * size;
+                        self.own.values.pages[to..to + row.len()].copy_from_slice(row);
+                    }
+                }
             }
         }
     }
 }
 
-impl Pair {
-    fn key_pages(&self) -> &MmapMut {
-        &self.keys.pages
-    }
+/// Positions whose values are widened at a time.
+const POSITIONS: usize = 64;
+/// Tokens of a unit of work.
+pub(super) const TOKENS: usize = 8;
 
-    fn value_pages(&self) -> &MmapMut {
-        &self.values.pages
-    }
+/// Rows of queries of a unit.
+fn rows(shape: &AttentionShape) -> usize {
+    TOKENS * (shape.heads / shape.kv_heads) as usize
 }
 
-/// Positions whose keys or values are widened at a time.
-const POSITIONS: usize = 32;
-
-/// Elements of [`Scratch::weights`] that attention needs.
+/// Elements of [`Scratch::weights`] that attention needs: widened keys or values, queries, and sums of values.
 pub(super) fn scratch_rows(shape: &AttentionShape) -> usize {
-    POSITIONS * shape.head_dim as usize
+    (POSITIONS + 2 * rows(shape)) * shape.head_dim as usize
 }
 
-/// Elements of [`Scratch::sums`] that attention needs: the scores of the query heads that share a KV head.
-pub(super) fn scratch_scores(shape: &AttentionShape, context: usize) -> usize {
-    (shape.heads / shape.kv_heads) as usize * context
+/// Elements of [`Scratch::sums`] that attention of at most `max_tokens` needs: the scores of a unit's queries.
+pub(super) fn scratch_scores(shape: &AttentionShape, context: usize, max_tokens: usize) -> usize {
+    let rows = rows(shape) / TOKENS * TOKENS.min(max_tokens);
+    rows.saturating_mul(context.saturating_add(2 * LANES))
+}
+
+/// Units of the attention of `n_tokens`.
+pub(super) fn units(shape: &AttentionShape, n_tokens: usize) -> usize {
+    n_tokens.div_ceil(TOKENS) * shape.kv_heads as usize
 }
 
 /// See [`crate::backend::Op::RopeAppend`]. `rope` is (context, rotary_dim / 2, 2).
@@ -170,7 +240,6 @@ pub(super) fn rope_append(
     cache: &mut Cache,
     rope: Option<&[f32]>,
     shape: &AttentionShape,
-    context: usize,
     position: usize,
     kernels: &dyn Kernels,
 ) {
@@ -188,9 +257,9 @@ pub(super) fn rope_append(
             }
         }
         for h in 0..kv_heads {
-            let at = (h * context + position + t) * dim;
-            cache.own.keys.write(kernels, at, &row[(heads + h) * dim..][..dim]);
-            cache.own.values.write(kernels, at, &row[(heads + kv_heads + h) * dim..][..dim]);
+            let (key, value) = (cache.layout.key(h, position + t), cache.layout.value(h, position + t));
+            cache.own.keys.scatter(key, &row[(heads + h) * dim..][..dim]);
+            cache.own.values.write(kernels, value, &row[(heads + kv_heads + h) * dim..][..dim]);
         }
     }
 }
@@ -201,7 +270,6 @@ pub(super) struct Inputs<'a> {
     pub(super) qkv_width: usize,
     pub(super) cache: &'a Cache,
     pub(super) shape: AttentionShape,
-    pub(super) context: usize,
     pub(super) position: usize,
     pub(super) n_tokens: usize,
     pub(super) scale: f32,
@@ -209,18 +277,18 @@ pub(super) struct Inputs<'a> {
     pub(super) window: usize,
 }
 
-/// See [`crate::backend::Op::Attention`]; computes the tasks `part` of `n_tokens * kv_heads`. One task a token and KV head, so that keys and values are widened once for
-/// all query heads that share them.
+/// See [`crate::backend::Op::Attention`]; computes the units `part`: each a few tokens and a KV head, so that keys and
+/// values are brought once for all query heads that share them.
 pub(super) fn attention(
     pool: &mut Pool,
     scratch: &[Mutex<Scratch>],
     kernels: &dyn Kernels,
     inputs: &Inputs<'_>,
-    part: std::ops::Range<usize>,
+    part: Range<usize>,
     out: &mut [f32],
 ) {
     struct Output(*mut f32, usize);
-    // SAFETY: each task writes only the columns of its own token and head group.
+    // SAFETY: each task writes only the columns of its own tokens and head group.
     unsafe impl Sync for Output {}
     impl Output {
         /// # Safety
@@ -235,59 +303,125 @@ pub(super) fn attention(
 
     let shape = &inputs.shape;
     let (heads, kv_heads, dim) = (shape.heads as usize, shape.kv_heads as usize, shape.head_dim as usize);
-    let group = heads / kv_heads;
+    let width = heads / kv_heads * dim;
     let output = Output(out.as_mut_ptr(), out.len());
     pool.run(part.len(), &|task, worker| {
         let task = part.start + task;
         // Late tokens see more keys: deal them first, so that the last tasks are short.
-        let t = inputs.n_tokens - 1 - task / kv_heads;
-        let kv_head = task % kv_heads;
+        let last = inputs.n_tokens - task / kv_heads * TOKENS;
+        let unit = Unit { kv_head: task % kv_heads, tokens: last.saturating_sub(TOKENS)..last };
         let mut scratch = scratch[worker].lock().unwrap_or_else(|e| e.into_inner());
-        let Scratch { weights: rows, sums: scores } = &mut *scratch;
-        let end = inputs.position + t + 1;
-        let start = end.saturating_sub(inputs.window);
-        let len = end - start;
-        let base = kv_head * inputs.context;
-        let q = &inputs.qkv[t * inputs.qkv_width + kv_head * group * dim..][..group * dim];
-        // SAFETY: `task` is a bijection to (t, kv_head), so no other task has this range.
-        let out = unsafe { output.range((t * heads + kv_head * group) * dim, group * dim) };
-
-        let mut next = start;
-        while next < end {
-            let from = next;
-            let (store, store_end) = inputs.cache.at(from);
-            let n = (POSITIONS - (from - start) % POSITIONS).min(end.min(store_end) - from);
-            next += n;
-            let keys = store.keys.read(kernels, (base + from) * dim, n * dim, rows);
-            for (q, scores) in q.chunks_exact(dim).zip(scores.chunks_exact_mut(len)) {
-                for (key, score) in keys.chunks_exact(dim).zip(&mut scores[from - start..]) {
-                    *score = softcap(kernels.dot(q, key) * inputs.scale, inputs.softcap);
-                }
-            }
-        }
-        for scores in scores.chunks_exact_mut(len).take(group) {
-            let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-            let mut sum = 0.0;
-            for score in scores.iter_mut() {
-                *score = (*score - max).exp();
-                sum += *score;
-            }
-            let factor = 1.0 / sum;
-            scores.iter_mut().for_each(|score| *score *= factor);
-        }
-        out.fill(0.0);
-        let mut next = start;
-        while next < end {
-            let from = next;
-            let (store, store_end) = inputs.cache.at(from);
-            let n = (POSITIONS - (from - start) % POSITIONS).min(end.min(store_end) - from);
-            next += n;
-            let values = store.values.read(kernels, (base + from) * dim, n * dim, rows);
-            for (out, scores) in out.chunks_exact_mut(dim).zip(scores.chunks_exact(len)) {
-                for (value, &score) in values.chunks_exact(dim).zip(&scores[from - start..]) {
-                    kernels.axpy(score, value, out);
-                }
-            }
+        let sums = unit.attend(kernels, inputs, &mut scratch);
+        for (t, sums) in unit.tokens.clone().zip(sums.chunks_exact(width)) {
+            // SAFETY: no other unit has this token and KV head.
+            unsafe { output.range(t * heads * dim + unit.kv_head * width, width) }.copy_from_slice(sums);
         }
     });
+}
+
+/// Tokens and the KV head that they look at.
+struct Unit {
+    kv_head: usize,
+    tokens: Range<usize>,
+}
+
+impl Unit {
+    /// The sums of values, (tokens, query heads of the KV head, head_dim).
+    fn attend<'a>(&self, kernels: &dyn Kernels, inputs: &Inputs<'_>, scratch: &'a mut Scratch) -> &'a [f32] {
+        let shape = &inputs.shape;
+        let (group, dim) = ((shape.heads / shape.kv_heads) as usize, shape.head_dim as usize);
+        let rows = self.tokens.len() * group;
+        let (widened, rest) = scratch.weights.split_at_mut(POSITIONS * dim);
+        let (queries, rest) = rest.split_at_mut(rows * dim);
+        let sums = &mut rest[..rows * dim];
+        for (t, queries) in self.tokens.clone().zip(queries.chunks_exact_mut(group * dim)) {
+            let from = &inputs.qkv[t * inputs.qkv_width + self.kv_head * group * dim..][..group * dim];
+            queries.iter_mut().zip(from).for_each(|(to, from)| *to = from * inputs.scale);
+        }
+        // Positions that each token sees.
+        let seen = |t: usize| {
+            let end = inputs.position + t + 1;
+            end.saturating_sub(inputs.window)..end
+        };
+        let (first, end) = (seen(self.tokens.start).start / LANES * LANES, seen(self.tokens.end - 1).end);
+        let stride = (end - first).next_multiple_of(LANES);
+        let scores = &mut scratch.sums[..rows * stride];
+        for block in (first..end).step_by(LANES) {
+            self.scores(kernels, inputs, block, end, queries, widened, &mut scores[block - first..], stride);
+        }
+        for (t, scores) in self.tokens.clone().zip(scores.chunks_exact_mut(group * stride)) {
+            let seen = seen(t);
+            for scores in scores.chunks_exact_mut(stride) {
+                let scores = &mut scores[seen.start - first..seen.end - first];
+                if inputs.softcap.is_some() {
+                    scores.iter_mut().for_each(|score| *score = softcap(*score, inputs.softcap));
+                }
+                kernels.softmax(scores);
+            }
+        }
+        sums.fill(0.0);
+        let mut next = first;
+        while next < end {
+            let from = next;
+            let (store, store_end) = inputs.cache.at(from);
+            next = (from / POSITIONS * POSITIONS + POSITIONS).min(end).min(store_end);
+            let at = inputs.cache.layout.value(self.kv_head, from);
+            let values = store.values.read(kernels, at, (next - from) * dim, widened);
+            let part = |t: usize| seen(t).start.clamp(from, next)..seen(t).end.clamp(from, next);
+            // Tokens that see the same of these positions are computed together.
+            let mut t = self.tokens.start;
+            while t < self.tokens.end {
+                let part_of_t = part(t);
+                let alike = (t..self.tokens.end).take_while(|&t| part(t) == part_of_t).count();
+                let row = (t - self.tokens.start) * group;
+                t += alike;
+                if part_of_t.is_empty() {
+                    continue;
+                }
+                kernels.outer(
+                    (&scores[row * stride + part_of_t.start - first..], stride),
+                    (&values[(part_of_t.start - from) * dim..], dim),
+                    (&mut sums[row * dim..], dim),
+                    Outer { rows: alike * group, depth: part_of_t.len(), columns: dim, add: true },
+                );
+            }
+        }
+        sums
+    }
+
+    /// Scores of the block of positions from `block` on, those from `end` on being anything; rows are `stride` apart.
+    #[allow(clippy::too_many_arguments, reason = "operands, extents and scratch memory of one product")]
+    fn scores(
+        &self,
+        kernels: &dyn Kernels,
+        inputs: &Inputs<'_>,
+        block: usize,
+        end: usize,
+        queries: &[f32],
+        widened: &mut [f32],
+        scores: &mut [f32],
+        stride: usize,
+    ) {
+        let dim = inputs.shape.head_dim as usize;
+        let at = inputs.cache.layout.key(self.kv_head, block);
+        let extents = Outer { rows: queries.len() / dim, depth: dim, columns: LANES, add: false };
+        let stop = end.min(block + LANES);
+        let mut next = block;
+        while next < stop {
+            let (store, store_end) = inputs.cache.at(next);
+            let keys = store.keys.read(kernels, at, dim * LANES, widened);
+            if next == block && store_end >= stop {
+                kernels.outer((queries, dim), (keys, LANES), (scores, stride), extents);
+                return;
+            }
+            // A fork ends inside the block.
+            let lanes = next - block..store_end.min(stop) - block;
+            next = block + lanes.end;
+            for (row, query) in queries.chunks_exact(dim).enumerate() {
+                let mut all = [0.0; LANES];
+                kernels.outer((query, dim), (keys, LANES), (&mut all, LANES), Outer { rows: 1, ..extents });
+                scores[row * stride..][lanes.clone()].copy_from_slice(&all[lanes.clone()]);
+            }
+        }
+    }
 }

@@ -2,7 +2,9 @@
 //!
 //! Holding a value of an implementation proves that the processor supports it.
 
-use super::integer::{self, Block, Codes, Tile};
+use super::integer::rows::{LANES, Rows};
+use super::integer::{Inputs, Panel, portable};
+use super::vector::{self, Outer};
 use crate::tensor::{DenseType, Offset};
 
 /// Rows and columns of a [`Kernels::dot_tile`].
@@ -43,13 +45,43 @@ pub(super) trait Kernels: Send + Sync {
     /// y[i] += a * x[i]
     fn axpy(&self, a: f32, x: &[f32], y: &mut [f32]);
 
-    /// Rounds the columns of one span; returns their scale and the sum of what they became. Every implementation
-    /// computes the same bits.
-    fn round_span(&self, x: &[f32], blocks: &mut [Block]) -> (f32, f32);
+    /// Replaces numbers by their softmax.
+    fn softmax(&self, x: &mut [f32]);
 
-    /// acc[r][c] += w[r] . x[c] for the rows of `w` and `x`. A sum is added up in an order that does not depend on how
-    /// many others are computed with it; its integer parts are exact.
-    fn dot_codes(&self, w: &Codes<'_>, x: &Tile<'_>, acc: &mut [[f32; TILE]; TILE]);
+    /// out[i] = silu(gate[i]) * up[i]
+    fn silu(&self, gate: &[f32], up: &[f32], out: &mut [f32]);
+
+    /// out[i] = gelu(gate[i]) * up[i], by the formula with tanh.
+    fn gelu_tanh(&self, gate: &[f32], up: &[f32], out: &mut [f32]);
+
+    /// c[r, j] = sum_i a[r, i] * b[i, j], see [`vector::outer`]; every matrix with the distance of its rows.
+    ///
+    /// # Panics
+    /// If a matrix is too short.
+    fn outer(&self, a: (&[f32], usize), b: (&[f32], usize), c: (&mut [f32], usize), extents: Outer);
+
+    /// Rounds the columns of one span; returns their scale and the sum of what they became. Every implementation
+    /// computes the same numbers, in an order of its own.
+    fn round_span(&self, x: &[f32], codes: &mut [i16]) -> (f32, f32);
+
+    /// Rounded activations in the order of [`portable`], for tests.
+    #[cfg(test)]
+    fn natural(&self, codes: &[i16]) -> Vec<i16> {
+        codes.to_vec()
+    }
+
+    /// The products of a block of rows with one row of activations.
+    ///
+    /// # Panics
+    /// If `x` is not one row for matrices of this shape.
+    fn gemv(&self, w: &Rows<'_>, block: usize, x: &Inputs<'_>, out: &mut [f32; LANES]);
+
+    /// Brings out the codes of as many spans of a block as the panel says, from `first` on.
+    fn unpack(&self, w: &Rows<'_>, block: usize, first: usize, panel: &mut Panel);
+
+    /// Adds to every row's sums its products with the panel, which holds the spans from `first` on: the same as
+    /// [`Self::gemv`], to the bit, once all spans were added in their order.
+    fn gemm(&self, panel: &Panel, first: usize, x: &Inputs<'_>, sums: &mut [[f32; LANES]]);
 }
 
 /// The best implementation for this processor.
@@ -63,11 +95,14 @@ pub(super) fn best() -> Box<dyn Kernels> {
             return Box::new(kernels);
         }
     }
+    #[cfg(target_arch = "aarch64")]
+    if let Some(kernels) = super::arm::Neon::new() {
+        return Box::new(kernels);
+    }
     Box::new(Portable)
 }
 
-/// Every implementation this processor supports, for tests.
-#[cfg(test)]
+/// Every implementation this processor supports, for tests and measurements.
 pub(super) fn all() -> Vec<Box<dyn Kernels>> {
     let mut all: Vec<Box<dyn Kernels>> = vec![Box::new(Portable)];
     #[cfg(target_arch = "x86_64")]
@@ -75,6 +110,8 @@ pub(super) fn all() -> Vec<Box<dyn Kernels>> {
         all.extend(super::x86::Avx2::new().map(|k| Box::new(k) as _));
         all.extend(super::x86::Avx512::new().map(|k| Box::new(k) as _));
     }
+    #[cfg(target_arch = "aarch64")]
+    all.extend(super::arm::Neon::new().map(|k| Box::new(k) as _));
     all
 }
 
@@ -144,12 +181,37 @@ impl Kernels for Portable {
         }
     }
 
-    fn round_span(&self, x: &[f32], blocks: &mut [Block]) -> (f32, f32) {
-        integer::round_span(x, blocks)
+    fn softmax(&self, x: &mut [f32]) {
+        vector::softmax(x);
     }
 
-    fn dot_codes(&self, w: &Codes<'_>, x: &Tile<'_>, acc: &mut [[f32; TILE]; TILE]) {
-        integer::dot_codes(w, x, acc);
+    fn silu(&self, gate: &[f32], up: &[f32], out: &mut [f32]) {
+        vector::silu(gate, up, out);
+    }
+
+    fn gelu_tanh(&self, gate: &[f32], up: &[f32], out: &mut [f32]) {
+        vector::gelu_tanh(gate, up, out);
+    }
+
+    fn outer(&self, a: (&[f32], usize), b: (&[f32], usize), c: (&mut [f32], usize), extents: Outer) {
+        vector::outer(a.0, a.1, b.0, b.1, c.0, c.1, extents);
+    }
+
+    fn round_span(&self, x: &[f32], codes: &mut [i16]) -> (f32, f32) {
+        portable::round_span(x, codes)
+    }
+
+    fn gemv(&self, w: &Rows<'_>, block: usize, x: &Inputs<'_>, out: &mut [f32; LANES]) {
+        x.check_row(w.shape());
+        portable::gemv(w, block, x, out);
+    }
+
+    fn unpack(&self, w: &Rows<'_>, block: usize, first: usize, panel: &mut Panel) {
+        portable::unpack(w, block, first, panel);
+    }
+
+    fn gemm(&self, panel: &Panel, first: usize, x: &Inputs<'_>, sums: &mut [[f32; LANES]]) {
+        portable::gemm(panel, first, x, sums);
     }
 }
 
@@ -207,6 +269,37 @@ mod tests {
             Portable.narrow_f16(&values, &mut expected);
             kernels.narrow_f16(&values, &mut found);
             assert_eq!(expected, found, "{}", kernels.name());
+        }
+    }
+
+    #[test]
+    fn outer_products_match_f64_and_do_not_depend_on_their_neighbours() {
+        let mut seed = 13;
+        for kernels in all() {
+            for (rows, depth, columns) in
+                [(1, 1, 1), (1, 64, 16), (3, 64, 16), (24, 40, 64), (7, 5, 80), (13, 33, 24), (2, 9, 100)]
+            {
+                let (lda, ldb, ldc) = (depth + 2, columns + 3, columns + 1);
+                let (a, b) = (floats(rows * lda, &mut seed), floats(depth * ldb, &mut seed));
+                for add in [false, true] {
+                    let given = floats(rows * ldc, &mut seed);
+                    let mut found = given.clone();
+                    kernels.outer((&a, lda), (&b, ldb), (&mut found, ldc), Outer { rows, depth, columns, add });
+                    for r in 0..rows {
+                        let mut alone = given[r * ldc..][..columns].to_vec();
+                        let extents = Outer { rows: 1, depth, columns, add };
+                        kernels.outer((&a[r * lda..], lda), (&b, ldb), (&mut alone, ldc), extents);
+                        for j in 0..columns {
+                            let before = if add { f64::from(given[r * ldc + j]) } else { 0.0 };
+                            let product = |i: usize| f64::from(a[r * lda + i]) * f64::from(b[i * ldb + j]);
+                            let expected = before + (0..depth).map(product).sum::<f64>();
+                            assert!((f64::from(found[r * ldc + j]) - expected).abs() < 1e-5, "{}", kernels.name());
+                            assert_eq!(found[r * ldc + j], alone[j], "{}", kernels.name());
+                        }
+                        assert_eq!(found[r * ldc + columns], given[r * ldc + columns]);
+                    }
+                }
+            }
         }
     }
 

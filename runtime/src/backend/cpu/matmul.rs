@@ -5,6 +5,7 @@ use std::sync::Mutex;
 use super::Scratch;
 use super::kernels::{Kernels, TILE};
 use super::pool::Pool;
+use super::weights::Matrix;
 use crate::error::Result;
 use crate::tensor::{DenseType, Weight};
 
@@ -60,6 +61,24 @@ impl Output {
             *out = if accumulate { *out + value } else { value };
         }
     }
+
+    /// Writes (or adds to) columns of row `t` from `n` on: `values`, plus `bias` where there is one.
+    ///
+    /// # Safety
+    /// As for [`Self::set`].
+    pub(super) unsafe fn set_run(&self, t: usize, n: usize, values: &[f32], bias: Option<&[f32]>, accumulate: bool) {
+        let at = t * self.stride + n;
+        assert!(at + values.len() <= self.len);
+        // SAFETY: in bounds by the assertion; unshared by the caller's promise.
+        let out = unsafe { std::slice::from_raw_parts_mut(self.first.add(at), values.len()) };
+        match accumulate {
+            true => out.iter_mut().zip(values).for_each(|(out, value)| *out += value),
+            false => out.copy_from_slice(values),
+        }
+        if let Some(bias) = bias {
+            out.iter_mut().zip(bias).for_each(|(out, bias)| *out += bias);
+        }
+    }
 }
 
 /// Blocks of weight rows of a matrix with `n` rows: the pieces that [`matmul`] computes whole.
@@ -74,7 +93,7 @@ pub(super) fn matmul(
     pool: &mut Pool,
     scratch: &[Mutex<Scratch>],
     kernels: &dyn Kernels,
-    weight: &Weight,
+    weight: Matrix<'_>,
     part: std::ops::Range<usize>,
     x: &[f32],
     n_tokens: usize,
@@ -84,7 +103,7 @@ pub(super) fn matmul(
     stride: usize,
 ) -> Result<()> {
     let (n, k) = match weight {
-        Weight::Vector(_) | Weight::Order(_) => return Err(super::mismatch("a matrix")),
+        Matrix::Plain(Weight::Vector(_) | Weight::Order(_)) => return Err(super::mismatch("a matrix")),
         matrix => matrix.dims(),
     };
     if x.len() != n_tokens * k {
@@ -117,7 +136,7 @@ pub(super) fn matmul(
 #[allow(clippy::too_many_arguments, reason = "operands, shape and scratch memory of one product")]
 fn block_sums<'a>(
     kernels: &dyn Kernels,
-    weight: &Weight,
+    weight: Matrix<'_>,
     first: usize,
     x: &[f32],
     n_tokens: usize,
@@ -125,7 +144,7 @@ fn block_sums<'a>(
     weights: &mut [f32],
     sums: &'a mut [f32],
 ) -> &'a [f32] {
-    let rows = TILE.min(rows_of(weight) - first);
+    let rows = TILE.min(weight.dims().0 - first);
     let sums = &mut sums[..TILE * n_tokens];
     sums.fill(0.0);
     for k0 in (0..k).step_by(K_TILE) {
@@ -148,16 +167,6 @@ fn block_sums<'a>(
     sums
 }
 
-/// Rows of a matrix.
-pub(super) fn rows_of(weight: &Weight) -> usize {
-    weight.dims().0
-}
-
-/// Input features of a matrix.
-fn columns_of(weight: &Weight) -> usize {
-    weight.dims().1
-}
-
 /// Rows of activations that go through one expert.
 pub(super) struct Group {
     /// The expert.
@@ -173,7 +182,7 @@ pub(super) fn experts(
     pool: &mut Pool,
     scratch: &[Mutex<Scratch>],
     kernels: &dyn Kernels,
-    experts: &[Weight],
+    experts: &[Matrix<'_>],
     groups: &[Group],
     order: &[usize],
     part: std::ops::Range<usize>,
@@ -182,8 +191,8 @@ pub(super) fn experts(
     stride: usize,
 ) -> Result<()> {
     let Some(first) = experts.first() else { return Ok(()) };
-    let (n, k) = (rows_of(first), columns_of(first));
-    if experts.iter().any(|weight| rows_of(weight) != n || columns_of(weight) != k) || x.len() != order.len() * k {
+    let (n, k) = first.dims();
+    if experts.iter().any(|weight| weight.dims() != (n, k)) || x.len() != order.len() * k {
         return Err(super::mismatch("experts of the same shape"));
     }
     let part = part.start..part.end.min(blocks(n));
@@ -197,7 +206,7 @@ pub(super) fn experts(
             let first = first * TILE;
             for group in groups {
                 let rows = &x[group.rows.start * k..group.rows.end * k];
-                let sums = block_sums(kernels, &experts[group.expert], first, rows, group.rows.len(), k, weights, sums);
+                let sums = block_sums(kernels, experts[group.expert], first, rows, group.rows.len(), k, weights, sums);
                 for (&row, sums) in order[group.rows.clone()].iter().zip(sums.chunks_exact(TILE)) {
                     for (r, &sum) in sums.iter().enumerate().take(TILE.min(n - first)) {
                         // SAFETY: blocks of weight rows are dealt to tasks without overlap.
@@ -213,7 +222,11 @@ pub(super) fn experts(
 /// Expands `out.len()` columns of row `n` from column `k0` on, a multiple of [`K_TILE`].
 ///
 /// The forms with a fast expansion of their own are [`Kernels`]' business; the others expand themselves.
-pub(super) fn expand(kernels: &dyn Kernels, weight: &Weight, n: usize, k0: usize, out: &mut [f32]) {
+pub(super) fn expand(kernels: &dyn Kernels, matrix: Matrix<'_>, n: usize, k0: usize, out: &mut [f32]) {
+    let weight = match matrix {
+        Matrix::Plain(weight) => weight,
+        Matrix::Blocks(rows) => return rows.expand(kernels, n, k0, out),
+    };
     match weight {
         Weight::W4(m) => {
             let words = &m.qweight[n * m.k / 8..][..m.k / 8];
@@ -340,7 +353,7 @@ mod tests {
                                 &mut pool,
                                 &scratch,
                                 &*kernels,
-                                weight,
+                                Matrix::Plain(weight),
                                 0..usize::MAX,
                                 &x,
                                 n_tokens,

@@ -5,9 +5,10 @@
 
 use std::arch::x86_64::*;
 
-use super::integer::{Block, Codes, Tile};
-use super::integer_x86;
+use super::integer::rows::{LANES, Rows};
+use super::integer::{Inputs, Panel, avx2, avx512};
 use super::kernels::{Kernels, Portable, TILE};
+use super::vector::{self, Outer};
 use crate::tensor::{DenseType, Offset};
 
 /// AVX2 with FMA and F16C.
@@ -83,46 +84,83 @@ impl Kernels for Avx2 {
         unsafe { axpy_avx2(a, x, y) }
     }
 
-    fn round_span(&self, x: &[f32], blocks: &mut [Block]) -> (f32, f32) {
-        // SAFETY: `self` proves AVX2.
-        unsafe { integer_x86::round_span(x, blocks) }
+    fn softmax(&self, x: &mut [f32]) {
+        // SAFETY: `self` proves AVX2 and FMA.
+        unsafe { softmax_avx2(x) }
     }
 
-    fn dot_codes(&self, w: &Codes<'_>, x: &Tile<'_>, acc: &mut [[f32; TILE]; TILE]) {
+    fn silu(&self, gate: &[f32], up: &[f32], out: &mut [f32]) {
+        // SAFETY: `self` proves AVX2 and FMA.
+        unsafe { silu_avx2(gate, up, out) }
+    }
+
+    fn gelu_tanh(&self, gate: &[f32], up: &[f32], out: &mut [f32]) {
+        // SAFETY: `self` proves AVX2 and FMA.
+        unsafe { gelu_tanh_avx2(gate, up, out) }
+    }
+
+    fn outer(&self, a: (&[f32], usize), b: (&[f32], usize), c: (&mut [f32], usize), extents: Outer) {
+        extents.check(a, b, (c.0, c.1));
+        // SAFETY: `self` proves AVX2 and FMA; the matrices were just checked.
+        unsafe { outer_avx2(a, b, c, extents) }
+    }
+
+    fn round_span(&self, x: &[f32], codes: &mut [i16]) -> (f32, f32) {
+        // SAFETY: `self` proves AVX2 and FMA.
+        unsafe { avx2::round_span(x, codes) }
+    }
+
+    fn gemv(&self, w: &Rows<'_>, block: usize, x: &Inputs<'_>, out: &mut [f32; LANES]) {
+        x.check_row(w.shape());
         // SAFETY: `self` proves AVX2, FMA and F16C.
-        unsafe { integer_x86::dot_codes(w, x, acc) }
+        unsafe { avx2::gemv(w, block, x, out) }
+    }
+
+    fn unpack(&self, w: &Rows<'_>, block: usize, first: usize, panel: &mut Panel) {
+        // SAFETY: `self` proves AVX2 and F16C.
+        unsafe { avx2::unpack(w, block, first, panel) }
+    }
+
+    fn gemm(&self, panel: &Panel, first: usize, x: &Inputs<'_>, sums: &mut [[f32; LANES]]) {
+        // SAFETY: `self` proves AVX2 and FMA.
+        unsafe { avx2::gemm(panel, first, x, sums) }
     }
 }
 
 /// AVX-512F, which implies everything [`Avx2`] needs on every processor that has it; checked all the same.
-pub(super) struct Avx512(Avx2);
+pub(super) struct Avx512 {
+    avx2: Avx2,
+    /// Whether there are products of 16-bit numbers (AVX-512 BW and VNNI).
+    vnni: bool,
+}
 
 impl Avx512 {
     pub(super) fn new() -> Option<Self> {
-        is_x86_feature_detected!("avx512f").then(Avx2::new).flatten().map(Self)
+        let vnni = is_x86_feature_detected!("avx512bw") && is_x86_feature_detected!("avx512vnni");
+        is_x86_feature_detected!("avx512f").then(Avx2::new).flatten().map(|avx2| Self { avx2, vnni })
     }
 }
 
 impl Kernels for Avx512 {
     fn name(&self) -> &'static str {
-        "avx512"
+        if self.vnni { "avx512-vnni" } else { "avx512" }
     }
 
     fn expand_w4(&self, words: &[u32], params: &[u32], group_size: usize, offset: Offset, out: &mut [f32]) {
         assert!(out.len() == words.len() * 8 && group_size.is_multiple_of(8));
         if !group_size.is_multiple_of(16) {
-            return self.0.expand_w4(words, params, group_size, offset, out);
+            return self.avx2.expand_w4(words, params, group_size, offset, out);
         }
         // SAFETY: `self` proves AVX-512F and F16C.
         unsafe { expand_w4_avx512(words, params, group_size, offset, out) }
     }
 
     fn expand_f16(&self, bytes: &[u8], out: &mut [f32]) {
-        self.0.expand_f16(bytes, out);
+        self.avx2.expand_f16(bytes, out);
     }
 
     fn narrow_f16(&self, values: &[f32], out: &mut [half::f16]) {
-        self.0.narrow_f16(values, out);
+        self.avx2.narrow_f16(values, out);
     }
 
     fn dot_tile(
@@ -168,15 +206,52 @@ impl Kernels for Avx512 {
     }
 
     fn axpy(&self, a: f32, x: &[f32], y: &mut [f32]) {
-        self.0.axpy(a, x, y);
+        self.avx2.axpy(a, x, y);
     }
 
-    fn round_span(&self, x: &[f32], blocks: &mut [Block]) -> (f32, f32) {
-        self.0.round_span(x, blocks)
+    fn softmax(&self, x: &mut [f32]) {
+        self.avx2.softmax(x);
     }
 
-    fn dot_codes(&self, w: &Codes<'_>, x: &Tile<'_>, acc: &mut [[f32; TILE]; TILE]) {
-        self.0.dot_codes(w, x, acc);
+    fn silu(&self, gate: &[f32], up: &[f32], out: &mut [f32]) {
+        self.avx2.silu(gate, up, out);
+    }
+
+    fn gelu_tanh(&self, gate: &[f32], up: &[f32], out: &mut [f32]) {
+        self.avx2.gelu_tanh(gate, up, out);
+    }
+
+    fn outer(&self, a: (&[f32], usize), b: (&[f32], usize), c: (&mut [f32], usize), extents: Outer) {
+        self.avx2.outer(a, b, c, extents);
+    }
+
+    fn round_span(&self, x: &[f32], codes: &mut [i16]) -> (f32, f32) {
+        self.avx2.round_span(x, codes)
+    }
+
+    fn gemv(&self, w: &Rows<'_>, block: usize, x: &Inputs<'_>, out: &mut [f32; LANES]) {
+        if !self.vnni {
+            return self.avx2.gemv(w, block, x, out);
+        }
+        x.check_row(w.shape());
+        // SAFETY: `vnni` proves AVX-512 F, BW and VNNI.
+        unsafe { avx512::gemv(w, block, x, out) }
+    }
+
+    fn unpack(&self, w: &Rows<'_>, block: usize, first: usize, panel: &mut Panel) {
+        if !self.vnni {
+            return self.avx2.unpack(w, block, first, panel);
+        }
+        // SAFETY: `vnni` proves AVX-512 F and BW.
+        unsafe { avx512::unpack(w, block, first, panel) }
+    }
+
+    fn gemm(&self, panel: &Panel, first: usize, x: &Inputs<'_>, sums: &mut [[f32; LANES]]) {
+        if !self.vnni {
+            return self.avx2.gemm(panel, first, x, sums);
+        }
+        // SAFETY: `vnni` proves AVX-512 F, BW and VNNI.
+        unsafe { avx512::gemm(panel, first, x, sums) }
     }
 }
 
@@ -369,5 +444,86 @@ fn axpy_avx2(a: f32, x: &[f32], y: &mut [f32]) {
     }
     for (x, y) in x_rest.iter().zip(y_rest) {
         *y += a * x;
+    }
+}
+
+#[target_feature(enable = "avx2,fma")]
+fn softmax_avx2(x: &mut [f32]) {
+    vector::softmax(x);
+}
+
+#[target_feature(enable = "avx2,fma")]
+fn silu_avx2(gate: &[f32], up: &[f32], out: &mut [f32]) {
+    vector::silu(gate, up, out);
+}
+
+#[target_feature(enable = "avx2,fma")]
+fn gelu_tanh_avx2(gate: &[f32], up: &[f32], out: &mut [f32]) {
+    vector::gelu_tanh(gate, up, out);
+}
+
+/// See [`vector::outer`]: tiles of 6 rows and 16 columns.
+///
+/// # Safety
+/// The matrices have these extents.
+#[target_feature(enable = "avx2,fma")]
+unsafe fn outer_avx2(a: (&[f32], usize), b: (&[f32], usize), c: (&mut [f32], usize), extents: Outer) {
+    const ROWS: usize = 6;
+    let whole = extents.columns / 16 * 16;
+    for first in (0..extents.rows).step_by(ROWS) {
+        let extents = Outer { rows: ROWS.min(extents.rows - first), ..extents };
+        for column in (0..whole).step_by(16) {
+            // SAFETY: these rows and sixteen columns lie in the matrices by the caller's promise.
+            unsafe {
+                let a = (a.0.as_ptr().add(first * a.1), a.1);
+                let b = (b.0.as_ptr().add(column), b.1);
+                let c = (c.0.as_mut_ptr().add(first * c.1 + column), c.1);
+                match extents.rows {
+                    1 => outer_tile_avx2::<1>(a, b, c, &extents),
+                    2 => outer_tile_avx2::<2>(a, b, c, &extents),
+                    3 => outer_tile_avx2::<3>(a, b, c, &extents),
+                    4 => outer_tile_avx2::<4>(a, b, c, &extents),
+                    5 => outer_tile_avx2::<5>(a, b, c, &extents),
+                    _ => outer_tile_avx2::<ROWS>(a, b, c, &extents),
+                }
+            }
+        }
+    }
+    if whole < extents.columns && extents.depth > 0 {
+        let extents = Outer { columns: extents.columns - whole, ..extents };
+        vector::outer(a.0, a.1, &b.0[whole..], b.1, &mut c.0[whole..], c.1, extents);
+    }
+}
+
+/// # Safety
+/// R rows of `a` and `c`, `extents.depth` columns of `a` and rows of `b`, 16 columns of `b` and `c`.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn outer_tile_avx2<const R: usize>(
+    a: (*const f32, usize),
+    b: (*const f32, usize),
+    c: (*mut f32, usize),
+    extents: &Outer,
+) {
+    // SAFETY: every access is to a row and column of the caller's promise.
+    unsafe {
+        let mut sums = [[_mm256_setzero_ps(); 2]; R];
+        if extents.add {
+            for (r, sums) in sums.iter_mut().enumerate() {
+                *sums = [_mm256_loadu_ps(c.0.add(r * c.1)), _mm256_loadu_ps(c.0.add(r * c.1 + 8))];
+            }
+        }
+        for i in 0..extents.depth {
+            let at = b.0.add(i * b.1);
+            let b = [_mm256_loadu_ps(at), _mm256_loadu_ps(at.add(8))];
+            for (r, sums) in sums.iter_mut().enumerate() {
+                let a = _mm256_set1_ps(*a.0.add(r * a.1 + i));
+                *sums = [_mm256_fmadd_ps(a, b[0], sums[0]), _mm256_fmadd_ps(a, b[1], sums[1])];
+            }
+        }
+        for (r, sums) in sums.iter().enumerate() {
+            _mm256_storeu_ps(c.0.add(r * c.1), sums[0]);
+            _mm256_storeu_ps(c.0.add(r * c.1 + 8), sums[1]);
+        }
     }
 }

@@ -1,0 +1,197 @@
+//! Activations rounded to 16 bits.
+
+use super::super::kernels::Kernels;
+use super::super::pool::Pool;
+use super::super::{fitting, mismatch, out_of_memory, zeros};
+use super::rows::{BYTE_GROUP, OCTET, Shape};
+use super::{PANEL, Panel};
+use crate::backend::cpu::matmul::TASKS_PER_THREAD;
+use crate::backend::{Op, Program, RunnerConfig};
+use crate::error::Result;
+
+/// Largest magnitude of a rounded activation: both bytes of a code are then at most 127 in magnitude, which lets
+/// kernels for bytes compute with `256 * high + low`.
+const MAX_CODE: f32 = 127.0 * 256.0 + 127.0;
+/// Spans with nothing larger count as zeros, so that no scale is a subnormal number.
+const TINY: f32 = 1e-30;
+
+/// How a span is rounded.
+pub(super) struct Round {
+    /// What a unit of a code is.
+    pub(super) scale: f32,
+    /// Codes of a unit.
+    pub(super) inverse: f32,
+}
+
+impl Round {
+    /// For a span with the largest magnitude `largest`; `None` if that is all zeros.
+    pub(super) fn of(largest: f32) -> Option<Self> {
+        let scale = largest / MAX_CODE;
+        // NaN is no zero.
+        (!matches!(largest.partial_cmp(&TINY), Some(std::cmp::Ordering::Less)))
+            .then(|| Self { scale, inverse: 1.0 / scale })
+    }
+}
+
+/// Rounded rows.
+#[derive(Clone, Copy)]
+pub(in crate::backend::cpu) struct Inputs<'a> {
+    /// Columns.
+    pub(in crate::backend::cpu) k: usize,
+    /// Columns that share a scale.
+    pub(in crate::backend::cpu) span: usize,
+    /// (rows, k); an octet's columns in the order 0, 4, 1, 5, 2, 6, 3, 7.
+    pub(in crate::backend::cpu) codes: &'a [i16],
+    /// (rows, k / span)
+    pub(in crate::backend::cpu) scales: &'a [f32],
+    /// The rounded activations of each span added up, in the same order.
+    pub(in crate::backend::cpu) sums: &'a [f32],
+}
+
+impl Inputs<'_> {
+    /// The rows `rows`.
+    pub(super) fn rows(&self, rows: std::ops::Range<usize>) -> Self {
+        let (k, spans) = (self.k, self.k / self.span);
+        Self {
+            codes: &self.codes[rows.start * k..rows.end * k],
+            scales: &self.scales[rows.start * spans..rows.end * spans],
+            sums: &self.sums[rows.start * spans..rows.end * spans],
+            ..*self
+        }
+    }
+
+    /// # Panics
+    /// Unless this is one row for matrices of the shape.
+    pub(in crate::backend::cpu) fn check_row(&self, shape: &Shape) {
+        assert!(self.k == shape.k && self.span == shape.span() && self.codes.len() == self.k);
+        assert!(self.scales.len() * self.span == self.k && self.sums.len() == self.scales.len());
+    }
+
+    /// # Panics
+    /// Unless these are `tokens` rows with the columns of the panel, whose first span is `first`.
+    pub(super) fn check_panel(&self, panel: &Panel, first: usize, tokens: usize) {
+        assert!(self.span == panel.span && (first + panel.spans) * self.span <= self.k);
+        assert!(panel.spans * panel.span <= PANEL && self.codes.len() == tokens * self.k);
+        assert!(self.scales.len() * self.span == self.codes.len() && self.sums.len() == self.scales.len());
+    }
+}
+
+/// Memory for rounded rows.
+pub(in crate::backend::cpu) struct Activations {
+    rows: usize,
+    k: usize,
+    span: usize,
+    codes: Vec<i16>,
+    scales: Vec<f32>,
+    sums: Vec<f32>,
+}
+
+/// Codes and spans of the largest inputs of a program's products.
+fn capacity(program: &Program, config: &RunnerConfig) -> (u64, u64) {
+    if config.exact {
+        return (0, 0);
+    }
+    let inputs = program.ops.iter().filter_map(|op| {
+        let (x, rows) = match op {
+            Op::Linear { x, .. } => (x, x),
+            // An input goes through several experts.
+            Op::Experts { x, out, .. } => (x, &out.buffer),
+            _ => return None,
+        };
+        let (x, rows) = (program.buffers.get(x.0 as usize)?, program.buffers.get(rows.0 as usize)?);
+        Some((u64::from(rows.rows(config)), u64::from(x.width)))
+    });
+    inputs.fold((0, 0), |(most_codes, most_spans), (rows, width)| {
+        let spans = rows.saturating_mul(width / BYTE_GROUP as u64);
+        (most_codes.max(rows.saturating_mul(width)), most_spans.max(spans))
+    })
+}
+
+/// Bytes of the [`Activations`] of a session.
+pub(in crate::backend::cpu) fn bytes(program: &Program, config: &RunnerConfig) -> u64 {
+    let (codes, spans) = capacity(program, config);
+    codes.saturating_mul(2).saturating_add(spans.saturating_mul(8))
+}
+
+impl Activations {
+    /// Memory for the inputs of every product of `program`.
+    pub(in crate::backend::cpu) fn new(program: &Program, config: &RunnerConfig) -> Result<Self> {
+        let what = "rounded activations";
+        fitting(usize::try_from(bytes(program, config)).ok(), what)?;
+        let (codes, spans) = capacity(program, config);
+        Self::with(codes as usize, spans as usize)
+    }
+
+    pub(in crate::backend::cpu) fn with(codes: usize, spans: usize) -> Result<Self> {
+        let what = "rounded activations";
+        // `vec!` leaves fresh pages untouched but aborts where there are none; so ask first.
+        Vec::<i16>::new().try_reserve_exact(codes).map_err(|_| out_of_memory(what, 2 * codes))?;
+        let (scales, sums) = (zeros(Some(spans), what)?, zeros(Some(spans), what)?);
+        Ok(Self { rows: 0, k: 0, span: BYTE_GROUP, codes: vec![0; codes], scales, sums })
+    }
+
+    /// Rounds the rows of `x`, (rows, K), for products with matrices of `shape`.
+    pub(in crate::backend::cpu) fn round(
+        &mut self,
+        pool: &mut Pool,
+        kernels: &dyn Kernels,
+        shape: &Shape,
+        x: &[f32],
+    ) -> Result<()> {
+        let (k, span) = (shape.k, shape.span());
+        let (rows, spans) = (x.len() / k, k / span);
+        if x.len() != rows * k || x.len() > self.codes.len() || rows * spans > self.scales.len() {
+            return Err(mismatch(&format!("rows of {k} input features")));
+        }
+        (self.rows, self.k, self.span) = (rows, k, span);
+        let to =
+            Disjoint { codes: self.codes.as_mut_ptr(), scales: self.scales.as_mut_ptr(), sums: self.sums.as_mut_ptr() };
+        let tasks = rows.min(pool.threads() * TASKS_PER_THREAD);
+        pool.run(tasks, &|task, _| {
+            let to = &to;
+            for row in rows * task / tasks..rows * (task + 1) / tasks {
+                // SAFETY: rows lie inside the allocations by the check above, and are dealt to tasks without overlap.
+                let (codes, scales, sums) = unsafe {
+                    (
+                        std::slice::from_raw_parts_mut(to.codes.add(row * k), k),
+                        std::slice::from_raw_parts_mut(to.scales.add(row * spans), spans),
+                        std::slice::from_raw_parts_mut(to.sums.add(row * spans), spans),
+                    )
+                };
+                let x = x[row * k..][..k].chunks_exact(span);
+                let parts = x.zip(codes.chunks_exact_mut(span)).zip(scales.iter_mut().zip(sums));
+                for ((x, codes), (scale, sum)) in parts {
+                    (*scale, *sum) = kernels.round_span(x, codes);
+                }
+            }
+        });
+        Ok(())
+    }
+
+    /// The rows that were rounded last.
+    pub(in crate::backend::cpu) fn inputs(&self) -> Inputs<'_> {
+        let spans = self.rows * self.k / self.span;
+        Inputs {
+            k: self.k,
+            span: self.span,
+            codes: &self.codes[..self.rows * self.k],
+            scales: &self.scales[..spans],
+            sums: &self.sums[..spans],
+        }
+    }
+}
+
+/// What the tasks of [`Activations::round`] write.
+struct Disjoint {
+    codes: *mut i16,
+    scales: *mut f32,
+    sums: *mut f32,
+}
+
+// SAFETY: every task makes references to rows of its own only.
+unsafe impl Sync for Disjoint {}
+
+/// Where in an octet of rounded activations a column is.
+pub(super) const fn place(column: usize) -> usize {
+    2 * (column % (OCTET / 2)) + column / (OCTET / 2)
+}

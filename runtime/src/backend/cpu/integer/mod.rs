@@ -1,0 +1,166 @@
+//! out[t, n] = sum_k x[t, k] * W[n, k] in integers: codes times activations rounded to 16 bits.
+//!
+//! A weight is `s * q + b` with the code q and two numbers of its group (`b = -s * z` where the group has a zero point
+//! z), so a group's part of a product is `s * sum(q x) + b * sum(x)`. Both sums are computed exactly on the rounded
+//! activations, hence zero points cost one multiplication a group. Two things differ from the definition of a weight
+//! in [`crate::tensor::W4Matrix`], which [`super::matmul`] computes with: the rounding of x, and that weights are not
+//! rounded to half precision.
+//!
+//! Why not 8 bits: even with a scale for every 4 columns they move the logits of small models by more than 1 % of the
+//! largest one. 16 bits with a scale for a *span* of at most [`rows::MAX_SPAN`] columns are finer than the weights' own
+//! rounding to half precision, and with [`rows`]' layout a product reads the codes about as fast as memory brings them.
+
+use std::sync::Mutex;
+
+use super::kernels::Kernels;
+use super::matmul::{Output, TASKS_PER_THREAD};
+use super::pool::Pool;
+use crate::error::Result;
+use rows::{LANES, MAX_SPAN, Rows};
+
+mod activations;
+#[cfg(target_arch = "x86_64")]
+pub(super) mod avx2;
+#[cfg(target_arch = "x86_64")]
+pub(super) mod avx512;
+#[cfg(target_arch = "aarch64")]
+pub(super) mod neon;
+pub(super) mod portable;
+pub(super) mod rows;
+#[cfg(test)]
+mod tests;
+
+pub(super) use super::matmul::Group;
+pub(super) use activations::{Activations, Inputs, bytes};
+
+/// Columns of a [`Panel`]: its codes then take half of a first-level cache of 32 KiB.
+const PANEL: usize = 512;
+/// Bytes of activations that stay in the second-level cache while all panels meet them.
+const TOKEN_BYTES: usize = 192 * 1024;
+/// Most tokens that meet a panel before the next one is brought out.
+const MAX_TOKENS: usize = 240;
+
+/// Spans of a block of rows as pairs of 16-bit numbers, which many tokens can meet.
+#[repr(C, align(64))]
+pub(super) struct Panel {
+    /// (columns / 2, 16, 2), columns in the order of the activations.
+    pub(super) codes: [i16; PANEL * LANES],
+    /// Columns of a span.
+    pub(super) span: usize,
+    pub(super) spans: usize,
+    /// Whether `b` is anything but 0.
+    pub(super) offsets: bool,
+    /// Scales, (spans, 16).
+    pub(super) s: [[f32; LANES]; PANEL / rows::BYTE_GROUP],
+    /// What is added to a weight, (spans, 16).
+    pub(super) b: [[f32; LANES]; PANEL / rows::BYTE_GROUP],
+}
+
+/// Memory of one worker.
+pub(super) struct Worker {
+    panel: Panel,
+    /// Sums of the tokens that meet the panel.
+    sums: [[f32; LANES]; MAX_TOKENS],
+}
+
+impl Worker {
+    pub(super) fn new() -> Box<Self> {
+        let panel = Panel {
+            span: MAX_SPAN,
+            spans: 0,
+            offsets: false,
+            codes: [0; PANEL * LANES],
+            s: [[0.0; LANES]; PANEL / rows::BYTE_GROUP],
+            b: [[0.0; LANES]; PANEL / rows::BYTE_GROUP],
+        };
+        Box::new(Self { panel, sums: [[0.0; LANES]; MAX_TOKENS] })
+    }
+
+    /// The products of a block with all rows of `x`.
+    fn products(&mut self, kernels: &dyn Kernels, matrix: &Rows<'_>, block: usize, x: &Inputs<'_>) -> &[[f32; LANES]] {
+        let Self { panel, sums } = self;
+        let sums = &mut sums[..x.codes.len() / x.k];
+        sums.fill([0.0; LANES]);
+        let (spans, most) = (x.k / x.span, PANEL / x.span);
+        for first in (0..spans).step_by(most) {
+            (panel.span, panel.spans) = (x.span, most.min(spans - first));
+            panel.offsets = matrix.shape().has_offsets();
+            kernels.unpack(matrix, block, first, panel);
+            kernels.gemm(panel, first, x, sums);
+        }
+        sums
+    }
+}
+
+/// Where a product goes.
+pub(super) struct Target<'a> {
+    /// From the first output column on.
+    pub(super) out: &'a mut [f32],
+    /// Elements from a row to the next.
+    pub(super) stride: usize,
+    /// (N)
+    pub(super) bias: Option<&'a [f32]>,
+    /// Whether to add to what is there.
+    pub(super) accumulate: bool,
+    /// The row of the output for a row of activations; `None` for the same.
+    pub(super) order: Option<&'a [usize]>,
+}
+
+/// Multiplies rows of `x` with the blocks `part` of their matrix, an entry of `matrices`, all of one shape.
+#[allow(clippy::too_many_arguments, reason = "one product names its operands; a struct would only rename them")]
+pub(super) fn matmul(
+    pool: &mut Pool,
+    workers: &[Mutex<Box<Worker>>],
+    kernels: &dyn Kernels,
+    x: &Inputs<'_>,
+    matrices: &[Rows<'_>],
+    groups: &[Group],
+    part: std::ops::Range<usize>,
+    target: Target<'_>,
+) -> Result<()> {
+    let Some(shape) = matrices.first().map(|rows| *rows.shape()) else { return Ok(()) };
+    let rows = x.codes.len() / x.k.max(1);
+    let fits = |m: &Rows<'_>| (m.shape().n, m.shape().k, m.shape().span()) == (shape.n, x.k, x.span);
+    if !matrices.iter().all(fits) || groups.iter().any(|group| group.rows.end > rows) {
+        return Err(super::mismatch("matrices of one shape and an input for them"));
+    }
+    let Target { out, stride, bias, accumulate, order } = target;
+    let part = part.start..part.end.min(shape.blocks());
+    let tasks = part.len().min(pool.threads() * TASKS_PER_THREAD);
+    let output = Output::new(out, stride);
+    let write = |t: usize, block: usize, sums: &[f32; LANES]| {
+        let to = order.map_or(t, |order| order[t]);
+        let first = block * LANES;
+        let n = LANES.min(shape.n - first);
+        let bias = bias.map(|bias| &bias[first..first + n]);
+        // SAFETY: blocks are dealt to tasks without overlap.
+        unsafe { output.set_run(to, first, &sums[..n], bias, accumulate) };
+    };
+    pool.run(tasks, &|task, worker| {
+        let blocks = part.start + part.len() * task / tasks..part.start + part.len() * (task + 1) / tasks;
+        for group in groups {
+            let matrix = &matrices[group.expert];
+            if group.rows.len() == 1 {
+                let x = x.rows(group.rows.clone());
+                let mut sums = [0.0; LANES];
+                for block in blocks.clone() {
+                    kernels.gemv(matrix, block, &x, &mut sums);
+                    write(group.rows.start, block, &sums);
+                }
+                continue;
+            }
+            let mut worker = workers[worker].lock().unwrap_or_else(|e| e.into_inner());
+            let at_once = (TOKEN_BYTES / (2 * x.k)).clamp(MAX_TOKENS / 10, MAX_TOKENS);
+            for first in group.rows.clone().step_by(at_once) {
+                let tokens = first..group.rows.end.min(first + at_once);
+                for block in blocks.clone() {
+                    let sums = worker.products(kernels, matrix, block, &x.rows(tokens.clone()));
+                    for (t, sums) in tokens.clone().zip(sums) {
+                        write(t, block, sums);
+                    }
+                }
+            }
+        }
+    });
+    Ok(())
+}

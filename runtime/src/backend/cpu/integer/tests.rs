@@ -1,0 +1,315 @@
+use half::f16;
+
+use super::activations::place;
+use super::rows::{BYTE_GROUP, Codes, OCTET, Shape};
+use super::*;
+use crate::backend::cpu::kernels;
+use crate::tensor::{Offset, W4Matrix};
+
+fn random(seed: &mut u64) -> u32 {
+    *seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+    (*seed >> 32) as u32
+}
+
+fn float(seed: &mut u64) -> f32 {
+    random(seed) as f32 / u32::MAX as f32 - 0.5
+}
+
+fn w4(n: usize, k: usize, group_size: usize, offset: Offset, seed: &mut u64) -> W4Matrix {
+    let qweight = (0..n * k / 8).map(|_| random(seed)).collect();
+    let group_params = (0..n * k / group_size)
+        .map(|_| {
+            let s = f16::from_f32(0.01 + random(seed) as f32 / 4e11);
+            let o = match offset.is_bias() {
+                true => f16::from_f32(0.08 * (float(seed) - 0.5)),
+                false => f16::from_f32((random(seed) % 16) as f32),
+            };
+            u32::from(s.to_bits()) | u32::from(o.to_bits()) << 16
+        })
+        .collect();
+    W4Matrix { n, k, group_size, qweight, group_params, offset }
+}
+
+/// A matrix in blocks, and what it stands for without rounding.
+struct Case {
+    shape: Shape,
+    bytes: Vec<u8>,
+    /// (n, k)
+    weights: Vec<f64>,
+}
+
+impl Case {
+    fn four(n: usize, k: usize, group_size: usize, offset: Offset, seed: &mut u64) -> Self {
+        let matrix = w4(n, k, group_size, offset, seed);
+        let shape = Shape::of_w4(n, k, group_size, offset).unwrap();
+        let mut bytes = vec![0; shape.bytes().unwrap()];
+        rows::interleave(&matrix, &shape, &mut bytes);
+        let weight = |i: usize| {
+            let params = matrix.group_params[i / group_size];
+            let (s, o) = (f16::from_bits(params as u16).to_f64(), f16::from_bits((params >> 16) as u16).to_f64());
+            let q = f64::from(matrix.qweight[i / 8] >> (4 * (i % 8)) & 15);
+            if offset.is_bias() { s * q + o } else { s * (q - o) }
+        };
+        Self { shape, bytes, weights: (0..n * k).map(weight).collect() }
+    }
+
+    fn eight(n: usize, k: usize, seed: &mut u64) -> Self {
+        let shape = Shape::of_bytes(n, k).unwrap();
+        let values: Vec<f32> = (0..n * k).map(|_| float(seed)).collect();
+        let mut bytes = vec![0; shape.bytes().unwrap()];
+        // In two pieces, as two tasks do it.
+        let (first, second) = bytes.split_at_mut(shape.blocks() / 2 * shape.block_bytes());
+        for (at, bytes) in [(0, first), (shape.blocks() / 2, second)] {
+            rows::round(&shape, at, bytes, |row, out| out.copy_from_slice(&values[row * k..][..k]));
+        }
+        let mut weights = vec![0.0; k];
+        let mut all = Vec::new();
+        for row in 0..n {
+            Rows::new(shape, &bytes).expand(&kernels::Portable, row, 0, &mut weights);
+            for (group, (found, given)) in
+                weights.chunks(BYTE_GROUP).zip(values[row * k..][..k].chunks(BYTE_GROUP)).enumerate()
+            {
+                let largest = given.iter().fold(0.0f32, |most, v| most.max(v.abs()));
+                for (found, given) in found.iter().zip(given) {
+                    assert!((found - given).abs() <= 0.51 * largest / 127.0, "row {row} group {group}");
+                }
+            }
+            all.extend(weights.iter().map(|&v| f64::from(v)));
+        }
+        Self { shape, bytes, weights: all }
+    }
+
+    fn rows(&self) -> Rows<'_> {
+        Rows::new(self.shape, &self.bytes)
+    }
+}
+
+fn cases(seed: &mut u64) -> Vec<Case> {
+    let mut cases = Vec::new();
+    for offset in [Offset::Zero, Offset::RoundedBias] {
+        for (n, k, group_size) in [
+            (1, 32, 32),
+            (5, 128, 32),
+            (3, 1024, 512),
+            (130, 576, 64),
+            (16, 896, 128),
+            (18, 4864, 128),
+            (6, 1536, 1536),
+            (2, 2208, 2208),
+            (33, 768, 384),
+        ] {
+            cases.push(Case::four(n, k, group_size, offset, seed));
+        }
+    }
+    for (n, k) in [(1, 32), (40, 576), (17, 1184)] {
+        cases.push(Case::eight(n, k, seed));
+    }
+    cases
+}
+
+/// Rows of activations as different as those of models: some large, some small, an outlier.
+fn inputs(rows: usize, k: usize, seed: &mut u64) -> Vec<f32> {
+    let mut x: Vec<f32> = (0..rows * k).map(|_| float(seed)).collect();
+    for x in x.chunks_exact_mut(k) {
+        x[k / 3] = 80.0;
+        x[k / 2..k / 2 + 16].fill(0.0);
+    }
+    x
+}
+
+fn rounded(kernels: &dyn Kernels, shape: &Shape, x: &[f32]) -> Activations {
+    let mut activations = Activations::with(x.len(), x.len() / BYTE_GROUP).unwrap();
+    activations.round(&mut Pool::new(2), kernels, shape, x).unwrap();
+    activations
+}
+
+#[test]
+fn expansions_are_those_of_the_definition() {
+    let mut seed = 8;
+    for offset in [Offset::Zero, Offset::Bias, Offset::RoundedBias, Offset::ZeroBf16] {
+        for (n, k, group_size) in [(19, 192, 64), (3, 320, 320), (2, 1536, 512)] {
+            let matrix = w4(n, k, group_size, offset, &mut seed);
+            let shape = Shape::of_w4(n, k, group_size, offset).unwrap();
+            let mut bytes = vec![0; shape.bytes().unwrap()];
+            rows::interleave(&matrix, &shape, &mut bytes);
+            let (mut expected, mut found) = (vec![0.0; k], vec![0.0; k]);
+            for kernels in kernels::all() {
+                for row in 0..n {
+                    matrix.dequantize_row(row, &mut expected);
+                    let (first, second) = found.split_at_mut(k / 16 * 8);
+                    Rows::new(shape, &bytes).expand(&*kernels, row, 0, first);
+                    Rows::new(shape, &bytes).expand(&*kernels, row, first.len(), second);
+                    assert_eq!(found, expected, "{} row {row} of {shape:?}", kernels.name());
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn rounding_keeps_what_it_promises() {
+    let mut seed = 11;
+    for span in [32, 64, 96, 192, 256] {
+        for magnitude in [1e-20, 1.0, 3e30] {
+            let mut x = inputs(1, span, &mut seed);
+            x.iter_mut().for_each(|v| *v *= magnitude);
+            let mut codes = vec![0; span];
+            let (scale, sum) = portable::round_span(&x, &mut codes);
+            let mut total = 0i64;
+            for (i, &v) in x.iter().enumerate() {
+                let code = codes[i / OCTET * OCTET + place(i % OCTET)];
+                total += i64::from(code);
+                assert!((scale * f32::from(code) - v).abs() <= 0.502 * scale, "{v} became {code} times {scale}");
+            }
+            assert_eq!(sum, scale * total as f32);
+            for kernels in kernels::all() {
+                let mut found = vec![1; span];
+                let numbers = kernels.round_span(&x, &mut found);
+                assert_eq!(numbers, (scale, sum), "{}", kernels.name());
+                assert_eq!(kernels.natural(&found), codes, "{}", kernels.name());
+            }
+        }
+    }
+}
+
+#[test]
+fn rounding_of_zeros_and_of_what_is_no_number() {
+    for kernels in kernels::all() {
+        let mut codes = [5; 64];
+        assert_eq!(kernels.round_span(&[0.0; 64], &mut codes), (0.0, 0.0));
+        assert_eq!(codes, [0; 64]);
+        assert_eq!(kernels.round_span(&[1e-40; 64], &mut codes), (0.0, 0.0));
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let mut x = [1.0; 64];
+            x[37] = bad;
+            assert!(!kernels.round_span(&x, &mut codes).0.is_finite(), "{}", kernels.name());
+        }
+    }
+}
+
+/// With scales of 1 and without offsets a product is its integer sum, which every kernel must compute exactly, the
+/// largest possible one included.
+#[test]
+fn integer_sums_are_exact() {
+    for kernels in kernels::all() {
+        for span in [32, 64, 96, 256] {
+            let shape = Shape { n: LANES, k: span, group_size: span, codes: Codes::Four(Offset::Bias) };
+            for sign in [1.0, -1.0] {
+                let mut bytes = vec![0xff; shape.bytes().unwrap()];
+                for pair in bytes[..4 * LANES].chunks_exact_mut(2) {
+                    pair.copy_from_slice(&f16::ZERO.to_bits().to_ne_bytes());
+                }
+                for pair in bytes[..2 * LANES].chunks_exact_mut(2) {
+                    pair.copy_from_slice(&f16::ONE.to_bits().to_ne_bytes());
+                }
+                let x = vec![sign * 32639.0; span];
+                let activations = rounded(&*kernels, &shape, &x);
+                assert_eq!(activations.inputs().scales, [1.0]);
+                let mut found = [0.0; LANES];
+                kernels.gemv(&Rows::new(shape, &bytes), 0, &activations.inputs(), &mut found);
+                assert_eq!(found, [sign * 32639.0 * 15.0 * span as f32; LANES], "{}", kernels.name());
+                let mut worker = Worker::new();
+                let sums = worker.products(&*kernels, &Rows::new(shape, &bytes), 0, &activations.inputs());
+                assert_eq!(sums, [found], "{}", kernels.name());
+            }
+        }
+    }
+}
+
+/// What the rounded activations stand for, times the unrounded weights, for each row of the matrix.
+fn expected(case: &Case, kernels: &dyn Kernels, x: &Inputs<'_>, t: usize) -> Vec<f64> {
+    let k = case.shape.k;
+    let codes = kernels.natural(&x.codes[t * k..][..k]);
+    let value = |i: usize| {
+        let code = codes[i / OCTET * OCTET + place(i % OCTET)];
+        f64::from(x.scales[(t * k + i) / x.span]) * f64::from(code)
+    };
+    let x: Vec<f64> = (0..k).map(value).collect();
+    case.weights.chunks(k).map(|row| row.iter().zip(&x).map(|(w, x)| w * x).sum()).collect()
+}
+
+#[test]
+fn products_match_f64_whatever_is_computed_together() {
+    const ROWS: usize = 13;
+    let mut seed = 3;
+    for case in cases(&mut seed) {
+        let Shape { n, k, .. } = case.shape;
+        let x = inputs(ROWS, k, &mut seed);
+        let bias: Vec<f32> = (0..n).map(|i| i as f32).collect();
+        let stride = n + 3;
+        for kernels in kernels::all() {
+            let mut alone: Vec<f32> = Vec::new();
+            for (threads, tokens) in [(1, 1), (3, 1), (1, 2), (2, 3), (1, 5), (3, ROWS)] {
+                let mut pool = Pool::new(threads);
+                let workers: Vec<_> = (0..threads).map(|_| Mutex::new(Worker::new())).collect();
+                for first in (0..ROWS - tokens + 1).step_by(tokens) {
+                    let activations = rounded(&*kernels, &case.shape, &x[first * k..][..tokens * k]);
+                    let x = activations.inputs();
+                    let mut out = vec![1.0; tokens * stride];
+                    // In two pieces, as a deadline may part it.
+                    let half = case.shape.blocks() / 2;
+                    for part in [0..half, half..usize::MAX] {
+                        let groups = [Group { expert: 0, rows: 0..tokens }];
+                        let target = Target { out: &mut out, stride, bias: Some(&bias), accumulate: true, order: None };
+                        matmul(&mut pool, &workers, &*kernels, &x, &[case.rows()], &groups, part, target).unwrap();
+                    }
+                    for t in 0..tokens {
+                        let found = &out[t * stride..][..n];
+                        if threads == 1 && tokens == 1 {
+                            for (r, expected) in expected(&case, &*kernels, &x, t).into_iter().enumerate() {
+                                let expected = expected + r as f64 + 1.0;
+                                assert!(
+                                    (f64::from(found[r]) - expected).abs() < 2e-5 * (1.0 + expected.abs()),
+                                    "{} {:?} row {r}: {} != {expected}",
+                                    kernels.name(),
+                                    case.shape,
+                                    found[r]
+                                );
+                            }
+                            alone.extend_from_slice(found);
+                        }
+                        assert_eq!(found, &alone[(first + t) * n..][..n], "{} {tokens} tokens", kernels.name());
+                        assert!(out[t * stride + n..(t + 1) * stride].iter().all(|&v| v == 1.0));
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn experts_take_the_rows_that_are_theirs() {
+    let mut seed = 21;
+    let (n, k) = (10, 128);
+    let experts: Vec<Case> = (0..3).map(|_| Case::four(n, k, 64, Offset::Zero, &mut seed)).collect();
+    let matrices: Vec<_> = experts.iter().map(Case::rows).collect();
+    let x = inputs(7, k, &mut seed);
+    let groups = [(2, 0..1), (0, 1..6), (1, 6..7)].map(|(expert, rows)| Group { expert, rows });
+    let order = [3, 0, 6, 5, 1, 2, 4];
+    let mut pool = Pool::new(2);
+    let workers: Vec<_> = (0..2).map(|_| Mutex::new(Worker::new())).collect();
+    for kernels in kernels::all() {
+        let activations = rounded(&*kernels, &experts[0].shape, &x);
+        let x = activations.inputs();
+        let mut out = vec![f32::NAN; 7 * n];
+        let target = Target { out: &mut out, stride: n, bias: None, accumulate: false, order: Some(&order) };
+        matmul(&mut pool, &workers, &*kernels, &x, &matrices, &groups, 0..9, target).unwrap();
+        for group in &groups {
+            for row in group.rows.clone() {
+                let expected = expected(&experts[group.expert], &*kernels, &x, row);
+                for (found, expected) in out[order[row] * n..][..n].iter().zip(expected) {
+                    assert!((f64::from(*found) - expected).abs() < 2e-5 * (1.0 + expected.abs()), "{found} {expected}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn other_matrices_are_left_to_the_exact_path() {
+    for (k, group_size) in [(72, 8), (344, 344), (96, 48)] {
+        assert!(Shape::of_w4(2, k, group_size, Offset::Zero).is_none());
+    }
+    assert!(Shape::of_w4(2, 64, 32, Offset::ZeroBf16).is_none());
+    assert!(Shape::of_bytes(5, 72).is_none());
+}
