@@ -24,7 +24,7 @@ pub struct CalibrationArgs {
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     calib_domain: Vec<String>,
     /// Most sequences to calibrate with, spread over all texts
-    #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
     calib_samples: u32,
     /// Tokens of a sequence
     #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(2..))]
