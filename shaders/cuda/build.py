@@ -18,6 +18,7 @@ import ctypes
 import glob
 import hashlib
 import os
+import struct
 import sys
 import zlib
 
@@ -87,10 +88,20 @@ class Compiler:
         return image.raw
 
 
+def codes(image):
+    """The sections of an ELF image that hold instructions of 16 bytes."""
+    (table,) = struct.unpack_from("<Q", image, 0x28)
+    size, count = struct.unpack_from("<HH", image, 0x3A)
+    for section in range(table, table + count * size, size):
+        _, _, flags, _, offset, length = struct.unpack_from("<IIQQQQ", image, section)
+        if flags & 4:
+            yield image[offset:offset + length]
+
+
 def check_copies(name, image):
     """Fails for asynchronous copies (LDGSTS) in the one form that NVRTC 12.9 gets wrong: an offset in a uniform register
     beside a cache policy, whose descriptor then begins at an odd register, which devices refuse as illegal."""
-    wrong = sum(image[i] == 0xAE and image[i + 1] & 0x0F == 0x0D for i in range(0, len(image) - 15, 16))
+    wrong = sum(code[i] == 0xAE and code[i + 1] & 0x0F == 0x0D for code in codes(image) for i in range(0, len(code), 16))
     if wrong:
         sys.exit(f"{name} has {wrong} copies that devices may refuse; change the kernel")
 
