@@ -9,14 +9,14 @@ use serde_json::json;
 
 use crate::write::{DEFAULT_SHARD_BYTES, FolderWriter, TensorSpec};
 
-/// Sizes of a Llama-type model.
+/// Sizes of a Llama-type model, or of one with experts in the place of its feed-forward networks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shape {
     /// Decoder layers.
     pub layers: usize,
     /// Width of the residual stream.
     pub hidden: usize,
-    /// Width of the feed-forward network.
+    /// Width of the feed-forward network, or of one expert.
     pub intermediate: usize,
     /// Query heads.
     pub heads: usize,
@@ -28,6 +28,8 @@ pub struct Shape {
     pub vocab: usize,
     /// Whether the output head is the embedding.
     pub tied: bool,
+    /// Experts of a layer, two of which every token goes through; 0 for none.
+    pub experts: usize,
 }
 
 impl Shape {
@@ -41,6 +43,7 @@ impl Shape {
         head_dim: 128,
         vocab: 32_000,
         tied: false,
+        experts: 0,
     };
     /// Llama-3-8B.
     pub const B8: Self = Self { intermediate: 14_336, kv_heads: 8, vocab: 128_256, ..Self::B7 };
@@ -54,7 +57,10 @@ impl Shape {
         head_dim: 64,
         vocab: 128_256,
         tied: true,
+        experts: 0,
     };
+    /// Mixtral-8x7B.
+    pub const MIXTRAL: Self = Self { intermediate: 14_336, kv_heads: 8, experts: 8, ..Self::B7 };
 }
 
 /// How the linear modules of the decoder layers are stored.
@@ -90,7 +96,8 @@ pub fn synthesize(
     let mut done = 0;
     let mut random = Random(seed ^ 0x9e37_79b9_7f4a_7c15);
     writer.write_tensors(&tensors, DEFAULT_SHARD_BYTES, &mut |tensor, out| {
-        let fan_in = if tensor.name.contains("down_proj") { shape.intermediate } else { shape.hidden };
+        let is_down = tensor.name.contains("down_proj") || tensor.name.contains(".w2.");
+        let fan_in = if is_down { shape.intermediate } else { shape.hidden };
         let kind = Kind::of(&tensor.name, fan_in);
         let mut left = tensor.bytes()? as usize;
         let mut block = vec![0_u8; 1 << 20];
@@ -127,10 +134,19 @@ fn config(shape: &Shape, weights: Weights) -> serde_json::Value {
         "eos_token_id": 2,
         "bos_token_id": 1,
     });
+    if shape.experts > 0 {
+        config["architectures"] = json!(["MixtralForCausalLM"]);
+        config["model_type"] = json!("mixtral");
+        config["num_local_experts"] = json!(shape.experts);
+        config["num_experts_per_tok"] = json!(2);
+    }
     if weights == Weights::AwqGemm {
         config["quantization_config"] = json!({
             "quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm", "zero_point": true
         });
+        if shape.experts > 0 {
+            config["quantization_config"]["modules_to_not_convert"] = json!(["gate"]);
+        }
     }
     config
 }
@@ -144,15 +160,34 @@ fn tensors(shape: &Shape, weights: Weights) -> Vec<TensorSpec> {
         for norm in ["input_layernorm", "post_attention_layernorm"] {
             all.push(spec(name(&format!("{norm}.weight")), Dtype::F16, &[shape.hidden]));
         }
-        for (linear, k, n) in [
+        let mut linears = [
             ("self_attn.q_proj", shape.hidden, q),
             ("self_attn.k_proj", shape.hidden, kv),
             ("self_attn.v_proj", shape.hidden, kv),
             ("self_attn.o_proj", q, shape.hidden),
-            ("mlp.gate_proj", shape.hidden, shape.intermediate),
-            ("mlp.up_proj", shape.hidden, shape.intermediate),
-            ("mlp.down_proj", shape.intermediate, shape.hidden),
-        ] {
+        ]
+        .map(|(name, k, n)| (name.to_owned(), k, n))
+        .to_vec();
+        let mut feed_forward = |prefix: &str, [gate, up, down]: [&str; 3]| {
+            for (linear, k, n) in [
+                (gate, shape.hidden, shape.intermediate),
+                (up, shape.hidden, shape.intermediate),
+                (down, shape.intermediate, shape.hidden),
+            ] {
+                linears.push((format!("{prefix}.{linear}"), k, n));
+            }
+        };
+        match shape.experts {
+            0 => feed_forward("mlp", ["gate_proj", "up_proj", "down_proj"]),
+            experts => {
+                let router = name("block_sparse_moe.gate.weight");
+                all.push(spec(router, Dtype::F16, &[experts, shape.hidden]));
+                for expert in 0..experts {
+                    feed_forward(&format!("block_sparse_moe.experts.{expert}"), ["w1", "w3", "w2"]);
+                }
+            }
+        }
+        for (linear, k, n) in linears {
             if weights == Weights::F16 {
                 all.push(spec(name(&format!("{linear}.weight")), Dtype::F16, &[n, k]));
                 continue;
@@ -192,7 +227,7 @@ impl Kind {
             Some("qzeros") => Self::Zeros,
             Some("scales") => Self::Near(bits(1.0 / (CODE_DEVIATION * root))),
             _ if name.contains("norm") => Self::Near(bits(1.0)),
-            _ if name.contains("_proj") => Self::Spread(bits(1.0 / root)),
+            _ if name.contains("_proj") || name.contains("block_sparse_moe") => Self::Spread(bits(1.0 / root)),
             _ if name.starts_with("lm_head") => Self::Spread(bits(2.0 / root)),
             _ => Self::Spread(bits(1.0)),
         }
@@ -221,6 +256,48 @@ impl Random {
         for word in bytes.chunks_mut(8) {
             let value = (self.next() & keep | set).to_le_bytes();
             word.copy_from_slice(&value[..word.len()]);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use awqua::{BackendChoice, CancelToken, LoadOptions, Model, Session, SessionOptions};
+
+    use super::*;
+
+    #[test]
+    fn checkpoints_load_and_compute_numbers() {
+        let base = Shape {
+            layers: 2,
+            hidden: 256,
+            intermediate: 384,
+            heads: 4,
+            kv_heads: 2,
+            head_dim: 64,
+            vocab: 320,
+            tied: false,
+            experts: 0,
+        };
+        for (experts, weights) in [(0, Weights::AwqGemm), (4, Weights::AwqGemm), (4, Weights::F16)] {
+            let name = format!("awqua-synth-{}-{experts}-{weights:?}", std::process::id());
+            let folder = std::env::temp_dir().join(name);
+            synthesize(&folder, &Shape { experts, ..base }, weights, 3, &mut |done, total| {
+                assert!(done <= total);
+                Ok(())
+            })
+            .unwrap();
+            let options = LoadOptions { backend: BackendChoice::Cpu, ..Default::default() };
+            let model = Model::open(&folder, &options).unwrap();
+            let mut session = Session::new(&model, &SessionOptions { threads: Some(1), ..Default::default() }).unwrap();
+            let mut rows = Vec::new();
+            let ids = [1, 50, 300, 7];
+            session.score(&ids, &CancelToken::default(), &mut |_, logits| rows.push(logits.to_vec())).unwrap();
+            assert!(rows.len() == 4 && rows.iter().flatten().all(|logit| logit.is_finite()));
+            let spread = rows[3].iter().fold(0.0f32, |m, v| m.max(v.abs()));
+            assert!((0.5..50.0).contains(&spread) && rows[0] != rows[3], "{experts} experts: {spread}");
+            drop((session, model));
+            std::fs::remove_dir_all(&folder).unwrap();
         }
     }
 }

@@ -36,6 +36,8 @@ enum Size {
     /// Llama-3-8B
     #[value(name = "8b")]
     B8,
+    /// Mixtral-8x7B
+    Mixtral,
 }
 
 #[derive(clap::ValueEnum, Debug, Clone, Copy)]
@@ -51,6 +53,7 @@ pub fn run(args: &Args) -> Outcome {
         Size::B1 => Shape::B1,
         Size::B7 => Shape::B7,
         Size::B8 => Shape::B8,
+        Size::Mixtral => Shape::MIXTRAL,
     };
     shape.layers = args.layers.map_or(shape.layers, |layers| layers as usize);
     let weights = match args.weights {
