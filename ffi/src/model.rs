@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use runtime::session::TickBudget;
 use runtime::session::chat::ChatMessage;
-use runtime::{CancelToken, Load, LoadBudget, LoadStage, Model as RuntimeModel};
+use runtime::{CancelToken, HeadBits, Load, LoadBudget, LoadStage, Model as RuntimeModel};
 
 use crate::boundary::guard;
 use crate::engine::{awqua_engine, fixed};
@@ -81,6 +81,11 @@ impl awqua_budget {
 
 /// The bytes of `files` are copied when the model is made, instead of read where they are.
 pub const AWQUA_MODEL_COPY_FILES: u32 = 1;
+/// An output head that is stored in half or single precision is rounded to 8 bits while it is loaded: less memory to
+/// read for every token, and less of it, for a change of the logits below one in a thousand.
+pub const AWQUA_MODEL_HEAD_8: u32 = 2;
+/// The same to 4 bits, which changes what some models say.
+pub const AWQUA_MODEL_HEAD_4: u32 = 4;
 
 /// Which model to load.
 #[repr(C)]
@@ -88,7 +93,7 @@ pub const AWQUA_MODEL_COPY_FILES: u32 = 1;
 pub struct awqua_model_desc {
     /// sizeof(awqua_model_desc).
     pub struct_size: u32,
-    /// AWQUA_MODEL_COPY_FILES, or 0.
+    /// AWQUA_MODEL_* flags.
     pub flags: u32,
     /// Folder of the checkpoint; with `files` or `io` what messages call it.
     pub path: awqua_str,
@@ -353,7 +358,13 @@ pub unsafe extern "C" fn awqua_model_create(
     unsafe {
         handle::shared("awqua_model_create", awqua_engine::handle(engine), |engine, ()| {
             let (desc, out) = (layout::read(desc)?, text::out(model, "model")?);
-            check_flags(desc.flags, AWQUA_MODEL_COPY_FILES)?;
+            check_flags(desc.flags, AWQUA_MODEL_COPY_FILES | AWQUA_MODEL_HEAD_8 | AWQUA_MODEL_HEAD_4)?;
+            let head_bits = match (desc.flags & AWQUA_MODEL_HEAD_8, desc.flags & AWQUA_MODEL_HEAD_4) {
+                (0, 0) => HeadBits::Sixteen,
+                (_, 0) => HeadBits::Eight,
+                (0, _) => HeadBits::Four,
+                _ => return Err(Failure::invalid("AWQUA_MODEL_HEAD_8 and AWQUA_MODEL_HEAD_4 exclude each other")),
+            };
             let load = match source(&desc)? {
                 Some(source) => Load::source(&engine.inner, source),
                 None => {
@@ -361,6 +372,7 @@ pub unsafe extern "C" fn awqua_model_create(
                     Load::path(&engine.inner, path.ok_or_else(|| Failure::invalid("`path` is empty"))?)
                 }
             };
+            let load = load.head_bits(head_bits);
             *out = Handle::into_c(Model { load, loaded: None }, CancelToken::default());
             Ok(AWQUA_OK)
         })

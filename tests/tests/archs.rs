@@ -237,8 +237,12 @@ fn gpu_logits_match_transformers() {
     let mut failures = Vec::new();
     for adapter in adapters {
         for portable_kernels in [false, true] {
-            let options =
-                LoadOptions { backend: BackendChoice::Wgpu, device: Some(adapter.name.clone()), portable_kernels };
+            let options = LoadOptions {
+                backend: BackendChoice::Wgpu,
+                device: Some(adapter.name.clone()),
+                portable_kernels,
+                ..Default::default()
+            };
             // Opening a device and compiling kernels for each takes long: the packed cases in half precision, and dense
             // ones in single precision.
             let some = if portable_kernels { "-0" } else { "-2" };

@@ -188,8 +188,12 @@ fn gpu_logits_match_the_peer() {
     }
     for adapter in adapters {
         for portable_kernels in [false, true] {
-            let options =
-                LoadOptions { backend: BackendChoice::Wgpu, device: Some(adapter.name.clone()), portable_kernels };
+            let options = LoadOptions {
+                backend: BackendChoice::Wgpu,
+                device: Some(adapter.name.clone()),
+                portable_kernels,
+                ..Default::default()
+            };
             for folder in folders() {
                 let reference = reference(&folder);
                 let model = open(&folder, &reference, &options);

@@ -9,8 +9,8 @@ use std::sync::Arc;
 
 use awqua::session::tokenizer::TextStream;
 use awqua::{
-    BackendChoice, CancelToken, ErrorKind, GenerateOptions, Generation, LoadOptions, Model, Sampling, Session,
-    SessionOptions, StopReason,
+    BackendChoice, CancelToken, ErrorKind, GenerateOptions, Generation, HeadBits, LoadOptions, Model, Sampling,
+    Session, SessionOptions, StopReason,
 };
 use serde_json::Value;
 
@@ -315,4 +315,53 @@ fn folders_that_contradict_themselves_are_refused_by_name() {
     assert_eq!(error.kind(), ErrorKind::Tokenizer, "{error}");
     let error = changed("template", "tokenizer_config.json", |t| t["chat_template"] = "{% if %}".into());
     assert_eq!(error.kind(), ErrorKind::Template, "{error}");
+}
+
+/// Mean divergence of a model with a head of so many bits from one with the head as it is stored.
+fn divergence_of_head(backend: BackendChoice, head_bits: HeadBits) -> Option<f64> {
+    let open = |head_bits| match Model::open(
+        folder("tiny-story"),
+        &LoadOptions { backend, head_bits, ..Default::default() },
+    ) {
+        Ok(model) => Some(model),
+        Err(e) if e.kind() == ErrorKind::NoDevice => {
+            assert!(std::env::var_os("AWQUA_REQUIRE_GPU").is_none(), "{e}");
+            None
+        }
+        Err(e) => panic!("{e}"),
+    };
+    let none = CancelToken::default();
+    let (plain, rounded) = (open(HeadBits::Sixteen)?, open(head_bits)?);
+    // The embedding stays as it is, and the head comes on top of it.
+    assert!(rounded.backend_info().weight_bytes != plain.backend_info().weight_bytes);
+    let options = || SessionOptions { context: Some(320), exact: true, ..Default::default() };
+    let mut plain = session(&plain, options());
+    let sampling = Sampling { temperature: 1.0, ..Sampling::greedy() };
+    let ids = generate(&mut plain, PROMPT, &GenerateOptions { sampling, seed: 4, ..greedy(300) }).ids;
+    let mut expected = Vec::new();
+    plain.score(&ids, &none, &mut |_, logits| expected.push(log_probabilities(logits))).unwrap();
+    let mut divergences = Vec::new();
+    session(&rounded, options())
+        .score(&ids, &none, &mut |position, logits| {
+            let (p, q) = (&expected[position], log_probabilities(logits));
+            divergences.push(p.iter().zip(&q).map(|(p, q)| p.exp() * (p - q)).sum::<f64>());
+        })
+        .unwrap();
+    let mean = divergences.iter().sum::<f64>() / divergences.len() as f64;
+    println!("{backend:?}, {head_bits:?}: mean KL {mean:.1e} over {} tokens", divergences.len());
+    Some(mean)
+}
+
+#[test]
+fn a_rounded_head_predicts_about_the_same() {
+    for backend in [BackendChoice::Cpu, BackendChoice::Wgpu] {
+        if backend == BackendChoice::Wgpu && !cfg!(feature = "wgpu") {
+            continue;
+        }
+        for (bits, most) in [(HeadBits::Eight, 3e-4), (HeadBits::Four, 0.05)] {
+            if let Some(mean) = divergence_of_head(backend, bits) {
+                assert!(mean > 0.0 && mean <= most, "{backend:?}, {bits:?}: {mean:e}");
+            }
+        }
+    }
 }

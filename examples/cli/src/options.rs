@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use awqua::backend::KvType;
-use awqua::{BackendChoice, LoadOptions, Model, Sampling, Session, SessionOptions};
+use awqua::{BackendChoice, HeadBits, LoadOptions, Model, Sampling, Session, SessionOptions};
 use awqua_quantizer::device::Compute;
 use awqua_quantizer::math::Threads;
 use clap::{Args, ValueEnum};
@@ -33,6 +33,9 @@ pub struct DeviceArgs {
     /// Use only the GPU kernels that run everywhere: no f16 arithmetic, no subgroups
     #[arg(long)]
     pub portable_kernels: bool,
+    /// Round an output head in half or single precision to so many bits while loading
+    #[arg(long, value_enum, default_value_t = HeadBitsArg::B16)]
+    pub head_bits: HeadBitsArg,
     /// On the CPU: multiply in f32 instead of rounding activations to 16 bits and the output layer to 8
     #[arg(long)]
     pub exact: bool,
@@ -55,6 +58,17 @@ pub enum KvArg {
     F32,
 }
 
+#[derive(ValueEnum, Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HeadBitsArg {
+    /// As stored
+    #[value(name = "16")]
+    B16,
+    #[value(name = "8")]
+    B8,
+    #[value(name = "4")]
+    B4,
+}
+
 impl DeviceArgs {
     /// How to load a model.
     pub fn load_options(&self) -> LoadOptions {
@@ -67,6 +81,11 @@ impl DeviceArgs {
             },
             device: self.device.clone(),
             portable_kernels: self.portable_kernels,
+            head_bits: match self.head_bits {
+                HeadBitsArg::B16 => HeadBits::Sixteen,
+                HeadBitsArg::B8 => HeadBits::Eight,
+                HeadBitsArg::B4 => HeadBits::Four,
+            },
         }
     }
 
@@ -84,10 +103,15 @@ impl DeviceArgs {
 
     /// A session; without `--ctx` its context is at least `needed` tokens.
     pub fn session(&self, model: &Arc<Model>, needed: usize) -> Outcome<Session> {
+        Ok(Session::new(model, &self.session_options(model, needed))?)
+    }
+
+    /// What [`Self::session`] makes it with.
+    pub fn session_options(&self, model: &Model, needed: usize) -> SessionOptions {
         let config = model.config();
         let trained = config.positions().min(4096);
         let needed = u32::try_from(trained.max(needed)).unwrap_or(u32::MAX);
-        let options = SessionOptions {
+        SessionOptions {
             context: Some(self.ctx.unwrap_or(needed)),
             kv_type: self.kv.map(|kv| match kv {
                 KvArg::F16 => KvType::F16,
@@ -96,8 +120,7 @@ impl DeviceArgs {
             threads: Some(self.threads.map_or_else(default_threads, usize::from)),
             exact: self.exact,
             ..SessionOptions::default()
-        };
-        Ok(Session::new(model, &options)?)
+        }
     }
 }
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::config::ModelConfig;
 use super::generation::GenerationConfig;
+use super::head::HeadBits;
 use super::residence::{Bring, Cargo, LoadBudget, LoadProgress, LoadStage, Residence, Shared};
 use super::{Model, inputs, program, weights};
 use crate::backend::{self, Program};
@@ -22,6 +23,7 @@ use crate::session::tokenizer::Tokenizer;
 pub struct Load {
     engine: Arc<Engine>,
     from: From,
+    head_bits: HeadBits,
     stage: Stage,
 }
 
@@ -64,12 +66,23 @@ impl std::fmt::Debug for Load {
 impl Load {
     /// Begins to load the Hugging Face style folder at `path`; nothing is opened before the first tick.
     pub fn path(engine: &Arc<Engine>, path: impl Into<PathBuf>) -> Self {
-        Self { engine: engine.clone(), from: From::Path(path.into()), stage: Stage::Open }
+        Self {
+            engine: engine.clone(),
+            from: From::Path(path.into()),
+            head_bits: HeadBits::default(),
+            stage: Stage::Open,
+        }
     }
 
     /// As [`Self::path`], from anywhere.
     pub fn source(engine: &Arc<Engine>, source: Source) -> Self {
-        Self { engine: engine.clone(), from: From::Source(source), stage: Stage::Open }
+        Self { engine: engine.clone(), from: From::Source(source), head_bits: HeadBits::default(), stage: Stage::Open }
+    }
+
+    /// Rounds the output head to so many bits on the way; for before the first tick.
+    #[must_use]
+    pub fn head_bits(self, head_bits: HeadBits) -> Self {
+        Self { head_bits, ..self }
     }
 
     /// Goes on loading within the budget, without waiting for a device; the model once it is ready. At least one piece
@@ -135,7 +148,7 @@ impl Load {
     pub fn estimate(&self, session: &SessionOptions) -> Result<Estimate> {
         let checkpoint = self.checkpoint()?;
         let (config, _) = configs(&checkpoint)?;
-        let (plan, weights) = weights::plan(&checkpoint, &config)?;
+        let (plan, weights) = weights::plan(&checkpoint, &config, self.head_bits)?;
         let program = program_of(&config, &weights)?;
         let runner = session.runner_config(&config, &self.engine)?;
         let host = |bytes| Bytes { host: bytes, device: 0 };
@@ -167,7 +180,7 @@ impl Load {
 
     fn plan(&self, files: Files) -> Result<Model> {
         let Files { checkpoint, config, generation, tokenizer, chat_template } = files;
-        let (plan, weights) = weights::plan(&checkpoint, &config)?;
+        let (plan, weights) = weights::plan(&checkpoint, &config, self.head_bits)?;
         let program = Arc::new(program_of(&config, &weights)?);
         let identity = plan.identity(&checkpoint)?;
         self.engine.choose_for(&program, &plan.shapes().copied().collect::<Vec<_>>());

@@ -13,6 +13,7 @@ use crate::session::tokenizer::Tokenizer;
 mod arch;
 mod config;
 mod generation;
+mod head;
 mod inputs;
 mod load;
 mod program;
@@ -23,6 +24,7 @@ mod weights;
 
 pub use config::{ExpertConfig, LayerConfig, ModelConfig};
 pub use generation::GenerationConfig;
+pub use head::HeadBits;
 pub use load::{Estimate, Load};
 pub use residence::{LoadBudget, LoadProgress, LoadStage};
 pub(crate) use rope::append_rows;
@@ -40,6 +42,8 @@ pub struct LoadOptions {
     pub device: Option<String>,
     /// See [`EngineOptions::portable_kernels`].
     pub portable_kernels: bool,
+    /// Bits of the output head.
+    pub head_bits: HeadBits,
 }
 
 impl From<&LoadOptions> for EngineOptions {
@@ -88,7 +92,7 @@ impl Model {
         options: &LoadOptions,
         progress: &mut dyn FnMut(LoadProgress) -> ControlFlow<()>,
     ) -> Result<Arc<Self>> {
-        Load::path(&Engine::new(options.into()), dir.as_ref()).run(progress)
+        Load::path(&Engine::new(options.into()), dir.as_ref()).head_bits(options.head_bits).run(progress)
     }
 
     /// Tells the system that mapped pages of its files will not be read soon. They come back when they are.

@@ -61,14 +61,16 @@ pub(super) fn build(config: &ModelConfig, weights: &ModelWeights) -> Program {
         block.mlp(w, input);
     }
     block.norm(weights.norm, b.hidden, b.last, false, Rows::Logits);
-    block.ops.push(Op::Linear {
-        x: b.last,
-        weight: weights.head,
-        bias: None,
-        out: b.logits.into(),
-        accumulate: false,
-        rows: Rows::Compacted,
-    });
+    for (i, &weight) in weights.head.iter().enumerate() {
+        block.ops.push(Op::Linear {
+            x: b.last,
+            weight,
+            bias: None,
+            out: b.logits.into(),
+            accumulate: i > 0,
+            rows: Rows::Compacted,
+        });
+    }
     if c.logits_multiplier != 1.0 || c.logits_softcap.is_some() {
         let (scale, cap) = (c.logits_multiplier, c.logits_softcap);
         block.ops.push(Op::Scale { x: b.logits, scale, cap, rows: Rows::Compacted });

@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use super::config::ModelConfig;
+use super::head::HeadBits;
 use super::{load, weights};
 use crate::checkpoint::{Checkpoint, TensorView};
 use crate::error::{Error, ErrorKind, Result};
@@ -286,7 +287,7 @@ fn check_model(checkpoint: &Checkpoint, findings: &mut Vec<Finding>) {
             findings.push(new);
         }
     };
-    weights::plan(checkpoint, &config).err().into_iter().for_each(&mut add);
+    weights::plan(checkpoint, &config, HeadBits::Sixteen).err().into_iter().for_each(&mut add);
     load::configs(checkpoint).err().into_iter().for_each(&mut add);
     Tokenizer::from_checkpoint(checkpoint, config.vocab_size).err().into_iter().for_each(&mut add);
     ChatTemplate::from_checkpoint(checkpoint).err().into_iter().for_each(&mut add);

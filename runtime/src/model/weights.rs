@@ -6,6 +6,7 @@ use std::ops::Range;
 
 use super::arch::{ExpertNames, NormWeights, QkNorm, Stacked};
 use super::config::{ExpertConfig, ModelConfig};
+use super::head::{self, HeadBits, Plane};
 use crate::backend::{Backend, INPUT_STEP, ROW_STEP, WeightId};
 use crate::checkpoint::Checkpoint;
 use crate::checksum::Checksum;
@@ -77,7 +78,8 @@ pub(super) struct ModelWeights {
     pub(super) embedding: WeightId,
     pub(super) layers: Vec<LayerWeights>,
     pub(super) norm: Norm,
-    pub(super) head: WeightId,
+    /// Matrices whose products are added up.
+    pub(super) head: Vec<WeightId>,
     /// What has to be done to the inputs of a matrix before it.
     pub(super) inputs: HashMap<WeightId, InputIds>,
 }
@@ -90,7 +92,11 @@ pub(super) struct InputIds {
 }
 
 /// Lists the weights of the whole model and checks their shapes; no tensor is read.
-pub(super) fn plan(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<(UploadPlan, ModelWeights)> {
+pub(super) fn plan(
+    checkpoint: &Checkpoint,
+    config: &ModelConfig,
+    head_bits: HeadBits,
+) -> Result<(UploadPlan, ModelWeights)> {
     let quantization = Quantization::of(checkpoint)?;
     let names = &config.arch.names;
     let root = root(checkpoint, names.embedding);
@@ -99,11 +105,11 @@ pub(super) fn plan(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<(Upl
     let embedding = planner.table(&table, config.vocab_size, config.hidden_size)?;
     let layers = (0..config.num_hidden_layers).map(|layer| planner.layer(layer)).collect::<Result<Vec<_>>>()?;
     let norm = planner.norm(&format!("{root}{}", names.final_norm))?;
-    let head = if config.tie_word_embeddings {
-        embedding
-    } else {
-        let head = planner.head(names.head);
-        planner.linear(&head, config.vocab_size, config.hidden_size, false)?.weight
+    let module = if config.tie_word_embeddings { table } else { planner.head(names.head) };
+    let head = match planner.rounded_head(&module, head_bits)? {
+        Some(planes) => planes,
+        None if config.tie_word_embeddings => vec![embedding],
+        None => vec![planner.linear(&module, config.vocab_size, config.hidden_size, false)?.weight],
     };
     let Planner { quantization, items, inputs, .. } = planner;
     Ok((UploadPlan { quantization, items }, ModelWeights { embedding, layers, norm, head, inputs }))
@@ -247,6 +253,38 @@ impl Planner<'_> {
         let nested = format!("language_model.{name}");
         let has = |module: &str| self.checkpoint.tensors_of(&format!("{module}.")).next().is_some();
         if !has(name) && has(&nested) { nested } else { name.to_owned() }
+    }
+
+    /// The head in fewer bits; `None` where it stays as it is stored.
+    fn rounded_head(&mut self, module: &str, bits: HeadBits) -> Result<Option<Vec<WeightId>>> {
+        let (n, k) = (self.config.vocab_size, self.config.hidden_size);
+        let Some((planes, group_size)) = bits.planes(k) else { return Ok(None) };
+        let shape = match self.config.tie_word_embeddings {
+            true => quant::table_shape(self.checkpoint, self.quantization.as_ref(), module, n, k)?,
+            false => {
+                let shape = quant::linear_shape(self.checkpoint, self.quantization.as_ref(), module, n, k)?;
+                self.bias(module, n, false)?;
+                match shape.input == InputTransform::default() {
+                    true => shape.weight,
+                    false => return Ok(None),
+                }
+            }
+        };
+        if !matches!(shape, WeightShape::Dense { .. }) {
+            return Ok(None);
+        }
+        let plane = |&plane: &Plane| {
+            let part = self.linear_part(module, shape, k)?;
+            let read = part.read;
+            let read = move |input: &Input<'_>, rows| {
+                read(input, rows)?.map(|rows| head::round(rows, plane, group_size)).transpose()
+            };
+            let name = format!("{module}, {plane:?} codes");
+            Ok((name, Part { read: Box::new(read), ..part }))
+        };
+        let shape = head::shape(n, k, group_size);
+        let parts = planes.iter().map(plane).collect::<Result<Vec<_>>>()?;
+        Ok(Some(parts.into_iter().map(|(name, part)| self.push(&name, shape, vec![part])).collect()))
     }
 
     fn optional_norm(&mut self, name: Option<String>) -> Result<Option<Norm>> {
