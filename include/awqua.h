@@ -158,6 +158,17 @@
 #define AWQUA_MODEL_COPY_FILES 1
 
 /**
+ * An output head that is stored in half or single precision is rounded to 8 bits while it is loaded: less memory to
+ * read for every token, and less of it, for a change of the logits below one in a thousand.
+ */
+#define AWQUA_MODEL_HEAD_8 2
+
+/**
+ * The same to 4 bits, which changes what some models say.
+ */
+#define AWQUA_MODEL_HEAD_4 4
+
+/**
  * The model has a tokenizer.
  */
 #define AWQUA_MODEL_TOKENIZER 1
@@ -709,6 +720,20 @@ typedef uint32_t awqua_grammar;
 #endif // __cplusplus
 
 /**
+ * Sessions of one model that decode together: their next tokens go through the model in one pass, which reads the
+ * weights once for all of them, so that eight characters take little longer than one.
+ *
+ * A batch has no members: every tick names the sessions it works on, which are prompted, polled, cancelled, ticked by
+ * themselves and freed as ever between ticks. It keeps memory for its passes, and its model's.
+ *
+ * Each session gets the tokens that it would get by itself, as far as numbers do not depend on how many are computed at
+ * once: the CPU computes each by itself; GPUs round differently, which can tip a choice between two tokens that are
+ * almost equally likely. Sessions with AWQUA_SESSION_DETERMINISTIC promise more and are stepped one by one, as are those
+ * whose description differs from the batch's, and all sessions where passes are not shared: see awqua_batch_shares.
+ */
+typedef struct awqua_batch awqua_batch;
+
+/**
  * A place where models run: a device, budgets, and what they hold. Models keep what they need of it, so it may be freed
  * first.
  */
@@ -1150,7 +1175,7 @@ typedef struct awqua_model_desc {
    */
   uint32_t struct_size;
   /**
-   * AWQUA_MODEL_COPY_FILES, or 0.
+   * AWQUA_MODEL_* flags.
    */
   uint32_t flags;
   /**
@@ -1864,6 +1889,40 @@ typedef struct awqua_api {
    * awqua_session_begin_embedding_text
    */
   awqua_status (*session_begin_embedding_text)(struct awqua_session *session, struct awqua_str text);
+  /**
+   * awqua_batch_create
+   */
+  awqua_status (*batch_create)(const struct awqua_model *model,
+                               const struct awqua_session_desc *desc,
+                               uint32_t n_sessions,
+                               struct awqua_batch **batch);
+  /**
+   * awqua_batch_free
+   */
+  awqua_status (*batch_free)(struct awqua_batch *batch);
+  /**
+   * awqua_batch_last_error
+   */
+  awqua_status (*batch_last_error)(const struct awqua_batch *batch,
+                                   char *buffer,
+                                   uint64_t capacity,
+                                   uint64_t *length);
+  /**
+   * awqua_batch_shares
+   */
+  awqua_status (*batch_shares)(const struct awqua_batch *batch, uint32_t *shares);
+  /**
+   * awqua_batch_tick
+   */
+  awqua_status (*batch_tick)(struct awqua_batch *batch,
+                             struct awqua_session *const *sessions,
+                             uint32_t count,
+                             const struct awqua_budget *budget,
+                             struct awqua_tick_result *results);
+  /**
+   * awqua_batch_run
+   */
+  awqua_status (*batch_run)(struct awqua_batch *batch, struct awqua_session *const *sessions, uint32_t count);
 } awqua_api;
 
 #ifdef __cplusplus
@@ -2271,6 +2330,59 @@ awqua_status awqua_session_get_embedding(const struct awqua_session *session,
                                          float *values,
                                          uint64_t capacity,
                                          uint64_t *count);
+
+/**
+ * Makes a batch for sessions of `model` that are made with `desc`, which may be NULL for the defaults, with room for
+ * passes over `n_sessions` of them; more than that take turns.
+ */
+AWQUA_API
+awqua_status awqua_batch_create(const struct awqua_model *model,
+                                const struct awqua_session_desc *desc,
+                                uint32_t n_sessions,
+                                struct awqua_batch **batch);
+
+/**
+ * Frees a batch; NULL is fine. Its sessions go on by themselves, or in another batch.
+ */
+AWQUA_API awqua_status awqua_batch_free(struct awqua_batch *batch);
+
+/**
+ * Copies the text of the last failed call on `batch`, as awqua_last_error does.
+ */
+AWQUA_API
+awqua_status awqua_batch_last_error(const struct awqua_batch *batch,
+                                    char *buffer,
+                                    uint64_t capacity,
+                                    uint64_t *length);
+
+/**
+ * Whether passes are shared on this device, 1 or 0; where not, a tick works on the sessions in turn.
+ */
+AWQUA_API awqua_status awqua_batch_shares(const struct awqua_batch *batch, uint32_t *shares);
+
+/**
+ * Works on the answers of `count` sessions, whose pointers are in `sessions`, as awqua_session_tick does for one;
+ * `budget` is that of all of them. AWQUA_PENDING while one of them has more to do, else AWQUA_OK. A failure of an
+ * answer is an event of its session; the others go on. AWQUA_ERR_EVICTED keeps all answers.
+ *
+ * `results` may be NULL, or has room for `count` structures, one for each session, with `struct_size` set in all.
+ * `cpu_us` is the time of the whole call in each.
+ */
+AWQUA_API
+awqua_status awqua_batch_tick(struct awqua_batch *batch,
+                              struct awqua_session *const *sessions,
+                              uint32_t count,
+                              const struct awqua_budget *budget,
+                              struct awqua_tick_result *results);
+
+/**
+ * Ticks until all answers are complete, waiting for the GPU, for tools that have nothing else to do. Their text waits as
+ * events. AWQUA_ERR_DEVICE_LOST if the device is lost; the answers are kept then.
+ */
+AWQUA_API
+awqua_status awqua_batch_run(struct awqua_batch *batch,
+                             struct awqua_session *const *sessions,
+                             uint32_t count);
 
 /**
  * ABI of the library that is loaded, as AWQUA_ABI_VERSION: major << 16 | minor. A program works with a library of the

@@ -277,6 +277,42 @@ class session {
     detail::owner<awqua_session, awqua_session_free> object_;
 };
 
+/* Sessions that decode together. */
+class batch {
+  public:
+    /* For sessions made with `desc`, `n_sessions` at a time. */
+    explicit batch(const model &with, std::uint32_t n_sessions, const awqua_session_desc *desc = nullptr) {
+        awqua_batch *object = nullptr;
+        check(awqua_batch_create(with.get(), desc, n_sessions, &object));
+        object_.reset(object);
+    }
+
+    /* Works on `sessions`, each an awqua_session *, within `how`; true while one has more to do. */
+    bool tick(const std::vector<awqua_session *> &sessions, const awqua_budget &how,
+              awqua_tick_result *results = nullptr) {
+        const auto count = static_cast<std::uint32_t>(sessions.size());
+        return check(awqua_batch_tick(object_.get(), sessions.data(), count, &how, results)) == AWQUA_PENDING;
+    }
+    bool tick(const std::vector<awqua_session *> &sessions, std::uint64_t cpu_us) {
+        return tick(sessions, budget(cpu_us));
+    }
+    /* Works on them to the end. */
+    void run(const std::vector<awqua_session *> &sessions) {
+        check(awqua_batch_run(object_.get(), sessions.data(), static_cast<std::uint32_t>(sessions.size())));
+    }
+
+    /* Whether passes are shared on this device. */
+    bool shares() const {
+        std::uint32_t shares = 0;
+        check(awqua_batch_shares(object_.get(), &shares));
+        return shares != 0;
+    }
+    awqua_batch *get() const noexcept { return object_.get(); }
+
+  private:
+    detail::owner<awqua_batch, awqua_batch_free> object_;
+};
+
 } // namespace awqua
 
 #endif

@@ -3,7 +3,7 @@
 use std::ffi::c_char;
 use std::mem::offset_of;
 
-use runtime::session::{ContextShift, Event, Phase, TickBudget};
+use runtime::session::{ContextShift, Event, Phase, Tick, TickBudget};
 use runtime::{GenerateOptions, Grammar, Sampling, StopReason};
 
 use crate::boundary::guard;
@@ -197,6 +197,22 @@ layout!(awqua_tick_result, 48, {
     struct_size: 0, flags: 4, phase: 8, new_tokens: 12, prompt_done: 16, prompt_total: 20, answer_tokens: 24,
     reserved: 28, cpu_us: 32, gpu_queued_us: 40,
 });
+
+impl From<&Tick> for awqua_tick_result {
+    fn from(tick: &Tick) -> Self {
+        Self {
+            flags: if tick.is_waiting { AWQUA_TICK_WAITING } else { 0 },
+            phase: awqua_phase::from(tick.phase) as u32,
+            new_tokens: tick.new_tokens as u32,
+            prompt_done: tick.prompt_done as u32,
+            prompt_total: tick.prompt_total as u32,
+            answer_tokens: tick.answer_tokens as u32,
+            cpu_us: tick.host_time.as_micros() as u64,
+            gpu_queued_us: tick.device_queued.as_micros() as u64,
+            ..Self::INIT
+        }
+    }
+}
 
 /// What an event says. Later versions may add kinds; pass over those you do not know.
 #[repr(u32)]
@@ -455,17 +471,7 @@ pub unsafe extern "C" fn awqua_session_tick(
             let out = if result.is_null() { None } else { Some(Out::new(result)?) };
             let tick = session.inner.tick(&budget.tick())?;
             if let Some(out) = out {
-                out.write(&awqua_tick_result {
-                    flags: if tick.is_waiting { AWQUA_TICK_WAITING } else { 0 },
-                    phase: awqua_phase::from(tick.phase) as u32,
-                    new_tokens: tick.new_tokens as u32,
-                    prompt_done: tick.prompt_done as u32,
-                    prompt_total: tick.prompt_total as u32,
-                    answer_tokens: tick.answer_tokens as u32,
-                    cpu_us: tick.host_time.as_micros() as u64,
-                    gpu_queued_us: tick.device_queued.as_micros() as u64,
-                    ..awqua_tick_result::INIT
-                });
+                out.write(&awqua_tick_result::from(&tick));
             }
             Ok(if session.inner.is_busy() { AWQUA_PENDING } else { AWQUA_OK })
         })

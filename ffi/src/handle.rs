@@ -112,6 +112,49 @@ impl<T: Object> Handle<T> {
     }
 }
 
+/// An object that a call on another one has for itself until this is dropped.
+pub struct Entered<'a, T: Object> {
+    handle: &'a Handle<T>,
+    _use: Use<'a>,
+}
+
+impl<T: Object> Entered<'_, T> {
+    /// Enters the object behind `pointer`.
+    ///
+    /// # Safety
+    /// `pointer` must be NULL or an object of this library that is not freed before the result is dropped.
+    pub unsafe fn new(pointer: *mut Handle<T>) -> Outcome<Self> {
+        // SAFETY: the caller's promise.
+        let handle = unsafe { Handle::from_raw(pointer) }?;
+        Ok(Self { handle, _use: handle.enter(true)? })
+    }
+
+    /// The object.
+    pub fn get(&self) -> &T {
+        // SAFETY: `users` is -1, so no other call is inside, and `self` is borrowed.
+        unsafe { &*self.handle.value.get() }
+    }
+
+    /// As [`Self::get`].
+    pub fn get_mut(&mut self) -> &mut T {
+        // SAFETY: as in `get`, and `self` is borrowed exclusively.
+        unsafe { &mut *self.handle.value.get() }
+    }
+
+    /// Keeps the text of what failed on it.
+    pub fn remember(&self, message: String) {
+        *self.handle.error.lock().unwrap_or_else(PoisonError::into_inner) = message;
+    }
+}
+
+impl<T: Object> Drop for Entered<'_, T> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.handle.poisoned.store(true, Ordering::Release);
+        }
+    }
+}
+
 /// Runs an exported function that takes `T*`.
 ///
 /// # Safety

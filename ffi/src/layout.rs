@@ -85,6 +85,11 @@ impl<T: Sized32> Out<T> {
         Ok(Self { pointer, size: check_size(pointer)? })
     }
 
+    /// Bytes of the caller's version.
+    pub fn size(&self) -> usize {
+        self.size
+    }
+
     /// Writes what the caller's version has room for; its `struct_size` stays.
     pub fn write(&self, value: &T) {
         let known = self.size.min(size_of::<T>());

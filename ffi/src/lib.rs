@@ -10,6 +10,7 @@
 //! | `vulkan` | the host's Vulkan device |
 //! | `source`, `jobs` | the host's files and threads |
 //! | `answer` | what sessions make, tick by tick |
+//! | `batch` | several sessions in one tick |
 //! | `api` | the same functions as a table |
 //!
 //! Exported functions keep one order of arguments: object, inputs, outputs; and write outputs only on success.
@@ -19,6 +20,7 @@
 mod alloc;
 mod answer;
 mod api;
+mod batch;
 mod boundary;
 mod engine;
 mod handle;

@@ -4,6 +4,7 @@
 use crate::alloc::*;
 use crate::answer::*;
 use crate::api::*;
+use crate::batch::*;
 use crate::engine::*;
 use crate::log::*;
 use crate::model::*;
@@ -230,6 +231,35 @@ pub struct awqua_api {
     /// awqua_session_begin_embedding_text
     pub session_begin_embedding_text:
         unsafe extern "C" fn(session: *mut awqua_session, text: awqua_str) -> awqua_status,
+    /// awqua_batch_create
+    pub batch_create: unsafe extern "C" fn(
+        model: *const awqua_model,
+        desc: *const awqua_session_desc,
+        n_sessions: u32,
+        batch: *mut *mut awqua_batch,
+    ) -> awqua_status,
+    /// awqua_batch_free
+    pub batch_free: unsafe extern "C" fn(batch: *mut awqua_batch) -> awqua_status,
+    /// awqua_batch_last_error
+    pub batch_last_error: unsafe extern "C" fn(
+        batch: *const awqua_batch,
+        buffer: *mut c_char,
+        capacity: u64,
+        length: *mut u64,
+    ) -> awqua_status,
+    /// awqua_batch_shares
+    pub batch_shares: unsafe extern "C" fn(batch: *const awqua_batch, shares: *mut u32) -> awqua_status,
+    /// awqua_batch_tick
+    pub batch_tick: unsafe extern "C" fn(
+        batch: *mut awqua_batch,
+        sessions: *const *mut awqua_session,
+        count: u32,
+        budget: *const awqua_budget,
+        results: *mut awqua_tick_result,
+    ) -> awqua_status,
+    /// awqua_batch_run
+    pub batch_run:
+        unsafe extern "C" fn(batch: *mut awqua_batch, sessions: *const *mut awqua_session, count: u32) -> awqua_status,
 }
 
 /// The table.
@@ -292,4 +322,10 @@ pub static API: awqua_api = awqua_api {
     session_restore: awqua_session_restore,
     session_begin_embedding_tokens: awqua_session_begin_embedding_tokens,
     session_begin_embedding_text: awqua_session_begin_embedding_text,
+    batch_create: awqua_batch_create,
+    batch_free: awqua_batch_free,
+    batch_last_error: awqua_batch_last_error,
+    batch_shares: awqua_batch_shares,
+    batch_tick: awqua_batch_tick,
+    batch_run: awqua_batch_run,
 };

@@ -47,4 +47,4 @@ pub use engine::{BackendChoice, DeviceChoice, Engine, EngineOptions};
 pub use error::{Error, ErrorKind, Result};
 pub use model::{Estimate, HeadBits, Load, LoadBudget, LoadOptions, LoadProgress, LoadStage, Model, ModelConfig};
 pub use session::sampler::Sampling;
-pub use session::{CancelToken, GenerateOptions, Generation, Grammar, Session, SessionOptions, StopReason};
+pub use session::{Batch, CancelToken, GenerateOptions, Generation, Grammar, Session, SessionOptions, StopReason};

@@ -29,11 +29,11 @@ macro_rules! arguments {
 arguments! {
     /// A packed matrix and the fate of its products (`prelude/w4.cuh`).
     Product {
-        codes: u64, params: u64, bias: u64, out: u64, half_out: u64, rope: u64, rows: u64,
+        codes: u64, params: u64, bias: u64, out: u64, half_out: u64, rows: u64,
         n: u32, stages: u32, groups: u32, group_shift: u32, flags: u32, target: u32, pairs: u32,
         out_stride: u32, out_offset: u32, out_tiled: u32,
         heads: u32, kv_heads: u32, head_dim: u32, rotary_dim: u32, layer: u32, activation: u32,
-        scale: f32, pad: u32,
+        scale: f32, table: u32,
     }
     /// Arguments of `gemv_w4_*`.
     GemvW4Args {
@@ -78,9 +78,9 @@ arguments! {
     }
     /// Arguments of `rope_append`.
     RopeAppendArgs {
-        qkv: u64, q: u64, rope: u64, q_norm: u64, k_norm: u64, rows: u64,
+        qkv: u64, q: u64, q_norm: u64, k_norm: u64, rows: u64,
         qkv_stride: u32, q_stride: u32, heads: u32, kv_heads: u32, head_dim: u32, rotary_dim: u32, layer: u32, kv: u32,
-        eps: f32, pad: u32,
+        eps: f32, table: u32,
     }
     /// Arguments of `gemv_dense_*`.
     GemvDenseArgs {
@@ -117,6 +117,13 @@ arguments! {
         scores: u64, requests: u64, recent: u64, biases: u64, mask: u64, candidates: u64, turn: u64, tokens: u64, position: u64, results: u64,
         vocab: u32, second: u32,
     }
+    /// Arguments of `sample_*_each`.
+    SampleEachArgs { members: u64, }
+    /// Arguments of `hand_out`.
+    HandOutArgs {
+        from: u64, to: u64,
+        width: u32, stride: u32,
+    }
     /// Arguments of `w4_*`.
     W4Args {
         codes: u64, params: u64, scales: u64, zeros: u64, out: u64, out_params: u64,
@@ -128,9 +135,9 @@ arguments! {
         k: u32, stride: u32, r#type: u32, pad: u32,
     }
     /// A token's place in a KV cache.
-    Row { cache: u64, context: u32, position: u32, }
+    Row { cache: u64, rope: u64, context: u32, position: u32, }
     /// Where a step goes.
-    Place { cache: u64, context: u32, position: u32, }
+    Place { cache: u64, rope: u64, context: u32, position: u32, }
 }
 
 /// Declares numbers that the sources declare as well, and lists them for a test.

@@ -6,6 +6,7 @@
 // Where a step goes; several sessions have one each.
 struct Place {
     u64 cache;
+    u64 rope;
     u32 context;
     u32 position;  // of the first token
 };
@@ -28,7 +29,7 @@ KERNEL(embed, EmbedArgs, 256, 4) {
     const u32 token = blockIdx.x;
     if (threadIdx.x == 0) {
         const Place place = args.places[args.separate ? token : 0];
-        args.rows[token] = {place.cache, place.context, place.position + (args.separate ? 0 : token)};
+        args.rows[token] = {place.cache, place.rope, place.context, place.position + (args.separate ? 0 : token)};
     }
     const U4* const from = reinterpret_cast<const U4*>(args.table + u64(load_fresh(args.tokens + token)) * args.table_stride);
     float* const out = args.out + u64(token) * args.out_stride;

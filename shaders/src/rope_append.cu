@@ -10,7 +10,6 @@ constexpr u32 KV_F16 = 0, KV_F32 = 1;
 struct RopeAppendArgs {
     float* qkv;           // (tokens, qkv_stride): heads of queries, keys, values
     u16* q;               // (tokens, q_stride) half precision; null: in place
-    const float* rope;    // (context, rotary_dim / 2, 2): cosine, sine
     const float* q_norm;  // (head_dim), null for none
     const float* k_norm;
     const Row* rows;      // (tokens)
@@ -18,6 +17,7 @@ struct RopeAppendArgs {
     u32 heads, kv_heads, head_dim, rotary_dim, layer;
     u32 kv;               // KV_F16, ...
     float eps;
+    u32 table;            // rotary table
 };
 
 KERNEL(rope_append, RopeAppendArgs, 256, 4) {
@@ -51,10 +51,11 @@ KERNEL(rope_append, RopeAppendArgs, 256, 4) {
             reinterpret_cast<float*>(place.cache)[line * args.head_dim + i] = v;
         }
     };
+    const F2* const turns = reinterpret_cast<const F2*>(rotations(place, args.table, args.rotary_dim));
     const u32 half = is_q || is_k ? args.rotary_dim / 2 : 0;
     auto normed = [&](u32 i) { return load_fresh(x + i) * factor * (norm ? norm[i] : 1.f); };
     UNROLL_1 for (u32 i = lane; i < half; i += 32) {
-        const F2 turn = reinterpret_cast<const F2*>(args.rope)[u64(place.position) * half + i];
+        const F2 turn = turns[i];
         const float a = normed(i), b = normed(i + half);
         store(i, a * turn.x - b * turn.y);
         store(i + half, b * turn.x + a * turn.y);

@@ -2,7 +2,7 @@
 // min_p, and a draw. The chosen token goes where the next step looks for it, and to the host.
 //
 // The request and the number of choices are those of kernels that ended before the previous one began, except for the
-// first round, so the others read them ahead.
+// first round, so the others read them ahead. Kernels with `each` choose for several sessions, y of the grid.
 //
 // Mapping: blocks sort 2048 scores each in shared memory and keep the largest; a second round where many are kept; one
 // block sorts what is left and draws. Scores with their ids are 64-bit numbers whose order is that of the sampler.
@@ -36,6 +36,19 @@ struct SampleArgs {
     u64* results;                   // (SLOTS) in memory of the host: choices made in the high half, token in the low one
     u32 vocab;
     u32 second;                     // first candidate of the second round
+};
+
+// Choices of the members of a pass.
+struct SampleEachArgs {
+    const SampleArgs* members;  // (members); scores are null for one that makes no choice
+};
+
+// Rows for the sessions that they belong to.
+struct HandOutArgs {
+    const float* from;  // (rows, stride)
+    float* const* to;   // (rows)
+    u32 width;
+    u32 stride;
 };
 
 constexpr u32 SLOTS = 16;
@@ -109,7 +122,7 @@ DEVICE bool is_allowed(const SampleArgs& args, const SampleRequest& request, u32
 DEVICE u32 kept(const SampleRequest& request) { return request.top_k == 0 ? 1 : request.top_k; }
 DEVICE u32 slices(u32 n) { return (n + SLICE - 1) / SLICE; }
 
-KERNEL(sample_slices, SampleArgs, 512, 1) {
+DEVICE void sample_slices_of(const SampleArgs& args) {
     wait_for_previous();
     u64* const keys = reinterpret_cast<u64*>(shared_memory());
     const SampleRequest request = request_of(args, load_fresh(args.turn), reinterpret_cast<u32*>(keys));
@@ -146,7 +159,7 @@ KERNEL(sample_slices, SampleArgs, 512, 1) {
     for (u32 i = threadIdx.x; i < keep; i += blockDim.x) args.candidates[blockIdx.x * keep + i] = keys[i];
 }
 
-KERNEL(sample_narrow, SampleArgs, 512, 1) {
+DEVICE void sample_narrow_of(const SampleArgs& args) {
     u64* const keys = reinterpret_cast<u64*>(shared_memory());
     const SampleRequest request = request_of(args, load_fresh(args.turn), reinterpret_cast<u32*>(keys));
     wait_for_previous();
@@ -159,7 +172,7 @@ KERNEL(sample_narrow, SampleArgs, 512, 1) {
     for (u32 i = threadIdx.x; i < keep; i += blockDim.x) args.candidates[args.second + blockIdx.x * keep + i] = keys[i];
 }
 
-KERNEL(sample_draw, SampleArgs, 1024, 1) {
+DEVICE void sample_draw_of(const SampleArgs& args) {
     u64* const keys = reinterpret_cast<u64*>(shared_memory());
     const u32 turn = load_fresh(args.turn);
     const SampleRequest request = request_of(args, turn, reinterpret_cast<u32*>(keys));
@@ -209,4 +222,29 @@ KERNEL(sample_draw, SampleArgs, 1024, 1) {
     *args.position = request.position;
     *args.turn = turn + 1;
     store_host(args.results + turn % SLOTS, u64(turn + 1) << 32 | id);
+}
+
+KERNEL(sample_slices, SampleArgs, 512, 1) { sample_slices_of(args); }
+KERNEL(sample_narrow, SampleArgs, 512, 1) { sample_narrow_of(args); }
+KERNEL(sample_draw, SampleArgs, 1024, 1) { sample_draw_of(args); }
+
+KERNEL(sample_slices_each, SampleEachArgs, 512, 1) {
+    const SampleArgs mine = args.members[blockIdx.y];
+    mine.scores ? sample_slices_of(mine) : wait_for_previous();
+}
+KERNEL(sample_narrow_each, SampleEachArgs, 512, 1) {
+    const SampleArgs mine = args.members[blockIdx.y];
+    mine.scores ? sample_narrow_of(mine) : wait_for_previous();
+}
+KERNEL(sample_draw_each, SampleEachArgs, 1024, 1) {
+    const SampleArgs mine = args.members[blockIdx.y];
+    mine.scores ? sample_draw_of(mine) : wait_for_previous();
+}
+
+KERNEL(hand_out, HandOutArgs, 256, 1) {
+    wait_for_previous();
+    const float* const from = args.from + u64(blockIdx.y) * args.stride;
+    float* const to = args.to[blockIdx.y];
+    const u32 i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < args.width) to[i] = load_fresh(from + i);
 }

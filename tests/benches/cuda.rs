@@ -277,7 +277,8 @@ impl Bench {
             for context in [128usize, 2048, 8192] {
                 let layers = (COLD / (kv_heads * context * 512)).clamp(1, 32);
                 let cache = self.random_halves(layers * 2 * kv_heads * context * 128);
-                let row = Row { cache: cache.address(), context: context as u32, position: context as u32 - 1 };
+                let row =
+                    Row { cache: cache.address(), rope: 0, context: context as u32, position: context as u32 - 1 };
                 let rows = self.device.upload(&[row]);
                 let q = self.random_halves(heads * 128);
                 let out = self.device.zeros(heads * 128 * 2);
@@ -322,7 +323,7 @@ impl Bench {
             let tokens = 2048;
             let cache = self.random_halves(2 * kv_heads * tokens * 128);
             let rows: Vec<Row> = (0..tokens as u32)
-                .map(|position| Row { cache: cache.address(), context: tokens as u32, position })
+                .map(|position| Row { cache: cache.address(), rope: 0, context: tokens as u32, position })
                 .collect();
             let rows = self.device.upload(&rows);
             let q = self.random_halves(tokens * heads * 128);

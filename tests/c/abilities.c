@@ -462,6 +462,69 @@ static void embeddings(const awqua_model *model) {
     OK(awqua_session_free(session));
 }
 
+/* Three characters in one batch say what each says alone; a session belongs to one call at a time. */
+static void together(const awqua_model *model) {
+    const char *prompts[3] = { PROMPT, "The cat", "The old miller said," };
+    awqua_session *sessions[3];
+    awqua_tick_result results[3] = { AWQUA_TICK_RESULT_INIT, AWQUA_TICK_RESULT_INIT, AWQUA_TICK_RESULT_INIT };
+    awqua_budget budget = AWQUA_BUDGET_INIT;
+    awqua_batch *batch = NULL;
+    awqua_status status;
+    char alone[3][512], found[512];
+    uint32_t i, shares = 2, made = 0;
+    EXPECT(AWQUA_ERR_INVALID_ARGUMENT, awqua_batch_create(model, NULL, 0, &batch));
+    EXPECT(AWQUA_ERR_INVALID_ARGUMENT, awqua_batch_create(NULL, NULL, 3, &batch));
+    OK(awqua_batch_create(model, NULL, 3, &batch));
+    OK(awqua_batch_shares(batch, &shares));
+    CHECK(shares == 1);
+    for (i = 0; i < 3; i++) {
+        awqua_request request = greedy(8 + 5 * i);
+        sessions[i] = new_session(model, 64);
+        alone[i][0] = 0;
+        OK(awqua_session_begin_text(sessions[i], AWQUA_CSTR(prompts[i]), &request));
+        OK(awqua_session_run(sessions[i]));
+        CHECK(drain(sessions[i], alone[i], sizeof alone[i], 64) == AWQUA_STOP_MAX_TOKENS);
+    }
+    for (i = 0; i < 3; i++) {
+        awqua_request request = greedy(8 + 5 * i);
+        OK(awqua_session_truncate(sessions[i], 0));
+        OK(awqua_session_begin_text(sessions[i], AWQUA_CSTR(prompts[i]), &request));
+    }
+    budget.cpu_us = 100;
+    do {
+        status = awqua_batch_tick(batch, sessions, 3, &budget, results);
+        CHECK(status == AWQUA_PENDING || status == AWQUA_OK);
+        for (i = 0; i < 3; i++) {
+            made += results[i].new_tokens;
+        }
+    } while (status == AWQUA_PENDING);
+    CHECK(made == 8 + 13 + 18 && results[2].answer_tokens == 18);
+    for (i = 0; i < 3; i++) {
+        found[0] = 0;
+        CHECK(drain(sessions[i], found, sizeof found, 64) == AWQUA_STOP_MAX_TOKENS);
+        CHECK(strcmp(found, alone[i]) == 0);
+    }
+    for (i = 0; i < 2; i++) {
+        awqua_request request = greedy(8 + 5 * i);
+        OK(awqua_session_begin_text(sessions[i], AWQUA_CSTR(prompts[i]), &request));
+    }
+    OK(awqua_batch_run(batch, sessions, 2));
+    found[0] = 0;
+    CHECK(drain(sessions[1], found, sizeof found, 64) == AWQUA_STOP_MAX_TOKENS && strcmp(found, alone[1]) == 0);
+    OK(awqua_batch_tick(batch, NULL, 0, NULL, NULL));
+    EXPECT(AWQUA_ERR_INVALID_ARGUMENT, awqua_batch_tick(batch, NULL, 2, NULL, NULL));
+    results[1].struct_size = 3;
+    EXPECT(AWQUA_ERR_STRUCT_SIZE, awqua_batch_tick(batch, sessions, 3, NULL, results));
+    OK(awqua_session_free(sessions[2]));
+    sessions[2] = sessions[0];
+    EXPECT(AWQUA_ERR_BUSY, awqua_batch_tick(batch, sessions, 3, NULL, NULL));
+    sessions[2] = NULL;
+    EXPECT(AWQUA_ERR_INVALID_ARGUMENT, awqua_batch_run(batch, sessions, 3));
+    OK(awqua_batch_free(batch));
+    OK(awqua_session_free(sessions[0]));
+    OK(awqua_session_free(sessions[1]));
+}
+
 /* Exact products are other numbers, not far away, and the same ones again. */
 static void exactness(const awqua_model *model) {
     static const uint32_t FLAGS[] = { 0, AWQUA_SESSION_EXACT, AWQUA_SESSION_EXACT | AWQUA_SESSION_DETERMINISTIC };
@@ -541,6 +604,31 @@ static void shifts(const awqua_model *model) {
     OK(awqua_session_free(session));
 }
 
+/* A head of fewer bits is another one, and not everything can be asked for. */
+static void heads(const char *path) {
+    static const uint32_t FLAGS[] = { AWQUA_MODEL_HEAD_8, AWQUA_MODEL_HEAD_4 };
+    awqua_engine *engine = cpu_engine();
+    awqua_model_desc desc = AWQUA_MODEL_DESC_INIT;
+    awqua_model *model = NULL;
+    int i;
+    desc.path = AWQUA_CSTR(path);
+    desc.flags = AWQUA_MODEL_HEAD_8 | AWQUA_MODEL_HEAD_4;
+    EXPECT(AWQUA_ERR_INVALID_ARGUMENT, awqua_model_create(engine, &desc, &model));
+    for (i = 0; i < 2; i++) {
+        awqua_session *session;
+        char text[512];
+        desc.flags = FLAGS[i];
+        OK(awqua_model_create(engine, &desc, &model));
+        OK(awqua_model_run(model));
+        session = deterministic(model);
+        answer_to(session, PROMPT, 12, text, sizeof text);
+        CHECK(strlen(text) > 12);
+        OK(awqua_session_free(session));
+        OK(awqua_model_free(model));
+    }
+    OK(awqua_engine_free(engine));
+}
+
 int main(int argc, char **argv) {
     awqua_engine *engine = cpu_engine();
     awqua_model *model;
@@ -554,11 +642,13 @@ int main(int argc, char **argv) {
     OK(awqua_session_free(session));
     forks(model, expected);
     embeddings(model);
+    together(model);
     exactness(model);
     choices(model);
     shifts(model);
     OK(awqua_model_free(model));
     OK(awqua_engine_free(engine));
+    heads(argv[1]);
     sources(argv[1], expected);
     host_threads(argv[1], expected);
     budgets(argv[1], expected);

@@ -264,4 +264,18 @@ void awqua_check_table(awqua_api *table) {
     table->session_save = awqua_session_save;
     table->session_trim = awqua_session_trim;
     table->session_get_embedding = awqua_session_get_embedding;
+    table->engine_create = awqua_engine_create;
+    table->engine_get_info = awqua_engine_get_info;
+    table->engine_recover_vulkan = awqua_engine_recover_vulkan;
+    table->session_get_info = awqua_session_get_info;
+    table->session_fork = awqua_session_fork;
+    table->session_restore = awqua_session_restore;
+    table->session_begin_embedding_tokens = awqua_session_begin_embedding_tokens;
+    table->session_begin_embedding_text = awqua_session_begin_embedding_text;
+    table->batch_create = awqua_batch_create;
+    table->batch_free = awqua_batch_free;
+    table->batch_last_error = awqua_batch_last_error;
+    table->batch_shares = awqua_batch_shares;
+    table->batch_tick = awqua_batch_tick;
+    table->batch_run = awqua_batch_run;
 }

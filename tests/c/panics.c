@@ -8,19 +8,23 @@ struct world {
     awqua_engine *engine;
     awqua_model *model;
     awqua_session *session;
+    awqua_batch *batch;
 };
 
-enum owner { NOBODY, ENGINE, MODEL, SESSION };
+enum owner { NOBODY, ENGINE, MODEL, SESSION, BATCH };
 
 static struct world make(const char *path) {
     struct world w;
     w.engine = cpu_engine();
     w.model = loaded_model(w.engine, path);
     w.session = new_session(w.model, 64);
+    w.batch = NULL;
+    OK(awqua_batch_create(w.model, NULL, 2, &w.batch));
     return w;
 }
 
 static void free_world(struct world *w) {
+    OK(awqua_batch_free(w->batch));
     OK(awqua_session_free(w->session));
     OK(awqua_model_free(w->model));
     OK(awqua_engine_free(w->engine));
@@ -49,7 +53,7 @@ static void check_poison(struct world *w, enum owner owner) {
     awqua_model *model = NULL;
     awqua_session *session = NULL;
     awqua_model_desc desc = AWQUA_MODEL_DESC_INIT;
-    uint32_t id = 1;
+    uint32_t id = 1, shares = 0;
     char text[256];
     desc.path = AWQUA_CSTR("x");
     text[0] = 0;
@@ -59,12 +63,15 @@ static void check_poison(struct world *w, enum owner owner) {
         awqua_model_last_error(w->model, text, sizeof text, NULL);
     } else if (owner == SESSION) {
         awqua_session_last_error(w->session, text, sizeof text, NULL);
+    } else if (owner == BATCH) {
+        awqua_batch_last_error(w->batch, text, sizeof text, NULL);
     }
     CHECK(owner == NOBODY || strstr(text, "injected") != NULL);
     EXPECT(owner == ENGINE ? AWQUA_ERR_POISONED : AWQUA_OK, awqua_model_create(w->engine, &desc, &model));
     OK(awqua_model_free(model));
     EXPECT(owner == MODEL ? AWQUA_ERR_POISONED : AWQUA_OK, awqua_session_create(w->model, NULL, &session));
     OK(awqua_session_free(session));
+    EXPECT(owner == BATCH ? AWQUA_ERR_POISONED : AWQUA_OK, awqua_batch_shares(w->batch, &shares));
     EXPECT(owner == SESSION ? AWQUA_ERR_POISONED : AWQUA_OK, awqua_session_truncate(w->session, 0));
     EXPECT(owner == SESSION ? AWQUA_ERR_POISONED : AWQUA_OK, awqua_session_begin_tokens(w->session, &id, 1, NULL));
 }
@@ -109,6 +116,7 @@ int main(int argc, char **argv) {
     awqua_engine *engine = NULL;
     awqua_model *model = NULL;
     awqua_session *session = NULL;
+    awqua_batch *batch = NULL;
     const awqua_api *api = NULL;
     uint32_t ids[4] = { 1, 2, 3, 4 }, heard = 0, number = 0;
     uint64_t n = 0;
@@ -171,10 +179,16 @@ int main(int argc, char **argv) {
     PANIC(awqua_session_begin_embedding_tokens, SESSION, awqua_session_begin_embedding_tokens(w.session, ids, 4));
     PANIC(awqua_session_begin_embedding_text, SESSION, awqua_session_begin_embedding_text(w.session, AWQUA_CSTR("a")));
     PANIC(awqua_session_get_embedding, SESSION, awqua_session_get_embedding(w.session, values, 4, &n));
+    PANIC(awqua_batch_create, MODEL, awqua_batch_create(w.model, NULL, 2, &batch));
+    PANIC(awqua_batch_tick, BATCH, awqua_batch_tick(w.batch, &w.session, 1, NULL, NULL));
+    PANIC(awqua_batch_run, BATCH, awqua_batch_run(w.batch, &w.session, 1));
+    PANIC(awqua_batch_shares, BATCH, awqua_batch_shares(w.batch, &number));
+    PANIC(awqua_batch_last_error, NOBODY, awqua_batch_last_error(w.batch, text, sizeof text, &n));
+    PANIC_FREE(awqua_batch_free, batch);
     PANIC_FREE(awqua_session_free, session);
     PANIC_FREE(awqua_model_free, model);
     PANIC_FREE(awqua_engine_free, engine);
-    CHECK(engine == NULL && model == NULL && session == NULL && heard > 0);
+    CHECK(engine == NULL && model == NULL && session == NULL && batch == NULL && heard > 0);
     OK(awqua_set_log(NULL, NULL, AWQUA_LOG_OFF));
     return 0;
 }

@@ -271,6 +271,7 @@ FUNCTION cuStreamDestroy_v2(Stream* stream) {
     delete stream;
     return SUCCESS;
 }
+FUNCTION cuStreamWaitEvent(Stream*, Event*, u32) { return status(__func__); }
 FUNCTION cuStreamSynchronize(Stream*) { return status(__func__); }
 FUNCTION cuStreamBeginCapture_v2(Stream* stream, int) {
     CHECK_STATUS;

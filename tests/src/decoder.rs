@@ -489,6 +489,53 @@ pub fn rope_rows(table: u32, half: u32) -> Vec<f32> {
     (0..CONTEXT).flat_map(|p| (0..half).flat_map(move |i| [angle(p, i).cos(), angle(p, i).sin()])).collect()
 }
 
+/// Cases that the CUDA backend computes, with its fast kernels too: heads of 64 and 128, groups that lie well.
+pub fn cuda_cases() -> Vec<Case> {
+    let base = cases().swap_remove(0);
+    let shape = |heads, kv_heads, head_dim, rotary_dim| AttentionShape { heads, kv_heads, head_dim, rotary_dim };
+    let w4 = |group_size, offset| Projection::W4 { group_size, offset };
+    let mut all = cases();
+    // Mixtures are refused.
+    all.retain(|case| !matches!(case.style, Style::Experts(_)));
+    all.push(Case {
+        name: "fused, heads of 64",
+        hidden: 128,
+        ffn: 208,
+        shape: shape(4, 2, 64, 64),
+        projections: w4(16, Offset::Zero),
+        ..base.clone()
+    });
+    all.push(Case {
+        name: "fused, heads of 64 with groups of 32, biases as offsets",
+        hidden: 192,
+        ffn: 160,
+        shape: shape(3, 1, 64, 32),
+        bias: true,
+        window: Some(17),
+        projections: w4(32, Offset::Bias),
+        ..base.clone()
+    });
+    all.push(Case {
+        name: "fused, heads of 128 with groups of 64",
+        hidden: 256,
+        ffn: 320,
+        vocab: 517,
+        shape: shape(4, 1, 128, 128),
+        projections: w4(64, Offset::Zero),
+        ..base.clone()
+    });
+    all.push(Case {
+        name: "fast attention behind norms of heads",
+        hidden: 128,
+        ffn: 128,
+        shape: shape(2, 2, 96, 96),
+        qk_norm: true,
+        projections: w4(0, Offset::Zero),
+        ..base
+    });
+    all
+}
+
 /// Room for [`STEPS`], on the exact path of the CPU.
 pub fn config() -> RunnerConfig {
     RunnerConfig {

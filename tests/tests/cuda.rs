@@ -14,14 +14,12 @@ use awqua::ErrorKind;
 use awqua::backend::cuda::driver::Gpu;
 use awqua::backend::cuda::{CudaBackend, CudaChoice, CudaOptions, devices};
 use awqua::backend::{
-    AttentionShape, Backend, Budget, LogitsRows, Program, Progress, Runner, RunnerConfig, Sharing, Step, WeightId,
-    kv_bytes,
+    Backend, Budget, LogitsRows, Program, Progress, Runner, RunnerConfig, Sharing, Step, WeightId, kv_bytes,
 };
 use awqua::session::sampler::{SampleRequest, Sampling, pick};
-use awqua::tensor::Offset;
 use awqua_tests::constraints;
 use awqua_tests::decoder::{
-    CONTEXT, Case, MAX_TOKENS, Model, Projection, Rng, STEPS, Style, build, cases, config, error, rope_rows, tokens,
+    CONTEXT, Case, MAX_TOKENS, Model, Rng, STEPS, build, cases, config, cuda_cases, error, rope_rows, tokens,
     write_rope,
 };
 use awqua_tests::hosts::run;
@@ -46,53 +44,6 @@ fn runner_with(model: &Model, config: &RunnerConfig, options: &CudaOptions) -> (
     let mut runner = backend.clone().runner(&model.program, config).expect("the runner fits");
     write_rope(&mut *runner, &model.program);
     (backend, runner)
-}
-
-/// Cases that use the fast kernels too: heads of 64 and 128, groups that lie well.
-fn all_cases() -> Vec<Case> {
-    let base = cases().swap_remove(0);
-    let shape = |heads, kv_heads, head_dim, rotary_dim| AttentionShape { heads, kv_heads, head_dim, rotary_dim };
-    let w4 = |group_size, offset| Projection::W4 { group_size, offset };
-    let mut all = cases();
-    // Mixtures are refused.
-    all.retain(|case| !matches!(case.style, Style::Experts(_)));
-    all.push(Case {
-        name: "fused, heads of 64",
-        hidden: 128,
-        ffn: 208,
-        shape: shape(4, 2, 64, 64),
-        projections: w4(16, Offset::Zero),
-        ..base.clone()
-    });
-    all.push(Case {
-        name: "fused, heads of 64 with groups of 32, biases as offsets",
-        hidden: 192,
-        ffn: 160,
-        shape: shape(3, 1, 64, 32),
-        bias: true,
-        window: Some(17),
-        projections: w4(32, Offset::Bias),
-        ..base.clone()
-    });
-    all.push(Case {
-        name: "fused, heads of 128 with groups of 64",
-        hidden: 256,
-        ffn: 320,
-        vocab: 517,
-        shape: shape(4, 1, 128, 128),
-        projections: w4(64, Offset::Zero),
-        ..base.clone()
-    });
-    all.push(Case {
-        name: "fast attention behind norms of heads",
-        hidden: 128,
-        ffn: 128,
-        shape: shape(2, 2, 96, 96),
-        qk_norm: true,
-        projections: w4(0, Offset::Zero),
-        ..base
-    });
-    all
 }
 
 fn compare(case: &Case) {
@@ -123,13 +74,13 @@ fn compare(case: &Case) {
 #[test]
 fn programs_match_the_naive_interpretation() {
     if is_on_machine("programs_match_the_naive_interpretation", ALL_CAPABILITIES) {
-        all_cases().iter().for_each(compare);
+        cuda_cases().iter().for_each(compare);
     }
 }
 
 /// The fused case, with a vocabulary of its own.
 fn fast_case(vocab: usize) -> Case {
-    let case = all_cases().into_iter().find(|case| case.name == "fused, heads of 128 with groups of 64");
+    let case = cuda_cases().into_iter().find(|case| case.name == "fused, heads of 128 with groups of 64");
     Case { vocab, ..case.expect("the case is there") }
 }
 

@@ -6,9 +6,10 @@ use std::fmt::Write;
 use awqua_tests::generated::{check, root};
 
 /// Rust files of `ffi/src` in the order of their subjects, which is the order of new functions in the table.
-const SUBJECTS: [&str; 7] = ["api", "alloc", "log", "engine", "model", "session", "answer"];
+const SUBJECTS: [&str; 8] = ["api", "alloc", "log", "engine", "model", "session", "answer", "batch"];
 /// Rust files whose types are in the header, in the order of their subjects.
-const TYPES: [&str; 10] = ["text", "alloc", "log", "jobs", "vulkan", "engine", "source", "model", "session", "answer"];
+const TYPES: [&str; 11] =
+    ["text", "alloc", "log", "jobs", "vulkan", "engine", "source", "model", "session", "answer", "batch"];
 
 struct Export {
     name: String,
@@ -38,14 +39,12 @@ fn exports() -> Vec<Export> {
     exports
 }
 
-/// Names of the table as it is committed, in order.
+/// Names of the table as it is committed, in order: those of its values, which fit a line each.
 fn listed() -> Vec<String> {
     let table = std::fs::read_to_string(root().join("ffi/src/table.rs")).unwrap_or_default();
-    table
-        .lines()
-        .filter_map(|line| line.trim().strip_prefix("pub ")?.split_once(": unsafe extern").map(|(name, _)| name))
-        .map(|name| format!("awqua_{name}"))
-        .collect()
+    let values = table.split_once("pub static API").map_or("", |(_, values)| values);
+    let name = |line: &str| line.trim().split_once(": ")?.1.strip_suffix(',').map(str::to_owned);
+    values.lines().filter_map(name).filter(|name| name.starts_with("awqua_")).collect()
 }
 
 #[test]

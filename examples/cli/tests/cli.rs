@@ -196,11 +196,15 @@ fn perplexity_takes_texts_ids_and_windows() {
 
 #[test]
 fn facts_come_as_json() {
-    let bench = json(&["bench", &packed(), "--json", "--backend", "cpu", "-p", "16", "-n", "8", "-r", "2"]);
+    let asked = ["--json", "--backend", "cpu", "-p", "16", "-n", "8", "-r", "2", "--sessions", "3"];
+    let bench = json(&[&["bench", &packed()][..], &asked].concat());
     for key in ["prefill_tok_s", "decode_tok_s", "load_s", "ttft_s"] {
         let [min, median, max] = ["min", "median", "max"].map(|part| bench[key][part].as_f64().unwrap());
         assert!(0.0 < min && min <= median && median <= max, "{key}: {}", bench[key]);
     }
+    let batch = &bench["batch"];
+    assert!(batch["sessions"] == 3 && batch["shared"] == true && batch["passes"].as_u64().unwrap() >= 3 * 7);
+    assert!(batch["decode_tok_s"]["median"].as_f64().unwrap() > 0.0 && batch["speedup"].as_f64().unwrap() > 0.0);
     if cfg!(target_os = "linux") {
         assert!(bench["peak_rss_bytes"]["median"].as_f64().unwrap() > 1e6);
     } else {

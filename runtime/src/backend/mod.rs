@@ -18,11 +18,13 @@ use crate::tensor::{Weight, WeightShape};
 pub use crate::quant::ROW_STEP;
 pub use crate::quant::awq::INPUT_STEP;
 
+pub use group::{Group, Members, Next};
 pub use products::{Products, Resident, RoundingGrid};
 
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+mod group;
 mod products;
 #[cfg(feature = "wgpu")]
 pub mod wgpu;
@@ -595,6 +597,16 @@ pub trait Backend: Any + Send + Sync {
     /// Bytes that a runner will take at most, in host memory on a host and else on the device.
     fn runner_bytes(&self, program: &Program, config: &RunnerConfig) -> u64;
 
+    /// Makes what computes passes over single tokens of up to `max_tokens` runners of this kind, whose contexts are at
+    /// most that of `config`; `None` where they have to be stepped one by one.
+    ///
+    /// # Errors
+    /// As [`Self::runner`].
+    fn group(self: Arc<Self>, program: &Arc<Program>, config: &RunnerConfig) -> Result<Option<Box<dyn Group>>> {
+        let _ = (program, config);
+        Ok(None)
+    }
+
     /// Refuses programs with operations that the backend does not have, or over weights in forms that it does not have,
     /// before they are brought to it; `weights` are those of the program, by number.
     ///
@@ -695,7 +707,7 @@ pub const MAX_AHEAD: usize = 2;
 /// A step is resumable: [`Self::begin`] says what to compute and [`Self::advance`] does a bounded piece of it; none of
 /// them waits for a device. The same holds for [`Self::begin_sample`] and [`Self::poll_sample`]. [`Self::run`] and
 /// [`Self::sample`] do the same to the end. What is computed never depends on the budgets.
-pub trait Runner: Send {
+pub trait Runner: Any + Send {
     /// Writes rows `first..` of rotary table `table`: (rows, rotary_dim / 2, 2) of (cos, sin), one row a position.
     /// Does not wait for the device.
     fn write_rope(&mut self, table: u32, first: u32, rows: &[f32]) -> Result<()>;
@@ -814,6 +826,15 @@ pub trait Runner: Send {
     /// # Errors
     /// [`ErrorKind::InvalidInput`] if there is none, or a device error.
     fn poll_ahead(&mut self) -> Result<Option<u32>> {
+        Err(Error::new(ErrorKind::InvalidInput, "no token was chosen ahead"))
+    }
+
+    /// Takes back the step over the newest token chosen ahead, which is not complete on the host's side: the choice
+    /// stays, as if [`Runner::begin_sample`] had made it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`] if there is none, or a device error.
+    fn retract_ahead(&mut self) -> Result<()> {
         Err(Error::new(ErrorKind::InvalidInput, "no token was chosen ahead"))
     }
 

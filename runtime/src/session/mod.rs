@@ -12,6 +12,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::model::{Model, ModelConfig};
 
 mod answer;
+mod batch;
 pub mod chat;
 mod embedding;
 mod events;
@@ -28,6 +29,7 @@ mod tick;
 pub mod tokenizer;
 mod vocabulary;
 
+pub use batch::Batch;
 pub use events::Event;
 pub use generate::{ContextShift, GenerateOptions, Generation, Grammar, StopReason};
 pub use tick::{Phase, Tick, TickBudget};
@@ -36,7 +38,7 @@ use answer::Answer;
 use embedding::Embedding;
 use events::Events;
 use rotations::Rotations;
-use tick::{Todo, UnderWay};
+use tick::{Todo, UnderWay, no_runner};
 
 /// Context of a session that does not ask for one: enough for a conversation, small enough for any device.
 const DEFAULT_CONTEXT: u32 = 4096;

@@ -13,7 +13,7 @@ use super::answer::Answer;
 use super::events::Event;
 use super::rotations::Rotations;
 use super::{CancelToken, GenerateOptions, Place, Session, StopReason};
-use crate::backend::{Budget, LogitsRows, MAX_AHEAD, Progress, Runner, Step};
+use crate::backend::{Backend, Budget, Group, LogitsRows, MAX_AHEAD, Next, Progress, Runner, Step};
 use crate::engine::Trim;
 use crate::error::{Error, ErrorKind, Result};
 use crate::model::LoadBudget;
@@ -103,9 +103,35 @@ pub(super) struct UnderWay {
     ahead_step: bool,
     /// A choice was asked for.
     choice: bool,
+    /// The pass of a batch that the next token is in.
+    pass: Option<Pass>,
+}
+
+/// A session's part in a pass of a batch that is under way.
+#[derive(Debug)]
+pub(super) struct Pass {
+    /// The batch.
+    pub(super) of: Arc<()>,
+    /// Which of its passes.
+    pub(super) number: u64,
+    pub(super) row: usize,
+    /// Whether the token is chosen ahead of the host.
+    pub(super) is_chosen: bool,
+}
+
+/// What a session can add to the passes of a batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Part {
+    /// Nothing for now.
+    Never,
+    /// A token, once it is known.
+    Later,
+    /// The next token.
+    Ready,
 }
 
 /// What stopped the work of a tick.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Flow {
     /// The host's time was over, or a token was accepted and the caller wants to hear of each.
     Budget,
@@ -194,13 +220,30 @@ impl Session {
 
     fn tick_until(&mut self, budget: &TickBudget, tokens: usize) -> Result<Tick> {
         let started = Instant::now();
-        self.heed_trims();
-        if self.is_lost && self.model.engine().options().auto_recover {
-            self.model.engine().recover()?;
-        }
+        self.begin_tick()?;
         let inner = Budget { deadline: budget.host.and_then(|host| started.checked_add(host)), device: budget.device };
         let before = self.made();
         let worked = self.work(&inner, before.saturating_add(tokens));
+        self.end_tick(worked, before, started)
+    }
+
+    /// What comes before the work of a tick.
+    ///
+    /// # Errors
+    /// Those of [`crate::Engine::recover`].
+    pub(super) fn begin_tick(&mut self) -> Result<()> {
+        self.heed_trims();
+        match self.is_lost && self.model.engine().options().auto_recover {
+            true => self.model.engine().recover(),
+            false => Ok(()),
+        }
+    }
+
+    /// What comes behind the work of a tick that began at `started` with `before` tokens of the answer.
+    ///
+    /// # Errors
+    /// As [`Self::tick`].
+    pub(super) fn end_tick(&mut self, worked: Result<Flow>, before: usize, started: Instant) -> Result<Tick> {
         let mut phase = self.phase();
         let is_waiting = match worked {
             Ok(Flow::Waiting) => true,
@@ -241,7 +284,7 @@ impl Session {
     }
 
     /// Tokens of the answer so far.
-    fn made(&self) -> usize {
+    pub(super) fn made(&self) -> usize {
         self.answer.as_ref().or(self.finished.as_ref()).map_or(0, |answer| answer.ids.len())
     }
 
@@ -257,32 +300,124 @@ impl Session {
 
     fn work(&mut self, budget: &Budget, enough: usize) -> Result<Flow> {
         loop {
-            let cancel = match (&self.answer, &self.embedding) {
-                (Some(answer), _) => &answer.options.cancel,
-                (None, Some(embedding)) => &embedding.cancel,
-                (None, None) => return Ok(Flow::Idle),
-            };
-            if cancel.is_cancelled() {
-                self.finish(StopReason::Cancelled)?;
-                return Ok(Flow::Idle);
-            }
-            if self.made() >= enough {
+            if self.is_busy() && !self.is_cancelled() && self.made() >= enough {
                 return Ok(Flow::Budget);
             }
-            if !self.attach(budget)? {
-                return Ok(Flow::Loading);
-            }
-            let flow = match (&self.embedding, self.todo.left() > 0) {
-                (Some(_), _) => self.embed_piece(budget)?,
-                (None, true) => self.compute(budget)?,
-                (None, false) => self.choose(budget)?,
-            };
-            match flow {
+            match self.piece(budget, false)? {
                 Some(flow) => return Ok(flow),
                 None if budget.is_over() => return Ok(Flow::Budget),
                 None => {}
             }
         }
+    }
+
+    fn is_cancelled(&self) -> bool {
+        match (&self.answer, &self.embedding) {
+            (Some(answer), _) => answer.options.cancel.is_cancelled(),
+            (None, Some(embedding)) => embedding.cancel.is_cancelled(),
+            (None, None) => false,
+        }
+    }
+
+    /// Does one piece of what was begun; `None` if there may be more to do at once. In a batch, where tokens are `shared`
+    /// passes, none is made ahead of the host here.
+    pub(super) fn piece(&mut self, budget: &Budget, shared: bool) -> Result<Option<Flow>> {
+        if !self.is_busy() {
+            return Ok(Some(Flow::Idle));
+        }
+        if self.is_cancelled() {
+            self.finish(StopReason::Cancelled)?;
+            return Ok(Some(Flow::Idle));
+        }
+        if !self.attach(budget)? {
+            return Ok(Some(Flow::Loading));
+        }
+        self.leave_pass()?;
+        match (&self.embedding, self.todo.left() > 0) {
+            (Some(_), _) => self.embed_piece(budget),
+            (None, true) => self.compute(budget),
+            (None, false) => self.choose(budget, shared),
+        }
+    }
+
+    /// The row of pass `number` of batch `of` that this session has.
+    pub(super) fn part_of(&self, of: &Arc<()>, number: u64) -> Option<usize> {
+        let pass = self.under_way.pass.as_ref();
+        pass.filter(|pass| Arc::ptr_eq(&pass.of, of) && pass.number == number).map(|pass| pass.row)
+    }
+
+    /// What the session can add to the next pass of `group`.
+    pub(super) fn part(&self, group: &dyn Group, backend: &Arc<dyn Backend>) -> Part {
+        let Some(place) = self.place.as_ref().filter(|place| Arc::ptr_eq(&place.backend, backend)) else {
+            return Part::Never;
+        };
+        let decodes = self.answer.as_ref().is_some_and(|answer| answer.prefilled.is_some()) && !self.is_lost;
+        let single = self.todo.left() == 0 || self.todo.left() == 1 && self.todo.single_from <= self.tokens.len();
+        if !decodes || !single || self.deterministic || self.is_cancelled() || !group.takes(&*place.runner) {
+            return Part::Never;
+        }
+        let UnderWay { step, ahead_step, choice, ref pass, .. } = self.under_way;
+        match step == 0 && !ahead_step && !choice && pass.is_none() {
+            true if self.todo.left() == 1 || self.can_go_ahead() => Part::Ready,
+            _ => Part::Later,
+        }
+    }
+
+    /// Joins `pass` with the next token; false if that has to be chosen by the host first, which is begun.
+    ///
+    /// # Errors
+    /// A device error.
+    pub(super) fn join(&mut self, group: &mut dyn Group, pass: Pass) -> Result<bool> {
+        if self.todo.left() > 0 {
+            let (position, id) = (self.tokens.len(), self.todo.ids[self.todo.next]);
+            self.has_logits = false;
+            self.own(position)?;
+            self.write_rope(1, position + 1)?;
+            let place = self.place.as_mut().ok_or_else(no_runner)?;
+            let joined = group.join(&mut *place.runner, &Next::Token(id), position as u32)?;
+            self.under_way.pass = joined.then_some(pass);
+            return Ok(joined);
+        }
+        let ahead = self.under_way.ahead;
+        self.write_rope(ahead + 1, self.tokens.len() + ahead + 1)?;
+        let (Some(answer), Some(place)) = (&mut self.answer, &mut self.place) else { return Ok(false) };
+        let position = (self.tokens.len() + ahead) as u32;
+        if group.join(&mut *place.runner, &Next::Chosen(&answer.request_ahead()), position)? {
+            answer.went_ahead();
+            self.under_way.ahead += 1;
+            self.under_way.pass = Some(Pass { is_chosen: true, ..pass });
+            return Ok(true);
+        }
+        if ahead == 0 {
+            self.begin_choice()?;
+        }
+        Ok(false)
+    }
+
+    /// The pass is complete on the host's side.
+    pub(super) fn end_pass(&mut self) {
+        if self.under_way.pass.take().is_some_and(|pass| !pass.is_chosen) {
+            self.under_way.step = 1;
+            self.end_step();
+        }
+    }
+
+    /// Leaves a pass under way: its token is computed by itself, or in another one.
+    ///
+    /// # Errors
+    /// A device error.
+    pub(super) fn leave_pass(&mut self) -> Result<()> {
+        if self.under_way.pass.take().is_some_and(|pass| pass.is_chosen) {
+            self.runner()?.retract_ahead()?;
+            self.under_way.ahead -= 1;
+            self.under_way.choice = true;
+        }
+        Ok(())
+    }
+
+    /// Forgets that it has part in a pass whose work is lost.
+    pub(super) fn forget_pass(&mut self) {
+        self.under_way.pass = None;
     }
 
     /// Computes or queues a piece of `todo`; `None` if there may be more to do at once.
@@ -360,9 +495,9 @@ impl Session {
         }
     }
 
-    /// Chooses a token from the last logits, ahead of the host where that is possible; `None` if there may be more to do
-    /// at once.
-    fn choose(&mut self, budget: &Budget) -> Result<Option<Flow>> {
+    /// Chooses a token from the last logits, ahead of the host where that is possible and not `shared` with others;
+    /// `None` if there may be more to do at once.
+    fn choose(&mut self, budget: &Budget, shared: bool) -> Result<Option<Flow>> {
         if self.under_way.ahead_step {
             match self.runner()?.advance(budget)? {
                 Progress::Done => self.under_way.ahead_step = false,
@@ -374,7 +509,7 @@ impl Session {
         if self.take_ahead()? {
             return Ok(None);
         }
-        if self.can_go_ahead() {
+        if !shared && self.can_go_ahead() {
             let queued = self.runner()?.queued()?;
             if budget.device.is_some_and(|device| queued >= device && !queued.is_zero()) {
                 return Ok(Some(Flow::Waiting));
@@ -386,13 +521,10 @@ impl Session {
         if self.under_way.ahead > 0 {
             return Ok(Some(Flow::Waiting));
         }
-        let (Some(answer), Some(place)) = (&mut self.answer, &mut self.place) else { return Ok(Some(Flow::Idle)) };
         if !self.under_way.choice {
-            answer.prepare()?;
-            place.runner.begin_sample(&answer.request())?;
-            self.under_way.choice = true;
+            self.begin_choice()?;
         }
-        match place.runner.poll_sample()? {
+        match self.runner()?.poll_sample()? {
             None => Ok(Some(Flow::Waiting)),
             Some(id) => {
                 self.under_way.choice = false;
@@ -402,9 +534,19 @@ impl Session {
         }
     }
 
+    /// Has the next token chosen, for the host to know it.
+    fn begin_choice(&mut self) -> Result<()> {
+        let (Some(answer), Some(place)) = (&mut self.answer, &mut self.place) else { return Ok(()) };
+        answer.prepare()?;
+        place.runner.begin_sample(&answer.request())?;
+        self.under_way.choice = true;
+        Ok(())
+    }
+
     fn can_go_ahead(&self) -> bool {
         let ahead = self.under_way.ahead;
         ahead < MAX_AHEAD
+            && !self.under_way.choice
             && self.has_logits
             && self.tokens.len() + ahead < self.config.context as usize
             && self.model.config().same_rope_rows(self.rotations.length, self.tokens.len() + ahead + 1)
@@ -533,9 +675,9 @@ impl Session {
 
     /// Abandons what is under way; what the cache holds stays.
     fn stop_work(&mut self) {
-        let UnderWay { step, ahead, ahead_step, choice } = std::mem::take(&mut self.under_way);
-        if step > 0 || ahead > 0 || ahead_step || choice {
-            self.has_logits &= step == 0 && ahead == 0;
+        let UnderWay { step, ahead, ahead_step, choice, pass } = std::mem::take(&mut self.under_way);
+        if step > 0 || ahead > 0 || ahead_step || choice || pass.is_some() {
+            self.has_logits &= step == 0 && ahead == 0 && pass.is_none();
             if let Some(place) = &mut self.place {
                 place.runner.abandon();
             }

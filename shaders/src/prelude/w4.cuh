@@ -31,9 +31,15 @@ constexpr u32 TO_ROPE = 2;    // rotated queries, and keys and values in the cac
 // A token's place in a KV cache of half precision: (layers, keys then values, kv_heads, context, head_dim).
 struct Row {
     u64 cache;
+    u64 rope;  // of the session: (tables, context, rotary_dim / 2, 2) cosine, sine in f32
     u32 context;
     u32 position;
 };
+
+// Cosines and sines of a token's position in rotary table `table`.
+DEVICE const float* rotations(const Row& row, u32 table, u32 rotary_dim) {
+    return reinterpret_cast<const float*>(row.rope) + (u64(table) * row.context + row.position) * rotary_dim;
+}
 
 // A matrix and the fate of its products. Rows of work are pairs of tiles: see tiles_of().
 struct Product {
@@ -42,7 +48,6 @@ struct Product {
     const float* bias;    // (n) f32
     float* out;           // TO_ROWS: (tokens, out_stride)
     u16* half_out;        // TO_GLU: inputs of the next matrix; TO_ROPE: (tokens, out_stride) queries
-    const float* rope;    // (context, rotary_dim / 2, 2): cosine, sine
     const Row* rows;      // (tokens)
     u32 n;                // outputs
     u32 stages;
@@ -57,7 +62,7 @@ struct Product {
     u32 heads, kv_heads, head_dim, rotary_dim, layer;
     u32 activation;       // TO_GLU: SILU, ...
     float scale;          // of all products: WIDE if the inputs are divided by it
-    u32 pad;
+    u32 table;            // TO_ROPE: rotary table
 };
 
 struct Tiles {
@@ -176,7 +181,7 @@ DEVICE void put(const Product& p, Tiles tiles, u32 row, u32 token, F4 a, F4 b) {
         const Row place = p.rows[token];
         if (head < p.heads + p.kv_heads && i < p.rotary_dim / 2) {
             // Pairs of cosine and sine.
-            const F4* const turn = reinterpret_cast<const F4*>(p.rope + u64(place.position) * p.rotary_dim + 2 * i);
+            const F4* const turn = reinterpret_cast<const F4*>(rotations(place, p.table, p.rotary_dim) + 2 * i);
             const F4 t = turn[0], u = turn[1], x = a;
             a = {x.x * t.x - b.x * t.y, x.y * t.z - b.y * t.w, x.z * u.x - b.z * u.y, x.w * u.z - b.w * u.w};
             b = {b.x * t.x + x.x * t.y, b.y * t.z + x.y * t.w, b.z * u.x + x.z * u.y, b.w * u.z + x.w * u.w};

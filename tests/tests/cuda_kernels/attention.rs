@@ -61,7 +61,12 @@ impl Attention {
 
     fn rows(&self, device: &Device, first: usize, tokens: usize) -> Buffer {
         let rows: Vec<Row> = (0..tokens)
-            .map(|t| Row { cache: self.cache.address(), context: self.context as u32, position: (first + t) as u32 })
+            .map(|t| Row {
+                cache: self.cache.address(),
+                rope: 0,
+                context: self.context as u32,
+                position: (first + t) as u32,
+            })
             .collect();
         device.upload(&rows)
     }

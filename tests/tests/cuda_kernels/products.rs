@@ -274,19 +274,25 @@ fn rotation_and_cache_behind_a_product() {
             let x: Vec<Vec<f32>> = (0..tokens).map(|_| rng.values(k, 1.0)).collect();
             let x = rounded(&x);
             let (context, first, layer) = (200, 40, 1);
-            let rope = rng.values(context * rotary_dim.max(2), 1.0);
+            // The second of two tables.
+            let rope = rng.values(2 * context * rotary_dim.max(2), 1.0);
             let rope_buffer = device.upload(&rope);
             let cache_len = 2 * 2 * kv_heads * context * head_dim;
             let cache = device.poisoned::<u16>(cache_len);
             let q = device.poisoned::<u16>(tokens * heads * head_dim);
             let rows: Vec<Row> = (0..tokens as u32)
-                .map(|t| Row { cache: cache.address(), context: context as u32, position: first + t })
+                .map(|t| Row {
+                    cache: cache.address(),
+                    rope: rope_buffer.address(),
+                    context: context as u32,
+                    position: first + t,
+                })
                 .collect();
             let row_buffer = device.upload(&rows);
             let product = Product {
                 half_out: q.address(),
                 out_stride: (heads * head_dim) as u32,
-                rope: rope_buffer.address(),
+                table: 1,
                 rows: row_buffer.address(),
                 target: cuda::TO_ROPE,
                 heads: heads as u32,
@@ -307,7 +313,7 @@ fn rotation_and_cache_behind_a_product() {
                     for i in 0..head_dim {
                         let value = |i: usize| row[head * head_dim + i].0;
                         let turn = |i: usize| {
-                            let at = (position * half + i) * 2;
+                            let at = ((context + position) * half + i) * 2;
                             (f64::from(rope[at]), f64::from(rope[at + 1]))
                         };
                         let expected = match i {

@@ -19,7 +19,8 @@ fn rotation_of_rows() {
         let stride = all * head_dim + 3;
         let qkv = rng.values(tokens * stride, 1.0);
         let buffer = device.upload(&qkv);
-        let rope = rng.values(context * rotary_dim.max(2), 1.0);
+        // The second of two tables.
+        let rope = rng.values(2 * context * rotary_dim.max(2), 1.0);
         let rope_buffer = device.upload(&rope);
         let norm: Vec<Vec<f32>> = (0..2).map(|_| rng.values(head_dim, 1.0)).collect();
         let norm_buffers: Vec<Buffer> = norm.iter().map(|norm| device.upload(norm)).collect();
@@ -27,14 +28,18 @@ fn rotation_of_rows() {
         let cache = device.zeros(2 * 2 * kv_heads * context * head_dim * size);
         let q = device.poisoned::<u16>(tokens * heads * head_dim);
         let rows: Vec<Row> = (0..tokens as u32)
-            .map(|t| Row { cache: cache.address(), context: context as u32, position: first + t })
+            .map(|t| Row {
+                cache: cache.address(),
+                rope: rope_buffer.address(),
+                context: context as u32,
+                position: first + t,
+            })
             .collect();
         let row_buffer = device.upload(&rows);
         let address = |i: usize| if norms { norm_buffers[i].address() } else { 0 };
         let arguments = RopeAppendArgs {
             qkv: buffer.address(),
             q: if halves { q.address() } else { 0 },
-            rope: rope_buffer.address(),
             q_norm: address(0),
             k_norm: address(1),
             rows: row_buffer.address(),
@@ -47,7 +52,7 @@ fn rotation_of_rows() {
             layer,
             kv: if f32s { cuda::KV_F32 } else { cuda::KV_F16 },
             eps: 1e-6,
-            pad: 0,
+            table: 1,
         };
         device.run("rope_append", [(all as u32).div_ceil(8), tokens as u32, 1], 256, 0, &arguments);
         let after: Vec<f32> = device.download(&buffer, qkv.len());
@@ -65,7 +70,7 @@ fn rotation_of_rows() {
                 };
                 let half = rotary_dim / 2;
                 let turn = |i: usize| {
-                    let at = ((first as usize + t) * half + i) * 2;
+                    let at = ((context + first as usize + t) * half + i) * 2;
                     (f64::from(rope[at]), f64::from(rope[at + 1]))
                 };
                 for i in 0..head_dim {
@@ -300,8 +305,8 @@ fn embedded_tokens() {
         let ids: Vec<u32> = (0..4).map(|_| rng.below(vocab as u32)).collect();
         let tokens = device.upload(&ids);
         for separate in [false, true] {
-            let places: Vec<Place> =
-                (0..4).map(|i| Place { cache: 100 * i, context: 9 + i as u32, position: 3 * i as u32 }).collect();
+            let place = |i: u64| Place { cache: 100 * i, rope: 7 * i, context: 9 + i as u32, position: 3 * i as u32 };
+            let places: Vec<Place> = (0..4).map(place).collect();
             let place_buffer = device.upload(&places);
             let (rows, out) = (device.poisoned::<Row>(4), device.poisoned::<f32>(4 * width));
             let arguments = EmbedArgs {
@@ -329,8 +334,11 @@ fn embedded_tokens() {
             let found: Vec<Row> = device.download(&rows, 4);
             for (t, row) in found.iter().enumerate() {
                 let expected = match separate {
-                    true => Row { cache: 100 * t as u64, context: 9 + t as u32, position: 3 * t as u32 },
-                    false => Row { cache: 0, context: 9, position: t as u32 },
+                    true => {
+                        let (cache, rope) = (100 * t as u64, 7 * t as u64);
+                        Row { cache, rope, context: 9 + t as u32, position: 3 * t as u32 }
+                    }
+                    false => Row { cache: 0, rope: 0, context: 9, position: t as u32 },
                 };
                 assert_eq!(*row, expected);
             }

@@ -2,9 +2,11 @@
 
 use std::ops::ControlFlow;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Instant;
 
-use awqua::{CancelToken, GenerateOptions, Sampling};
+use awqua::session::TickBudget;
+use awqua::{Batch, CancelToken, GenerateOptions, Model, Sampling, Session};
 use serde::Serialize;
 
 use crate::options::DeviceArgs;
@@ -26,6 +28,9 @@ pub struct Args {
     /// Time every operation of a decode step at that depth and of a prefill step instead (GPU only)
     #[arg(long)]
     per_op: bool,
+    /// Also decode with this many sessions at once, in one batch
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    sessions: Option<u32>,
     /// Repetitions; one more is done first and not counted
     #[arg(short, long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     repeat: u32,
@@ -63,6 +68,9 @@ struct Report {
     decode_tokens: u32,
     prefill_tok_s: Option<Spread>,
     decode_tok_s: Option<Spread>,
+    /// With `--sessions`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    batch: Option<BatchReport>,
     /// Opening the folder until the weights are on the device.
     load_s: Option<Spread>,
     /// Opening the folder until the first token after a 5-token prompt.
@@ -73,12 +81,27 @@ struct Report {
     session_bytes: u64,
 }
 
+/// Several sessions at once.
+#[derive(Serialize)]
+struct BatchReport {
+    sessions: u32,
+    /// Whether they share passes over the weights.
+    shared: bool,
+    /// Tokens of all of them.
+    decode_tok_s: Option<Spread>,
+    /// Median over that of one session.
+    speedup: Option<f64>,
+    passes: u64,
+    /// Held besides the sessions.
+    bytes: u64,
+}
+
 pub fn run(args: &Args) -> Outcome {
     if args.per_op {
         return per_op(args);
     }
     let bar = output::progress("measuring", Unit::Parts);
-    bar.set_length(u64::from(args.repeat + 1) * 2);
+    bar.set_length(u64::from(args.repeat + 1) * if args.sessions.is_some() { 3 } else { 2 });
     let options = |max_tokens: u32| GenerateOptions {
         max_tokens: max_tokens as usize,
         sampling: Sampling::greedy(),
@@ -128,6 +151,14 @@ pub fn run(args: &Args) -> Outcome {
         }
         bar.inc(1);
     }
+    let decode = Spread::of(decode);
+    let batch = match args.sessions {
+        Some(n) => {
+            let one = decode.as_ref().map(|spread| spread.median);
+            Some(together(args, &model, n, one, &options(args.tokens), &mut || bar.inc(1))?)
+        }
+        None => None,
+    };
     bar.finish_and_clear();
 
     let info = model.backend_info();
@@ -138,7 +169,8 @@ pub fn run(args: &Args) -> Outcome {
         prompt_tokens: args.prompt,
         decode_tokens: args.tokens,
         prefill_tok_s: Spread::of(prefill),
-        decode_tok_s: Spread::of(decode),
+        decode_tok_s: decode,
+        batch,
         load_s: Spread::of(load),
         ttft_s: Spread::of(ttft),
         peak_rss_bytes: Spread::of(rss),
@@ -160,6 +192,17 @@ pub fn run(args: &Args) -> Outcome {
     };
     row(&format!("prefill {} tokens/s", args.prompt), &report.prefill_tok_s, 1.0)?;
     row(&format!("decode {} tokens/s", args.tokens), &report.decode_tok_s, 1.0)?;
+    if let Some(batch) = &report.batch {
+        row(&format!("{} sessions tokens/s", batch.sessions), &batch.decode_tok_s, 1.0)?;
+        output::line(&format!(
+            "{:<24} {:>10.2}  ({} passes{}, {} besides the sessions)",
+            "over one session",
+            batch.speedup.unwrap_or_default(),
+            batch.passes,
+            if batch.shared { "" } else { ", not shared" },
+            output::bytes(batch.bytes)
+        ))?;
+    }
     row("load s", &report.load_s, 1.0)?;
     row("first token s", &report.ttft_s, 1.0)?;
     row("peak resident MB", &report.peak_rss_bytes, 1e6)?;
@@ -168,6 +211,50 @@ pub fn run(args: &Args) -> Outcome {
         output::bytes(report.weight_bytes),
         output::bytes(report.session_bytes)
     ))
+}
+
+/// Decodes with `n` sessions in one batch, against `one` token/s of one session.
+fn together(
+    args: &Args,
+    model: &Arc<Model>,
+    n: u32,
+    one: Option<f64>,
+    options: &GenerateOptions,
+    done: &mut dyn FnMut(),
+) -> Outcome<BatchReport> {
+    let made_with = args.device.session_options(model, args.depth as usize + args.tokens as usize);
+    let mut sessions = (0..n).map(|_| Session::new(model, &made_with)).collect::<Result<Vec<_>, _>>()?;
+    let mut batch = Batch::new(model, n as usize, &made_with)?;
+    let vocab = model.config().vocab_size as u32;
+    let (mut rates, mut ticks) = (Vec::new(), Vec::new());
+    for round in 0..=args.repeat {
+        for (s, session) in (0..).zip(&mut sessions) {
+            let prompt: Vec<u32> = (0..args.depth).map(|i| (i * 31 + round * 17 + s * 101 + 1) % vocab).collect();
+            session.reset();
+            session.set_prompt(&prompt, &CancelToken::default())?;
+            session.logits()?;
+            session.begin(&prompt, options.clone())?;
+        }
+        let start = Instant::now();
+        loop {
+            batch.tick(&mut sessions, &TickBudget::UNLIMITED, &mut ticks)?;
+            for tick in ticks.drain(..) {
+                tick?;
+            }
+            if !sessions.iter().any(Session::is_busy) {
+                break;
+            }
+            batch.wait(&mut sessions)?;
+        }
+        if round > 0 {
+            rates.push(f64::from(n * args.tokens) / start.elapsed().as_secs_f64());
+        }
+        done();
+    }
+    let decode_tok_s = Spread::of(rates);
+    let speedup = decode_tok_s.as_ref().zip(one).map(|(all, one)| all.median / one);
+    let (shared, passes, bytes) = (batch.shares_passes(), batch.passes(), batch.bytes());
+    Ok(BatchReport { sessions: n, shared, decode_tok_s, speedup, passes, bytes })
 }
 
 impl Args {

@@ -3,12 +3,12 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::{Backend, BackendInfo, Device, KvType, Op, Program, Runner, RunnerConfig, WeightId};
+use super::{Backend, BackendInfo, Device, Group, KvType, Op, Program, Runner, RunnerConfig, WeightId};
 use crate::error::{Error, ErrorKind, Result};
 use crate::tensor::{Weight, WeightShape};
 use integer::rows::Shape;
 use kernels::Kernels;
-use runner::CpuRunner;
+use runner::{CpuGroup, CpuRunner};
 use weights::{Partial, Weights};
 
 #[cfg(target_arch = "aarch64")]
@@ -192,6 +192,10 @@ impl Backend for Cpu {
 
     fn runner(self: Arc<Self>, program: &Arc<Program>, config: &RunnerConfig) -> Result<Box<dyn Runner>> {
         Ok(Box::new(CpuRunner::new(self, Arc::clone(program), config)?))
+    }
+
+    fn group(self: Arc<Self>, program: &Arc<Program>, config: &RunnerConfig) -> Result<Option<Box<dyn Group>>> {
+        Ok(Some(Box::new(CpuGroup::new(self, program, config)?)))
     }
 }
 

@@ -19,7 +19,10 @@ use crate::session::sampler::{self, SampleRequest};
 
 use ops::Way;
 
+mod group;
 mod ops;
+
+pub(super) use group::CpuGroup;
 
 /// Inputs of [`Op::Experts`], those of the same expert one behind the other.
 #[derive(Default)]
@@ -62,6 +65,9 @@ pub(super) struct CpuRunner {
     chosen: Option<u32>,
     cursor: Cursor,
 }
+
+/// Computes some units of an operation.
+type RunOp<'a> = dyn FnMut(&mut CpuRunner, &Weights, &Op, std::ops::Range<usize>) -> Result<()> + 'a;
 
 /// The step under way.
 struct Cursor {
@@ -216,6 +222,54 @@ impl CpuRunner {
     fn width(&self, buffer: BufferId) -> usize {
         self.program.buffers[buffer.0 as usize].width as usize
     }
+
+    /// As [`Runner::advance`], with every piece of an operation computed by `run`.
+    fn advance_by(&mut self, budget: &Budget, run: &mut RunOp<'_>) -> Result<Progress> {
+        let program = Arc::clone(&self.program);
+        if self.cursor.op == program.ops.len() {
+            return Ok(Progress::Done);
+        }
+        // Held only while computing, so that they can be evicted between two calls.
+        let weights = self.backend.weights()?;
+        let mut begun = false;
+        while let Some(op) = program.ops.get(self.cursor.op) {
+            let (units, work, kind) = self.units(&weights, op);
+            while self.cursor.unit < units {
+                let left = units - self.cursor.unit;
+                let mut n = left;
+                let now = Instant::now();
+                if let Some(deadline) = budget.deadline {
+                    let time = deadline.saturating_duration_since(now);
+                    if begun && time.is_zero() {
+                        return Ok(Progress::Working);
+                    }
+                    begun = true;
+                    let unit_seconds = self.cursor.pace[kind] * work as f64;
+                    n = match unit_seconds > 0.0 {
+                        // At least one unit a thread, so that every budget makes progress.
+                        true => (time.min(PIECE).as_secs_f64() / unit_seconds) as usize,
+                        false => 0,
+                    };
+                    n = n.max(self.pool.threads()).min(left);
+                }
+                let result = run(self, &weights, op, self.cursor.unit..self.cursor.unit + n);
+                if let Err(error) = result {
+                    self.abandon();
+                    return Err(error);
+                }
+                let pace = now.elapsed().as_secs_f64() / (n * work.max(1)) as f64;
+                let known = &mut self.cursor.pace[kind];
+                *known = if *known == 0.0 { pace } else { 0.75 * *known + 0.25 * pace };
+                self.cursor.unit += n;
+            }
+            self.cursor.op += 1;
+            self.cursor.unit = 0;
+            if self.cursor.op == program.ops.len() {
+                self.logits_rows = self.cursor.logits.range(self.cursor.tokens.len()).len();
+            }
+        }
+        Ok(Progress::Done)
+    }
 }
 
 impl Runner for CpuRunner {
@@ -244,50 +298,7 @@ impl Runner for CpuRunner {
     }
 
     fn advance(&mut self, budget: &Budget) -> Result<Progress> {
-        let program = Arc::clone(&self.program);
-        if self.cursor.op == program.ops.len() {
-            return Ok(Progress::Done);
-        }
-        // Held only while computing, so that they can be evicted between two calls.
-        let weights = self.backend.weights()?;
-        let mut begun = false;
-        while let Some(op) = program.ops.get(self.cursor.op) {
-            let (units, work, kind) = self.units(&weights, op);
-            while self.cursor.unit < units {
-                let left = units - self.cursor.unit;
-                let mut n = left;
-                let now = Instant::now();
-                if let Some(deadline) = budget.deadline {
-                    let time = deadline.saturating_duration_since(now);
-                    if begun && time.is_zero() {
-                        return Ok(Progress::Working);
-                    }
-                    begun = true;
-                    let unit_seconds = self.cursor.pace[kind] * work as f64;
-                    n = match unit_seconds > 0.0 {
-                        // At least one unit a thread, so that every budget makes progress.
-                        true => (time.min(PIECE).as_secs_f64() / unit_seconds) as usize,
-                        false => 0,
-                    };
-                    n = n.max(self.pool.threads()).min(left);
-                }
-                let result = self.run_op(&weights, op, self.cursor.unit..self.cursor.unit + n);
-                if let Err(error) = result {
-                    self.abandon();
-                    return Err(error);
-                }
-                let pace = now.elapsed().as_secs_f64() / (n * work.max(1)) as f64;
-                let known = &mut self.cursor.pace[kind];
-                *known = if *known == 0.0 { pace } else { 0.75 * *known + 0.25 * pace };
-                self.cursor.unit += n;
-            }
-            self.cursor.op += 1;
-            self.cursor.unit = 0;
-            if self.cursor.op == program.ops.len() {
-                self.logits_rows = self.cursor.logits.range(self.cursor.tokens.len()).len();
-            }
-        }
-        Ok(Progress::Done)
+        self.advance_by(budget, &mut Self::run_op)
     }
 
     fn abandon(&mut self) {

@@ -259,7 +259,7 @@ impl Gpu {
         let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as c_uint;
         // SAFETY: the pointer is to a local variable.
         check(unsafe { sys::cuStreamCreateWithPriority(&mut stream, flags, self.priority) }, "making a stream")?;
-        Ok(Stream { gpu: self.clone(), stream })
+        Ok(Stream { gpu: self.clone(), stream, queued: AtomicBool::new(false) })
     }
 
     /// An event that remembers its time.

@@ -45,7 +45,7 @@ pub(super) fn runner_bytes(program: &Program, config: &RunnerConfig) -> u64 {
     let splits = u64::from(FEW) * u64::from(shape.heads) * 64 * (u64::from(shape.head_dim) * 4 + 8);
     let ropes = u64::from(program.rope_tables) * u64::from(config.context) * u64::from(shape.rotary_dim) * 4;
     let sampling = super::sampling::bytes(program.vocab_size, config.context);
-    [kv, buffers, queries, splits, ropes, sampling, most * 20].into_iter().fold(0, u64::saturating_add)
+    [kv, buffers, queries, splits, ropes, sampling, most * 32].into_iter().fold(0, u64::saturating_add)
 }
 
 /// The buffers of one session.
@@ -59,12 +59,14 @@ pub(super) struct Memory {
     pub(super) kv: usize,
     /// (max_tokens) u32.
     pub(super) tokens: usize,
-    /// The step's [`Place`].
+    /// The step's [`Place`], or those of the members of a pass.
     pub(super) place: usize,
+    /// Whether each token belongs to a session of its own.
+    pub(super) separate: bool,
     /// (max_tokens) [`Row`].
     pub(super) rows: usize,
-    /// By rotary table: (context, rotary_dim / 2, 2) f32.
-    ropes: Vec<usize>,
+    /// Rotary tables: (tables, context, rotary_dim / 2, 2) f32.
+    pub(super) ropes: usize,
     /// By program buffer: f32 rows.
     activations: HashMap<BufferId, usize>,
     /// By program buffer and form.
@@ -74,11 +76,17 @@ pub(super) struct Memory {
 }
 
 impl Memory {
-    /// Allocates what every session has.
+    /// Allocates what every session has; `separate` if tokens belong to sessions of their own.
     ///
     /// # Errors
     /// [`ErrorKind::OutOfMemory`] naming what did not fit, or a device error.
-    pub(super) fn new(gpu: &Arc<Gpu>, stream: &Stream, program: &Program, config: &RunnerConfig) -> Result<Self> {
+    pub(super) fn new(
+        gpu: &Arc<Gpu>,
+        stream: &Stream,
+        program: &Program,
+        config: &RunnerConfig,
+        separate: bool,
+    ) -> Result<Self> {
         let kv_type = config.kv_type.unwrap_or(KvType::F16);
         let shape = program.attention;
         let kv = kv_bytes(program, kv_type, config.context);
@@ -95,8 +103,9 @@ impl Memory {
             kv: 0,
             tokens: 0,
             place: 0,
+            separate,
             rows: 0,
-            ropes: Vec::new(),
+            ropes: 0,
             activations: HashMap::new(),
             staged: HashMap::new(),
             queries: None,
@@ -105,14 +114,14 @@ impl Memory {
         let most = u64::from(config.max_tokens);
         memory.kv = memory.make(stream, "the KV cache", Some(kv))?;
         memory.tokens = memory.make(stream, "the tokens", most.checked_mul(4))?;
-        memory.place = memory.make(stream, "the place of a step", Some(size_of::<Place>() as u64))?;
+        let places = if separate { most } else { 1 };
+        memory.place = memory.make(stream, "the place of a step", places.checked_mul(size_of::<Place>() as u64))?;
         memory.rows = memory.make(stream, "the places of tokens", most.checked_mul(size_of::<Row>() as u64))?;
-        let rope_bytes = u64::from(config.context).checked_mul(u64::from(shape.rotary_dim) * 4);
-        for _ in 0..program.rope_tables {
-            let rope = memory.make(stream, "a rotary table", rope_bytes)?;
-            memory.ropes.push(rope);
-        }
-        let place = Place { cache: memory.address(memory.kv), context: config.context, position: 0 };
+        let rows = u64::from(config.context).checked_mul(u64::from(program.rope_tables));
+        let rope_bytes = rows.and_then(|rows| rows.checked_mul(u64::from(shape.rotary_dim) * 4));
+        memory.ropes = memory.make(stream, "the rotary tables", rope_bytes)?;
+        let (cache, rope) = (memory.address(memory.kv), memory.address(memory.ropes));
+        let place = Place { cache, rope, context: config.context, position: 0 };
         stream.upload(memory.buffer(memory.place), 0, bytemuck::bytes_of(&place))?;
         Ok(memory)
     }
@@ -138,12 +147,6 @@ impl Memory {
     /// Bytes of all of them.
     pub(super) fn bytes(&self) -> u64 {
         self.buffers.iter().map(Buffer::bytes).sum()
-    }
-
-    /// Rotary table `table`.
-    pub(super) fn rope(&self, table: u32) -> Result<&Buffer> {
-        let rope = self.ropes.get(table as usize).map(|rope| &self.buffers[*rope]);
-        rope.ok_or_else(|| Error::new(ErrorKind::InvalidInput, format!("the program has no rotary table {table}")))
     }
 
     /// The f32 rows of a program buffer and the elements of a row; makes them if they were not needed so far.
@@ -211,8 +214,10 @@ impl Memory {
         }
         let shape = program.attention;
         let blocks = shape.kv_heads * (shape.heads / shape.kv_heads).div_ceil(MANY_HEADS);
-        // No more blocks than run at once, two a multiprocessor, and no split of less than a block of positions.
-        let number = 2 * self.gpu.limits.multiprocessors / blocks;
+        // No more blocks than run at once, two a multiprocessor, and no split of less than a block of positions; of several
+        // sessions, when half of them are there.
+        let at_once = if self.separate { (self.config.max_tokens / 2).max(1) } else { 1 };
+        let number = 2 * self.gpu.limits.multiprocessors / (blocks * at_once);
         let number = number.min(self.config.context.div_ceil(64)).clamp(1, 64);
         let parts = u64::from(FEW.min(self.config.max_tokens)) * u64::from(shape.heads) * u64::from(number);
         let partial = self.make(stream, "attention of the splits", parts.checked_mul(u64::from(shape.head_dim) * 4))?;

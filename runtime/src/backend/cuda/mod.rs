@@ -1,20 +1,21 @@
 //! NVIDIA GPUs through CUDA: our own kernels, compiled ahead, and the driver alone.
 //!
 //! `driver` is the driver behind safe types, `selftest` decides which kernels can be trusted, `loader` brings weights to
-//! the device, `weights` lays them out there, `memory` is what a session holds there, `plan` turns a program into kernel calls once, `run` queues one
-//! step of it, `sampling` picks tokens and `pace` estimates how long work takes. A machine without a driver, or with an
-//! old one, is one without such a device.
+//! the device, `weights` lays them out there, `memory` is what a session holds there, `plan` turns a program into kernel
+//! calls once, `run` queues one step of it, `group` one of several sessions, `sampling` picks tokens and `pace` estimates
+//! how long work takes. A machine without a driver, or with an old one, is one without such a device.
 
 use std::ops::Range;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
-use super::{Backend, BackendInfo, Budget, Device, KvType, Opening, Program, Runner, RunnerConfig, WeightId};
+use super::{Backend, BackendInfo, Budget, Device, Group, KvType, Opening, Program, Runner, RunnerConfig, WeightId};
 use crate::error::{Error, ErrorKind, Result};
 use crate::quant::awq::StoredGemm;
 use crate::tensor::{Weight, WeightShape};
 
 #[doc(hidden)]
 pub mod driver;
+mod group;
 mod loader;
 mod memory;
 mod pace;
@@ -306,6 +307,10 @@ impl Backend for CudaBackend {
 
     fn runner(self: Arc<Self>, program: &Arc<Program>, config: &RunnerConfig) -> Result<Box<dyn Runner>> {
         Ok(Box::new(run::CudaRunner::new(self, program, config)?))
+    }
+
+    fn group(self: Arc<Self>, program: &Arc<Program>, config: &RunnerConfig) -> Result<Option<Box<dyn Group>>> {
+        Ok(Some(Box::new(group::CudaGroup::new(self, program, config)?)))
     }
 }
 

@@ -88,6 +88,11 @@ impl Pace {
         Ok(self.queued)
     }
 
+    /// Where the piece queued last ends, unless it was seen to have ended.
+    pub(super) fn latest_end(&self) -> Option<&Event> {
+        self.pending.back().map(|pending| &pending.end)
+    }
+
     /// Estimated seconds of a piece.
     pub(super) fn estimate(&self, class: usize, seconds: f64) -> f64 {
         self.factors[class] * seconds

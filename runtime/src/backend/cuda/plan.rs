@@ -147,7 +147,7 @@ impl<'a> Planner<'a> {
             width: table.k,
             table_stride: table.stride,
             out_stride,
-            separate: 0,
+            separate: u32::from(self.memory.separate),
             scale,
             pad: 0,
         };
@@ -227,6 +227,16 @@ impl<'a> Planner<'a> {
             ([width.div_ceil(256), rows.count(step), 1], arguments, cost)
         });
         Ok(PlannedOp::always(rows, vec![call]))
+    }
+
+    /// The number of a rotary table.
+    fn table(&self, rope: Option<u32>) -> Result<u32> {
+        match rope {
+            Some(table) if table >= self.program.rope_tables => {
+                Err(Error::new(ErrorKind::InvalidInput, format!("the program has no rotary table {table}")))
+            }
+            rope => Ok(rope.unwrap_or(0)),
+        }
     }
 
     /// The f32 rows of a buffer: their address and elements a row.

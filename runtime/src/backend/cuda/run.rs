@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use awqua_shaders as shaders;
 use awqua_shaders::RowMode;
-use awqua_shaders::cuda::Place;
+use awqua_shaders::cuda::{Place, SampleArgs};
 
 use super::CudaBackend;
 use super::driver::{Event, Graph, HostRows, Launch, Pinned, Rows, Stream};
@@ -23,27 +23,29 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::session::sampler::{KeptRequest, SampleRequest, pick_in};
 
 /// Most kernels of a piece under a deadline, which is looked at between pieces.
-const KERNELS_TIMED: usize = 32;
+pub(super) const KERNELS_TIMED: usize = 32;
 /// The same without one.
-const KERNELS: usize = 256;
+pub(super) const KERNELS: usize = 256;
 /// Looks at a result before the device is asked whether all is well.
 const LOOKS: u32 = 512;
 
 /// The session's side of the CUDA backend. Fields are dropped in order: what is queued before what it uses.
 pub(super) struct CudaRunner {
-    stream: Stream,
+    pub(super) stream: Stream,
     /// A choice and the step over the chosen token.
     graph: Option<Graph>,
     pace: Pace,
-    memory: Memory,
+    pub(super) memory: Memory,
     plan: Plan,
     sampler: Sampler,
-    backend: Arc<CudaBackend>,
+    pub(super) backend: Arc<CudaBackend>,
     program: Arc<Program>,
-    config: RunnerConfig,
+    pub(super) config: RunnerConfig,
     /// The numbers of the last step.
     step: shaders::Step,
     hidden_only: bool,
+    /// Whether the last step was one of several sessions, which leaves logits here and nothing else.
+    in_pass: bool,
     /// Whether the hidden rows of the last step lie in their buffer.
     hidden_made: bool,
     /// Kernels of the step under way, and how many of them are queued.
@@ -57,10 +59,23 @@ pub(super) struct CudaRunner {
     row: Option<Pinned>,
     scores: Vec<f32>,
     candidates: Vec<(f32, u32)>,
-    /// Choices made ahead and the pieces that make them, the oldest first; no piece yet while [`Self::choosing`].
-    ahead: VecDeque<(u32, Option<u64>)>,
+    /// Choices made ahead and what makes them, the oldest first.
+    ahead: VecDeque<(u32, Ahead)>,
     /// Whether the kernels of the last choice ahead are not queued yet.
     choosing: bool,
+}
+
+/// What makes a choice ahead.
+#[derive(Clone, Copy, PartialEq)]
+enum Ahead {
+    /// Nothing that is queued.
+    Later,
+    /// A piece of this runner.
+    Piece(u64),
+    /// The first piece of a pass, which is not queued.
+    PassLater,
+    /// A pass.
+    Pass,
 }
 
 /// The choice under way.
@@ -91,7 +106,7 @@ impl CudaRunner {
             return Err(Error::new(ErrorKind::InvalidInput, "the logits buffer is not as wide as the vocabulary"));
         }
         let stream = gpu.stream()?;
-        let mut memory = Memory::new(gpu, &stream, program, &config)?;
+        let mut memory = Memory::new(gpu, &stream, program, &config, false)?;
         let plan = Plan::new(&backend, program, &mut memory, &stream)?;
         memory.activation(&stream, program, program.logits)?;
         let sampler = Sampler::new(gpu, &stream, program.vocab_size, config.context)?;
@@ -105,6 +120,7 @@ impl CudaRunner {
             config,
             step: shaders::Step { n_tokens: 0, position: 0, logits_start: 0, logits_rows: 0 },
             hidden_only: false,
+            in_pass: false,
             hidden_made: false,
             work: Vec::new(),
             next: 0,
@@ -131,7 +147,7 @@ impl CudaRunner {
     }
 
     /// Address of row `row` of the logits, and its byte in their buffer.
-    fn logits_row(&self, row: u32) -> Result<(u64, u64)> {
+    pub(super) fn logits_row(&self, row: u32) -> Result<(u64, u64)> {
         let stride = u64::from(self.program.vocab_size.next_multiple_of(4)) * 4;
         let offset = u64::from(row) * stride;
         let logits = self.memory.existing(self.program.logits);
@@ -154,10 +170,11 @@ impl CudaRunner {
     /// Forgets choices under way.
     fn forget(&mut self) {
         self.choice = Choice::None;
-        self.ahead.clear();
-        if std::mem::take(&mut self.choosing) {
+        let waits_for_pass = self.ahead.back().is_some_and(|(_, by)| *by == Ahead::PassLater);
+        if std::mem::take(&mut self.choosing) || waits_for_pass {
             self.sampler.take_back();
         }
+        self.ahead.clear();
     }
 
     /// Queues the choice ahead and its step as one piece if they take at most `most` seconds; whether they did.
@@ -179,9 +196,49 @@ impl CudaRunner {
     /// The kernels of the last choice ahead are in piece [`Self::latest`].
     fn chose(&mut self) {
         self.choosing = false;
-        if let Some((_, piece)) = self.ahead.back_mut() {
-            *piece = Some(self.latest);
+        if let Some((_, by)) = self.ahead.back_mut() {
+            *by = Ahead::Piece(self.latest);
         }
+    }
+
+    /// Makes ready for a pass over a token that the host knows.
+    pub(super) fn join_pass(&mut self) {
+        self.abandon();
+    }
+
+    /// Asks for a choice by a pass over its token at `position`: what the kernels need, which put the token to `tokens`
+    /// and its position to `place`. `None` as [`Runner::begin_ahead`] says.
+    ///
+    /// # Errors
+    /// As [`Runner::begin_ahead`].
+    pub(super) fn choose_in_pass(
+        &mut self,
+        request: &SampleRequest<'_>,
+        position: u32,
+        tokens: u64,
+        place: u64,
+    ) -> Result<Option<SampleArgs>> {
+        if self.last_row()? > 0 || !self.sampler.handles(request) || self.ahead.len() == MAX_AHEAD {
+            return Ok(None);
+        }
+        let turn = self.sampler.request(&self.stream, request, position)?;
+        self.ahead.push_back((turn, Ahead::PassLater));
+        Ok(Some(self.sampler.arguments(self.logits_row(0)?.0, tokens, place)))
+    }
+
+    /// The kernels of the choice that a pass makes are queued.
+    pub(super) fn chose_in_pass(&mut self) {
+        if let Some((_, by)) = self.ahead.back_mut() {
+            *by = Ahead::Pass;
+        }
+    }
+
+    /// A pass over the token at `position` is queued.
+    pub(super) fn end_pass(&mut self, position: u32) {
+        self.work.clear();
+        self.next = 0;
+        self.step = shaders::Step { n_tokens: 1, position, logits_start: 0, logits_rows: 1 };
+        (self.hidden_only, self.in_pass) = (false, true);
     }
 
     /// Queues the choice ahead, if there is one, and kernels from `next` on, up to `most` seconds of them but one at
@@ -213,10 +270,10 @@ impl CudaRunner {
         Ok(())
     }
 
-    /// The token of choice `turn` in `piece`, if it is there: long before the step behind it ends.
-    fn token_ahead(&mut self, turn: u32, piece: Option<u64>) -> Result<Option<u32>> {
+    /// The token of choice `turn` made `by` something, if it is there: long before the step behind it ends.
+    fn token_ahead(&mut self, turn: u32, by: Ahead) -> Result<Option<u32>> {
         let token = self.sampler.token(turn);
-        if token.is_some() || self.pace.settle()? < piece.unwrap_or(u64::MAX) {
+        if token.is_some() || !matches!(by, Ahead::Piece(piece) if self.pace.settle()? >= piece) {
             return Ok(token);
         }
         let late = self.sampler.token(turn);
@@ -232,7 +289,7 @@ impl CudaRunner {
                 }
                 std::hint::spin_loop();
             }
-            if self.token_ahead(turn, Some(piece))?.is_some() {
+            if self.token_ahead(turn, Ahead::Piece(piece))?.is_some() {
                 return Ok(());
             }
             std::thread::yield_now();
@@ -281,7 +338,7 @@ impl CudaRunner {
 }
 
 /// Queues kernel calls of the plan or the sampler.
-fn queue<'a>(stream: &Stream, launches: impl IntoIterator<Item = &'a Launch>) -> Result<()> {
+pub(super) fn queue<'a>(stream: &Stream, launches: impl IntoIterator<Item = &'a Launch>) -> Result<()> {
     // SAFETY: plan and sampler make the arguments from the session's buffers and the backend's weights, in whose sizes
     // the launches stay; the stream of a session ends before they are freed.
     launches.into_iter().try_for_each(|launch| unsafe { stream.launch(launch) })
@@ -289,14 +346,17 @@ fn queue<'a>(stream: &Stream, launches: impl IntoIterator<Item = &'a Launch>) ->
 
 impl Runner for CudaRunner {
     fn write_rope(&mut self, table: u32, first: u32, rows: &[f32]) -> Result<()> {
-        let buffer = self.memory.rope(table)?;
+        if table >= self.program.rope_tables {
+            return Err(Error::new(ErrorKind::InvalidInput, format!("the program has no rotary table {table}")));
+        }
         let width = self.program.attention.rotary_dim as usize;
         let count = rows.len().checked_div(width).unwrap_or(0);
         if count * width != rows.len() || first as usize + count > self.config.context as usize {
             let message = format!("{} numbers from position {first} do not fit the rotary table", rows.len());
             return Err(Error::new(ErrorKind::InvalidInput, message));
         }
-        let offset = u64::from(first) * width as u64 * 4;
+        let first = u64::from(table) * u64::from(self.config.context) + u64::from(first);
+        let (buffer, offset) = (self.memory.buffer(self.memory.ropes), first * width as u64 * 4);
         self.stream.upload(buffer, offset, bytemuck::cast_slice(rows))
     }
 
@@ -312,6 +372,7 @@ impl Runner for CudaRunner {
             logits_rows: logits.len() as u32,
         };
         self.hidden_only = step.logits == LogitsRows::Hidden;
+        self.in_pass = false;
         let position = std::mem::offset_of!(Place, position) as u64;
         self.stream.upload(self.memory.buffer(self.memory.place), position, bytemuck::bytes_of(&step.position))?;
         self.stream.upload(self.memory.buffer(self.memory.tokens), 0, bytemuck::cast_slice(step.tokens))?;
@@ -357,8 +418,11 @@ impl Runner for CudaRunner {
     }
 
     fn wait(&mut self) -> Result<()> {
-        if let Some(&(turn, Some(piece))) = self.ahead.front() {
-            return self.wait_for_token(turn, piece);
+        match self.ahead.front() {
+            Some(&(turn, Ahead::Piece(piece))) => return self.wait_for_token(turn, piece),
+            // The stream follows the pass.
+            Some((_, Ahead::Pass)) => return self.stream.wait(),
+            _ => {}
         }
         match &self.choice {
             Choice::Device(_, there) | Choice::Host(_, there) | Choice::Hidden(there) => there.wait(),
@@ -398,7 +462,7 @@ impl Runner for CudaRunner {
     fn begin_hidden(&mut self) -> Result<()> {
         self.backend.gpu.check_lost()?;
         self.choice = Choice::None;
-        if !self.is_queued() || self.step.logits_rows == 0 {
+        if !self.is_queued() || self.in_pass || self.step.logits_rows == 0 {
             return Err(Error::new(ErrorKind::InvalidInput, "the last step has no rows of hidden states"));
         }
         if let Some(op) = &self.plan.hidden
@@ -483,9 +547,9 @@ impl Runner for CudaRunner {
         }
         let turn = self.sampler.request(&self.stream, request, position)?;
         self.choosing = true;
-        self.ahead.push_back((turn, None));
+        self.ahead.push_back((turn, Ahead::Later));
         self.step = shaders::Step { n_tokens: 1, position, logits_start: 0, logits_rows: 1 };
-        self.hidden_only = false;
+        (self.hidden_only, self.in_pass) = (false, false);
         self.previous = self.latest;
         self.collect();
         if self.graph.is_none() && !self.backend.options.force_no_graphs {
@@ -496,12 +560,25 @@ impl Runner for CudaRunner {
 
     fn poll_ahead(&mut self) -> Result<Option<u32>> {
         let none = || Error::new(ErrorKind::InvalidInput, "no token was chosen ahead");
-        let &(turn, piece) = self.ahead.front().ok_or_else(none)?;
-        let token = self.token_ahead(turn, piece)?;
+        let &(turn, by) = self.ahead.front().ok_or_else(none)?;
+        let token = self.token_ahead(turn, by)?;
         if token.is_some() {
             self.ahead.pop_front();
         }
         Ok(token)
+    }
+
+    fn retract_ahead(&mut self) -> Result<()> {
+        let (turn, by) = match self.ahead.back() {
+            Some(&(turn, by @ (Ahead::Pass | Ahead::PassLater))) => (turn, by),
+            _ => return Err(Error::new(ErrorKind::InvalidInput, "no token was chosen ahead in a pass")),
+        };
+        if by == Ahead::PassLater {
+            queue(&self.stream, &self.sampler.launches(&self.memory, self.logits_row(0)?.0))?;
+        }
+        self.ahead.pop_back();
+        self.choice = Choice::Device(turn, super::mark(&self.backend.gpu, &self.stream)?);
+        Ok(())
     }
 
     fn profile(&mut self, step: &Step<'_>) -> Result<Vec<OpTime>> {
@@ -541,11 +618,9 @@ impl Runner for CudaRunner {
         fork.stream.wait()?;
         let to = HostRows::Device(fork.memory.buffer(fork.memory.kv));
         self.stream.copy_rows(self.memory.buffer(self.memory.kv), self.kv_rows(n), to)?;
-        for table in 0..self.program.rope_tables {
-            let (from, to) = (self.memory.rope(table)?, fork.memory.rope(table)?);
-            let bytes = from.bytes() as usize;
-            self.stream.copy_rows(from, Rows { width: bytes, rows: 1, pitch: bytes }, HostRows::Device(to))?;
-        }
+        let (from, to) = (self.memory.buffer(self.memory.ropes), fork.memory.buffer(fork.memory.ropes));
+        let bytes = from.bytes() as usize;
+        self.stream.copy_rows(from, Rows { width: bytes, rows: 1, pitch: bytes }, HostRows::Device(to))?;
         Ok(Box::new(fork))
     }
 

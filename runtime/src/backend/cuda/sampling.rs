@@ -34,6 +34,22 @@ pub(super) fn bytes(vocab: u32, context: u32) -> u64 {
     16 + mask_bytes(vocab) + (pairs + first_candidates(vocab) + u64::from(MOST_LEFT)) * 8
 }
 
+/// The calls of the three kernels for `choices` choices among `vocab` scores.
+pub(super) fn launches<A: bytemuck::Pod>(
+    functions: [Function; 3],
+    vocab: u32,
+    choices: u32,
+    arguments: &A,
+) -> [Launch; 3] {
+    let slices = vocab.div_ceil(SLICE);
+    let narrow = (slices * MAX_TOP_K).div_ceil(SLICE);
+    [
+        Launch::new(functions[0], [slices, choices, 1], 512, cuda::SLICE_SHARED, arguments),
+        Launch::new(functions[1], [narrow, choices, 1], 512, cuda::SLICE_SHARED, arguments),
+        Launch::new(functions[2], [1, choices, 1], 1024, cuda::DRAW_SHARED, arguments),
+    ]
+}
+
 /// The sampling kernels of one session.
 pub(super) struct Sampler {
     vocab: u32,
@@ -89,8 +105,16 @@ impl Sampler {
 
     /// The kernels that choose from the scores at `scores` and leave the token for the next step.
     pub(super) fn launches(&self, memory: &Memory, scores: u64) -> [Launch; 3] {
+        let position = memory.address(memory.place) + std::mem::offset_of!(Place, position) as u64;
+        let arguments = self.arguments(scores, memory.address(memory.tokens), position);
+        launches(self.functions, self.vocab, 1, &arguments)
+    }
+
+    /// What the kernels need for a choice from the scores at `scores` that goes to `tokens`, with the position of its
+    /// step to `position`.
+    pub(super) fn arguments(&self, scores: u64, tokens: u64, position: u64) -> SampleArgs {
         let slices = self.vocab.div_ceil(SLICE);
-        let arguments = SampleArgs {
+        SampleArgs {
             scores,
             requests: self.requests.address(),
             recent: self.recent.address(),
@@ -98,18 +122,12 @@ impl Sampler {
             mask: self.mask.address(),
             candidates: self.candidates.address(),
             turn: self.turn.address(),
-            tokens: memory.address(memory.tokens),
-            position: memory.address(memory.place) + std::mem::offset_of!(Place, position) as u64,
+            tokens,
+            position,
             results: self.results.address(),
             vocab: self.vocab,
             second: slices * MAX_TOP_K,
-        };
-        let narrow = (slices * MAX_TOP_K).div_ceil(SLICE);
-        [
-            Launch::new(self.functions[0], [slices, 1, 1], 512, cuda::SLICE_SHARED, &arguments),
-            Launch::new(self.functions[1], [narrow, 1, 1], 512, cuda::SLICE_SHARED, &arguments),
-            Launch::new(self.functions[2], [1, 1, 1], 1024, cuda::DRAW_SHARED, &arguments),
-        ]
+        }
     }
 
     /// Hands over the request of the next choice, whose step will be at `position`; returns the number under which

@@ -41,6 +41,7 @@ const FUNCTIONS: &[&str] = &[
     "cuStreamDestroy_v2",
     "cuStreamSynchronize",
     "cuStreamBeginCapture_v2",
+    "cuStreamWaitEvent",
     "cuStreamEndCapture",
     "cuEventCreate",
     "cuEventDestroy_v2",

@@ -2,6 +2,7 @@
 
 use std::ffi::{c_uint, c_void};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use cudarc::driver::sys;
 use cudarc::driver::sys::CUresult;
@@ -14,6 +15,8 @@ use crate::error::Result;
 pub struct Stream {
     pub(super) gpu: Arc<Gpu>,
     pub(super) stream: sys::CUstream,
+    /// See [`Self::take_queued`].
+    pub(super) queued: AtomicBool,
 }
 
 // SAFETY: as for `Gpu`.
@@ -68,7 +71,7 @@ impl Stream {
         if data.is_empty() {
             return Ok(());
         }
-        let _current = self.gpu.enter()?;
+        let _current = self.enter()?;
         // SAFETY: both ranges are valid; the driver has copied memory that is not pinned when the call returns.
         let code = unsafe {
             sys::cuMemcpyHtoDAsync_v2(buffer.address + offset, data.as_ptr().cast(), data.len(), self.stream)
@@ -82,7 +85,7 @@ impl Stream {
     /// A device error.
     pub fn upload_pinned(&self, buffer: &Buffer, offset: u64, from: &Pinned, bytes: usize) -> Result<()> {
         assert!(offset + bytes as u64 <= buffer.bytes && bytes <= from.bytes, "the data fits the buffer");
-        let _current = self.gpu.enter()?;
+        let _current = self.enter()?;
         // SAFETY: both ranges are valid; the caller keeps `from`.
         let code = unsafe { sys::cuMemcpyHtoDAsync_v2(buffer.address + offset, from.host.cast(), bytes, self.stream) };
         self.gpu.noting(check(code, "uploading"))
@@ -97,7 +100,7 @@ impl Stream {
         if out.is_empty() {
             return Ok(());
         }
-        let current = self.gpu.enter()?;
+        let current = self.enter()?;
         // SAFETY: both ranges are valid, and `out` is borrowed until the stream has come there.
         let code = unsafe {
             sys::cuMemcpyDtoHAsync_v2(out.as_mut_ptr().cast(), buffer.address + offset, out.len(), self.stream)
@@ -113,7 +116,7 @@ impl Stream {
     /// A device error.
     pub fn download_pinned(&self, buffer: &Buffer, offset: u64, to: &Pinned, bytes: usize) -> Result<()> {
         assert!(offset + bytes as u64 <= buffer.bytes && bytes <= to.bytes, "the data lies in the buffer");
-        let _current = self.gpu.enter()?;
+        let _current = self.enter()?;
         // SAFETY: both ranges are valid; the owner of `to` waits before it reads or frees it.
         let code = unsafe { sys::cuMemcpyDtoHAsync_v2(to.host.cast(), buffer.address + offset, bytes, self.stream) };
         self.gpu.noting(check(code, "reading back"))
@@ -164,7 +167,7 @@ impl Stream {
                 copy.dstDevice = to.address;
             }
         }
-        let current = self.gpu.enter()?;
+        let current = self.enter()?;
         // SAFETY: all ranges were checked, and borrows last until the stream has come there.
         self.gpu.noting(check(unsafe { sys::cuMemcpy2DAsync_v2(&copy, self.stream) }, "copying rows"))?;
         drop(current);
@@ -176,7 +179,7 @@ impl Stream {
     /// # Errors
     /// A device error.
     pub fn clear(&self, buffer: &Buffer) -> Result<()> {
-        let _current = self.gpu.enter()?;
+        let _current = self.enter()?;
         // SAFETY: the range is the buffer's.
         let code = unsafe { sys::cuMemsetD8Async(buffer.address, 0, buffer.bytes as usize, self.stream) };
         self.gpu.noting(check(code, "clearing memory"))
@@ -191,7 +194,7 @@ impl Stream {
     /// # Errors
     /// A device error.
     pub unsafe fn launch(&self, launch: &Launch) -> Result<()> {
-        let _current = self.gpu.enter()?;
+        let _current = self.enter()?;
         let mut arguments = [launch.arguments.as_ptr().cast_mut().cast::<c_void>()];
         let mut overlap = sys::CUlaunchAttribute {
             id: sys::CUlaunchAttributeID_enum::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
@@ -224,6 +227,27 @@ impl Stream {
         let _current = self.gpu.enter()?;
         // SAFETY: both belong to the same context.
         self.gpu.noting(check(unsafe { sys::cuEventRecord(event.event, self.stream) }, "marking a place"))
+    }
+
+    /// Has what is queued from now on wait for the place of `event`, in this or another stream.
+    ///
+    /// # Errors
+    /// A device error.
+    pub fn follow(&self, event: &Event) -> Result<()> {
+        let _current = self.gpu.enter()?;
+        // SAFETY: both belong to the same context; the driver keeps the place if the event is recorded again.
+        self.gpu.noting(check(unsafe { sys::cuStreamWaitEvent(self.stream, event.event, 0) }, "ordering streams"))
+    }
+
+    /// Whether something was queued since this was asked last.
+    pub fn take_queued(&self) -> bool {
+        self.queued.swap(false, Ordering::Relaxed)
+    }
+
+    /// Notes that something is about to be queued, and makes the device's context current.
+    fn enter(&self) -> Result<Current> {
+        self.queued.store(true, Ordering::Relaxed);
+        self.gpu.enter()
     }
 
     /// Waits for everything queued.
@@ -268,7 +292,7 @@ impl Stream {
     /// # Errors
     /// A device error.
     pub fn launch_graph(&self, graph: &Graph) -> Result<()> {
-        let _current = self.gpu.enter()?;
+        let _current = self.enter()?;
         // SAFETY: both belong to the same context.
         self.gpu.noting(check(unsafe { sys::cuGraphLaunch(graph.exec, self.stream) }, "starting a graph"))
     }

@@ -50,7 +50,6 @@ impl Planner<'_> {
         let arguments = RopeAppendArgs {
             qkv: address,
             q: if fast { self.memory.queries(self.stream, self.program)? } else { 0 },
-            rope: rope.map_or(Ok(0), |table| self.memory.rope(table).map(|rope| rope.address()))?,
             q_norm,
             k_norm,
             rows: self.memory.address(self.memory.rows),
@@ -66,7 +65,7 @@ impl Planner<'_> {
                 KvType::F32 => cuda::KV_F32,
             },
             eps: norms.iter().flatten().next().map_or(0.0, |(_, eps)| *eps),
-            pad: 0,
+            table: self.table(rope)?,
         };
         let function = self.backend.gpu.function("rope_append")?;
         let width = u64::from(heads) * u64::from(shape.head_dim);

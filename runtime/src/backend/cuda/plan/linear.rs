@@ -188,7 +188,7 @@ impl<'a> Planner<'a> {
                 product.half_out = self.memory.queries(self.stream, self.program)?;
                 product.out_stride = shape.heads * shape.head_dim;
                 product.rows = self.memory.address(self.memory.rows);
-                product.rope = rope.map_or(Ok(0), |table| self.memory.rope(table).map(|rope| rope.address()))?;
+                product.table = self.table(rope)?;
                 (product.heads, product.kv_heads, product.head_dim) = (shape.heads, shape.kv_heads, shape.head_dim);
                 product.rotary_dim = if rope.is_some() { shape.rotary_dim } else { 0 };
                 product.layer = layer;
