@@ -173,8 +173,9 @@ mod tests {
                 let found = dequantised(&rounded, 5, k);
                 for (found, original) in found.chunks(group).zip(original.chunks(group)) {
                     let largest = original.iter().fold(0.0f32, |m, v| m.max(v.abs()));
-                    // A scale is a number of half precision, which has little to say of the smallest ones.
-                    let allowed = 0.52 * largest / steps * 1.002 + 127.0 * 3e-8;
+                    // A scale is a number of half precision, which has little to say of the smallest ones, and
+                    // `dequantize_row` rounds each plane to half precision, which kernels do not.
+                    let allowed = 0.5 * largest / steps * 1.001 + largest / 1024.0 + 127.0 * 3e-8;
                     for (f, o) in found.iter().zip(original) {
                         assert!((f - o).abs() <= allowed, "{bits:?} {f} instead of {o}, largest {largest}");
                     }
