@@ -13,8 +13,9 @@ use crate::error::{Error, ErrorKind, Result};
 
 /// A device that finishes no submission for this long has failed.
 const WATCHDOG: Duration = Duration::from_secs(30);
-/// How long one poll blocks; the watchdog and the lost flag are looked at between polls.
-const POLL: Duration = Duration::from_millis(500);
+/// How long one poll blocks. No shorter: a wait that times out while another thread submits makes wgpu 30 panic, as it then
+/// finds the queue empty and an end that it looked up before.
+const POLL: Duration = WATCHDOG;
 /// Bytes handed to the driver before waiting for it; bounds the memory of its staging copies.
 pub(super) const SLICE: usize = 16 << 20;
 
