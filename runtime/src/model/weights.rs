@@ -660,7 +660,8 @@ impl Upload {
             let bytes = item.shape.bytes(part.rows);
             let step = (most.saturating_mul(stored.k as u64) / bytes.max(1)) as usize / INPUT_STEP * INPUT_STEP;
             let inputs = self.input..stored.k.min(self.input.saturating_add(step.max(INPUT_STEP)));
-            let before = |input: usize| bytes * input as u64 / stored.k as u64;
+            // At most `bytes`; the product alone may not fit 64 bits.
+            let before = |input: usize| (u128::from(bytes) * input as u128 / stored.k as u128) as u64;
             let brought = before(inputs.end) - before(inputs.start);
             self.input = inputs.end;
             backend.fill_stored(id, stored, inputs)?;

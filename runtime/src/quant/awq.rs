@@ -42,6 +42,9 @@ pub struct GemmTensors {
 /// Inputs at which [`StoredGemm`] can be cut.
 pub const INPUT_STEP: usize = 128;
 
+/// Multiple of bytes at which devices have the pieces of [`StoredGemm::pieces`] begin.
+pub const PIECE_ALIGN: usize = 16;
+
 /// A matrix in the layout of `gemm` where it is stored, its headers checked but nothing read: for devices that undo the
 /// layout themselves, which is much faster than the processor.
 #[derive(Debug, Clone)]
@@ -92,6 +95,26 @@ impl StoredGemm {
     /// The groups that begin within `inputs`.
     pub fn groups_from(&self, inputs: &Range<usize>) -> Range<usize> {
         inputs.start.div_ceil(self.group_size)..inputs.end.div_ceil(self.group_size)
+    }
+
+    /// Bytes of the pieces of `inputs` inputs, at most, each at a multiple of [`PIECE_ALIGN`].
+    fn piece_bytes(&self, inputs: usize) -> usize {
+        let groups = inputs.div_ceil(self.group_size);
+        let codes = inputs.saturating_mul(self.n / 2);
+        let params = groups.saturating_mul(self.n * 2 + self.n / 2);
+        codes.saturating_add(params).saturating_add(3 * PIECE_ALIGN)
+    }
+
+    /// Whether the pieces of [`INPUT_STEP`] inputs are at most `room` bytes.
+    pub fn fits(&self, room: usize) -> bool {
+        self.piece_bytes(INPUT_STEP) <= room
+    }
+
+    /// `inputs` in cuts at multiples of [`INPUT_STEP`] from their start on, the pieces of each at most `room` bytes if
+    /// [`Self::fits`] says so.
+    pub fn cuts(&self, inputs: Range<usize>, room: usize) -> impl Iterator<Item = Range<usize>> + use<> {
+        let at_once = (room / self.piece_bytes(INPUT_STEP)).max(1) * INPUT_STEP;
+        inputs.clone().step_by(at_once).map(move |from| from..inputs.end.min(from + at_once))
     }
 
     /// What is stored for `inputs`: (inputs, n / 8) words of codes, and of the groups that begin there (groups, n) scales

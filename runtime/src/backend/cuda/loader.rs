@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::driver::{Buffer, Event, Gpu, Launch, Pinned, Stream};
 use crate::checkpoint::{Piece, gather};
 use crate::error::{Error, Result};
+use crate::quant::awq::PIECE_ALIGN;
 
 /// Bytes of weights on their way at once, twice: one half is filled while the device takes the other.
 pub(super) const STAGING: usize = 16 << 20;
@@ -52,7 +53,7 @@ impl Loader {
         self.halves.iter().try_fold(true, |all, half| Ok(all && half.end.as_ref().map_or(Ok(true), Event::is_reached)?))
     }
 
-    /// Brings `pieces` to the device, one behind the other at multiples of 16 bytes, and queues what `use_them` makes of
+    /// Brings `pieces` to the device, one behind the other at multiples of [`PIECE_ALIGN`] bytes, and queues what `use_them` makes of
     /// their addresses. The pieces are at most [`Self::room`] bytes with their alignment.
     ///
     /// # Errors
@@ -70,7 +71,7 @@ impl Loader {
         let mut room = half.host.bytes_mut();
         for piece in pieces {
             addresses.push(half.device.address() + at as u64);
-            let padded = piece.len().next_multiple_of(16).min(room.len());
+            let padded = piece.len().next_multiple_of(PIECE_ALIGN).min(room.len());
             let (place, behind) = room.split_at_mut(padded);
             places.push((&mut place[..piece.len()], *piece));
             room = behind;

@@ -275,32 +275,20 @@ impl CudaW4 {
         }
         Ok(())
     }
-}
 
-impl CudaW4 {
     /// Whether the kernels undo this layout, and a few of its inputs fit on the way.
     fn takes(&self, loader: &Loader, stored: &StoredGemm) -> bool {
         let alike = stored.k == self.k as usize && stored.k / stored.group_size == self.groups as usize;
-        let fits = Self::piece_bytes(stored, &(0..STAGE as usize)) <= loader.room && stored.k.is_multiple_of(8);
         alike
-            && fits
+            && stored.fits(loader.room)
             && self.flags & cuda::OFFSET_IS_BIAS == 0
             && (loader.filled | stored.n).is_multiple_of(2 * TILE as usize)
     }
 
-    /// Bytes of codes and group parameters of some inputs, at most, with their alignment on the way.
-    fn piece_bytes(stored: &StoredGemm, inputs: &Range<usize>) -> usize {
-        let groups = inputs.len().div_ceil(stored.group_size);
-        inputs.len() * stored.n / 2 + groups * (stored.n * 2 + stored.n / 2) + 64
-    }
-
-    /// Queues inputs `inputs`, from a multiple of [`STAGE`] on, of the next rows.
+    /// Queues inputs `inputs`, from a multiple of [`crate::backend::INPUT_STEP`] on, of the next rows.
     fn fill_stored(&self, loader: &mut Loader, stored: &StoredGemm, inputs: Range<usize>) -> Result<()> {
         let (codes, params) = (loader.gpu().function("w4_awq")?, loader.gpu().function("w4_awq_params")?);
-        let stage = STAGE as usize;
-        let at_once = (loader.room / Self::piece_bytes(stored, &(0..stage))).max(1) * stage;
-        for from in inputs.clone().step_by(at_once) {
-            let inputs = from..inputs.end.min(from + at_once);
+        for inputs in stored.cuts(inputs, loader.room) {
             let groups = stored.groups_from(&inputs);
             let tiles = (stored.n / TILE as usize) as u32;
             let arguments = W4Args {
@@ -312,7 +300,7 @@ impl CudaW4 {
                 stages: self.stages(),
                 first_tile: (loader.filled / TILE as usize) as u32,
                 tiles,
-                first_chunk: (from / CHUNK as usize) as u32,
+                first_chunk: (inputs.start / CHUNK as usize) as u32,
                 first_group: groups.start as u32,
                 ..Default::default()
             };

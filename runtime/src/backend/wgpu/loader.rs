@@ -14,14 +14,12 @@ use super::selftest;
 use super::weights::GpuW4;
 use crate::checkpoint::{Piece, gather};
 use crate::error::{Error, ErrorKind, Result};
-use crate::quant::awq::StoredGemm;
+use crate::quant::awq::{PIECE_ALIGN, StoredGemm};
 
 /// Most bytes of weights on their way at once, twice; small models, and devices with small buffers, take less.
 const MOST: usize = 16 << 20;
 /// Least.
 const LEAST: usize = 64 << 10;
-/// Copies begin at multiples of it.
-const ALIGN: usize = 16;
 
 const PENDING: u32 = 0;
 const MAPPED: u32 = 1;
@@ -72,12 +70,12 @@ impl Loader {
             Err(_) => None,
         };
         let limit = gpu.limits.max_storage_buffer_binding_size.min(gpu.limits.max_buffer_size);
-        let room = usize::try_from(limit).unwrap_or(usize::MAX).min(MOST) / ALIGN * ALIGN;
+        let room = usize::try_from(limit).unwrap_or(usize::MAX).min(MOST) / PIECE_ALIGN * PIECE_ALIGN;
         let least = LEAST.min(room);
         Ok(Self { halves: [Half::new(gpu, least)?, Half::new(gpu, least)?], next: 0, room, unpack })
     }
 
-    /// Fills the next half with `pieces`, one behind the other at multiples of [`ALIGN`] bytes, and submits what
+    /// Fills the next half with `pieces`, one behind the other at multiples of [`PIECE_ALIGN`] bytes, and submits what
     /// `use_it` encodes with it and their places. The pieces are at most [`Self::room`] bytes. Does not wait for the device.
     ///
     /// # Errors
@@ -88,7 +86,7 @@ impl Loader {
         pieces: &[Piece<'_>],
         use_it: impl FnOnce(&mut wgpu::CommandEncoder, &Half, &[u64], u64) -> Result<()>,
     ) -> Result<()> {
-        let bytes: usize = pieces.iter().map(|piece| piece.len().next_multiple_of(ALIGN)).sum();
+        let bytes: usize = pieces.iter().map(|piece| piece.len().next_multiple_of(PIECE_ALIGN)).sum();
         if bytes > self.room {
             return Err(Error::new(ErrorKind::InvalidInput, format!("{bytes} bytes at once")));
         }
@@ -114,7 +112,7 @@ impl Loader {
             let mut room = unsafe { std::slice::from_raw_parts_mut(room.as_raw_element_ptr().as_ptr(), len) };
             let mut parts = Vec::with_capacity(pieces.len());
             for piece in pieces {
-                let padded = piece.len().next_multiple_of(ALIGN);
+                let padded = piece.len().next_multiple_of(PIECE_ALIGN);
                 let (place, behind) = room.split_at_mut(padded);
                 places.push(at as u64);
                 parts.push((&mut place[..piece.len()], *piece));
@@ -159,10 +157,10 @@ impl Loader {
             && (stored.k, stored.k / stored.group_size) == (to.k as usize, to.groups as usize)
             && (first | stored.n).is_multiple_of(w4::TILE_N)
             && to.takes_zeros()
-            && piece_bytes(stored, INPUTS) <= self.room
+            && stored.fits(self.room)
     }
 
-    /// Brings inputs `inputs`, from a multiple of [`INPUTS`] on, of the rows from row `first` of `to` on.
+    /// Brings inputs `inputs`, from a multiple of [`crate::backend::INPUT_STEP`] on, of the rows from row `first` of `to` on.
     ///
     /// # Errors
     /// Those of reading, or a device error.
@@ -177,9 +175,7 @@ impl Loader {
         let Some(unpack) = self.unpack.clone() else {
             return Err(Error::new(ErrorKind::InvalidInput, "this device does not take rows as they are stored"));
         };
-        let at_once = (self.room / piece_bytes(stored, INPUTS)).max(1) * INPUTS;
-        for from in inputs.clone().step_by(at_once) {
-            let inputs = from..inputs.end.min(from + at_once);
+        for inputs in stored.cuts(inputs, self.room) {
             let groups = stored.groups_from(&inputs);
             self.pass(gpu, &stored.pieces(&inputs), |encoder, half, places, bytes| {
                 encoder.copy_buffer_to_buffer(&half.host, 0, &half.device, 0, bytes);
@@ -197,7 +193,7 @@ impl Loader {
                         skip: (begin - first) as u32,
                         rows: (end - begin) as u32,
                         first_row: (begin - part_first) as u32,
-                        first: (from / w4::CHUNK_K) as u32,
+                        first: (inputs.start / w4::CHUNK_K) as u32,
                         per_row: to.chunks,
                         ..Default::default()
                     };
@@ -229,13 +225,4 @@ impl Loader {
         }
         Ok(())
     }
-}
-
-/// Inputs at which a matrix can be cut.
-const INPUTS: usize = crate::backend::INPUT_STEP;
-
-/// Bytes of codes and group parameters of `inputs` inputs, at most, with their alignment on the way.
-fn piece_bytes(stored: &StoredGemm, inputs: usize) -> usize {
-    let groups = inputs.div_ceil(stored.group_size);
-    inputs * stored.n / 2 + groups * (stored.n * 2 + stored.n / 2) + 3 * ALIGN
 }
