@@ -46,7 +46,7 @@ params! {
 pub static KERNEL: Kernel = Kernel {
     name: "attention",
     body: include_str!("attention.wgsl"),
-    preludes: &[Prelude::Step, Prelude::Kv, Prelude::Softcap],
+    preludes: &[Prelude::Step, Prelude::Kv, Prelude::Softcap, Prelude::Window, Prelude::Split],
     constants: &[("WG", WG), ("HEADS", HEADS), ("TILE", TILE), ("HEAD_DIM_MAX", HEAD_DIM_MAX)],
     sizes: &[],
     params: Params::FIELDS,

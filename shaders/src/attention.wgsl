@@ -60,32 +60,21 @@ fn value(word: u32, is_shared: bool) -> vec2<f32> {
 @compute @workgroup_size(WG)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local_index: u32) {
     let token = group.z;
-    let heads_per_kv = params.heads / params.kv_heads;
-    let blocks_per_kv = (heads_per_kv + HEADS - 1u) / HEADS;
-    let kv_head = group.x / blocks_per_kv;
-    let head_in_kv = group.x % blocks_per_kv * HEADS;
-    if (token >= step.n_tokens || kv_head >= params.kv_heads) {
+    let heads = heads_of(group.x);
+    if (token >= step.n_tokens || heads.kv >= params.kv_heads) {
         return;
     }
     let position = step.position + token;
-    var first = 0u;
-    if (params.window > 0u && position + 1u > params.window) {
-        first = position + 1u - params.window;
-    }
-    let split = first / params.split_len + group.y;
-    let begin = max(first, split * params.split_len);
-    let end = min(position + 1u, (split + 1u) * params.split_len);
-    if (begin >= end || group.y >= params.splits_max) {
+    let split = split_of(position, group.y);
+    if (split.begin >= split.end) {
         return;
     }
 
-    let head_start = kv_head * heads_per_kv + head_in_kv;
-    let heads_here = min(HEADS, heads_per_kv - head_in_kv);
     let pairs = params.head_dim / 2u;
     for (var i = local_index; i < params.head_dim; i += WG) {
-        let q_start = token * params.qkv_stride + head_start * params.head_dim + i;
+        let q_start = token * params.qkv_stride + heads.first * params.head_dim + i;
         var q = vec4<f32>(0.0);
-        for (var h = 0u; h < heads_here; h++) {
+        for (var h = 0u; h < heads.count; h++) {
             q[h] = qkv[q_start + h * params.head_dim] * params.scale;
         }
         q_tile[i] = q;
@@ -105,12 +94,12 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     var sum = vec4<f32>(0.0);
 
     var count = 0u;
-    for (var tile = begin; tile < end; tile += count) {
+    for (var tile = split.begin; tile < split.end; tile += count) {
         // A tile lies in one part.
         let is_shared = tile < params.prefix;
-        count = min(TILE, select(end, min(end, params.prefix), is_shared) - tile);
-        let own = kv_head * (params.context - params.prefix) + tile - params.prefix;
-        let cache_start = select(own, kv_head * params.prefix + tile, is_shared);
+        count = min(TILE, select(split.end, min(split.end, params.prefix), is_shared) - tile);
+        let own = heads.kv * (params.context - params.prefix) + tile - params.prefix;
+        let cache_start = select(own, heads.kv * params.prefix + tile, is_shared);
         var partial = vec4<f32>(0.0);
         if (score_slot < count) {
             let row = (cache_start + score_slot) * pairs;
@@ -168,8 +157,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     odd = sum_of_slices(odd, local_index, pairs, slices);
     sum = sum_of_slices(sum, local_index, pairs, slices);
     if (slice == 0u) {
-        for (var h = 0u; h < heads_here; h++) {
-            let row = (token * params.heads + head_start + h) * params.splits_max + group.y;
+        for (var h = 0u; h < heads.count; h++) {
+            let row = (token * params.heads + heads.first + h) * params.splits_max + group.y;
             partial_out[row * params.head_dim + 2u * pair] = even[h];
             partial_out[row * params.head_dim + 2u * pair + 1u] = odd[h];
             if (pair == 0u) {

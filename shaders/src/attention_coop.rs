@@ -42,7 +42,7 @@ params! {
 pub static KERNEL: Kernel = Kernel {
     name: "attention_coop",
     body: include_str!("attention_coop.wgsl"),
-    preludes: &[Prelude::Step, Prelude::Coop, Prelude::Softcap],
+    preludes: &[Prelude::Step, Prelude::Coop, Prelude::Softcap, Prelude::Window],
     constants: &[("WG", WG), ("TILE", TILE), ("SPAN", SPAN), ("HEAD_DIM_MAX", HEAD_DIM_MAX)],
     sizes: &[],
     params: Params::FIELDS,

@@ -69,11 +69,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 
     // Positions of the whole tile, in whole spans from the first one.
     let last = step.position + min(token_start + TILE, step.n_tokens) - 1u;
-    let first_token_position = step.position + token_start;
-    var begin = 0u;
-    if (params.window > 0u && first_token_position + 1u > params.window) {
-        begin = (first_token_position + 1u - params.window) / SPAN * SPAN;
-    }
+    let begin = first_seen(step.position + token_start) / SPAN * SPAN;
     let k_start = kv_head * params.context;
     let q_at = subgroup * 16u * Q_VECS;
     let score_at = subgroup * 16u * S_VECS;
@@ -83,10 +79,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let part = lane % 2u * (SPAN / 2u);
     let my_scores = row * S_VECS + part / 4u;
     let position = step.position + min(token_start + row, step.n_tokens - 1u);
-    var first = 0u;
-    if (params.window > 0u && position + 1u > params.window) {
-        first = position + 1u - params.window;
-    }
+    let first = first_seen(position);
     var largest = LOWEST;
     var sum = 0.0;
 

@@ -33,22 +33,6 @@ const LOWEST: f32 = -3.0e38;
 var<workgroup> scratch: array<vec4<f32>, PASSES * WG>;
 var<workgroup> scores: array<vec4<f32>, PASSES * WG / 2u>;
 
-// Eight elements of the cache.
-struct Eight {
-    lo: vec4<f32>,
-    hi: vec4<f32>,
-}
-
-fn eight(first: vec4<u32>, last: vec4<u32>) -> Eight {
-    if (KV_PAIR_WORDS == 1u) {
-        return Eight(
-            vec4<f32>(unpack2x16float(first.x), unpack2x16float(first.y)),
-            vec4<f32>(unpack2x16float(first.z), unpack2x16float(first.w)),
-        );
-    }
-    return Eight(bitcast<vec4<f32>>(first), bitcast<vec4<f32>>(last));
-}
-
 // Of a key and of a value, in the shared part or the session's own.
 fn key(at: u32, is_shared: bool) -> Eight {
     if (is_shared) {
@@ -72,22 +56,13 @@ fn scores_of(k: Eight, q_lo: mat4x4<f32>, q_hi: mat4x4<f32>) -> vec4<f32> {
 @compute @workgroup_size(WG)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local_index: u32) {
     let token = group.z;
-    let heads_per_kv = params.heads / params.kv_heads;
-    let blocks_per_kv = (heads_per_kv + HEADS - 1u) / HEADS;
-    let kv_head = group.x / blocks_per_kv;
-    let head_in_kv = group.x % blocks_per_kv * HEADS;
-    if (token >= step.n_tokens || kv_head >= params.kv_heads) {
+    let heads = heads_of(group.x);
+    if (token >= step.n_tokens || heads.kv >= params.kv_heads) {
         return;
     }
     let position = step.position + token;
-    var first = 0u;
-    if (params.window > 0u && position + 1u > params.window) {
-        first = position + 1u - params.window;
-    }
-    let split = first / params.split_len + group.y;
-    let begin = max(first, split * params.split_len);
-    let end = min(position + 1u, (split + 1u) * params.split_len);
-    if (begin >= end || group.y >= params.splits_max) {
+    let split = split_of(position, group.y);
+    if (split.begin >= split.end) {
         return;
     }
 
@@ -97,14 +72,12 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let slot = min(local_index / lanes, at_once - 1u);
     let lane = local_index % lanes;
     let counts = local_index < at_once * lanes;
-    let head_start = kv_head * heads_per_kv + head_in_kv;
-    let heads_here = min(HEADS, heads_per_kv - head_in_kv);
 
     // Columns are query heads; those beyond the last repeat it.
     var q_lo: mat4x4<f32>;
     var q_hi: mat4x4<f32>;
     for (var h = 0u; h < HEADS; h++) {
-        let head = head_start + min(h, heads_here - 1u);
+        let head = heads.first + min(h, heads.count - 1u);
         let q_at = token * params.qkv_stride / 4u + head * lanes * 2u + lane * 2u;
         q_lo[h] = qkv[q_at] * params.scale;
         q_hi[h] = qkv[q_at + 1u] * params.scale;
@@ -118,12 +91,12 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     var sum = vec4<f32>(0.0);
     let tile_len = PASSES * at_once;
     var count = 0u;
-    for (var tile = begin; tile < end; tile += count) {
+    for (var tile = split.begin; tile < split.end; tile += count) {
         // A tile lies in one part.
         let is_shared = tile < params.prefix;
-        count = min(tile_len, select(end, min(end, params.prefix), is_shared) - tile);
-        let own = kv_head * (params.context - params.prefix) + tile - params.prefix;
-        let cache_start = select(own, kv_head * params.prefix + tile, is_shared);
+        count = min(tile_len, select(split.end, min(split.end, params.prefix), is_shared) - tile);
+        let own = heads.kv * (params.context - params.prefix) + tile - params.prefix;
+        let cache_start = select(own, heads.kv * params.prefix + tile, is_shared);
         var values: array<Eight, PASSES>;
         for (var pass_index = 0u; pass_index < PASSES; pass_index++) {
             // Positions beyond the last one repeat it and get no weight.
@@ -189,8 +162,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             for (var s = 1u; s < at_once; s++) {
                 total += scratch[start + s * stride];
             }
-            for (var h = 0u; h < heads_here; h++) {
-                let row = (token * params.heads + head_start + h) * params.splits_max + group.y;
+            for (var h = 0u; h < heads.count; h++) {
+                let row = (token * params.heads + heads.first + h) * params.splits_max + group.y;
                 if (half == 2u) {
                     partial_ml[row] = vec2<f32>(largest[h], total[h]);
                 } else {

@@ -33,7 +33,7 @@ params! {
 pub static KERNEL: Kernel = Kernel {
     name: "attention_reduce",
     body: include_str!("attention_reduce.wgsl"),
-    preludes: &[Prelude::Step, Prelude::Elem, Prelude::Stage, Prelude::StageOut],
+    preludes: &[Prelude::Step, Prelude::Window, Prelude::Elem, Prelude::Stage, Prelude::StageOut],
     constants: &[("WG", WG)],
     sizes: &[],
     params: Params::FIELDS,

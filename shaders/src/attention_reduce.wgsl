@@ -41,10 +41,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         return;
     }
     let position = step.position + token;
-    var first = 0u;
-    if (params.window > 0u && position + 1u > params.window) {
-        first = position + 1u - params.window;
-    }
+    let first = first_seen(position);
     let splits = min(position / params.split_len - first / params.split_len + 1u, params.splits_max);
     // Columns beyond the last one repeat it and are not stored.
     let column = chunk * 32u + local_index % 32u;

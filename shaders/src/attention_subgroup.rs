@@ -52,7 +52,17 @@ params! {
 pub static KERNEL: Kernel = Kernel {
     name: "attention_subgroup",
     body: include_str!("attention_subgroup.wgsl"),
-    preludes: &[Prelude::Step, Prelude::Kv, Prelude::Softcap, Prelude::Elem, Prelude::Stage, Prelude::StageOut],
+    preludes: &[
+        Prelude::Step,
+        Prelude::Kv,
+        Prelude::KvEight,
+        Prelude::Softcap,
+        Prelude::Window,
+        Prelude::Split,
+        Prelude::Elem,
+        Prelude::Stage,
+        Prelude::StageOut,
+    ],
     constants: &[("WG", WG), ("HEADS", HEADS), ("HEAD_DIM_MAX", HEAD_DIM_MAX)],
     sizes: &[],
     params: Params::FIELDS,

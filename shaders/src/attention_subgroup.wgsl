@@ -39,22 +39,6 @@ var<workgroup> found: array<vec2<f32>, HEADS * WG / 8u>;
 // The output of one query head.
 var<workgroup> head_out: array<vec4<f32>, HEAD_DIM_MAX / 4u>;
 
-// Eight elements of the cache.
-struct Eight {
-    lo: vec4<f32>,
-    hi: vec4<f32>,
-}
-
-fn eight(first: vec4<u32>, last: vec4<u32>) -> Eight {
-    if (KV_PAIR_WORDS == 1u) {
-        return Eight(
-            vec4<f32>(unpack2x16float(first.x), unpack2x16float(first.y)),
-            vec4<f32>(unpack2x16float(first.z), unpack2x16float(first.w)),
-        );
-    }
-    return Eight(bitcast<vec4<f32>>(first), bitcast<vec4<f32>>(last));
-}
-
 fn key(at: u32) -> Eight {
     return eight(k_cache[at * KV_PAIR_WORDS], k_cache[at * KV_PAIR_WORDS + KV_PAIR_WORDS - 1u]);
 }
@@ -138,26 +122,16 @@ fn main(
     @builtin(subgroup_invocation_id) lane: u32,
 ) {
     let token = group.z;
-    let heads_per_kv = params.heads / params.kv_heads;
-    let blocks_per_kv = (heads_per_kv + HEADS - 1u) / HEADS;
-    let kv_head = group.x / blocks_per_kv;
-    let head_in_kv = group.x % blocks_per_kv * HEADS;
-    if (token >= step.n_tokens || kv_head >= params.kv_heads) {
+    let heads = heads_of(group.x);
+    if (token >= step.n_tokens || heads.kv >= params.kv_heads) {
         return;
     }
     let position = step.position + token;
-    var first = 0u;
-    if (params.window > 0u && position + 1u > params.window) {
-        first = position + 1u - params.window;
-    }
-    let first_split = first / params.split_len;
-    let split = first_split + group.y;
-    let begin = max(first, split * params.split_len);
-    let end = min(position + 1u, (split + 1u) * params.split_len);
-    if (begin >= end || group.y >= params.splits_max) {
+    let split = split_of(position, group.y);
+    if (split.begin >= split.end) {
         return;
     }
-    let is_whole = first_split == position / params.split_len;
+    let is_whole = first_seen(position) / params.split_len == position / params.split_len;
 
     let lanes = params.head_dim / 8u;
     let slots = width / lanes;
@@ -165,27 +139,25 @@ fn main(
     let subgroups = WG / width;
     let at_once = subgroups * slots;
     let mine = subgroup * slots + lane / lanes;
-    let head_start = kv_head * heads_per_kv + head_in_kv;
-    let heads_here = min(HEADS, heads_per_kv - head_in_kv);
 
     // Columns are query heads; those beyond the last repeat it.
     var q_lo: mat4x4<f32>;
     var q_hi: mat4x4<f32>;
     for (var h = 0u; h < HEADS; h++) {
-        let head = head_start + min(h, heads_here - 1u);
+        let head = heads.first + min(h, heads.count - 1u);
         let q_at = token * params.qkv_stride / 4u + (head * lanes + lane % lanes) * 2u;
         q_lo[h] = qkv[q_at] * params.scale;
         q_hi[h] = qkv[q_at + 1u] * params.scale;
     }
 
-    let cache_start = kv_head * params.context * lanes + lane % lanes;
+    let cache_start = heads.kv * params.context * lanes + lane % lanes;
     var mine_found = Found(vec4<f32>(LOWEST), vec4<f32>(0.0), mat4x4<f32>(), mat4x4<f32>());
-    for (var tile = begin + mine; tile - mine < end; tile += 4u * at_once) {
+    for (var tile = split.begin + mine; tile - mine < split.end; tile += 4u * at_once) {
         // Positions beyond the last one repeat it and get no weight.
-        let at0 = cache_start + min(tile, end - 1u) * lanes;
-        let at1 = cache_start + min(tile + at_once, end - 1u) * lanes;
-        let at2 = cache_start + min(tile + 2u * at_once, end - 1u) * lanes;
-        let at3 = cache_start + min(tile + 3u * at_once, end - 1u) * lanes;
+        let at0 = cache_start + min(tile, split.end - 1u) * lanes;
+        let at1 = cache_start + min(tile + at_once, split.end - 1u) * lanes;
+        let at2 = cache_start + min(tile + 2u * at_once, split.end - 1u) * lanes;
+        let at3 = cache_start + min(tile + 3u * at_once, split.end - 1u) * lanes;
         let k0 = key(at0);
         let k1 = key(at1);
         let k2 = key(at2);
@@ -194,10 +166,10 @@ fn main(
         let v1 = value(at1);
         let v2 = value(at2);
         let v3 = value(at3);
-        let s0 = score_of(k0, q_lo, q_hi, lanes, tile < end);
-        let s1 = score_of(k1, q_lo, q_hi, lanes, tile + at_once < end);
-        let s2 = score_of(k2, q_lo, q_hi, lanes, tile + 2u * at_once < end);
-        let s3 = score_of(k3, q_lo, q_hi, lanes, tile + 3u * at_once < end);
+        let s0 = score_of(k0, q_lo, q_hi, lanes, tile < split.end);
+        let s1 = score_of(k1, q_lo, q_hi, lanes, tile + at_once < split.end);
+        let s2 = score_of(k2, q_lo, q_hi, lanes, tile + 2u * at_once < split.end);
+        let s3 = score_of(k3, q_lo, q_hi, lanes, tile + 3u * at_once < split.end);
         raise(&mine_found, max(mine_found.top, max(max(s0, s1), max(s2, s3))));
         add(&mine_found, s0, v0);
         add(&mine_found, s1, v1);
@@ -218,8 +190,8 @@ fn main(
         }
     }
     // The subgroups, a query head and the first or last four of its eights at a time.
-    for (var h = 0u; h < heads_here; h++) {
-        let head = head_start + h;
+    for (var h = 0u; h < heads.count; h++) {
+        let head = heads.first + h;
         let row = (token * params.heads + head) * params.splits_max + group.y;
         for (var half = 0u; half < 2u; half++) {
             if (lane < lanes) {

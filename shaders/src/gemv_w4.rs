@@ -51,7 +51,15 @@ params! {
 pub static KERNEL: Kernel = Kernel {
     name: "gemv_w4",
     body: include_str!("gemv_w4.wgsl"),
-    preludes: &[Prelude::Step, Prelude::W4, Prelude::Elem, Prelude::Stage, Prelude::StageOut, Prelude::GemvW4],
+    preludes: &[
+        Prelude::Step,
+        Prelude::W4,
+        Prelude::Elem,
+        Prelude::Stage,
+        Prelude::StageOut,
+        Prelude::GemvW4,
+        Prelude::GemvW4One,
+    ],
     constants: &[("WG", WG)],
     sizes: SIZES,
     params: Params::FIELDS,

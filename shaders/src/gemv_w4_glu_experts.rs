@@ -57,6 +57,7 @@ pub static KERNEL: Kernel = Kernel {
         Prelude::Stage,
         Prelude::StageOut,
         Prelude::GemvW4,
+        Prelude::GemvW4One,
         Prelude::Activation,
     ],
     constants: &[("WG", WG)],

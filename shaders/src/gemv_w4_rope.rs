@@ -56,7 +56,15 @@ params! {
 pub static KERNEL: Kernel = Kernel {
     name: "gemv_w4_rope",
     body: include_str!("gemv_w4_rope.wgsl"),
-    preludes: &[Prelude::Step, Prelude::W4, Prelude::Elem, Prelude::Stage, Prelude::Kv, Prelude::GemvW4],
+    preludes: &[
+        Prelude::Step,
+        Prelude::W4,
+        Prelude::Elem,
+        Prelude::Stage,
+        Prelude::Kv,
+        Prelude::GemvW4,
+        Prelude::GemvW4Pair,
+    ],
     constants: &[("WG", WG)],
     sizes: gemv_w4::SIZES,
     params: Params::FIELDS,

@@ -55,6 +55,7 @@ pub static KERNEL: Kernel = Kernel {
         Prelude::Stage,
         Prelude::StageOut,
         Prelude::GemvW4,
+        Prelude::GemvW4Pair,
         Prelude::Activation,
     ],
     constants: &[("WG", WG)],

@@ -434,6 +434,8 @@ pub enum Prelude {
     Dense,
     /// Axis [`Kv`]: packing of cache words.
     Kv,
+    /// Eight elements of the cache at a time.
+    KvEight,
     /// Group parameters of the canonical 4-bit layout.
     W4,
     /// Axis [`Packed`]: `weights8`, given the bindings codes and group_params.
@@ -450,8 +452,12 @@ pub enum Prelude {
     GemmRows,
     /// Rows of a tiled product: pairs of tokens and experts.
     GemmPairs,
-    /// The product of a packed matrix with one row of staged inputs.
+    /// What products of a packed matrix with one row of staged inputs are made of.
     GemvW4,
+    /// Such a product, one output an invocation.
+    GemvW4One,
+    /// Such a product, two outputs an invocation.
+    GemvW4Pair,
     /// The layout of staged inputs.
     Stage,
     /// Writing staged inputs to the binding `staged`.
@@ -464,6 +470,10 @@ pub enum Prelude {
     Activation,
     /// Bounded scores.
     Softcap,
+    /// Positions that a token sees, by the field `window`.
+    Window,
+    /// A workgroup's share of heads and positions in attention.
+    Split,
 }
 
 /// A kernel: its body, the preludes it needs and the numbers shared with its twin.
@@ -647,8 +657,11 @@ pub fn compose(kernel: &Kernel, variant: Variant) -> String {
             (Prelude::Dense, Variant { dense: Dense::F32, .. }) => include_str!("prelude/dense_f32.wgsl"),
             (Prelude::Kv, Variant { kv: Kv::F16, .. }) => include_str!("prelude/kv_f16.wgsl"),
             (Prelude::Kv, Variant { kv: Kv::F32, .. }) => include_str!("prelude/kv_f32.wgsl"),
+            (Prelude::KvEight, _) => include_str!("prelude/kv_eight.wgsl"),
             (Prelude::W4, _) => include_str!("prelude/w4.wgsl"),
             (Prelude::GemvW4, _) => include_str!("prelude/gemv_w4.wgsl"),
+            (Prelude::GemvW4One, _) => include_str!("prelude/gemv_w4_one.wgsl"),
+            (Prelude::GemvW4Pair, _) => include_str!("prelude/gemv_w4_pair.wgsl"),
             (Prelude::Coop, _) => "",
             (Prelude::Stage, _) => include_str!("prelude/stage.wgsl"),
             (Prelude::StageOut, _) => include_str!("prelude/stage_out.wgsl"),
@@ -675,6 +688,8 @@ pub fn compose(kernel: &Kernel, variant: Variant) -> String {
             (Prelude::Order, _) => include_str!("prelude/order.wgsl"),
             (Prelude::Activation, _) => include_str!("prelude/activation.wgsl"),
             (Prelude::Softcap, _) => include_str!("prelude/softcap.wgsl"),
+            (Prelude::Window, _) => include_str!("prelude/window.wgsl"),
+            (Prelude::Split, _) => include_str!("prelude/split.wgsl"),
         };
     }
     source + kernel.body

@@ -146,7 +146,7 @@ pub const ENTRIES: &[Entry] = &[
             Binding { index: 7, name: "staged", kind: BindingKind::StorageReadWrite, min_size: 16 },
         ],
         workgroup_size: [256, 1, 1],
-        workgroup_memory: 4320,
+        workgroup_memory: 1760,
         params: &[
             Field { name: "n", offset: 0 },
             Field { name: "k", offset: 4 },
@@ -179,7 +179,7 @@ pub const ENTRIES: &[Entry] = &[
             Binding { index: 9, name: "v_cache", kind: BindingKind::StorageReadWrite, min_size: 4 },
         ],
         workgroup_size: [256, 1, 1],
-        workgroup_memory: 4256,
+        workgroup_memory: 2976,
         params: &[
             Field { name: "n", offset: 0 },
             Field { name: "k", offset: 4 },
@@ -213,7 +213,7 @@ pub const ENTRIES: &[Entry] = &[
             Binding { index: 6, name: "staged", kind: BindingKind::StorageReadWrite, min_size: 16 },
         ],
         workgroup_size: [256, 1, 1],
-        workgroup_memory: 4320,
+        workgroup_memory: 3040,
         params: &[
             Field { name: "n", offset: 0 },
             Field { name: "k", offset: 4 },
@@ -666,7 +666,7 @@ pub const ENTRIES: &[Entry] = &[
             Binding { index: 6, name: "out", kind: BindingKind::StorageReadWrite, min_size: 4 },
         ],
         workgroup_size: [256, 1, 1],
-        workgroup_memory: 4000,
+        workgroup_memory: 1440,
         params: &[
             Field { name: "n", offset: 0 },
             Field { name: "k", offset: 4 },
@@ -698,7 +698,7 @@ pub const ENTRIES: &[Entry] = &[
             Binding { index: 6, name: "staged", kind: BindingKind::StorageReadWrite, min_size: 16 },
         ],
         workgroup_size: [256, 1, 1],
-        workgroup_memory: 4448,
+        workgroup_memory: 1888,
         params: &[
             Field { name: "n", offset: 0 },
             Field { name: "k", offset: 4 },

@@ -1,9 +1,9 @@
 // The product of a 4-bit matrix and one row of staged inputs, for the gemv_w4 kernels. The body defines LANES (32 or 64),
-// `params` and the bindings x, qweight and group_params.
+// `params` and the bindings x, qweight and group_params; gemv_w4_one.wgsl or gemv_w4_pair.wgsl follows.
 //
-// Mapping: LANES invocations hold an output each, or two with gemv_pair, which then share the loads of inputs, and read chunks of 32 inputs, a vec4 of words at a time; WG / LANES
-// slices share the inputs, four consecutive chunks at a time. Inputs are the same for all lanes, so they come from cache
-// with one transaction; no invocation waits for another before the very end.
+// Mapping: LANES invocations hold an output each, or two, which then share the loads of inputs, and read chunks of 32
+// inputs, a vec4 of words at a time; WG / LANES slices share the inputs, four consecutive chunks at a time. Inputs are the
+// same for all lanes, so they come from cache with one transaction; no invocation waits for another before the very end.
 
 const SLICES: u32 = WG / LANES;
 
@@ -15,8 +15,8 @@ const GROUPS_ANY: u32 = 2u;
 // Sums are taken four at a time, so that nobody adds up many one by one.
 const FOURS: u32 = (SLICES + 3u) / 4u;
 
-var<workgroup> partial: array<f32, WG>;
-var<workgroup> partial_fours: array<f32, FOURS * LANES>;
+var<workgroup> partial: array<Sum, WG>;
+var<workgroup> partial_fours: array<Sum, FOURS * LANES>;
 var<workgroup> squares: array<f32, 32>;
 var<workgroup> squares_fours: array<f32, 8>;
 
@@ -97,54 +97,10 @@ fn norm_factor() -> f32 {
     return inverseSqrt(total / f32(params.k) + params.eps);
 }
 
-// Product of output `n` with input row `row`, complete in the first LANES invocations of the workgroup; call in uniform
-// control flow.
-fn gemv(n: u32, row: u32, local_index: u32) -> f32 {
-    let quads = (params.chunks + 3u) / 4u;
-    let x_start = row * staged_row(quads);
-    sum_squares(x_start, quads, local_index);
-    let start = chunk_index(n, 0u, params.chunks);
-    let group_start = group_index(n, 0u, params.groups);
-    var sum = 0.0;
-    for (var quad = local_index / LANES; quad < quads; quad += SLICES) {
-        let chunk = quad * 4u;
-        // Chunks beyond the last one repeat it and meet inputs of zero.
-        let at = start + min(vec4<u32>(chunk, chunk + 1u, chunk + 2u, chunk + 3u), vec4<u32>(params.chunks - 1u)) * TILE_N;
-        let q0 = qweight[at.x];
-        let q1 = qweight[at.y];
-        let q2 = qweight[at.z];
-        let q3 = qweight[at.w];
-        let magnitudes = bitcast<vec4<f32>>(x[x_start + magnitudes_at(quads, quad)]);
-        let x_at = x_start + quad * QUAD_VECS;
-        var products: vec4<f32>;
-        if (GROUPS == GROUPS_QUADS) {
-            let group = group_params[group_start + min(chunk * 32u >> params.group_shift, params.groups - 1u) * TILE_N];
-            products = vec4<f32>(
-                chunk_product(q0, group, load_chunk(x_at)),
-                chunk_product(q1, group, load_chunk(x_at + CHUNK_VECS)),
-                chunk_product(q2, group, load_chunk(x_at + 2u * CHUNK_VECS)),
-                chunk_product(q3, group, load_chunk(x_at + 3u * CHUNK_VECS)),
-            );
-        } else if (GROUPS == GROUPS_CHUNKS) {
-            let inputs = vec4<u32>(chunk, chunk + 1u, chunk + 2u, chunk + 3u) * 32u;
-            let index = min(inputs >> vec4<u32>(params.group_shift), vec4<u32>(params.groups - 1u)) * TILE_N + group_start;
-            products = vec4<f32>(
-                chunk_product(q0, group_params[index.x], load_chunk(x_at)),
-                chunk_product(q1, group_params[index.y], load_chunk(x_at + CHUNK_VECS)),
-                chunk_product(q2, group_params[index.z], load_chunk(x_at + 2u * CHUNK_VECS)),
-                chunk_product(q3, group_params[index.w], load_chunk(x_at + 3u * CHUNK_VECS)),
-            );
-        } else {
-            products = vec4<f32>(
-                split_chunk_product(q0, chunk, group_start, x_at),
-                split_chunk_product(q1, chunk + 1u, group_start, x_at + CHUNK_VECS),
-                split_chunk_product(q2, chunk + 2u, group_start, x_at + 2u * CHUNK_VECS),
-                split_chunk_product(q3, chunk + 3u, group_start, x_at + 3u * CHUNK_VECS),
-            );
-        }
-        sum += dot(products, magnitudes);
-    }
-
+// The slices' sums, each invocation's own `own`, added up and divided by the norm: complete in the first LANES invocations
+// of the workgroup; call in uniform control flow, after sum_squares.
+fn sum_slices(own: Sum, local_index: u32) -> Sum {
+    var sum = own;
     partial[local_index] = sum;
     // Orders the slices' sums, and the squares, before their reads.
     workgroupBarrier();
@@ -162,94 +118,6 @@ fn gemv(n: u32, row: u32, local_index: u32) -> f32 {
     if (local_index < LANES) {
         for (var i = 1u; i < FOURS; i++) {
             sum += partial_fours[i * LANES + local_index];
-        }
-        sum *= norm_factor();
-    }
-    return sum;
-}
-
-var<workgroup> pairs: array<vec2<f32>, WG>;
-var<workgroup> pairs_fours: array<vec2<f32>, FOURS * LANES>;
-
-// Products of outputs `n.x` and `n.y` with input row `row`, complete in the first LANES invocations of the workgroup; call
-// in uniform control flow.
-fn gemv_pair(n: vec2<u32>, row: u32, local_index: u32) -> vec2<f32> {
-    let quads = (params.chunks + 3u) / 4u;
-    let x_start = row * staged_row(quads);
-    sum_squares(x_start, quads, local_index);
-
-    let start = vec2<u32>(chunk_index(n.x, 0u, params.chunks), chunk_index(n.y, 0u, params.chunks));
-    let group_start = vec2<u32>(group_index(n.x, 0u, params.groups), group_index(n.y, 0u, params.groups));
-    var sum = vec2<f32>(0.0);
-    for (var quad = local_index / LANES; quad < quads; quad += SLICES) {
-        let chunk = quad * 4u;
-        // Chunks beyond the last one repeat it and meet inputs of zero.
-        let offsets = min(vec4<u32>(chunk, chunk + 1u, chunk + 2u, chunk + 3u), vec4<u32>(params.chunks - 1u)) * TILE_N;
-        let a0 = qweight[start.x + offsets.x];
-        let a1 = qweight[start.x + offsets.y];
-        let a2 = qweight[start.x + offsets.z];
-        let a3 = qweight[start.x + offsets.w];
-        let b0 = qweight[start.y + offsets.x];
-        let b1 = qweight[start.y + offsets.y];
-        let b2 = qweight[start.y + offsets.z];
-        let b3 = qweight[start.y + offsets.w];
-        let magnitudes = bitcast<vec4<f32>>(x[x_start + magnitudes_at(quads, quad)]);
-        let x_at = x_start + quad * QUAD_VECS;
-        var a: vec4<f32>;
-        var b: vec4<f32>;
-        if (GROUPS == GROUPS_ANY) {
-            a = vec4<f32>(
-                split_chunk_product(a0, chunk, group_start.x, x_at),
-                split_chunk_product(a1, chunk + 1u, group_start.x, x_at + CHUNK_VECS),
-                split_chunk_product(a2, chunk + 2u, group_start.x, x_at + 2u * CHUNK_VECS),
-                split_chunk_product(a3, chunk + 3u, group_start.x, x_at + 3u * CHUNK_VECS),
-            );
-            b = vec4<f32>(
-                split_chunk_product(b0, chunk, group_start.y, x_at),
-                split_chunk_product(b1, chunk + 1u, group_start.y, x_at + CHUNK_VECS),
-                split_chunk_product(b2, chunk + 2u, group_start.y, x_at + 2u * CHUNK_VECS),
-                split_chunk_product(b3, chunk + 3u, group_start.y, x_at + 3u * CHUNK_VECS),
-            );
-        } else {
-            // One group for the whole quad, or one for each of its chunks.
-            let inputs = vec4<u32>(chunk, chunk + 1u, chunk + 2u, chunk + 3u) * 32u;
-            var index = min(inputs >> vec4<u32>(params.group_shift), vec4<u32>(params.groups - 1u)) * TILE_N;
-            if (GROUPS == GROUPS_QUADS) {
-                index = vec4<u32>(index.x);
-            }
-            let x0 = load_chunk(x_at);
-            a.x = chunk_product(a0, group_params[group_start.x + index.x], x0);
-            b.x = chunk_product(b0, group_params[group_start.y + index.x], x0);
-            let x1 = load_chunk(x_at + CHUNK_VECS);
-            a.y = chunk_product(a1, group_params[group_start.x + index.y], x1);
-            b.y = chunk_product(b1, group_params[group_start.y + index.y], x1);
-            let x2 = load_chunk(x_at + 2u * CHUNK_VECS);
-            a.z = chunk_product(a2, group_params[group_start.x + index.z], x2);
-            b.z = chunk_product(b2, group_params[group_start.y + index.z], x2);
-            let x3 = load_chunk(x_at + 3u * CHUNK_VECS);
-            a.w = chunk_product(a3, group_params[group_start.x + index.w], x3);
-            b.w = chunk_product(b3, group_params[group_start.y + index.w], x3);
-        }
-        sum += vec2<f32>(dot(a, magnitudes), dot(b, magnitudes));
-    }
-
-    pairs[local_index] = sum;
-    // Orders the slices' sums, and the squares, before their reads.
-    workgroupBarrier();
-    if (local_index < FOURS * LANES) {
-        let first = local_index / LANES * 4u;
-        sum = pairs[first * LANES + local_index % LANES];
-        for (var i = first + 1u; i < min(first + 4u, SLICES); i++) {
-            sum += pairs[i * LANES + local_index % LANES];
-        }
-        pairs_fours[local_index] = sum;
-    }
-    sum_fours_of_squares(local_index);
-    // Orders the sums of four before their reads.
-    workgroupBarrier();
-    if (local_index < LANES) {
-        for (var i = 1u; i < FOURS; i++) {
-            sum += pairs_fours[i * LANES + local_index];
         }
         sum *= norm_factor();
     }
