@@ -7,7 +7,7 @@
 use std::any::Any;
 use std::time::Duration;
 
-use super::{Budget, Progress, Runner};
+use super::{Budget, Program, Progress, Runner, RunnerConfig};
 use crate::error::{Error, ErrorKind, Result};
 use crate::session::sampler::SampleRequest;
 
@@ -80,4 +80,22 @@ pub trait Group: Send {
 pub(super) fn own<R: Runner>(runner: &mut dyn Runner) -> Result<&mut R> {
     let other = || Error::new(ErrorKind::InvalidInput, "a session of another backend can not take part in this pass");
     (runner as &mut dyn Any).downcast_mut().ok_or_else(other)
+}
+
+/// Checks what a member of capacities `config` joins with.
+///
+/// # Errors
+/// As [`Group::join`].
+pub(super) fn check_next(next: &Next<'_>, position: u32, program: &Program, config: &RunnerConfig) -> Result<()> {
+    if position >= config.context {
+        let message = format!("position {position} leaves the context of {}", config.context);
+        return Err(Error::new(ErrorKind::ContextFull, message));
+    }
+    match *next {
+        Next::Token(token) if token >= program.vocab_size => {
+            let message = format!("token id {token} is not below the vocabulary size {}", program.vocab_size);
+            Err(Error::new(ErrorKind::InvalidInput, message))
+        }
+        _ => Ok(()),
+    }
 }

@@ -157,6 +157,7 @@ impl CpuRunner {
             program,
         })
     }
+
     /// Units that operation `op` of the step under way can be parted into, multiplications a unit about, and its kind
     /// for [`Cursor::pace`].
     fn units(&self, weights: &Weights, op: &Op) -> (usize, usize, usize) {

@@ -13,9 +13,9 @@ use super::driver::{Buffer, Function, Graph, Launch, Stream};
 use super::memory::{FEW, Memory};
 use super::pace::{self, Pace};
 use super::plan::{Plan, Work};
-use super::run::{CudaRunner, KERNELS, KERNELS_TIMED, queue};
+use super::run::{CudaRunner, queue};
 use super::sampling;
-use crate::backend::group::own;
+use crate::backend::group::{check_next, own};
 use crate::backend::{Budget, Group, Members, Next, Program, Progress, Runner, RunnerConfig};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -160,11 +160,10 @@ impl CudaGroup {
         sampling::launches(self.choose, self.program.vocab_size, self.n as u32, &arguments)
     }
 
-    /// Queues kernels from `next` on, the choices first, up to `most` seconds of them but one at least.
-    fn submit(&mut self, members: &mut dyn Members, most: f64, kernels: usize) -> Result<()> {
+    /// Queues kernels from `next` on, the choices first, as [`Pace::cut`] says.
+    fn submit(&mut self, members: &mut dyn Members, most: f64, budget: &Budget) -> Result<()> {
         let class = pace::class(self.n as u32);
-        let seconds = |work: &[Work]| work.iter().map(|work| pace::seconds(&work.cost)).sum::<f64>();
-        let all = seconds(&self.work);
+        let all = self.work.iter().map(|work| pace::seconds(&work.cost)).sum();
         let held = self.backend.hold()?;
         let is_first = self.next == 0;
         if is_first && self.pace.estimate(class, all) <= most && !self.backend.options.force_no_graphs {
@@ -181,15 +180,8 @@ impl CudaGroup {
             launched?;
             self.next = self.work.len();
         } else {
-            let (mut piece, mut end) = (0.0, self.next);
-            while end < self.work.len() && end - self.next < kernels {
-                let more = seconds(&self.work[end..=end]);
-                if end > self.next && self.pace.estimate(class, piece + more) > most {
-                    break;
-                }
-                piece += more;
-                end += 1;
-            }
+            let (n, piece) = self.pace.cut(&self.work[self.next..], class, most, budget);
+            let end = self.next + n;
             let choices = if is_first { Some(self.choices()) } else { None };
             let work = self.work[self.next..end].iter().map(|work| &work.launch);
             let launches = choices.iter().flatten().chain(work);
@@ -230,19 +222,13 @@ impl Group for CudaGroup {
         if self.has_begun || self.n == self.most {
             return invalid("the pass has begun or is full");
         }
-        if position >= member.config.context {
-            let message = format!("position {position} leaves the context of {}", member.config.context);
-            return Err(Error::new(ErrorKind::ContextFull, message));
-        }
+        check_next(next, position, &self.program, &member.config)?;
         let row = self.n;
         let logits = member.logits_row(0)?.0;
         let tokens = self.memory.address(self.memory.tokens) + row as u64 * 4;
         let places = self.memory.address(self.memory.place);
         let place = places + (row * size_of::<Place>() + std::mem::offset_of!(Place, position)) as u64;
         let choice = match *next {
-            Next::Token(token) if token >= self.program.vocab_size => {
-                return invalid("the token is not in the vocabulary");
-            }
             Next::Token(token) => {
                 member.join_pass();
                 self.tokens[row] = token;
@@ -280,18 +266,8 @@ impl Group for CudaGroup {
             if begun && budget.is_over() {
                 return Ok(Progress::Working);
             }
-            let most = match budget.device {
-                Some(device) => {
-                    let queued = self.pace.queued();
-                    match device.checked_sub(queued) {
-                        Some(left) if !left.is_zero() => left.as_secs_f64(),
-                        _ if queued.is_zero() => 0.0,
-                        _ => return Ok(Progress::Waiting),
-                    }
-                }
-                None => f64::INFINITY,
-            };
-            self.submit(members, most, if budget.deadline.is_some() { KERNELS_TIMED } else { KERNELS })?;
+            let Some(most) = self.pace.room(budget) else { return Ok(Progress::Waiting) };
+            self.submit(members, most, budget)?;
             begun = true;
         }
         for row in 0..self.n {

@@ -7,8 +7,14 @@ use std::time::Duration;
 use awqua_shaders::Cost;
 
 use super::driver::{Event, Gpu, Stream};
+use super::plan::Work;
+use crate::backend::Budget;
 use crate::error::Result;
 
+/// Most kernels of a piece under a deadline, which is looked at between pieces.
+const KERNELS_TIMED: usize = 32;
+/// The same without one.
+const KERNELS: usize = 256;
 /// Seconds of a kernel that does nothing.
 const LAUNCH_SECONDS: f64 = 2e-6;
 /// Bytes and operations a second to begin with; the first measurement corrects them.
@@ -96,6 +102,33 @@ impl Pace {
     /// Estimated seconds of a piece.
     pub(super) fn estimate(&self, class: usize, seconds: f64) -> f64 {
         self.factors[class] * seconds
+    }
+
+    /// Estimated seconds that may be queued now; `None` if what is queued has to end first.
+    pub(super) fn room(&self, budget: &Budget) -> Option<f64> {
+        let Some(device) = budget.device else { return Some(f64::INFINITY) };
+        let queued = self.queued();
+        match device.checked_sub(queued) {
+            Some(left) if !left.is_zero() => Some(left.as_secs_f64()),
+            // Every budget makes progress.
+            _ if queued.is_zero() => Some(0.0),
+            _ => None,
+        }
+    }
+
+    /// How many of the kernels in front of `work` make a piece under `budget` of at most `most` estimated seconds, one at
+    /// least if there is one, and their seconds before the factor.
+    pub(super) fn cut(&self, work: &[Work], class: usize, most: f64, budget: &Budget) -> (usize, f64) {
+        let kernels = if budget.deadline.is_some() { KERNELS_TIMED } else { KERNELS };
+        let (mut n, mut piece) = (0, 0.0);
+        for work in work.iter().take(kernels) {
+            let more = piece + seconds(&work.cost);
+            if n > 0 && self.estimate(class, more) > most {
+                break;
+            }
+            (n, piece) = (n + 1, more);
+        }
+        (n, piece)
     }
 
     /// Estimated time of what is queued and not finished.

@@ -22,10 +22,6 @@ use crate::backend::{
 use crate::error::{Error, ErrorKind, Result};
 use crate::session::sampler::{KeptRequest, SampleRequest, pick_in};
 
-/// Most kernels of a piece under a deadline, which is looked at between pieces.
-pub(super) const KERNELS_TIMED: usize = 32;
-/// The same without one.
-pub(super) const KERNELS: usize = 256;
 /// Looks at a result before the device is asked whether all is well.
 const LOOKS: u32 = 512;
 
@@ -241,19 +237,11 @@ impl CudaRunner {
         (self.hidden_only, self.in_pass) = (false, true);
     }
 
-    /// Queues the choice ahead, if there is one, and kernels from `next` on, up to `most` seconds of them but one at
-    /// least, and at most `kernels`.
-    fn submit(&mut self, most: f64, kernels: usize) -> Result<()> {
+    /// Queues the choice ahead, if there is one, and kernels from `next` on, as [`Pace::cut`] says.
+    fn submit(&mut self, most: f64, budget: &Budget) -> Result<()> {
         let class = pace::class(self.step.n_tokens);
-        let (mut seconds, mut end) = (0.0, self.next);
-        while end < self.work.len() && end - self.next < kernels {
-            let more = pace::seconds(&self.work[end].cost);
-            if end > self.next && self.pace.estimate(class, seconds + more) > most {
-                break;
-            }
-            seconds += more;
-            end += 1;
-        }
+        let (n, seconds) = self.pace.cut(&self.work[self.next..], class, most, budget);
+        let end = self.next + n;
         let choice = match self.choosing {
             true => Some(self.sampler.launches(&self.memory, self.logits_row(0)?.0)),
             false => None,
@@ -388,21 +376,13 @@ impl Runner for CudaRunner {
             if begun && budget.is_over() {
                 return Ok(Progress::Working);
             }
-            let most = match budget.device {
-                Some(device) => {
-                    let queued = self.pace.queued();
-                    match device.checked_sub(queued) {
-                        Some(left) if !left.is_zero() => left.as_secs_f64(),
-                        _ if queued.is_zero() => 0.0,
-                        _ => return Ok(Progress::Waiting),
-                    }
-                }
-                // At most two steps of a prompt are queued, so that one that is abandoned ends soon.
-                None if self.ahead.is_empty() && self.previous > finished => return Ok(Progress::Waiting),
-                None => f64::INFINITY,
-            };
+            // At most two steps of a prompt are queued, so that one that is abandoned ends soon.
+            if budget.device.is_none() && self.ahead.is_empty() && self.previous > finished {
+                return Ok(Progress::Waiting);
+            }
+            let Some(most) = self.pace.room(budget) else { return Ok(Progress::Waiting) };
             if !self.submit_graph(most)? {
-                self.submit(most, if budget.deadline.is_some() { KERNELS_TIMED } else { KERNELS })?;
+                self.submit(most, budget)?;
             }
             begun = true;
         }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::super::weights::Weights;
 use super::{Cpu, CpuRunner, attention};
-use crate::backend::group::own;
+use crate::backend::group::{check_next, own};
 use crate::backend::{Budget, Group, LogitsRows, Members, Next, Op, Program, Progress, Runner, RunnerConfig, kv_bytes};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -66,7 +66,7 @@ fn run_op(
             let mut output = std::mem::take(&mut rows.buffers[out.0 as usize]);
             let mut next = part.start;
             let mut done = Ok(());
-            while next < part.end && done.is_ok() {
+            'units: while next < part.end {
                 // Units are heads of a few rows.
                 let first = next / kv_heads * attention::TOKENS;
                 let heads = next % kv_heads..kv_heads.min(next % kv_heads + part.end - next);
@@ -76,7 +76,7 @@ fn run_op(
                         Ok(member) => member,
                         Err(error) => {
                             done = Err(error);
-                            break;
+                            break 'units;
                         }
                     };
                     attention::attention(
@@ -123,16 +123,12 @@ impl Group for CpuGroup {
         if !self.accepts(member) {
             return invalid("the session has other capacities than the pass");
         }
-        if self.positions.len() == self.most() {
-            return invalid("the pass is full");
+        let cursor = &self.rows.cursor;
+        let has_begun = !self.positions.is_empty() && (cursor.op, cursor.unit) != (0, 0);
+        if has_begun || self.positions.len() == self.most() {
+            return invalid("the pass has begun or is full");
         }
-        if position >= member.config.context {
-            let message = format!("position {position} leaves the context of {}", member.config.context);
-            return Err(Error::new(ErrorKind::ContextFull, message));
-        }
-        if token >= self.rows.program.vocab_size {
-            return invalid("the token is not in the vocabulary");
-        }
+        check_next(next, position, &self.rows.program, &member.config)?;
         member.abandon();
         member.logits_rows = 0;
         member.caches.iter_mut().for_each(|cache| cache.truncate(position as usize));
