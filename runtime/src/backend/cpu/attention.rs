@@ -7,7 +7,7 @@ use half::f16;
 use memmap2::MmapMut;
 
 use super::kernels::Kernels;
-use super::pool::Pool;
+use super::pool::{Parts, Pool};
 use super::vector::Outer;
 use super::{Scratch, softcap, zero_pages};
 use crate::backend::{AttentionShape, KvType};
@@ -287,24 +287,10 @@ pub(super) fn attention(
     part: Range<usize>,
     out: &mut [f32],
 ) {
-    struct Output(*mut f32, usize);
-    // SAFETY: each task writes only the columns of its own tokens and head group.
-    unsafe impl Sync for Output {}
-    impl Output {
-        /// # Safety
-        /// Concurrent calls must ask for disjoint ranges.
-        #[allow(clippy::mut_from_ref, reason = "disjointness is the caller's promise")]
-        unsafe fn range(&self, at: usize, len: usize) -> &mut [f32] {
-            assert!(at + len <= self.1);
-            // SAFETY: in bounds by the assertion, disjoint by the caller's promise.
-            unsafe { std::slice::from_raw_parts_mut(self.0.add(at), len) }
-        }
-    }
-
     let shape = &inputs.shape;
     let (heads, kv_heads, dim) = (shape.heads as usize, shape.kv_heads as usize, shape.head_dim as usize);
     let width = heads / kv_heads * dim;
-    let output = Output(out.as_mut_ptr(), out.len());
+    let output = Parts::new(out);
     pool.run(part.len(), &|task, worker| {
         let task = part.start + task;
         // Late tokens see more keys: deal them first, so that the last tasks are short.
@@ -314,7 +300,7 @@ pub(super) fn attention(
         let sums = unit.attend(kernels, inputs, &mut scratch);
         for (t, sums) in unit.tokens.clone().zip(sums.chunks_exact(width)) {
             // SAFETY: no other unit has this token and KV head.
-            unsafe { output.range(t * heads * dim + unit.kv_head * width, width) }.copy_from_slice(sums);
+            unsafe { output.part(t * heads * dim + unit.kv_head * width, width) }.copy_from_slice(sums);
         }
     });
 }

@@ -4,7 +4,7 @@ use std::sync::Mutex;
 
 use super::Scratch;
 use super::kernels::{Kernels, TILE};
-use super::pool::Pool;
+use super::pool::{Parts, Pool};
 use super::weights::Matrix;
 use crate::error::Result;
 use crate::tensor::{DenseType, Weight};
@@ -33,19 +33,15 @@ pub(super) fn widen(kernels: &dyn Kernels, dtype: DenseType, bytes: &[u8], out: 
 }
 
 /// Output rows written by tasks that own disjoint columns.
-pub(super) struct Output {
-    first: *mut f32,
+pub(super) struct Output<'a> {
+    parts: Parts<'a, f32>,
     stride: usize,
-    len: usize,
 }
 
-// SAFETY: every task writes only the columns of its own weight rows, see `set`.
-unsafe impl Sync for Output {}
-
-impl Output {
-    /// `out` starts at the first output column, rows are `stride` apart. The tasks must not outlive the borrow.
-    pub(super) fn new(out: &mut [f32], stride: usize) -> Self {
-        Self { first: out.as_mut_ptr(), stride, len: out.len() }
+impl<'a> Output<'a> {
+    /// `out` starts at the first output column, rows are `stride` apart.
+    pub(super) fn new(out: &'a mut [f32], stride: usize) -> Self {
+        Self { parts: Parts::new(out), stride }
     }
 
     /// Writes (or adds to) column `n` of row `t`.
@@ -53,13 +49,9 @@ impl Output {
     /// # Safety
     /// No two threads may pass the same `n` during one matrix product.
     pub(super) unsafe fn set(&self, t: usize, n: usize, value: f32, accumulate: bool) {
-        let at = t * self.stride + n;
-        assert!(at < self.len);
-        // SAFETY: in bounds by the assertion; unshared by the caller's promise.
-        unsafe {
-            let out = self.first.add(at);
-            *out = if accumulate { *out + value } else { value };
-        }
+        // SAFETY: the caller's promise: columns are of one thread each.
+        let out = &mut unsafe { self.parts.part(t * self.stride + n, 1) }[0];
+        *out = if accumulate { *out + value } else { value };
     }
 
     /// Writes (or adds to) columns of row `t` from `n` on: `values`, plus `bias` where there is one.
@@ -67,10 +59,8 @@ impl Output {
     /// # Safety
     /// As for [`Self::set`].
     pub(super) unsafe fn set_run(&self, t: usize, n: usize, values: &[f32], bias: Option<&[f32]>, accumulate: bool) {
-        let at = t * self.stride + n;
-        assert!(at + values.len() <= self.len);
-        // SAFETY: in bounds by the assertion; unshared by the caller's promise.
-        let out = unsafe { std::slice::from_raw_parts_mut(self.first.add(at), values.len()) };
+        // SAFETY: as above.
+        let out = unsafe { self.parts.part(t * self.stride + n, values.len()) };
         match accumulate {
             true => out.iter_mut().zip(values).for_each(|(out, value)| *out += value),
             false => out.copy_from_slice(values),

@@ -2,6 +2,7 @@
 //! our own end with the session.
 
 use std::any::Any;
+use std::marker::PhantomData;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
@@ -48,6 +49,36 @@ struct JobPtr(*const Job);
 
 // SAFETY: the closure is `Sync`, and `Pool::run` does not return before every worker has finished calling it.
 unsafe impl Send for JobPtr {}
+
+/// A slice that the tasks of a job write, each parts of its own.
+pub(super) struct Parts<'a, T> {
+    first: *mut T,
+    len: usize,
+    borrow: PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: no two threads have the same element, by the promise that `part` asks for.
+unsafe impl<T: Send> Sync for Parts<'_, T> {}
+
+impl<'a, T> Parts<'a, T> {
+    pub(super) fn new(slice: &'a mut [T]) -> Self {
+        Self { first: slice.as_mut_ptr(), len: slice.len(), borrow: PhantomData }
+    }
+
+    /// `len` elements from `at` on.
+    ///
+    /// # Safety
+    /// Parts that are in use at the same time must not overlap.
+    ///
+    /// # Panics
+    /// If they are not inside the slice.
+    #[allow(clippy::mut_from_ref, reason = "disjointness is the caller's promise")]
+    pub(super) unsafe fn part(&self, at: usize, len: usize) -> &mut [T] {
+        assert!(at <= self.len && len <= self.len - at);
+        // SAFETY: in bounds by the assertion, disjoint by the caller's promise, and borrowed for as long as `self`.
+        unsafe { std::slice::from_raw_parts_mut(self.first.add(at), len) }
+    }
+}
 
 impl Pool {
     /// A pool of `threads` threads in all, at least 1. If the system refuses a thread, the pool is smaller.

@@ -1,7 +1,7 @@
 //! Activations rounded to 16 bits.
 
 use super::super::kernels::Kernels;
-use super::super::pool::Pool;
+use super::super::pool::{Parts, Pool};
 use super::super::{fitting, mismatch, out_of_memory, zeros};
 use super::rows::{BYTE_GROUP, OCTET, Shape};
 use super::{PANEL, Panel};
@@ -144,20 +144,14 @@ impl Activations {
             return Err(mismatch(&format!("rows of {k} input features")));
         }
         (self.rows, self.k, self.span) = (rows, k, span);
-        let to =
-            Disjoint { codes: self.codes.as_mut_ptr(), scales: self.scales.as_mut_ptr(), sums: self.sums.as_mut_ptr() };
+        let (codes, scales, sums) =
+            (Parts::new(&mut self.codes), Parts::new(&mut self.scales), Parts::new(&mut self.sums));
         let tasks = rows.min(pool.threads() * TASKS_PER_THREAD);
         pool.run(tasks, &|task, _| {
-            let to = &to;
             for row in rows * task / tasks..rows * (task + 1) / tasks {
-                // SAFETY: rows lie inside the allocations by the check above, and are dealt to tasks without overlap.
-                let (codes, scales, sums) = unsafe {
-                    (
-                        std::slice::from_raw_parts_mut(to.codes.add(row * k), k),
-                        std::slice::from_raw_parts_mut(to.scales.add(row * spans), spans),
-                        std::slice::from_raw_parts_mut(to.sums.add(row * spans), spans),
-                    )
-                };
+                // SAFETY: rows are dealt to tasks without overlap.
+                let (codes, scales, sums) =
+                    unsafe { (codes.part(row * k, k), scales.part(row * spans, spans), sums.part(row * spans, spans)) };
                 let x = x[row * k..][..k].chunks_exact(span);
                 let parts = x.zip(codes.chunks_exact_mut(span)).zip(scales.iter_mut().zip(sums));
                 for ((x, codes), (scale, sum)) in parts {
@@ -180,16 +174,6 @@ impl Activations {
         }
     }
 }
-
-/// What the tasks of [`Activations::round`] write.
-struct Disjoint {
-    codes: *mut i16,
-    scales: *mut f32,
-    sums: *mut f32,
-}
-
-// SAFETY: every task makes references to rows of its own only.
-unsafe impl Sync for Disjoint {}
 
 /// Where in an octet of rounded activations a column is.
 pub(super) const fn place(column: usize) -> usize {

@@ -3,8 +3,9 @@
 //! A rounded activation is `256 * high + low` with two signed bytes. An `sdot` multiplies four columns of four rows with
 //! one of these bytes of four activations, a lane of a vector, and adds the products to the rows' sums; so one token
 //! takes, for the 128 codes of an octet, 8 instructions to bring the codes out and 16 of these. At two a cycle, which
-//! Cortex-A76 and later big cores do (4 on Apple's), an octet's 64 bytes take about 12 cycles: at 2.8 GHz 15 GB/s, what one such core reads
-//! from memory. Tiles of many tokens have 16 rows and 3 tokens, whose 24 sums stay in registers.
+//! Cortex-A76 and later big cores do (4 on Apple's), an octet's 64 bytes take about 12 cycles: at 2.8 GHz 15 GB/s by this
+//! count, about what one such core reads from memory. Tiles of many tokens have 16 rows and 3 tokens, whose 24 sums stay
+//! in registers.
 
 use std::arch::aarch64::*;
 use std::arch::asm;
