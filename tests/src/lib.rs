@@ -8,3 +8,4 @@ pub mod generated;
 #[cfg(unix)]
 pub mod hosts;
 pub mod oracle;
+pub mod runners;

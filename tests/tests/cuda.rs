@@ -16,14 +16,14 @@ use awqua::backend::cuda::{CudaBackend, CudaChoice, CudaOptions, devices};
 use awqua::backend::{
     Backend, Budget, LogitsRows, Program, Progress, Runner, RunnerConfig, Sharing, Step, WeightId, kv_bytes,
 };
-use awqua::session::sampler::{SampleRequest, Sampling, pick};
+use awqua::session::sampler::{SampleRequest, Sampling};
 use awqua_tests::constraints;
 use awqua_tests::decoder::{
-    CONTEXT, Case, MAX_TOKENS, Model, Rng, STEPS, build, cases, config, cuda_cases, error, rope_rows, tokens,
-    write_rope,
+    CONTEXT, Case, Model, Rng, STEPS, build, cases, config, cuda_cases, error, rope_rows, tokens, write_rope,
 };
 use awqua_tests::hosts::run;
 use awqua_tests::oracle::{Dequantised, Oracle};
+use awqua_tests::runners;
 use machine::{ALL_CAPABILITIES, CHILD, folder, is_on_machine};
 
 fn upload(model: &Model, options: &CudaOptions) -> Arc<CudaBackend> {
@@ -90,44 +90,8 @@ fn tokens_are_picked_as_on_the_cpu() {
         return;
     }
     let case = fast_case(40_003);
-    let model = build(&case);
-    let base = Sampling { temperature: 0.8, top_k: 40, top_p: 0.95, ..Sampling::default() };
-    let penalties =
-        Sampling { repetition_penalty: 1.5, presence_penalty: 0.5, frequency_penalty: 0.25, ..Sampling::greedy() };
-    let samplings = [
-        Sampling::greedy(),
-        penalties.clone(),
-        base.clone(),
-        Sampling { top_k: 1, ..base.clone() },
-        Sampling { top_k: 256, top_p: 1.0, temperature: 3.0, ..base.clone() },
-        Sampling { top_k: 100, top_p: 1.0, min_p: 0.2, ..base.clone() },
-        Sampling { temperature: 1.5, top_k: 50, ..penalties },
-        // These two read the logits back.
-        Sampling { top_k: 0, ..base.clone() },
-        Sampling { top_k: 300, ..base },
-    ];
-    let (_backend, mut runner) = runner(&model, &config());
-    let nothing = SampleRequest { uniform: 0.5, ..SampleRequest::new(&samplings[0]) };
-    assert_eq!(runner.sample(&nothing).expect_err("no logits yet").kind(), ErrorKind::InvalidInput);
-    let (mut logits, mut again) = (Vec::new(), Vec::new());
-    runner.run(&Step { tokens: &[1, 2, 3], position: 0, logits: LogitsRows::All }).expect("the step runs");
-    runner.read_logits(&mut logits).expect("the logits come back");
-    let row = &logits[2 * case.vocab..];
-    let mut best: Vec<u32> = (0..case.vocab as u32).collect();
-    best.sort_by(|a, b| row[*b as usize].total_cmp(&row[*a as usize]));
-    let recent: Vec<(u32, u32)> = best[..20].iter().map(|id| (*id, id % 3 + 1)).collect();
-    for sampling in &samplings {
-        for uniform in [0.0, 0.333, 0.777, 0.999] {
-            let request = SampleRequest { recent: &recent, uniform, ..SampleRequest::new(sampling) };
-            let found = runner.sample(&request).expect("a token comes back");
-            // Exponentials differ in the last bits, so the neighbours of a boundary are right, too.
-            let near = [uniform, (uniform - 1e-4).max(0.0), uniform + 1e-4];
-            let right = near.map(|uniform| pick(&mut row.to_vec(), &SampleRequest { uniform, ..request }));
-            assert!(right.contains(&found), "{sampling:?} at {uniform}: {found} instead of {right:?}");
-        }
-    }
-    runner.read_logits(&mut again).expect("the logits come back");
-    assert!(logits == again, "sampling changed the logits");
+    let (_backend, mut runner) = runner(&build(&case), &config());
+    runners::check_choices(&mut *runner, case.vocab, &[0.0, 0.333, 0.777, 0.999]);
 }
 
 /// Over vocabularies that end within a word of a mask, and of more than one slice.
@@ -284,19 +248,7 @@ fn wrong_calls_are_refused() {
     }
     let model = build(&fast_case(300));
     let (backend, mut runner) = runner(&model, &config());
-    let many = vec![0; MAX_TOKENS as usize + 1];
-    let mut kind = |tokens: &[u32], position| {
-        let step = Step { tokens, position, logits: LogitsRows::Last };
-        runner.run(&step).expect_err("the step is bad").kind()
-    };
-    assert_eq!(kind(&[], 0), ErrorKind::InvalidInput);
-    assert_eq!(kind(&many, 0), ErrorKind::InvalidInput);
-    assert_eq!(kind(&[model.program.vocab_size], 0), ErrorKind::InvalidInput);
-    assert_eq!(kind(&[0, 0], CONTEXT - 1), ErrorKind::ContextFull);
-    for (table, first, len) in [(1, 0, 64), (0, CONTEXT, 64), (0, 0, 15)] {
-        let refused = runner.write_rope(table, first, &vec![0.0; len]).expect_err("the rows do not fit");
-        assert_eq!(refused.kind(), ErrorKind::InvalidInput);
-    }
+    runners::check_refusals(&mut *runner, &model.program, 64);
     let layers = Arc::new(Program { layers: 1_000_000, ..(*model.program).clone() });
     for (program, config) in [
         (&model.program, RunnerConfig { context: u32::MAX, ..config() }),

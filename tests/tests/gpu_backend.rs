@@ -6,13 +6,14 @@ use std::sync::Arc;
 use awqua::ErrorKind;
 use awqua::backend::wgpu::{DeviceChoice, WgpuBackend, WgpuOptions, adapters};
 use awqua::backend::{Backend, KvType, LogitsRows, Program, ROW_STEP, Runner, RunnerConfig, Step, WeightId};
-use awqua::session::sampler::{SampleRequest, Sampling, pick};
+use awqua::session::sampler::{SampleRequest, Sampling};
 use awqua::tensor::{DenseMatrix, W4Matrix, Weight};
 use awqua_tests::constraints;
 use awqua_tests::decoder::{
     CONTEXT, Case, MAX_TOKENS, Model, Rng, STEPS, Style, build, cases, config, error, rope_rows, tokens, write_rope,
 };
 use awqua_tests::oracle::{Dequantised, Oracle};
+use awqua_tests::runners;
 
 /// Every other weight arrives in pieces.
 fn upload(options: &WgpuOptions, model: &Model) -> Arc<WgpuBackend> {
@@ -172,44 +173,9 @@ fn steps_split_over_submissions_match() {
 fn tokens_are_picked_as_on_the_cpu() {
     let case = Case { vocab: 5003, ..cases().swap_remove(0) };
     let model = build(&case);
-    let base = Sampling { temperature: 0.8, top_k: 40, top_p: 0.95, ..Sampling::default() };
-    let penalties =
-        Sampling { repetition_penalty: 1.5, presence_penalty: 0.5, frequency_penalty: 0.25, ..Sampling::greedy() };
-    let samplings = [
-        Sampling::greedy(),
-        penalties.clone(),
-        base.clone(),
-        Sampling { top_k: 1, ..base.clone() },
-        Sampling { top_k: 256, top_p: 1.0, temperature: 3.0, ..base.clone() },
-        Sampling { top_k: 100, top_p: 1.0, min_p: 0.2, ..base.clone() },
-        Sampling { temperature: 1.5, top_k: 50, ..penalties },
-        // These two read the logits back.
-        Sampling { top_k: 0, ..base.clone() },
-        Sampling { top_k: 300, ..base },
-    ];
     for options in options() {
         let (_, mut runner) = runner(&options, &model, case.kv);
-        let nothing = SampleRequest { uniform: 0.5, ..SampleRequest::new(&samplings[0]) };
-        assert_eq!(runner.sample(&nothing).expect_err("no logits yet").kind(), ErrorKind::InvalidInput);
-        let (mut logits, mut again) = (Vec::new(), Vec::new());
-        runner.run(&Step { tokens: &[1, 2, 3], position: 0, logits: LogitsRows::All }).expect("the step runs");
-        runner.read_logits(&mut logits).expect("the logits come back");
-        let row = &logits[2 * case.vocab..];
-        let mut best: Vec<u32> = (0..case.vocab as u32).collect();
-        best.sort_by(|a, b| row[*b as usize].total_cmp(&row[*a as usize]));
-        let recent: Vec<(u32, u32)> = best[..20].iter().map(|id| (*id, id % 3 + 1)).collect();
-        for sampling in &samplings {
-            for uniform in [0.0, 0.111, 0.333, 0.5, 0.777, 0.95, 0.999] {
-                let request = SampleRequest { recent: &recent, uniform, ..SampleRequest::new(sampling) };
-                let found = runner.sample(&request).expect("a token comes back");
-                // Exponentials differ in the last bits, so the neighbours of a boundary are right, too.
-                let near = [uniform, (uniform - 1e-4).max(0.0), uniform + 1e-4];
-                let right = near.map(|uniform| pick(&mut row.to_vec(), &SampleRequest { uniform, ..request }));
-                assert!(right.contains(&found), "{sampling:?} at {uniform}: {found} instead of {right:?}");
-            }
-        }
-        runner.read_logits(&mut again).expect("the logits come back");
-        assert!(logits == again, "sampling changed the logits");
+        runners::check_choices(&mut *runner, case.vocab, &[0.0, 0.111, 0.333, 0.5, 0.777, 0.95, 0.999]);
     }
 }
 
@@ -293,20 +259,7 @@ fn bad_steps_are_refused() {
     let model = build(&cases()[0]);
     let Some(options) = options().pop() else { return };
     let (_, mut runner) = runner(&options, &model, KvType::F16);
-    let many = vec![0; MAX_TOKENS as usize + 1];
-    let mut kind = |tokens: &[u32], position| {
-        let step = Step { tokens, position, logits: LogitsRows::Last };
-        runner.run(&step).expect_err("the step is bad").kind()
-    };
-    assert_eq!(kind(&[], 0), ErrorKind::InvalidInput);
-    assert_eq!(kind(&many, 0), ErrorKind::InvalidInput);
-    assert_eq!(kind(&[model.program.vocab_size], 0), ErrorKind::InvalidInput);
-    assert_eq!(kind(&[0, 0], CONTEXT - 1), ErrorKind::ContextFull);
-    assert_eq!(kind(&[0], u32::MAX), ErrorKind::ContextFull);
-    for (table, first, len) in [(1, 0, 16), (0, CONTEXT, 16), (0, 0, 15)] {
-        let refused = runner.write_rope(table, first, &vec![0.0; len]).expect_err("the rows do not fit");
-        assert_eq!(refused.kind(), ErrorKind::InvalidInput);
-    }
+    runners::check_refusals(&mut *runner, &model.program, 16);
 }
 
 #[test]
