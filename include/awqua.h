@@ -481,6 +481,11 @@ enum awqua_kv_type
    * 4 bytes; adds no rounding.
    */
   AWQUA_KV_F32 = 2,
+  /**
+   * A byte, and a half-precision scale for every 32 elements of a key or a value: about half the memory of
+   * AWQUA_KV_F16. Models whose keys have a few elements far larger than the others, such as Qwen2, lose much accuracy.
+   */
+  AWQUA_KV_Q8 = 3,
 };
 #ifndef __cplusplus
 #if __STDC_VERSION__ >= 202311L

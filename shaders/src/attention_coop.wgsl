@@ -20,8 +20,8 @@ struct Params {
 }
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(2) var<storage, read> qkv: array<f32>;              // (n_tokens, qkv_stride), q first
-@group(0) @binding(3) var<storage, read> k_cache: array<vec4<f16>>;    // (kv_heads, context, head_dim), then SPAN rows
-@group(0) @binding(4) var<storage, read> v_cache: array<vec4<f16>>;    // (kv_heads, context, head_dim), then SPAN rows
+@group(0) @binding(3) var<storage, read> k_cache: array<KvQuad>;       // (kv_heads, context, head_dim), then SPAN rows
+@group(0) @binding(4) var<storage, read> v_cache: array<KvQuad>;       // (kv_heads, context, head_dim), then SPAN rows
 @group(0) @binding(5) var<storage, read_write> out: array<f32>;        // (n_tokens, out_stride)
 
 const LOWEST: f32 = -3.0e38;
@@ -71,6 +71,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let last = step.position + min(token_start + TILE, step.n_tokens) - 1u;
     let begin = first_seen(step.position + token_start) / SPAN * SPAN;
     let k_start = kv_head * params.context;
+    let lines = params.kv_heads * params.context;
     let q_at = subgroup * 16u * Q_VECS;
     let score_at = subgroup * 16u * S_VECS;
 
@@ -86,9 +87,9 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     for (var span = begin; span <= last; span += SPAN) {
         var s0 = coop_mat16x16<f32,C>();
         var s1 = coop_mat16x16<f32,C>();
-        let kv_at = (k_start + span) * vecs;
         for (var i = local_index; i < SPAN * vecs; i += WG) {
-            kv_tile[i / vecs * Q_VECS + i % vecs] = k_cache[kv_at + i];
+            let at = kv_quad_place(k_start + span + i / vecs, i % vecs, vecs, lines);
+            kv_tile[i / vecs * Q_VECS + i % vecs] = kv_quad(k_cache[at.x], k_cache[at.y], at.z);
         }
         // Orders the keys' writes before their reads.
         workgroupBarrier();
@@ -138,9 +139,9 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     for (var span = begin; span <= last; span += SPAN) {
         var s0 = coop_mat16x16<f32,C>();
         var s1 = coop_mat16x16<f32,C>();
-        let kv_at = (k_start + span) * vecs;
         for (var i = local_index; i < SPAN * vecs; i += WG) {
-            kv_tile[i / vecs * Q_VECS + i % vecs] = k_cache[kv_at + i];
+            let at = kv_quad_place(k_start + span + i / vecs, i % vecs, vecs, lines);
+            kv_tile[i / vecs * Q_VECS + i % vecs] = kv_quad(k_cache[at.x], k_cache[at.y], at.z);
         }
         // Orders the keys' writes before their reads.
         workgroupBarrier();
@@ -160,7 +161,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         }
         // The barrier behind the scores orders the keys' reads before these writes.
         for (var i = local_index; i < SPAN * vecs; i += WG) {
-            kv_tile[i / vecs * Q_VECS + i % vecs] = v_cache[kv_at + i];
+            let at = kv_quad_place(k_start + span + i / vecs, i % vecs, vecs, lines);
+            kv_tile[i / vecs * Q_VECS + i % vecs] = kv_quad(v_cache[at.x], v_cache[at.y], at.z);
         }
         // Orders the weights' and the values' writes before their reads, and the scores' reads before the next ones.
         workgroupBarrier();

@@ -21,12 +21,12 @@ struct Params {
 }
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(2) var<storage, read> qkv: array<vec4<f32>>;              // (n_tokens, qkv_stride / 4), q first
-@group(0) @binding(3) var<storage, read> k_cache: array<vec4<u32>>;          // (kv_heads, context - prefix, head_dim)
-@group(0) @binding(4) var<storage, read> v_cache: array<vec4<u32>>;          // (kv_heads, context - prefix, head_dim)
+@group(0) @binding(3) var<storage, read> k_cache: array<KvEight>;            // (kv_heads, context - prefix, head_dim)
+@group(0) @binding(4) var<storage, read> v_cache: array<KvEight>;            // (kv_heads, context - prefix, head_dim)
 @group(0) @binding(5) var<storage, read_write> partial_out: array<f32>;      // (n_tokens, heads, splits_max, head_dim)
 @group(0) @binding(6) var<storage, read_write> partial_ml: array<vec2<f32>>; // (n_tokens, heads, splits_max): m, l
-@group(0) @binding(7) var<storage, read> k_prefix: array<vec4<u32>>;         // (kv_heads, prefix, head_dim)
-@group(0) @binding(8) var<storage, read> v_prefix: array<vec4<u32>>;         // (kv_heads, prefix, head_dim)
+@group(0) @binding(7) var<storage, read> k_prefix: array<KvEight>;           // (kv_heads, prefix, head_dim)
+@group(0) @binding(8) var<storage, read> v_prefix: array<KvEight>;           // (kv_heads, prefix, head_dim)
 
 const LOWEST: f32 = -3.0e38;
 
@@ -34,18 +34,18 @@ var<workgroup> scratch: array<vec4<f32>, PASSES * WG>;
 var<workgroup> scores: array<vec4<f32>, PASSES * WG / 2u>;
 
 // Of a key and of a value, in the shared part or the session's own.
-fn key(at: u32, is_shared: bool) -> Eight {
+fn key(at: vec4<u32>, is_shared: bool) -> Eight {
     if (is_shared) {
-        return eight(k_prefix[at * KV_PAIR_WORDS], k_prefix[at * KV_PAIR_WORDS + KV_PAIR_WORDS - 1u]);
+        return kv_eight(k_prefix[at.x], k_prefix[at.y], k_prefix[at.z], at.w);
     }
-    return eight(k_cache[at * KV_PAIR_WORDS], k_cache[at * KV_PAIR_WORDS + KV_PAIR_WORDS - 1u]);
+    return kv_eight(k_cache[at.x], k_cache[at.y], k_cache[at.z], at.w);
 }
 
-fn value(at: u32, is_shared: bool) -> Eight {
+fn value(at: vec4<u32>, is_shared: bool) -> Eight {
     if (is_shared) {
-        return eight(v_prefix[at * KV_PAIR_WORDS], v_prefix[at * KV_PAIR_WORDS + KV_PAIR_WORDS - 1u]);
+        return kv_eight(v_prefix[at.x], v_prefix[at.y], v_prefix[at.z], at.w);
     }
-    return eight(v_cache[at * KV_PAIR_WORDS], v_cache[at * KV_PAIR_WORDS + KV_PAIR_WORDS - 1u]);
+    return kv_eight(v_cache[at.x], v_cache[at.y], v_cache[at.z], at.w);
 }
 
 // Dot products of eight elements with those of the HEADS query heads.
@@ -97,10 +97,12 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         count = min(tile_len, select(split.end, min(split.end, params.prefix), is_shared) - tile);
         let own = heads.kv * (params.context - params.prefix) + tile - params.prefix;
         let cache_start = select(own, heads.kv * params.prefix + tile, is_shared);
+        let lines = params.kv_heads * select(params.context - params.prefix, params.prefix, is_shared);
         var values: array<Eight, PASSES>;
         for (var pass_index = 0u; pass_index < PASSES; pass_index++) {
             // Positions beyond the last one repeat it and get no weight.
-            let at = (cache_start + min(pass_index * at_once + slot, count - 1u)) * lanes + lane;
+            let line = cache_start + min(pass_index * at_once + slot, count - 1u);
+            let at = kv_eight_place(line, lane, lanes, lines);
             scratch[pass_index * WG + local_index] = scores_of(key(at, is_shared), q_lo, q_hi);
             values[pass_index] = value(at, is_shared);
         }

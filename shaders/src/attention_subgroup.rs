@@ -55,7 +55,6 @@ pub static KERNEL: Kernel = Kernel {
     preludes: &[
         Prelude::Step,
         Prelude::Kv,
-        Prelude::KvEight,
         Prelude::Softcap,
         Prelude::Window,
         Prelude::Split,

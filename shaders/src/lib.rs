@@ -72,6 +72,7 @@ pub mod norm;
 pub mod packed;
 pub mod penalize;
 pub mod rope_append;
+pub mod rope_append_q8;
 pub mod round_groups;
 pub mod route;
 pub mod sample;
@@ -297,14 +298,34 @@ pub enum Kv {
     F16,
     /// Single precision bits.
     F32,
+    /// Signed bytes, and half-precision scales for 32 of them each behind all rows ([`rope_append_q8::pack`]).
+    Q8,
 }
 
 impl Kv {
-    /// Elements of one 32-bit word.
-    pub const fn per_word(self) -> u32 {
+    /// Bytes of a row of `head_dim` elements.
+    pub const fn row_bytes(self, head_dim: u32) -> u64 {
         match self {
-            Self::F16 => 2,
-            Self::F32 => 1,
+            Self::F16 => 2 * head_dim as u64,
+            Self::F32 => 4 * head_dim as u64,
+            Self::Q8 => rope_append_q8::row_bytes(head_dim),
+        }
+    }
+
+    /// Rows of `head_dim` values as the words of a cache, and what is left of them.
+    pub(crate) fn pack(self, values: &[f32], head_dim: usize) -> (Vec<u32>, Vec<f32>) {
+        match self {
+            Self::F16 => {
+                let words = trial::pack_halves(values);
+                let left = trial::unpack_halves(&words);
+                (words, left)
+            }
+            Self::F32 => (trial::words(values), values.to_vec()),
+            Self::Q8 => {
+                let words = rope_append_q8::pack(values, head_dim);
+                let left = rope_append_q8::unpack(&words, head_dim);
+                (words, left)
+            }
         }
     }
 }
@@ -432,10 +453,12 @@ pub enum Prelude {
     Reduce,
     /// Axis [`Dense`]: decoding of dense words.
     Dense,
-    /// Axis [`Kv`]: packing of cache words.
+    /// Axis [`Kv`]: reading pairs and eights of cache elements.
     Kv,
-    /// Eight elements of the cache at a time.
-    KvEight,
+    /// Axis [`Kv`] without [`Kv::Q8`]: packing of cache words.
+    KvPack,
+    /// Axis [`Kv`] without [`Kv::F32`]: reading quads of cache elements in half precision.
+    KvQuad,
     /// Group parameters of the canonical 4-bit layout.
     W4,
     /// Axis [`Packed`]: `weights8`, given the bindings codes and group_params.
@@ -514,7 +537,12 @@ impl Kernel {
             elem: if has(Prelude::Elem) { variant.elem } else { base.elem },
             reduce: if has(Prelude::Reduce) { variant.reduce } else { base.reduce },
             dense: if has(Prelude::Dense) { variant.dense } else { base.dense },
-            kv: if has(Prelude::Kv) { variant.kv } else { base.kv },
+            kv: match variant.kv {
+                Kv::F16 => Kv::F16,
+                Kv::F32 if has(Prelude::Kv) || has(Prelude::KvPack) => Kv::F32,
+                Kv::Q8 if has(Prelude::Kv) || has(Prelude::KvQuad) => Kv::Q8,
+                Kv::F32 | Kv::Q8 => base.kv,
+            },
             size: if self.sizes.is_empty() { base.size } else { variant.size },
             groups: if has(Prelude::GemvW4) { variant.groups } else { base.groups },
             packed: if has(Prelude::Packed) { variant.packed } else { base.packed },
@@ -527,7 +555,7 @@ impl Kernel {
         for elem in [Elem::F32, Elem::F16] {
             for reduce in [Reduce::Workgroup, Reduce::Subgroup] {
                 for dense in [Dense::F16, Dense::BF16, Dense::F32] {
-                    for kv in [Kv::F16, Kv::F32] {
+                    for kv in [Kv::F16, Kv::F32, Kv::Q8] {
                         for size in [Size::Small, Size::Medium, Size::Large] {
                             for groups in [Groups::Quads, Groups::Chunks, Groups::Any] {
                                 for packed in Packed::ALL {
@@ -557,8 +585,9 @@ impl Kernel {
                 (Prelude::Dense, Variant { dense: Dense::F16, .. }) => "-wf16",
                 (Prelude::Dense, Variant { dense: Dense::BF16, .. }) => "-wbf16",
                 (Prelude::Dense, Variant { dense: Dense::F32, .. }) => "-wf32",
-                (Prelude::Kv, Variant { kv: Kv::F16, .. }) => "-kvf16",
-                (Prelude::Kv, Variant { kv: Kv::F32, .. }) => "-kvf32",
+                (Prelude::Kv | Prelude::KvPack | Prelude::KvQuad, Variant { kv: Kv::F16, .. }) => "-kvf16",
+                (Prelude::Kv | Prelude::KvPack, Variant { kv: Kv::F32, .. }) => "-kvf32",
+                (Prelude::Kv | Prelude::KvQuad, Variant { kv: Kv::Q8, .. }) => "-kvq8",
                 (Prelude::GemvW4, Variant { groups: Groups::Quads, .. }) => "-quads",
                 (Prelude::GemvW4, Variant { groups: Groups::Chunks, .. }) => "-chunks",
                 _ => "",
@@ -575,7 +604,7 @@ impl Kernel {
 }
 
 /// Every kernel.
-pub static ALL: [&Kernel; 41] = [
+pub static ALL: [&Kernel; 42] = [
     &embed::KERNEL,
     &embed_packed::KERNEL,
     &arrange::KERNEL,
@@ -593,6 +622,7 @@ pub static ALL: [&Kernel; 41] = [
     &gemv_packed::KERNEL,
     &gemm_packed::KERNEL,
     &rope_append::KERNEL,
+    &rope_append_q8::KERNEL,
     &round_groups::KERNEL,
     &attention::KERNEL,
     &attention_few::KERNEL,
@@ -657,7 +687,11 @@ pub fn compose(kernel: &Kernel, variant: Variant) -> String {
             (Prelude::Dense, Variant { dense: Dense::F32, .. }) => include_str!("prelude/dense_f32.wgsl"),
             (Prelude::Kv, Variant { kv: Kv::F16, .. }) => include_str!("prelude/kv_f16.wgsl"),
             (Prelude::Kv, Variant { kv: Kv::F32, .. }) => include_str!("prelude/kv_f32.wgsl"),
-            (Prelude::KvEight, _) => include_str!("prelude/kv_eight.wgsl"),
+            (Prelude::Kv, Variant { kv: Kv::Q8, .. }) => include_str!("prelude/kv_q8.wgsl"),
+            (Prelude::KvPack, Variant { kv: Kv::F32, .. }) => include_str!("prelude/kv_pack_f32.wgsl"),
+            (Prelude::KvPack, _) => include_str!("prelude/kv_pack_f16.wgsl"),
+            (Prelude::KvQuad, Variant { kv: Kv::Q8, .. }) => include_str!("prelude/kv_quad_q8.wgsl"),
+            (Prelude::KvQuad, _) => include_str!("prelude/kv_quad_f16.wgsl"),
             (Prelude::W4, _) => include_str!("prelude/w4.wgsl"),
             (Prelude::GemvW4, _) => include_str!("prelude/gemv_w4.wgsl"),
             (Prelude::GemvW4One, _) => include_str!("prelude/gemv_w4_one.wgsl"),

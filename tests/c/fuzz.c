@@ -89,7 +89,7 @@ static void create(struct objects *o, const char *path) {
             session.struct_size = random_size(sizeof session);
             session.flags = random_flags();
             session.context = 8 + random_below(56);
-            session.kv_type = chance(10) ? random_below(9) : random_below(3);
+            session.kv_type = chance(10) ? random_below(9) : random_below(4);
             session.chunk = random_below(40);
             session.flags |= chance(3) ? AWQUA_SESSION_DETERMINISTIC : 0;
             session.flags |= chance(3) ? AWQUA_SESSION_EXACT : 0;

@@ -150,10 +150,11 @@ impl<'a> Oracle<'a> {
                     self.put(qkv.into(), t, &row[..heads * dim]);
                     for h in 0..kv_heads {
                         let at = (h * self.context + position + t) * dim;
-                        for i in 0..dim {
-                            let kv = self.kv;
-                            self.keys[layer as usize][at + i] = round(row[(heads + h) * dim + i], kv);
-                            self.values[layer as usize][at + i] = round(row[(heads + kv_heads + h) * dim + i], kv);
+                        let caches = [(&mut self.keys, heads + h), (&mut self.values, heads + kv_heads + h)];
+                        for (cache, head) in caches {
+                            let held = &mut cache[layer as usize][at..at + dim];
+                            held.copy_from_slice(&row[head * dim..][..dim]);
+                            round(held, self.kv);
                         }
                     }
                 }
@@ -293,10 +294,20 @@ fn activation_of(activation: Activation) -> awqua_shaders::Activation {
     }
 }
 
-fn round(value: f32, kv: KvType) -> f32 {
+/// A key or a value as the cache holds it.
+fn round(row: &mut [f32], kv: KvType) {
     match kv {
-        KvType::F16 => f16::from_f32(value).to_f32(),
-        KvType::F32 => value,
+        KvType::F16 => row.iter_mut().for_each(|value| *value = f16::from_f32(*value).to_f32()),
+        KvType::F32 => {}
+        KvType::Q8 => {
+            for group in row.chunks_mut(32) {
+                let most = group.iter().fold(0.0f32, |most, value| most.max(value.abs()));
+                let scale = f16::from_f32(most / 127.0).to_f32();
+                for value in group.iter_mut().filter(|_| scale > 0.0) {
+                    *value = (*value / scale).clamp(-127.0, 127.0).round_ties_even() * scale;
+                }
+            }
+        }
     }
 }
 

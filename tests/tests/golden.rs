@@ -109,6 +109,7 @@ fn cpu_logits_match_the_peer() {
             (KvType::F32, None, true, 2e-3),
             (KvType::F32, Some(7), true, 2e-3),
             (KvType::F16, None, true, 5e-3),
+            (KvType::Q8, None, true, 5e-2),
             (KvType::F32, None, false, 5e-3),
         ] {
             let session =

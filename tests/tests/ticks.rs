@@ -389,7 +389,7 @@ fn sessions_save_restore_and_fork() {
         // Another type of cache: the tokens are computed again.
         let kv_type = Some(match first.kv_type() {
             KvType::F16 => KvType::F32,
-            KvType::F32 => KvType::F16,
+            KvType::F32 | KvType::Q8 => KvType::F16,
         });
         let mut wider =
             Session::new(model, &SessionOptions { kv_type, context: Some(160), ..Default::default() }).unwrap();
@@ -402,6 +402,51 @@ fn sessions_save_restore_and_fork() {
         let nothing = save(&mut empty);
         empty.restore(&nothing).unwrap();
         assert!(empty.fork().unwrap().tokens().is_empty());
+    }
+}
+
+#[test]
+fn caches_of_8_bits_are_kept_and_shared() {
+    for model in models() {
+        let open = |kv_type| {
+            let options = SessionOptions {
+                kv_type: Some(kv_type),
+                context: Some(160),
+                chunk: Some(16),
+                threads: Some(1),
+                deterministic: true,
+                ..Default::default()
+            };
+            Session::new(model, &options).unwrap()
+        };
+        let options = seeded(8);
+        let mut first = open(KvType::Q8);
+        assert_eq!(first.kv_type(), KvType::Q8);
+        let (small, large) = (first.bytes(), open(KvType::F16).bytes());
+        assert!(small < large, "{small} bytes beside {large}");
+        let expected = answer(&mut first, PROMPT, &options, &TickBudget::UNLIMITED);
+        let prompt = ids(model, PROMPT);
+        let mut saved = vec![0xa5; first.snapshot_bytes() as usize];
+        first.save(&mut saved).unwrap();
+        let mut second = open(KvType::Q8);
+        second.restore(&saved).unwrap();
+        let mut again = vec![0x5a; second.snapshot_bytes() as usize];
+        second.save(&mut again).unwrap();
+        assert!(again == saved);
+        let mut fork = second.fork().unwrap();
+        // Half precision takes the tokens alone.
+        let mut other = open(KvType::F16);
+        other.restore(&saved).unwrap();
+        other.append(&prompt[..3], &CancelToken::default()).unwrap();
+        assert_eq!(other.tokens().len(), saved_tokens(&saved) + 3);
+        for session in [&mut second, &mut fork, &mut first] {
+            let found = session.generate(&prompt, &options, &mut |_| ControlFlow::Continue(())).unwrap();
+            assert_eq!(found.text, expected);
+            assert!(found.reused >= 32, "{} reused", found.reused);
+            answer(session, "The sun was low", &seeded(5), &TickBudget::UNLIMITED);
+            let found = answer(session, PROMPT, &options, &micros(300, 3000));
+            assert_eq!(found, expected);
+        }
     }
 }
 

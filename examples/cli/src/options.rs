@@ -56,6 +56,8 @@ pub enum BackendArg {
 pub enum KvArg {
     F16,
     F32,
+    /// A byte, with a scale for every 32 elements
+    Q8,
 }
 
 #[derive(ValueEnum, Debug, Clone, Copy, PartialEq, Eq)]
@@ -116,6 +118,7 @@ impl DeviceArgs {
             kv_type: self.kv.map(|kv| match kv {
                 KvArg::F16 => KvType::F16,
                 KvArg::F32 => KvType::F32,
+                KvArg::Q8 => KvType::Q8,
             }),
             threads: Some(self.threads.map_or_else(default_threads, usize::from)),
             exact: self.exact,

@@ -19,12 +19,16 @@ pub use crate::quant::ROW_STEP;
 pub use crate::quant::awq::INPUT_STEP;
 
 pub use group::{Group, Members, Next};
+pub use kv::{KvType, Q8_GROUP, kv_bytes};
 pub use products::{Products, Resident, RoundingGrid};
+
+use kv::check_kv;
 
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 mod group;
+mod kv;
 mod products;
 #[cfg(feature = "wgpu")]
 pub mod wgpu;
@@ -312,35 +316,6 @@ impl Program {
             _ => None,
         });
         Ok(arranged.unwrap_or(last))
-    }
-}
-
-/// Checks the operands of [`Runner::save_kv`] and [`Runner::load_kv`].
-fn check_kv(program: &Program, config: &RunnerConfig, kv_type: KvType, n: u32, len: usize) -> Result<()> {
-    let bytes = kv_bytes(program, kv_type, n);
-    if n > config.context || bytes != len as u64 {
-        let message = format!("{n} positions of a context of {} are {bytes} bytes, got {len}", config.context);
-        return Err(Error::new(ErrorKind::InvalidInput, message));
-    }
-    Ok(())
-}
-
-/// Element type of the KV cache.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum KvType {
-    /// 2 bytes; half the memory and traffic.
-    F16,
-    /// 4 bytes; adds no rounding.
-    F32,
-}
-
-impl KvType {
-    /// Bytes of one element.
-    pub fn size(self) -> usize {
-        match self {
-            Self::F16 => 2,
-            Self::F32 => 4,
-        }
     }
 }
 
@@ -787,7 +762,8 @@ pub trait Runner: Any + Send {
     }
 
     /// Copies keys and values of the first `n` positions to `out`, [`kv_bytes`] long: layer by layer keys, then values,
-    /// (kv_heads, n, head_dim) each, little-endian elements of [`Self::kv_type`]. Waits.
+    /// (kv_heads, n, head_dim) each, little-endian elements of [`Self::kv_type`]. Those of a head in [`KvType::Q8`] are
+    /// followed by their scales, whose words are padded with 0. Waits.
     fn save_kv(&mut self, n: u32, out: &mut [u8]) -> Result<()>;
 
     /// Takes back what [`Self::save_kv`] gave.
@@ -881,12 +857,4 @@ pub struct Shared {
     pub positions: u32,
     /// Bytes that they take, once for all.
     pub bytes: u64,
-}
-
-/// Bytes of the keys and values of `n` positions.
-pub fn kv_bytes(program: &Program, kv_type: KvType, n: u32) -> u64 {
-    let shape = &program.attention;
-    [shape.kv_heads, shape.head_dim, n]
-        .iter()
-        .fold(2 * u64::from(program.layers) * kv_type.size() as u64, |bytes, &f| bytes.saturating_mul(u64::from(f)))
 }

@@ -65,6 +65,7 @@ fn number(kv_type: KvType) -> u32 {
     match kv_type {
         KvType::F16 => 1,
         KvType::F32 => 2,
+        KvType::Q8 => 3,
     }
 }
 
@@ -132,6 +133,7 @@ impl Session {
         let kv_type = match header.kv_type {
             1 => KvType::F16,
             2 => KvType::F32,
+            3 => KvType::Q8,
             other => return Err(invalid(format!("the snapshot has an unknown KV type {other}"))),
         };
         let expected = HEADER as u64 + 4 * u64::from(n) + kv_bytes(self.model.program(), kv_type, n);

@@ -429,6 +429,28 @@ pub const ENTRIES: &[Entry] = &[
         ],
     },
     Entry {
+        name: "rope_append_q8",
+        bindings: &[
+            Binding { index: 0, name: "params", kind: BindingKind::Uniform, min_size: 28 },
+            Binding { index: 1, name: "step", kind: BindingKind::Uniform, min_size: 16 },
+            Binding { index: 2, name: "qkv", kind: BindingKind::StorageReadWrite, min_size: 4 },
+            Binding { index: 3, name: "rope", kind: BindingKind::StorageRead, min_size: 8 },
+            Binding { index: 4, name: "k_cache", kind: BindingKind::StorageReadWrite, min_size: 4 },
+            Binding { index: 5, name: "v_cache", kind: BindingKind::StorageReadWrite, min_size: 4 },
+        ],
+        workgroup_size: [64, 1, 1],
+        workgroup_memory: 1024,
+        params: &[
+            Field { name: "heads", offset: 0 },
+            Field { name: "kv_heads", offset: 4 },
+            Field { name: "head_dim", offset: 8 },
+            Field { name: "rotary_dim", offset: 12 },
+            Field { name: "qkv_stride", offset: 16 },
+            Field { name: "context", offset: 20 },
+            Field { name: "prefix", offset: 24 },
+        ],
+    },
+    Entry {
         name: "round_groups",
         bindings: &[
             Binding { index: 0, name: "params", kind: BindingKind::Uniform, min_size: 24 },

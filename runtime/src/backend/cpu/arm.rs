@@ -55,8 +55,16 @@ impl Kernels for Neon {
         Portable.axpy(a, x, y);
     }
 
-    fn softmax(&self, x: &mut [f32]) {
-        Portable.softmax(x);
+    fn exponentials(&self, x: &mut [f32]) -> (f32, f32) {
+        Portable.exponentials(x)
+    }
+
+    fn expand_q8(&self, codes: &[i8], scales: &[f32], dim: usize, out: &mut [f32]) {
+        Portable.expand_q8(codes, scales, dim, out);
+    }
+
+    fn expand_q8_lanes(&self, codes: &[i8], scales: &[f32], out: &mut [f32]) {
+        Portable.expand_q8_lanes(codes, scales, out);
     }
 
     fn silu(&self, gate: &[f32], up: &[f32], out: &mut [f32]) {

@@ -1,213 +1,27 @@
 //! Rotation, KV cache and attention on the CPU.
+//!
+//! Attention takes positions in splits of a fixed length, each with a softmax of its own, and merges their results in
+//! order. So results do not depend on how many threads share the splits of a long context, on the budget, or on how a
+//! prompt was cut.
 
 use std::ops::Range;
-use std::sync::{Arc, Mutex};
-
-use half::f16;
-use memmap2::MmapMut;
+use std::sync::Mutex;
 
 use super::kernels::Kernels;
 use super::pool::{Parts, Pool};
-use super::vector::Outer;
-use super::{Scratch, softcap, zero_pages};
-use crate::backend::{AttentionShape, KvType};
-use crate::error::Result;
+use super::vector::{self, Outer};
+use super::{Scratch, softcap};
+use crate::backend::AttentionShape;
 
-/// Positions whose keys are stored side by side.
-const LANES: usize = 16;
+use cache::LANES;
+pub(super) use cache::{Cache, Layout};
 
-/// Where a layer's keys and values are.
-///
-/// Values are (kv_heads, positions, head_dim). Keys are (kv_heads, positions / 16, head_dim, 16), so that sixteen scores
-/// are sums of the lanes of one vector. Positions are those of the context, rounded up to a multiple of 16.
-#[derive(Clone, Copy)]
-pub(super) struct Layout {
-    kv_heads: usize,
-    positions: usize,
-    dim: usize,
-}
-
-impl Layout {
-    pub(super) fn new(shape: &AttentionShape, context: usize) -> Option<Self> {
-        let positions = context.checked_next_multiple_of(LANES)?;
-        Some(Self { kv_heads: shape.kv_heads as usize, positions, dim: shape.head_dim as usize })
-    }
-
-    /// Elements of all keys, or of all values.
-    pub(super) fn len(&self) -> Option<usize> {
-        self.kv_heads.checked_mul(self.dim)?.checked_mul(self.positions)
-    }
-
-    /// The first element of a position's values.
-    fn value(&self, head: usize, position: usize) -> usize {
-        (head * self.positions + position) * self.dim
-    }
-
-    /// The first element of a position's key; the others are [`LANES`] apart.
-    fn key(&self, head: usize, position: usize) -> usize {
-        (head * self.positions + position / LANES * LANES) * self.dim + position % LANES
-    }
-}
-
-/// Keys (or values) of one layer. Pages of their own: a cache is large and fills slowly, and memory from the allocator may
-/// have to be cleared, and so become resident, at once.
-struct Store {
-    kv_type: KvType,
-    pages: MmapMut,
-}
-
-impl Store {
-    fn new(kv_type: KvType, n: Option<usize>) -> Result<Self> {
-        let bytes = n.and_then(|n| n.checked_mul(kv_type.size()));
-        Ok(Self { kv_type, pages: zero_pages(bytes, "the KV cache")? })
-    }
-
-    fn write(&mut self, kernels: &dyn Kernels, at: usize, values: &[f32]) {
-        let range = at..at + values.len();
-        match self.kv_type {
-            KvType::F16 => {
-                kernels.narrow_f16(values, &mut bytemuck::cast_slice_mut::<u8, f16>(&mut self.pages)[range]);
-            }
-            KvType::F32 => {
-                bytemuck::cast_slice_mut::<u8, f32>(&mut self.pages)[range].copy_from_slice(values);
-            }
-        }
-    }
-
-    /// Writes `values` [`LANES`] elements apart.
-    fn scatter(&mut self, at: usize, values: &[f32]) {
-        match self.kv_type {
-            KvType::F16 => {
-                let to = &mut bytemuck::cast_slice_mut::<u8, f16>(&mut self.pages)[at..];
-                to.iter_mut().step_by(LANES).zip(values).for_each(|(to, value)| *to = f16::from_f32(*value));
-            }
-            KvType::F32 => {
-                let to = &mut bytemuck::cast_slice_mut::<u8, f32>(&mut self.pages)[at..];
-                to.iter_mut().step_by(LANES).zip(values).for_each(|(to, value)| *to = *value);
-            }
-        }
-    }
-
-    /// `len` elements from `at` on as f32, through `scratch` if they are stored as f16.
-    fn read<'a>(&'a self, kernels: &dyn Kernels, at: usize, len: usize, scratch: &'a mut [f32]) -> &'a [f32] {
-        match self.kv_type {
-            KvType::F16 => {
-                let scratch = &mut scratch[..len];
-                kernels.expand_f16(&self.pages[2 * at..2 * (at + len)], scratch);
-                scratch
-            }
-            KvType::F32 => &bytemuck::cast_slice::<u8, f32>(&self.pages)[at..at + len],
-        }
-    }
-}
-
-/// Keys and values of one layer.
-struct Pair {
-    keys: Store,
-    values: Store,
-}
-
-impl Pair {
-    fn new(kv_type: KvType, n: Option<usize>) -> Result<Self> {
-        Ok(Self { keys: Store::new(kv_type, n)?, values: Store::new(kv_type, n)? })
-    }
-}
-
-/// KV cache of one layer: leading positions may be shared with forks, the others are its own. Every store has room for
-/// the whole context and the same layout; pages never written cost nothing.
-pub(super) struct Cache {
-    /// Positions before the end belong to the store, unless an earlier entry has them; ends ascend.
-    shared: Vec<(Arc<Pair>, usize)>,
-    own: Pair,
-    kv_type: KvType,
-    layout: Layout,
-}
-
-impl Cache {
-    pub(super) fn new(kv_type: KvType, layout: Layout) -> Result<Self> {
-        Ok(Self { shared: Vec::new(), own: Pair::new(kv_type, layout.len())?, kv_type, layout })
-    }
-
-    /// A cache that shares the first `positions`; both write what follows to memory of their own.
-    pub(super) fn fork(&mut self, positions: usize) -> Result<Self> {
-        let fork = Pair::new(self.kv_type, self.layout.len())?;
-        self.truncate(positions);
-        if self.shared.last().map_or(0, |(_, end)| *end) < positions {
-            let own = Pair::new(self.kv_type, self.layout.len())?;
-            self.shared.push((Arc::new(std::mem::replace(&mut self.own, own)), positions));
-        }
-        Ok(Self { shared: self.shared.clone(), own: fork, kv_type: self.kv_type, layout: self.layout })
-    }
-
-    /// Stops sharing positions from `positions` on, which are about to be written.
-    pub(super) fn truncate(&mut self, positions: usize) {
-        let mut before = 0;
-        self.shared.retain_mut(|(_, end)| {
-            *end = (*end).min(positions);
-            let keep = *end > before;
-            before = *end;
-            keep
-        });
-    }
-
-    /// The store of position `at`, and the end of the positions it has.
-    fn at(&self, at: usize) -> (&Pair, usize) {
-        match self.shared.iter().find(|(_, end)| at < *end) {
-            Some((pair, end)) => (pair, *end),
-            None => (&self.own, usize::MAX),
-        }
-    }
-
-    /// Copies bytes of the first `positions` of every head to `out`, keys, then values, (kv_heads, positions, head_dim).
-    pub(super) fn save(&self, positions: usize, out: &mut [u8]) {
-        let size = self.kv_type.size();
-        let row = self.layout.dim * size;
-        let (keys, values) = out.split_at_mut(out.len() / 2);
-        for (rows, is_key) in [(keys, true), (values, false)] {
-            for (i, row) in rows.chunks_exact_mut(row).enumerate() {
-                let (head, position) = (i / positions, i % positions);
-                let (pair, _) = self.at(position);
-                match is_key {
-                    true => {
-                        let from = pair.keys.pages[self.layout.key(head, position) * size..].chunks(LANES * size);
-                        row.chunks_exact_mut(size).zip(from).for_each(|(to, from)| to.copy_from_slice(&from[..size]));
-                    }
-                    false => {
-                        let from = self.layout.value(head, position) * size;
-                        row.copy_from_slice(&pair.values.pages[from..from + row.len()]);
-                    }
-                }
-            }
-        }
-    }
-
-    /// Takes back what [`Self::save`] gave.
-    pub(super) fn load(&mut self, positions: usize, bytes: &[u8]) {
-        self.truncate(0);
-        let size = self.kv_type.size();
-        let row = self.layout.dim * size;
-        let (keys, values) = bytes.split_at(bytes.len() / 2);
-        for (rows, is_key) in [(keys, true), (values, false)] {
-            for (i, row) in rows.chunks_exact(row).enumerate() {
-                let (head, position) = (i / positions, i % positions);
-                match is_key {
-                    true => {
-                        let at = self.layout.key(head, position) * size;
-                        let to = self.own.keys.pages[at..].chunks_mut(LANES * size);
-                        row.chunks_exact(size).zip(to).for_each(|(from, to)| to[..size].copy_from_slice(from));
-                    }
-                    false => {
-                        let to = self.layout.value(head, position) * size;
-                        self.own.values.pages[to..to + row.len()].copy_from_slice(row);
-                    }
-                }
-            }
-        }
-    }
-}
+mod cache;
 
 /// Positions whose values are widened at a time.
 const POSITIONS: usize = 64;
+/// Positions of a split: enough that merging costs nothing beside them.
+const SPLIT: usize = 512;
 /// Tokens of a unit of work.
 pub(super) const TOKENS: usize = 8;
 
@@ -216,20 +30,38 @@ fn rows(shape: &AttentionShape) -> usize {
     TOKENS * (shape.heads / shape.kv_heads) as usize
 }
 
-/// Elements of [`Scratch::weights`] that attention needs: widened keys or values, queries, and sums of values.
+/// Elements of [`Scratch::weights`] that attention needs: widened keys or values with scales, queries, and sums of values of
+/// a split and of all.
 pub(super) fn scratch_rows(shape: &AttentionShape) -> usize {
-    (POSITIONS + 2 * rows(shape)) * shape.head_dim as usize
+    (2 * POSITIONS + 3 * rows(shape)) * shape.head_dim as usize
 }
 
-/// Elements of [`Scratch::sums`] that attention of at most `max_tokens` needs: the scores of a unit's queries.
+/// Elements of [`Scratch::sums`] that attention of at most `max_tokens` needs: the scores of a unit's queries, and what
+/// their softmax is divided by.
 pub(super) fn scratch_scores(shape: &AttentionShape, context: usize, max_tokens: usize) -> usize {
     let rows = rows(shape) / TOKENS * TOKENS.min(max_tokens);
-    rows.saturating_mul(context.saturating_add(2 * LANES))
+    rows.saturating_mul(context.min(SPLIT) + 2 * LANES + 4)
 }
 
-/// Units of the attention of `n_tokens`.
-pub(super) fn units(shape: &AttentionShape, n_tokens: usize) -> usize {
-    n_tokens.div_ceil(TOKENS) * shape.kv_heads as usize
+/// Elements of the results of splits of at most `max_tokens`: (kv_heads, splits, rows of queries, head_dim + 2).
+pub(super) fn partials_len(shape: &AttentionShape, context: usize, max_tokens: usize) -> Option<usize> {
+    if context <= SPLIT {
+        return Some(0);
+    }
+    let row = shape.head_dim as usize + 2;
+    (shape.heads as usize * TOKENS.min(max_tokens)).checked_mul(context.div_ceil(SPLIT))?.checked_mul(row)
+}
+
+/// Splits of the positions that some token of a step sees.
+fn splits_seen(position: usize, n_tokens: usize, window: usize) -> Range<usize> {
+    (position + 1).saturating_sub(window) / SPLIT..(position + n_tokens).div_ceil(SPLIT)
+}
+
+/// Units of the attention of `n_tokens` from `position` on: KV heads of a few tokens, or, where tokens are few, splits of
+/// KV heads.
+pub(super) fn units(shape: &AttentionShape, position: usize, n_tokens: usize, window: usize) -> usize {
+    let splits = if n_tokens <= TOKENS { splits_seen(position, n_tokens, window).len() } else { 1 };
+    n_tokens.div_ceil(TOKENS) * shape.kv_heads as usize * splits
 }
 
 /// See [`crate::backend::Op::RopeAppend`]. `rope` is (context, rotary_dim / 2, 2).
@@ -257,9 +89,8 @@ pub(super) fn rope_append(
             }
         }
         for h in 0..kv_heads {
-            let (key, value) = (cache.layout.key(h, position + t), cache.layout.value(h, position + t));
-            cache.own.keys.scatter(key, &row[(heads + h) * dim..][..dim]);
-            cache.own.values.write(kernels, value, &row[(heads + kv_heads + h) * dim..][..dim]);
+            let (key, value) = (&row[(heads + h) * dim..][..dim], &row[(heads + kv_heads + h) * dim..][..dim]);
+            cache.write(kernels, h, position + t, (key, value));
         }
     }
 }
@@ -277,13 +108,22 @@ pub(super) struct Inputs<'a> {
     pub(super) window: usize,
 }
 
-/// See [`crate::backend::Op::Attention`]; computes the units `part`: each a few tokens and a KV head, so that keys and
-/// values are brought once for all query heads that share them.
+impl Inputs<'_> {
+    /// Positions that token `t` sees.
+    fn seen(&self, t: usize) -> Range<usize> {
+        let end = self.position + t + 1;
+        end.saturating_sub(self.window)..end
+    }
+}
+
+/// See [`crate::backend::Op::Attention`]; computes the units `part`, each over keys and values that are brought once for all
+/// query heads that share them. Where units are splits, `partials` keeps their results until the last one of a KV head.
 pub(super) fn attention(
     pool: &mut Pool,
     scratch: &[Mutex<Scratch>],
     kernels: &dyn Kernels,
     inputs: &Inputs<'_>,
+    partials: &mut [f32],
     part: Range<usize>,
     out: &mut [f32],
 ) {
@@ -291,18 +131,83 @@ pub(super) fn attention(
     let (heads, kv_heads, dim) = (shape.heads as usize, shape.kv_heads as usize, shape.head_dim as usize);
     let width = heads / kv_heads * dim;
     let output = Parts::new(out);
+    let splits = splits_seen(inputs.position, inputs.n_tokens, inputs.window);
+    if inputs.n_tokens > TOKENS || splits.len() == 1 {
+        pool.run(part.len(), &|task, worker| {
+            let task = part.start + task;
+            // Late tokens see more keys: deal them first, so that the last tasks are short.
+            let last = inputs.n_tokens - task / kv_heads * TOKENS;
+            let unit = Unit { kv_head: task % kv_heads, tokens: last.saturating_sub(TOKENS)..last };
+            let mut scratch = scratch[worker].lock().unwrap_or_else(|e| e.into_inner());
+            let sums = unit.attend(kernels, inputs, &mut scratch);
+            for (t, sums) in unit.tokens.clone().zip(sums.chunks_exact(width)) {
+                // SAFETY: no other unit has this token and KV head.
+                unsafe { output.part(t * heads * dim + unit.kv_head * width, width) }.copy_from_slice(sums);
+            }
+        });
+        return;
+    }
+    let unit = |kv_head| Unit { kv_head, tokens: 0..inputs.n_tokens };
+    let rows = inputs.n_tokens * heads / kv_heads;
+    let split_len = rows * (dim + 2);
+    let results = Parts::new(partials);
     pool.run(part.len(), &|task, worker| {
         let task = part.start + task;
-        // Late tokens see more keys: deal them first, so that the last tasks are short.
-        let last = inputs.n_tokens - task / kv_heads * TOKENS;
-        let unit = Unit { kv_head: task % kv_heads, tokens: last.saturating_sub(TOKENS)..last };
         let mut scratch = scratch[worker].lock().unwrap_or_else(|e| e.into_inner());
-        let sums = unit.attend(kernels, inputs, &mut scratch);
-        for (t, sums) in unit.tokens.clone().zip(sums.chunks_exact(width)) {
-            // SAFETY: no other unit has this token and KV head.
-            unsafe { output.part(t * heads * dim + unit.kv_head * width, width) }.copy_from_slice(sums);
-        }
+        let mut work = Work::new(&mut scratch, rows, dim);
+        let unit = unit(task / splits.len());
+        unit.take_queries(inputs, work.queries);
+        unit.split(kernels, inputs, splits.start + task % splits.len(), &mut work);
+        // SAFETY: no other task has this number.
+        let result = unsafe { results.part(task * split_len, split_len) };
+        let (sums, stats) = result.split_at_mut(rows * dim);
+        sums.copy_from_slice(work.sums);
+        stats.copy_from_slice(work.stats.as_flattened());
     });
+    // KV heads whose last split is done now.
+    for kv_head in part.start / splits.len()..part.end / splits.len() {
+        let of_head = &mut partials[kv_head * splits.len() * split_len..][..splits.len() * split_len];
+        let (first, rest) = of_head.split_at_mut(split_len);
+        let (sums, stats) = first.split_at_mut(rows * dim);
+        for next in rest.chunks_exact(split_len) {
+            let (more, more_stats) = next.split_at(rows * dim);
+            merge((sums, stats.as_chunks_mut().0), (more, more_stats.as_chunks().0), dim);
+        }
+        divide(sums, stats.as_chunks().0, dim);
+        for (t, sums) in sums.chunks_exact(width).enumerate() {
+            out[t * heads * dim + kv_head * width..][..width].copy_from_slice(sums);
+        }
+    }
+}
+
+/// Largest score of a row, and the sum of the exponentials of the distances from it.
+type Stats = [f32; 2];
+
+/// Adds the results of a split to those of the splits before it, row by row.
+fn merge((sums, stats): (&mut [f32], &mut [Stats]), (more, more_stats): (&[f32], &[Stats]), dim: usize) {
+    let rows = sums.chunks_exact_mut(dim).zip(stats).zip(more.chunks_exact(dim).zip(more_stats));
+    for ((sums, stats), (more, more_stats)) in rows {
+        if more_stats[1] == 0.0 {
+            continue;
+        }
+        if stats[1] == 0.0 {
+            sums.copy_from_slice(more);
+            *stats = *more_stats;
+            continue;
+        }
+        let most = stats[0].max(more_stats[0]);
+        let [before, now] = [stats[0], more_stats[0]].map(|of| vector::exp(of - most));
+        sums.iter_mut().zip(more).for_each(|(sum, more)| *sum = *sum * before + more * now);
+        *stats = [most, stats[1] * before + more_stats[1] * now];
+    }
+}
+
+/// Makes weighted sums of values weighted means.
+fn divide(sums: &mut [f32], stats: &[Stats], dim: usize) {
+    for (sums, [_, total]) in sums.chunks_exact_mut(dim).zip(stats) {
+        let factor = 1.0 / total;
+        sums.iter_mut().for_each(|sum| *sum *= factor);
+    }
 }
 
 /// Tokens and the KV head that they look at.
@@ -311,48 +216,93 @@ struct Unit {
     tokens: Range<usize>,
 }
 
+/// Scratch memory of a unit; rows are tokens and query heads of the KV head.
+struct Work<'a> {
+    widened: &'a mut [f32],
+    /// (rows, head_dim), scaled.
+    queries: &'a mut [f32],
+    /// (rows, head_dim): sums of values of the last split.
+    sums: &'a mut [f32],
+    /// By row.
+    stats: &'a mut [Stats],
+    /// The same of all splits so far.
+    all_sums: &'a mut [f32],
+    all_stats: &'a mut [Stats],
+    /// (rows, positions of the split)
+    scores: &'a mut [f32],
+}
+
+impl<'a> Work<'a> {
+    fn new(scratch: &'a mut Scratch, rows: usize, dim: usize) -> Self {
+        let (widened, rest) = scratch.weights.split_at_mut(2 * POSITIONS * dim);
+        let (queries, rest) = rest.split_at_mut(rows * dim);
+        let (sums, rest) = rest.split_at_mut(rows * dim);
+        let (stats, scores) = scratch.sums.split_at_mut(4 * rows);
+        let (stats, all_stats) = stats.as_chunks_mut().0.split_at_mut(rows);
+        Self { widened, queries, sums, stats, all_sums: &mut rest[..rows * dim], all_stats, scores }
+    }
+}
+
 impl Unit {
-    /// The sums of values, (tokens, query heads of the KV head, head_dim).
+    /// The weighted means of values, (tokens, query heads of the KV head, head_dim).
     fn attend<'a>(&self, kernels: &dyn Kernels, inputs: &Inputs<'_>, scratch: &'a mut Scratch) -> &'a [f32] {
         let shape = &inputs.shape;
         let (group, dim) = ((shape.heads / shape.kv_heads) as usize, shape.head_dim as usize);
-        let rows = self.tokens.len() * group;
-        let (widened, rest) = scratch.weights.split_at_mut(POSITIONS * dim);
-        let (queries, rest) = rest.split_at_mut(rows * dim);
-        let sums = &mut rest[..rows * dim];
-        for (t, queries) in self.tokens.clone().zip(queries.chunks_exact_mut(group * dim)) {
-            let from = &inputs.qkv[t * inputs.qkv_width + self.kv_head * group * dim..][..group * dim];
+        let mut work = Work::new(scratch, self.tokens.len() * group, dim);
+        self.take_queries(inputs, work.queries);
+        work.all_stats.fill([0.0; 2]);
+        for split in splits_seen(inputs.position + self.tokens.start, self.tokens.len(), inputs.window) {
+            self.split(kernels, inputs, split, &mut work);
+            merge((work.all_sums, work.all_stats), (work.sums, work.stats), dim);
+        }
+        divide(work.all_sums, work.all_stats, dim);
+        work.all_sums
+    }
+
+    fn take_queries(&self, inputs: &Inputs<'_>, queries: &mut [f32]) {
+        let width = queries.len() / self.tokens.len();
+        for (t, queries) in self.tokens.clone().zip(queries.chunks_exact_mut(width)) {
+            let from = &inputs.qkv[t * inputs.qkv_width + self.kv_head * width..][..width];
             queries.iter_mut().zip(from).for_each(|(to, from)| *to = from * inputs.scale);
         }
-        // Positions that each token sees.
+    }
+
+    /// Sums of values over the positions of a split, each times the exponential of its score's distance from the largest
+    /// one of the split.
+    fn split(&self, kernels: &dyn Kernels, inputs: &Inputs<'_>, split: usize, work: &mut Work<'_>) {
+        let shape = &inputs.shape;
+        let (group, dim) = ((shape.heads / shape.kv_heads) as usize, shape.head_dim as usize);
+        // Positions of the split that some token sees, and those that each one sees.
+        let begin = (inputs.seen(self.tokens.start).start / LANES * LANES).max(split * SPLIT);
+        let end = inputs.seen(self.tokens.end - 1).end.min((split + 1) * SPLIT);
         let seen = |t: usize| {
-            let end = inputs.position + t + 1;
-            end.saturating_sub(inputs.window)..end
+            let seen = inputs.seen(t);
+            seen.start.clamp(begin, end)..seen.end.clamp(begin, end)
         };
-        let (first, end) = (seen(self.tokens.start).start / LANES * LANES, seen(self.tokens.end - 1).end);
-        let stride = (end - first).next_multiple_of(LANES);
-        let scores = &mut scratch.sums[..rows * stride];
-        for block in (first..end).step_by(LANES) {
-            self.scores(kernels, inputs, block, end, queries, widened, &mut scores[block - first..], stride);
+        let stride = (end - begin).next_multiple_of(LANES);
+        let scores = &mut work.scores[..work.stats.len() * stride];
+        for block in (begin..end).step_by(LANES) {
+            self.scores(kernels, inputs, block, end, work.queries, work.widened, &mut scores[block - begin..], stride);
         }
-        for (t, scores) in self.tokens.clone().zip(scores.chunks_exact_mut(group * stride)) {
+        let rows = scores.chunks_exact_mut(group * stride).zip(work.stats.chunks_exact_mut(group));
+        for (t, (scores, stats)) in self.tokens.clone().zip(rows) {
             let seen = seen(t);
-            for scores in scores.chunks_exact_mut(stride) {
-                let scores = &mut scores[seen.start - first..seen.end - first];
+            for (scores, stats) in scores.chunks_exact_mut(stride).zip(stats) {
+                let scores = &mut scores[seen.start - begin..seen.end - begin];
                 if inputs.softcap.is_some() {
                     scores.iter_mut().for_each(|score| *score = softcap(*score, inputs.softcap));
                 }
-                kernels.softmax(scores);
+                let (most, sum) = kernels.exponentials(scores);
+                *stats = [most, sum];
             }
         }
-        sums.fill(0.0);
-        let mut next = first;
+        work.sums.fill(0.0);
+        let mut next = begin;
         while next < end {
             let from = next;
-            let (store, store_end) = inputs.cache.at(from);
-            next = (from / POSITIONS * POSITIONS + POSITIONS).min(end).min(store_end);
-            let at = inputs.cache.layout.value(self.kv_head, from);
-            let values = store.values.read(kernels, at, (next - from) * dim, widened);
+            let positions = from..(from / POSITIONS * POSITIONS + POSITIONS).min(end);
+            let (values, n) = inputs.cache.values(kernels, self.kv_head, positions, work.widened);
+            next += n;
             let part = |t: usize| seen(t).start.clamp(from, next)..seen(t).end.clamp(from, next);
             // Tokens that see the same of these positions are computed together.
             let mut t = self.tokens.start;
@@ -365,14 +315,13 @@ impl Unit {
                     continue;
                 }
                 kernels.outer(
-                    (&scores[row * stride + part_of_t.start - first..], stride),
+                    (&scores[row * stride + part_of_t.start - begin..], stride),
                     (&values[(part_of_t.start - from) * dim..], dim),
-                    (&mut sums[row * dim..], dim),
+                    (&mut work.sums[row * dim..], dim),
                     Outer { rows: alike * group, depth: part_of_t.len(), columns: dim, add: true },
                 );
             }
         }
-        sums
     }
 
     /// Scores of the block of positions from `block` on, those from `end` on being anything; rows are `stride` apart.
@@ -389,13 +338,11 @@ impl Unit {
         stride: usize,
     ) {
         let dim = inputs.shape.head_dim as usize;
-        let at = inputs.cache.layout.key(self.kv_head, block);
         let extents = Outer { rows: queries.len() / dim, depth: dim, columns: LANES, add: false };
         let stop = end.min(block + LANES);
         let mut next = block;
         while next < stop {
-            let (store, store_end) = inputs.cache.at(next);
-            let keys = store.keys.read(kernels, at, dim * LANES, widened);
+            let (keys, store_end) = inputs.cache.keys(kernels, self.kv_head, next, widened);
             if next == block && store_end >= stop {
                 kernels.outer((queries, dim), (keys, LANES), (scores, stride), extents);
                 return;
@@ -411,3 +358,6 @@ impl Unit {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

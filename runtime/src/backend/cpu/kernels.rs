@@ -45,8 +45,14 @@ pub(super) trait Kernels: Send + Sync {
     /// y[i] += a * x[i]
     fn axpy(&self, a: f32, x: &[f32], y: &mut [f32]);
 
-    /// Replaces numbers by their softmax.
-    fn softmax(&self, x: &mut [f32]);
+    /// Replaces numbers by e^(x - m), m the largest; returns m and the sum of what they became.
+    fn exponentials(&self, x: &mut [f32]) -> (f32, f32);
+
+    /// Widens rows of `dim` codes, see [`vector::expand_q8`].
+    fn expand_q8(&self, codes: &[i8], scales: &[f32], dim: usize, out: &mut [f32]);
+
+    /// Widens rows of sixteen codes, see [`vector::expand_q8_lanes`].
+    fn expand_q8_lanes(&self, codes: &[i8], scales: &[f32], out: &mut [f32]);
 
     /// out[i] = silu(gate[i]) * up[i]
     fn silu(&self, gate: &[f32], up: &[f32], out: &mut [f32]);
@@ -181,8 +187,16 @@ impl Kernels for Portable {
         }
     }
 
-    fn softmax(&self, x: &mut [f32]) {
-        vector::softmax(x);
+    fn exponentials(&self, x: &mut [f32]) -> (f32, f32) {
+        vector::exponentials(x)
+    }
+
+    fn expand_q8(&self, codes: &[i8], scales: &[f32], dim: usize, out: &mut [f32]) {
+        vector::expand_q8(codes, scales, dim, out);
+    }
+
+    fn expand_q8_lanes(&self, codes: &[i8], scales: &[f32], out: &mut [f32]) {
+        vector::expand_q8_lanes(codes, scales, out);
     }
 
     fn silu(&self, gate: &[f32], up: &[f32], out: &mut [f32]) {
@@ -264,6 +278,21 @@ mod tests {
             Portable.expand_f16(&halves, &mut expected);
             kernels.expand_f16(&halves, &mut found);
             assert_eq!(expected, found, "{}", kernels.name());
+            for (dim, groups) in [(8, 1), (32, 1), (80, 3), (128, 4)] {
+                let codes: Vec<i8> = (0..16 * dim).map(|_| random(&mut seed) as i8).collect();
+                let scales = floats(16 * groups, &mut seed);
+                let (mut expected, mut found) = (vec![f32::NAN; 16 * dim], vec![f32::NAN; 16 * dim]);
+                for (i, out) in expected.iter_mut().enumerate() {
+                    *out = f32::from(codes[i]) * scales[i / dim * groups + i % dim / 32];
+                }
+                kernels.expand_q8(&codes, &scales, dim, &mut found);
+                assert_eq!(expected, found, "{}", kernels.name());
+                for (i, out) in expected.iter_mut().enumerate() {
+                    *out = f32::from(codes[i]) * scales[i / 16 / 32 * 16 + i % 16];
+                }
+                kernels.expand_q8_lanes(&codes, &scales, &mut found);
+                assert_eq!(expected, found, "{}", kernels.name());
+            }
             let values = floats(53, &mut seed);
             let (mut expected, mut found) = (vec![half::f16::NAN; 53], vec![half::f16::NAN; 53]);
             Portable.narrow_f16(&values, &mut expected);

@@ -61,6 +61,7 @@ pub(crate) fn runner_bytes(program: &Program, config: &RunnerConfig) -> u64 {
     let sampling = 3 * u64::from(program.vocab_size);
     let floats = activations.fold(ropes + sampling + gathered_len(program, config), u64::saturating_add);
     let floats = floats.saturating_add((weights as u64).saturating_add(sums as u64).saturating_mul(threads as u64));
+    let floats = floats.saturating_add(partials_len(program, config).map_or(u64::MAX, |len| len as u64));
     let kv = super::kv_bytes(program, config.kv_type.unwrap_or(KvType::F32), config.context);
     let all = floats.saturating_mul(4).saturating_add(kv).saturating_add(integer::bytes(program, config));
     all.saturating_add(rounded_head(program, config))
@@ -87,6 +88,11 @@ fn gathered_len(program: &Program, config: &RunnerConfig) -> u64 {
         _ => None,
     });
     inputs.map(|(x, out)| u64::from(out.rows(config)).saturating_mul(u64::from(x.width))).max().unwrap_or(0)
+}
+
+/// Elements of the results of attention's splits.
+fn partials_len(program: &Program, config: &RunnerConfig) -> Option<usize> {
+    attention::partials_len(&program.attention, config.context as usize, config.max_tokens as usize)
 }
 
 /// Elements of the two parts of [`Scratch`].

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use super::pool::Pool;
 use super::weights::Weights;
 use super::{
-    Cpu, Scratch, attention, fitting, gathered_len, integer, kernels, matmul, out_of_memory, runner_bytes, scratch,
-    zeros,
+    Cpu, Scratch, attention, fitting, gathered_len, integer, kernels, matmul, out_of_memory, partials_len,
+    runner_bytes, scratch, zeros,
 };
 use crate::backend::{
     Backend, Budget, BufferId, KvType, LogitsRows, Op, Program, Progress, Rows, Runner, RunnerConfig, Sharing, Step,
@@ -45,6 +45,8 @@ pub(super) struct CpuRunner {
     buffers: Vec<Vec<f32>>,
     /// Keys and values of each layer.
     caches: Vec<attention::Cache>,
+    /// Results of attention's splits.
+    partials: Vec<f32>,
     /// Rotary tables, (context, rotary_dim / 2, 2).
     ropes: Vec<Vec<f32>>,
     /// Inputs of experts.
@@ -101,12 +103,12 @@ impl CpuRunner {
                 )
             })
             .collect::<Result<Vec<_>>>()?;
-        let layout = attention::Layout::new(&shape, context);
-        let whole = layout.and_then(|l| l.len()?.checked_mul(2 * program.layers as usize)?.checked_mul(kv_type.size()));
+        let layout = attention::Layout::new(&shape, context, kv_type);
+        let whole = layout.and_then(|layout| layout.bytes()?.checked_mul(2 * program.layers as usize));
         // Checked as a whole first: each layer alone could still fit.
         fitting(whole, &format!("a KV cache of {context} tokens"))?;
         let layout = layout.ok_or_else(|| out_of_memory("a KV cache", "more than 2^64"))?;
-        let caches = (0..program.layers).map(|_| attention::Cache::new(kv_type, layout)).collect::<Result<Vec<_>>>()?;
+        let caches = (0..program.layers).map(|_| attention::Cache::new(layout)).collect::<Result<Vec<_>>>()?;
         let rope_len = context.checked_mul(shape.rotary_dim as usize);
         let ropes =
             (0..program.rope_tables).map(|_| zeros(rope_len, "the rotary table")).collect::<Result<Vec<_>>>()?;
@@ -137,6 +139,7 @@ impl CpuRunner {
             scratch,
             buffers,
             caches,
+            partials: zeros(partials_len(&program, config), "attention of the splits")?,
             ropes,
             gathered: Gathered { x: Vec::with_capacity(gathered), ..Gathered::default() },
             rounded,
@@ -193,12 +196,20 @@ impl CpuRunner {
                 };
                 (if rows == 0 { 0 } else { blocks }, self.width(x) * work, 2)
             }
-            Op::Attention { out, .. } => {
+            Op::Attention { out, window, .. } => {
                 let shape = &self.program.attention;
-                let seen = self.cursor.position as usize + n_tokens;
+                let position = self.cursor.position as usize;
+                let window = window.map_or(usize::MAX, |window| window as usize);
+                let heads = n_tokens.div_ceil(attention::TOKENS) * shape.kv_heads as usize;
+                let units = match self.caches.is_empty() {
+                    // Of several sessions, which have as many splits as they have positions.
+                    true => heads,
+                    false => attention::units(shape, position, n_tokens, window),
+                };
                 let tokens = n_tokens.min(attention::TOKENS);
-                let work = 2 * tokens * seen * self.width(out) / shape.kv_heads as usize;
-                (attention::units(shape, n_tokens), work, 3)
+                let seen = (position + n_tokens).min(window.saturating_add(n_tokens));
+                let of_head = 2 * tokens * seen * self.width(out) / shape.kv_heads as usize;
+                (units, of_head * heads / units.max(1), 3)
             }
         }
     }

@@ -1,11 +1,15 @@
 //! Loops over rows of numbers, written plainly: every instruction set inlines and so compiles them for itself.
 
+use half::f16;
+
+use crate::backend::Q8_GROUP;
+
 /// Numbers that such a loop takes at a time.
 const LANES: usize = 16;
 
 /// e^x within 2 units in the last place; at most e^88, at least e^-87. NaN stays NaN.
 #[inline(always)]
-fn exp(x: f32) -> f32 {
+pub(super) fn exp(x: f32) -> f32 {
     /// Added to a small number, it rounds it to an integer, which then stands in the low bits.
     const ROUND: f32 = 12_582_912.0;
     /// ln 2 in two parts, the first of which has few bits, so that its multiples are exact.
@@ -20,9 +24,9 @@ fn exp(x: f32) -> f32 {
     e * f32::from_bits((shifted.to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(127)) << 23)
 }
 
-/// Replaces numbers by their softmax.
+/// Replaces numbers by e^(x - m), m the largest; returns m and the sum of what they became.
 #[inline(always)]
-pub(super) fn softmax(x: &mut [f32]) {
+pub(super) fn exponentials(x: &mut [f32]) -> (f32, f32) {
     let mut most = [f32::NEG_INFINITY; LANES];
     let (chunks, rest) = x.as_chunks::<LANES>();
     for chunk in chunks {
@@ -44,8 +48,45 @@ pub(super) fn softmax(x: &mut [f32]) {
         *x = exp(*x - most);
         sum += *x;
     }
-    let factor = 1.0 / sum;
-    x.iter_mut().for_each(|x| *x *= factor);
+    (most, sum)
+}
+
+/// Rounds a group of numbers to the codes of [`crate::backend::KvType::Q8`]; returns their scale. NaN becomes 0.
+pub(super) fn round_q8(x: &[f32], codes: &mut [i8]) -> f16 {
+    let most = x.iter().fold(0.0f32, |most, x| most.max(x.abs())).min(f16::MAX.to_f32());
+    let scale = f16::from_f32(most / 127.0);
+    let wide = scale.to_f32();
+    let inverse = if wide > 0.0 { 1.0 / wide } else { 0.0 };
+    for (x, code) in x.iter().zip(codes) {
+        *code = (x * inverse).clamp(-127.0, 127.0).round_ties_even() as i8;
+    }
+    scale
+}
+
+/// Widens rows of `dim` codes, each with a scale for every [`Q8_GROUP`] of them.
+#[inline(always)]
+pub(super) fn expand_q8(codes: &[i8], scales: &[f32], dim: usize, out: &mut [f32]) {
+    let rows = codes.chunks_exact(dim).zip(scales.chunks_exact(dim.div_ceil(Q8_GROUP)));
+    for ((codes, scales), out) in rows.zip(out.chunks_exact_mut(dim)) {
+        for ((codes, scale), out) in codes.chunks(Q8_GROUP).zip(scales).zip(out.chunks_mut(Q8_GROUP)) {
+            for (out, code) in out.iter_mut().zip(codes) {
+                *out = f32::from(*code) * scale;
+            }
+        }
+    }
+}
+
+/// Widens rows of sixteen codes, with sixteen scales for every [`Q8_GROUP`] rows.
+#[inline(always)]
+pub(super) fn expand_q8_lanes(codes: &[i8], scales: &[f32], out: &mut [f32]) {
+    let groups = codes.chunks(Q8_GROUP * LANES).zip(scales.as_chunks::<LANES>().0);
+    for ((codes, scales), out) in groups.zip(out.chunks_mut(Q8_GROUP * LANES)) {
+        for (codes, out) in codes.as_chunks::<LANES>().0.iter().zip(out.as_chunks_mut::<LANES>().0) {
+            for ((out, code), scale) in out.iter_mut().zip(codes).zip(scales) {
+                *out = f32::from(*code) * scale;
+            }
+        }
+    }
 }
 
 /// out[i] = silu(gate[i]) * up[i]
@@ -119,19 +160,41 @@ mod tests {
     }
 
     #[test]
-    fn softmax_adds_up_to_one() {
+    fn exponentials_are_of_the_distance_from_the_largest() {
         for n in [1, 5, 16, 33, 100] {
             let mut x: Vec<f32> = (0..n).map(|i| (i as f32 * 0.7).sin() * 20.0).collect();
             let largest = x.iter().fold(f32::MIN, |a, &b| a.max(b));
-            let sum: f64 = x.iter().map(|&v| f64::from(v - largest).exp()).sum();
-            let expected: Vec<f64> = x.iter().map(|&v| f64::from(v - largest).exp() / sum).collect();
-            softmax(&mut x);
+            let expected: Vec<f64> = x.iter().map(|&v| f64::from(v - largest).exp()).collect();
+            let (most, sum) = exponentials(&mut x);
+            assert_eq!(most, largest);
+            assert!((f64::from(sum) / expected.iter().sum::<f64>() - 1.0).abs() < 1e-6);
             for (found, expected) in x.iter().zip(expected) {
                 assert!((f64::from(*found) - expected).abs() < 1e-6);
             }
         }
         let mut bad = [0.0, f32::NAN, 1.0];
-        softmax(&mut bad);
-        assert!(bad.iter().any(|v| v.is_nan()));
+        assert!(exponentials(&mut bad).1.is_nan());
+    }
+
+    #[test]
+    fn codes_of_8_bits_are_within_half_a_step() {
+        for n in [1, 7, 31, Q8_GROUP] {
+            for factor in [1e-3, 1.0, 300.0] {
+                let x: Vec<f32> = (0..n).map(|i| (i as f32 * 1.7 + 0.3).sin() * factor).collect();
+                let mut codes = vec![0; n];
+                let scale = round_q8(&x, &mut codes).to_f32();
+                let most = x.iter().fold(0.0f32, |most, x| most.max(x.abs()));
+                assert!((scale * 127.0 / most - 1.0).abs() < 1e-2);
+                for (x, code) in x.iter().zip(codes) {
+                    // The largest one may lie beyond the last code by what the scale was rounded by.
+                    assert!((x - f32::from(code) * scale).abs() <= 0.57 * scale, "{x} with {code} of {scale}");
+                }
+            }
+        }
+        let mut codes = [1; 4];
+        assert_eq!(round_q8(&[0.0; 4], &mut codes), f16::ZERO);
+        assert_eq!(codes, [0; 4]);
+        assert_eq!(round_q8(&[f32::NAN, 0.0, f32::INFINITY, -2.0], &mut codes).to_f32(), 516.0);
+        assert_eq!(codes, [0, 0, 127, 0]);
     }
 }

@@ -84,9 +84,19 @@ impl Kernels for Avx2 {
         unsafe { axpy_avx2(a, x, y) }
     }
 
-    fn softmax(&self, x: &mut [f32]) {
+    fn exponentials(&self, x: &mut [f32]) -> (f32, f32) {
         // SAFETY: `self` proves AVX2 and FMA.
-        unsafe { softmax_avx2(x) }
+        unsafe { exponentials_avx2(x) }
+    }
+
+    fn expand_q8(&self, codes: &[i8], scales: &[f32], dim: usize, out: &mut [f32]) {
+        // SAFETY: `self` proves AVX2 and FMA.
+        unsafe { expand_q8_avx2(codes, scales, dim, out) }
+    }
+
+    fn expand_q8_lanes(&self, codes: &[i8], scales: &[f32], out: &mut [f32]) {
+        // SAFETY: `self` proves AVX2 and FMA.
+        unsafe { expand_q8_lanes_avx2(codes, scales, out) }
     }
 
     fn silu(&self, gate: &[f32], up: &[f32], out: &mut [f32]) {
@@ -209,8 +219,16 @@ impl Kernels for Avx512 {
         self.avx2.axpy(a, x, y);
     }
 
-    fn softmax(&self, x: &mut [f32]) {
-        self.avx2.softmax(x);
+    fn exponentials(&self, x: &mut [f32]) -> (f32, f32) {
+        self.avx2.exponentials(x)
+    }
+
+    fn expand_q8(&self, codes: &[i8], scales: &[f32], dim: usize, out: &mut [f32]) {
+        self.avx2.expand_q8(codes, scales, dim, out);
+    }
+
+    fn expand_q8_lanes(&self, codes: &[i8], scales: &[f32], out: &mut [f32]) {
+        self.avx2.expand_q8_lanes(codes, scales, out);
     }
 
     fn silu(&self, gate: &[f32], up: &[f32], out: &mut [f32]) {
@@ -448,8 +466,18 @@ fn axpy_avx2(a: f32, x: &[f32], y: &mut [f32]) {
 }
 
 #[target_feature(enable = "avx2,fma")]
-fn softmax_avx2(x: &mut [f32]) {
-    vector::softmax(x);
+fn exponentials_avx2(x: &mut [f32]) -> (f32, f32) {
+    vector::exponentials(x)
+}
+
+#[target_feature(enable = "avx2,fma")]
+fn expand_q8_avx2(codes: &[i8], scales: &[f32], dim: usize, out: &mut [f32]) {
+    vector::expand_q8(codes, scales, dim, out);
+}
+
+#[target_feature(enable = "avx2,fma")]
+fn expand_q8_lanes_avx2(codes: &[i8], scales: &[f32], out: &mut [f32]) {
+    vector::expand_q8_lanes(codes, scales, out);
 }
 
 #[target_feature(enable = "avx2,fma")]

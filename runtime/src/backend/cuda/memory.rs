@@ -88,6 +88,9 @@ impl Memory {
         separate: bool,
     ) -> Result<Self> {
         let kv_type = config.kv_type.unwrap_or(KvType::F16);
+        if kv_type == KvType::Q8 {
+            return Err(Error::new(ErrorKind::Unsupported, "CUDA has no KV cache of 8 bits"));
+        }
         let shape = program.attention;
         let kv = kv_bytes(program, kv_type, config.context);
         let free = gpu.free_memory()?;

@@ -306,7 +306,7 @@ impl CudaRunner {
     /// The keys and values of the first `n` positions as rows on the device.
     fn kv_rows(&self, n: u32) -> Rows {
         let shape = self.program.attention;
-        let position = shape.head_dim as usize * self.memory.kv_type.size();
+        let position = self.memory.kv_type.row_bytes(shape.head_dim) as usize;
         Rows {
             width: n as usize * position,
             rows: 2 * (self.program.layers * shape.kv_heads) as usize,

@@ -35,7 +35,8 @@ pub(super) struct Memory<B = wgpu::Buffer> {
     pub(super) dummy: B,
     /// Bound where a kernel writes nothing.
     pub(super) unread: B,
-    /// Keys and values by layer behind the prefix: (kv_heads, context - prefix, head_dim) each.
+    /// Keys and values by layer behind the prefix: (kv_heads, context - prefix, head_dim) each, then their scales if they
+    /// have any.
     caches: Vec<(B, B)>,
     /// The first positions, if they are shared.
     pub(super) prefix: Option<Arc<Prefix>>,
@@ -222,14 +223,14 @@ impl<B> Memory<B> {
 /// of positions, beyond the last one too.
 fn cache_bytes(program: &Program, config: &RunnerConfig, prefix: u32) -> u64 {
     let kv_type = config.kv_type.unwrap_or(KvType::F16);
-    let beyond = size(&[attention_coop::SPAN, program.attention.head_dim], kv_type.size() as u64);
+    let beyond = size(&[attention_coop::SPAN], kv_type.row_bytes(program.attention.head_dim));
     part_bytes(program, kv_type, config.context.saturating_sub(prefix)).saturating_add(beyond)
 }
 
 /// Bytes of the keys of `positions` positions of one layer, and of its values.
 fn part_bytes(program: &Program, kv_type: KvType, positions: u32) -> u64 {
     let shape = program.attention;
-    size(&[shape.kv_heads, positions, shape.head_dim], kv_type.size() as u64)
+    size(&[shape.kv_heads, positions], kv_type.row_bytes(shape.head_dim))
 }
 
 fn size(factors: &[u32], bytes: u64) -> u64 {

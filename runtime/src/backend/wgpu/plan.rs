@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use awqua_shaders::{
     Cost, Dense, FLAG_ACCUMULATE, FLAG_BIAS, FLAG_CENTER, FLAG_FACTORS, FLAG_ORDER, FLAG_SEGMENTS, Kernel, Kv, Packed,
-    RowMode, Step, Variant, arrange, embed, embed_packed, glu, head_norm, norm, rope_append, scale, uniform_bytes,
+    RowMode, Step, Variant, arrange, embed, embed_packed, glu, head_norm, norm, rope_append, rope_append_q8, scale,
+    uniform_bytes,
 };
 use bytemuck::Pod;
 use wgpu::BufferUsages;
@@ -495,6 +496,20 @@ impl<'a> Planner<'a> {
         let (keys, values) = self.memory.cache(layer)?;
         let storage = vec![self.buffer(qkv), table, keys.clone(), values.clone()];
         let kv = self.variant().kv;
+        if kv == Kv::Q8 {
+            if !rope_append_q8::handles(shape.head_dim) {
+                let dim = shape.head_dim;
+                return Err(unsupported(&format!(
+                    "a KV cache of 8 bits with heads of {dim} elements, not of whole eights"
+                )));
+            }
+            let launch = move |step: &Step| Launch {
+                grid: rope_append_q8::grid(&params, step.n_tokens),
+                cost: rope_append_q8::cost(&params, step.n_tokens),
+            };
+            let draft = self.draft(&rope_append_q8::KERNEL, self.variant(), &params, storage, launch)?;
+            return Ok(DraftOp::always(RowMode::All, vec![draft]));
+        }
         let launch = move |step: &Step| Launch {
             grid: rope_append::grid(&params, step.n_tokens),
             cost: rope_append::cost(&params, kv, step.n_tokens),
@@ -523,6 +538,7 @@ impl<'a> Planner<'a> {
         let kv = match self.memory.kv_type {
             KvType::F16 => Kv::F16,
             KvType::F32 => Kv::F32,
+            KvType::Q8 => Kv::Q8,
         };
         let WgpuBackend { elem, reduce, size, .. } = *self.backend;
         Variant { elem, reduce, kv, size, ..Variant::default() }

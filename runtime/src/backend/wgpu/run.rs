@@ -97,6 +97,8 @@ struct KvRange {
     layer: u32,
     values: bool,
     head: u32,
+    /// Their scales instead of their elements.
+    scales: bool,
     positions: std::ops::Range<u32>,
 }
 
@@ -257,33 +259,44 @@ impl WgpuRunner {
     fn kv_ranges(&self, from: u32, to: u32) -> impl Iterator<Item = KvRange> + use<> {
         let edge = self.memory.shared().clamp(from, to.max(from));
         let (layers, heads) = (self.program.layers, self.program.attention.kv_heads);
+        let parts: &[bool] = if self.memory.kv_type == KvType::Q8 { &[false, true] } else { &[false] };
         (0..layers).flat_map(move |layer| {
             [false, true].into_iter().flat_map(move |values| {
                 (0..heads).flat_map(move |head| {
-                    [from..edge, edge..to]
-                        .into_iter()
-                        .filter(|positions| !positions.is_empty())
-                        .map(move |positions| KvRange { layer, values, head, positions })
+                    parts.iter().flat_map(move |&scales| {
+                        [from..edge, edge..to]
+                            .into_iter()
+                            .filter(|positions| !positions.is_empty())
+                            .map(move |positions| KvRange { layer, values, head, scales, positions })
+                    })
                 })
             })
         })
     }
 
-    /// Bytes of a position of one head.
-    fn position_bytes(&self) -> u64 {
-        u64::from(self.program.attention.head_dim) * self.memory.kv_type.size() as u64
+    /// First byte and bytes of a piece in a buffer of `lines` positions a head, of which the first is `first`: elements of
+    /// all heads, then scales of all heads.
+    fn bytes_of(&self, range: &KvRange, first: u32, lines: u32) -> (u64, u64) {
+        let shape = self.program.attention;
+        let kv_type = self.memory.kv_type;
+        let codes = kv_type.code_bytes(shape.head_dim);
+        let (start, row) = match range.scales {
+            false => (0, codes),
+            true => (u64::from(shape.kv_heads) * u64::from(lines) * codes, kv_type.scale_bytes(shape.head_dim)),
+        };
+        let line = u64::from(range.head) * u64::from(lines) + u64::from(range.positions.start - first);
+        (start + line * row, range.positions.len() as u64 * row)
     }
 
     /// Where a piece of the cache lies: buffer, byte and bytes.
     fn locate(&self, range: &KvRange) -> Result<(&wgpu::Buffer, u64, u64)> {
-        let (position, shared) = (self.position_bytes(), self.memory.shared());
+        let shared = self.memory.shared();
         let ((keys, values), first, lines) = match range.positions.start < shared {
             true => (self.memory.shared_cache(range.layer)?, 0, shared),
             false => (self.memory.cache(range.layer)?, shared, self.config.context - shared),
         };
-        let line = u64::from(range.head) * u64::from(lines) + u64::from(range.positions.start - first);
-        let buffer = if range.values { values } else { keys };
-        Ok((buffer, line * position, range.positions.len() as u64 * position))
+        let (offset, bytes) = self.bytes_of(range, first, lines);
+        Ok((if range.values { values } else { keys }, offset, bytes))
     }
 
     /// Positions of which a split of few tokens never has a part only.
@@ -316,9 +329,8 @@ impl WgpuRunner {
         for range in self.kv_ranges(0, len) {
             let (from, offset, bytes) = self.locate(&range)?;
             let (keys, values) = prefix.cache(range.layer)?;
-            let line = u64::from(range.head) * u64::from(len) + u64::from(range.positions.start);
             let to = if range.values { values } else { keys };
-            encoder.copy_buffer_to_buffer(from, offset, to, line * self.position_bytes(), bytes);
+            encoder.copy_buffer_to_buffer(from, offset, to, self.bytes_of(&range, 0, len).0, bytes);
         }
         gpu.submit(Some(encoder.finish()));
         Ok(prefix)

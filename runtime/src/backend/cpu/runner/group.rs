@@ -6,7 +6,9 @@ use std::time::Duration;
 use super::super::weights::Weights;
 use super::{Cpu, CpuRunner, attention};
 use crate::backend::group::{check_next, own};
-use crate::backend::{Budget, Group, LogitsRows, Members, Next, Op, Program, Progress, Runner, RunnerConfig, kv_bytes};
+use crate::backend::{
+    Budget, Group, KvType, LogitsRows, Members, Next, Op, Program, Progress, Runner, RunnerConfig, kv_bytes,
+};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Activations for the rows of a pass, threads and scratch memory; caches are those of the members.
@@ -23,7 +25,7 @@ impl CpuGroup {
     pub(in super::super) fn new(backend: Arc<Cpu>, program: &Program, config: &RunnerConfig) -> Result<Self> {
         let program = Arc::new(Program { layers: 0, rope_tables: 0, ..program.clone() });
         let config = RunnerConfig { max_logits_rows: config.max_tokens, ..config.clone() };
-        debug_assert_eq!(kv_bytes(&program, crate::backend::KvType::F32, config.context), 0);
+        debug_assert_eq!(kv_bytes(&program, KvType::F32, config.context), 0);
         let positions = Vec::with_capacity(config.max_tokens as usize);
         Ok(Self { rows: CpuRunner::new(backend, program, &config)?, positions })
     }
@@ -79,22 +81,25 @@ fn run_op(
                             break 'units;
                         }
                     };
+                    let inputs = attention::Inputs {
+                        qkv: &rows.buffers[qkv.0 as usize][row * qkv_width..][..qkv_width],
+                        qkv_width,
+                        cache: &member.caches[layer as usize],
+                        shape,
+                        position: positions[row] as usize,
+                        n_tokens: 1,
+                        scale,
+                        softcap,
+                        window: window.map_or(usize::MAX, |window| window as usize),
+                    };
+                    let splits = attention::units(&shape, inputs.position, 1, inputs.window) / kv_heads;
                     attention::attention(
                         &mut rows.pool,
                         &rows.scratch,
                         &*rows.backend.kernels,
-                        &attention::Inputs {
-                            qkv: &rows.buffers[qkv.0 as usize][row * qkv_width..][..qkv_width],
-                            qkv_width,
-                            cache: &member.caches[layer as usize],
-                            shape,
-                            position: positions[row] as usize,
-                            n_tokens: 1,
-                            scale,
-                            softcap,
-                            window: window.map_or(usize::MAX, |window| window as usize),
-                        },
-                        heads.clone(),
+                        &inputs,
+                        &mut rows.partials,
+                        heads.start * splits..heads.end * splits,
                         &mut output[row * out_width..][..out_width],
                     );
                 }

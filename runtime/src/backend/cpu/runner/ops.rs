@@ -75,6 +75,7 @@ impl CpuRunner {
                         softcap,
                         window: window.map_or(usize::MAX, |w| w as usize),
                     },
+                    &mut self.partials,
                     part,
                     &mut output,
                 );

@@ -61,7 +61,7 @@ impl Planner<'_> {
             rotary_dim: if rope.is_some() { shape.rotary_dim } else { 0 },
             layer,
             kv: match self.memory.kv_type {
-                KvType::F16 => cuda::KV_F16,
+                KvType::F16 | KvType::Q8 => cuda::KV_F16,
                 KvType::F32 => cuda::KV_F32,
             },
             eps: norms.iter().flatten().next().map_or(0.0, |(_, eps)| *eps),
@@ -92,12 +92,12 @@ impl Planner<'_> {
         let window = window.unwrap_or(0);
         // Scores are in units of log2(e) behind the bound.
         let (scale, cap) = softcap.map_or((scale * LOG2_E, 0.0), |cap| (scale / cap, cap * LOG2_E));
-        let kv_size = self.memory.kv_type.size() as u64;
+        let kv_row = self.memory.kv_type.row_bytes(shape.head_dim);
         let cost = move |step: &Step, again: u64| {
             let n = u64::from(step.n_tokens);
             let most = if window == 0 { u64::MAX } else { u64::from(window) };
             let seen = (u64::from(step.position) + n.div_ceil(2)).min(most);
-            let kv = u64::from(shape.kv_heads) * u64::from(shape.head_dim) * 2 * kv_size;
+            let kv = u64::from(shape.kv_heads) * 2 * kv_row;
             Cost { bytes: seen * kv * again + n * u64::from(heads) * 4, flops: 4 * n * seen * u64::from(heads) }
         };
         let rows = self.memory.address(self.memory.rows);

@@ -35,7 +35,7 @@ impl Planner<'_> {
         let few_tokens = attention::FEW_TOKENS.min(self.few_rows);
         let prefix = self.memory.shared();
         // The kernels on matrix units and in subgroups read one cache.
-        let coop = self.backend.coop && kv == Kv::F16 && attention_coop::handles(shape.head_dim) && prefix == 0;
+        let coop = self.backend.coop && kv != Kv::F32 && attention_coop::handles(shape.head_dim) && prefix == 0;
         for (most, staged) in [(few_tokens, true), (self.few_rows, true), (u32::MAX, false)] {
             if coop && !staged {
                 levels.push((most, vec![self.attention_coop(qkv, out, layer, (scale, cap), window)?]));
@@ -150,6 +150,7 @@ impl Planner<'_> {
     ) -> Result<Draft> {
         let shape = self.program.attention;
         let window = window.unwrap_or(0);
+        let kv = self.variant().kv;
         let params = attention_coop::Params {
             heads: shape.heads,
             kv_heads: shape.kv_heads,
@@ -168,7 +169,7 @@ impl Planner<'_> {
             let seen = (step.position + step.n_tokens).min(if window == 0 { u32::MAX } else { window });
             Launch {
                 grid: attention_coop::grid(&params, step.n_tokens),
-                cost: attention_coop::cost(&params, seen, step.n_tokens),
+                cost: attention_coop::cost(&params, kv, seen, step.n_tokens),
             }
         };
         self.draft(&attention_coop::KERNEL, self.variant(), &params, storage, launch)

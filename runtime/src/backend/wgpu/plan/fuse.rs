@@ -5,7 +5,7 @@ use awqua_shaders::{FLAG_BIAS, FLAG_NORM, RowMode, Step, gemv_w4_rope, gemv_w4_s
 use super::super::weights::{GpuW4, GpuWeight};
 use super::linear::{Gemv, matrix_params};
 use super::{Draft, DraftOp, Launch, Planner, activation_of};
-use crate::backend::{Activation, BufferId, NormKind, Op, Rows, WeightId};
+use crate::backend::{Activation, BufferId, KvType, NormKind, Op, Rows, WeightId};
 use crate::error::Result;
 
 /// A norm over whole rows and where its result goes.
@@ -103,6 +103,8 @@ impl<'a> Planner<'a> {
         if matrix.n != (shape.heads + 2 * shape.kv_heads) * shape.head_dim
             || self.width(qkv)? != matrix.n
             || !gemv_w4_rope::handles(shape.head_dim, rotary_dim)
+            // Its workgroups have parts of heads, whose largest elements they do not know.
+            || self.memory.kv_type == KvType::Q8
         {
             return Ok(None);
         }
