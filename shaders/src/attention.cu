@@ -5,7 +5,10 @@
 // four warps takes 16 of every 64 positions through a ring of its own, and multiplies on the matrix units.
 // Traffic: keys and values once. What earlier kernels than the previous one left in the cache is read before that one
 // ends: all but the step's own tokens.
-#include "prelude/w4.cuh"
+//
+// In a cache of 8 bits, a lane reads four neighbours of a row at a time: products go over the elements of a head in another
+// order than in half precision, and columns of results are other elements.
+#include "prelude/kv.cuh"
 
 struct AttentionArgs {
     const u16* q;      // (tokens, q_stride) half precision
@@ -21,7 +24,7 @@ struct AttentionArgs {
     u32 window;        // positions a token sees, 0 for all
     float scale;       // times log2(e), or divided by the bound of scores
     float cap;         // bound of scores times log2(e), 0 for none
-    u32 pad;
+    u32 layers;        // of the cache
 };
 
 constexpr u32 ATTENTION_WARPS = 4;
@@ -31,7 +34,12 @@ constexpr u32 MANY_HEADS = 16;
 constexpr u32 LEAST_BLOCKS = 2;
 constexpr float LEAST = -1e30f;
 
-DEVICE constexpr u32 attention_depth(u32 head_dim) { return head_dim > 128 ? 2 : 3; }
+// Blocks of positions in a warp's ring, and bytes of the keys (or values) of one: twin of `attention_shared`.
+DEVICE constexpr u32 attention_depth(u32 head_dim, bool q8) { return head_dim > 128 ? (q8 ? 3 : 2) : q8 ? 5 : 3; }
+DEVICE constexpr u32 attention_pitch(u32 head_dim, bool q8) { return q8 ? head_dim + 16 : (head_dim + 8) * 2; }
+DEVICE constexpr u32 attention_bytes(u32 head_dim, bool q8) {
+    return 16 * (attention_pitch(head_dim, q8) + (q8 ? scale_bytes(head_dim) : 0));
+}
 
 // Adds up `n` results get(i) of a head's quad, with their largest scores and sums of weights.
 template <class Get, class Weights>
@@ -50,10 +58,12 @@ DEVICE F4 combine(Get get, Weights get_weights, u32 n, float& top, float& total)
     return sum;
 }
 
-template <u32 HEAD_DIM>
+template <u32 HEAD_DIM, bool Q8>
 DEVICE void attention(const AttentionArgs& args) {
-    constexpr u32 PITCH = HEAD_DIM + 8, BYTES = 16 * PITCH * 2, DEPTH = attention_depth(HEAD_DIM);
-    constexpr u32 UNITS = HEAD_DIM / 8;
+    constexpr u32 PITCH = attention_pitch(HEAD_DIM, Q8), BYTES = attention_bytes(HEAD_DIM, Q8);
+    constexpr u32 DEPTH = attention_depth(HEAD_DIM, Q8), ROW = HEAD_DIM * (Q8 ? 1 : 2), UNITS = ROW / 16;
+    // Of the scales of 16 positions, in units of 16 bytes, behind their rows.
+    constexpr u32 SCALES = Q8 ? scale_bytes(HEAD_DIM) : 1, SCALES_AT = 16 * PITCH;
     const u32 lane = lane_id(), warp = warp_id(), g = lane / 4, c = lane % 4;
     const u32 group = args.heads / args.kv_heads, head_blocks = (group + MANY_HEADS - 1) / MANY_HEADS;
     const u32 kv_head = blockIdx.y / head_blocks, in_group = blockIdx.y % head_blocks * MANY_HEADS;
@@ -73,23 +83,37 @@ DEVICE void attention(const AttentionArgs& args) {
     const u32 from = first_block + split * each, to = min(from + each, first_block + blocks);
 
     const u64 line = (u64(args.layer) * 2 * args.kv_heads + kv_head) * place.context;
-    const u16* const keys = reinterpret_cast<const u16*>(place.cache) + line * HEAD_DIM;
-    const u16* const values = keys + u64(args.kv_heads) * place.context * HEAD_DIM;
+    const u8* const keys = reinterpret_cast<const u8*>(place.cache) + line * ROW;
+    const u8* const values = keys + u64(args.kv_heads) * place.context * ROW;
+    const u64 of_head = u64(args.layer) * 2 * args.kv_heads + kv_head;
+    const u8* const key_scales = Q8 ? scales_of(place, args.layers, args.kv_heads, HEAD_DIM, of_head) : nullptr;
+    const u8* const value_scales =
+        Q8 ? scales_of(place, args.layers, args.kv_heads, HEAD_DIM, of_head + args.kv_heads) : nullptr;
     u8* const memory = shared_memory();
     u8* const ring = memory + warp * (DEPTH * 2 * BYTES);
     // Tokens of a step have consecutive positions, or caches of their own.
     const u32 old = last - min(last, token);
     // Positions of a block that are below `end`, from `begin` on.
     auto copy_positions = [&](u32 block, u32 begin, u32 end) {
-        u16* const slot = reinterpret_cast<u16*>(ring + (block - from) % DEPTH * 2 * BYTES);
+        u8* const slot = ring + (block - from) % DEPTH * 2 * BYTES;
         const u32 first = block * BLOCK_POSITIONS + warp * 16;
         UNROLL for (u32 i = 0; i < UNITS / 2; i++) {
             const u32 at = i * 32 + lane, row = at / UNITS, unit = at % UNITS, position = first + row;
             if (position < begin || position >= end) continue;
             const bool seen = position >= seen_from && position <= last;
-            const u32 offset = (seen ? position : last) * HEAD_DIM + unit * 8;
-            copy_async16(slot + row * PITCH + unit * 8, keys + offset, seen);
-            copy_async16(slot + BYTES / 2 + row * PITCH + unit * 8, values + offset, seen);
+            const u32 offset = (seen ? position : last) * ROW + unit * 16;
+            copy_async16(slot + row * PITCH + unit * 16, keys + offset, seen);
+            copy_async16(slot + BYTES + row * PITCH + unit * 16, values + offset, seen);
+        }
+        if (Q8 && lane < 2 * SCALES) {
+            // A unit has several positions, the first SCALES lanes those of keys.
+            constexpr u32 EACH = 16 / SCALES;
+            const u32 unit = lane % SCALES, position = first + unit * EACH, end_of_unit = position + EACH - 1;
+            if (end_of_unit < begin || end_of_unit >= end) return;
+            const bool is_value = lane >= SCALES, seen = end_of_unit >= seen_from && position <= last;
+            const u8* const scales = is_value ? value_scales : key_scales;
+            copy_async16(slot + (is_value ? BYTES : 0) + SCALES_AT + unit * 16,
+                         scales + u64(seen ? position : 0) * SCALES, seen);
         }
     };
     constexpr u32 ALL = 0xffffffff;
@@ -104,10 +128,10 @@ DEVICE void attention(const AttentionArgs& args) {
 
     // Queries as the first operand: heads g and g + 8.
     u32 q[HEAD_DIM / 16][4];
-    const u16* const my_q = args.q + u64(token) * args.q_stride + first_head * HEAD_DIM + 2 * c;
+    const u16* const my_q = args.q + u64(token) * args.q_stride + first_head * HEAD_DIM + (Q8 ? 4 : 2) * c;
     UNROLL for (u32 k = 0; k < HEAD_DIM / 16; k++) UNROLL for (u32 i = 0; i < 4; i++) {
         const u32 head = g + i % 2 * 8;
-        const u32* const at = reinterpret_cast<const u32*>(my_q + head * HEAD_DIM + k * 16 + i / 2 * 8);
+        const u32* const at = reinterpret_cast<const u32*>(my_q + head * HEAD_DIM + k * 16 + i / 2 * (Q8 ? 2 : 8));
         q[k][i] = head < n_heads ? load_fresh(at) : 0;
     }
 
@@ -118,15 +142,36 @@ DEVICE void attention(const AttentionArgs& args) {
         copy_async_commit();
         copy_async_wait<DEPTH - 1>();
         warp_sync();
-        const u16* const k_rows = reinterpret_cast<const u16*>(ring + (block - from) % DEPTH * 2 * BYTES);
-        const u16* const v_rows = k_rows + BYTES / 2;
-        // Scores of heads g and g + 8 at positions 2 c, 2 c + 1 and those 8 further on.
+        const u8* const k_rows = ring + (block - from) % DEPTH * 2 * BYTES;
+        const u8* const v_rows = k_rows + BYTES;
+        // The word of scales number `i` of the lane's positions: 2 c, 2 c + 1 and those 8 further on.
+        auto scale_word = [&](const u8* rows, u32 i, u32 word) {
+            const u32 row = 2 * c + i % 2 + i / 2 * 8;
+            return *reinterpret_cast<const u32*>(rows + SCALES_AT + row * SCALES + word * 4);
+        };
+        // Scores of heads g and g + 8 at those positions.
         float scores[2][4] = {};
-        UNROLL for (u32 k = 0; k < HEAD_DIM / 16; k++) {
-            u32 b[4];
-            load_matrices(b, k_rows + (lane / 16 * 8 + lane % 8) * PITCH + k * 16 + lane / 8 % 2 * 8);
-            mma(scores[0], q[k], b[0], b[1]);
-            mma(scores[1], q[k], b[2], b[3]);
+        if constexpr (Q8) {
+            UNROLL for (u32 group = 0; group < HEAD_DIM / KV_GROUP; group++) {
+                float part[2][4] = {};
+                UNROLL for (u32 k = group * 2; k < group * 2 + 2; k++) UNROLL for (u32 t = 0; t < 2; t++) {
+                    const u8* const row = k_rows + (t * 8 + g) * PITCH;
+                    const U2 b = halves_of_codes(*reinterpret_cast<const u32*>(row + k * 16 + 4 * c));
+                    mma(part[t], q[k], b.x, b.y);
+                }
+                UNROLL for (u32 i = 0; i < 4; i++) {
+                    const float scale = h_to_f32(u16(scale_word(k_rows, i, group / 2) >> (group % 2 * 16)));
+                    scores[i / 2][i % 2] += part[i / 2][i % 2] * scale;
+                    scores[i / 2][2 + i % 2] += part[i / 2][2 + i % 2] * scale;
+                }
+            }
+        } else {
+            UNROLL for (u32 k = 0; k < HEAD_DIM / 16; k++) {
+                u32 b[4];
+                load_matrices(b, k_rows + (lane / 16 * 8 + lane % 8) * PITCH + k * 32 + lane / 8 % 2 * 16);
+                mma(scores[0], q[k], b[0], b[1]);
+                mma(scores[1], q[k], b[2], b[3]);
+            }
         }
         const u32 first = block * BLOCK_POSITIONS + warp * 16;
         float top[2] = {LEAST, LEAST};
@@ -152,15 +197,37 @@ DEVICE void attention(const AttentionArgs& args) {
             weight[r] += a + b;
             p[t * 2 + r] = h2_from_f32(a, b);
         }
-        UNROLL for (u32 n = 0; n < HEAD_DIM / 16; n++) {
-            UNROLL for (u32 i = 0; i < 4; i++) {
-                sums[n * 2][i] *= fade[i / 2];
-                sums[n * 2 + 1][i] *= fade[i / 2];
+        UNROLL for (u32 n = 0; n < HEAD_DIM / 8; n++) UNROLL for (u32 i = 0; i < 4; i++) sums[n][i] *= fade[i / 2];
+        if constexpr (Q8) {
+            // Column g of result n of a group is its element 4 g + n.
+            U2 low = {0, 0}, high = {0, 0};
+            UNROLL for (u32 group = 0; group < HEAD_DIM / KV_GROUP; group++) {
+                if (group % 2 == 0) {
+                    low = scale_pairs(scale_word(v_rows, 0, group / 2), scale_word(v_rows, 1, group / 2));
+                    high = scale_pairs(scale_word(v_rows, 2, group / 2), scale_word(v_rows, 3, group / 2));
+                }
+                const u32 scale = group % 2 ? low.y : low.x, scale_8 = group % 2 ? high.y : high.x;
+                const u8* const at = v_rows + 2 * c * PITCH + group * KV_GROUP + 4 * g;
+                u32 codes[4];
+                UNROLL for (u32 i = 0; i < 4; i++) {
+                    codes[i] = *reinterpret_cast<const u32*>(at + (i % 2 + i / 2 * 8) * PITCH);
+                }
+                UNROLL for (u32 half = 0; half < 2; half++) {
+                    // Elements of two rows beside each other.
+                    const u32 pick = half ? 0x7362 : 0x5140;
+                    const U2 b = halves_of_codes(byte_perm(codes[0], codes[1], pick));
+                    const U2 d = halves_of_codes(byte_perm(codes[2], codes[3], pick));
+                    mma(sums[group * 4 + half * 2], p, h2_mul(b.x, scale), h2_mul(d.x, scale_8));
+                    mma(sums[group * 4 + half * 2 + 1], p, h2_mul(b.y, scale), h2_mul(d.y, scale_8));
+                }
             }
-            u32 b[4];
-            load_matrices_transposed(b, v_rows + (lane / 8 % 2 * 8 + lane % 8) * PITCH + n * 16 + lane / 16 * 8);
-            mma(sums[n * 2], p, b[0], b[1]);
-            mma(sums[n * 2 + 1], p, b[2], b[3]);
+        } else {
+            UNROLL for (u32 n = 0; n < HEAD_DIM / 16; n++) {
+                u32 b[4];
+                load_matrices_transposed(b, v_rows + (lane / 8 % 2 * 8 + lane % 8) * PITCH + n * 32 + lane / 16 * 16);
+                mma(sums[n * 2], p, b[0], b[1]);
+                mma(sums[n * 2 + 1], p, b[2], b[3]);
+            }
         }
         warp_sync();
     }
@@ -181,8 +248,9 @@ DEVICE void attention(const AttentionArgs& args) {
                 all_weights[at * 2 + 1] = weight[r];
             }
             UNROLL for (u32 n = 0; n < HEAD_DIM / 8; n++) {
-                all[at * HEAD_DIM + n * 8 + 2 * c] = sums[n][r * 2];
-                all[at * HEAD_DIM + n * 8 + 2 * c + 1] = sums[n][r * 2 + 1];
+                const u32 i = Q8 ? n / 4 * KV_GROUP + 8 * c + n % 4 : n * 8 + 2 * c;
+                all[at * HEAD_DIM + i] = sums[n][r * 2];
+                all[at * HEAD_DIM + i + (Q8 ? 4 : 1)] = sums[n][r * 2 + 1];
             }
         }
     }
@@ -238,10 +306,14 @@ DEVICE void attention(const AttentionArgs& args) {
     }
 }
 
-KERNEL(attention_64, AttentionArgs, 128, 2) { attention<64>(args); }
-KERNEL(attention_96, AttentionArgs, 128, 2) { attention<96>(args); }
-KERNEL(attention_128, AttentionArgs, 128, 2) { attention<128>(args); }
-KERNEL(attention_256, AttentionArgs, 128, 1) { attention<256>(args); }
+KERNEL(attention_64, AttentionArgs, 128, 2) { attention<64, false>(args); }
+KERNEL(attention_96, AttentionArgs, 128, 2) { attention<96, false>(args); }
+KERNEL(attention_128, AttentionArgs, 128, 2) { attention<128, false>(args); }
+KERNEL(attention_256, AttentionArgs, 128, 1) { attention<256, false>(args); }
+KERNEL(attention_q8_64, AttentionArgs, 128, 2) { attention<64, true>(args); }
+KERNEL(attention_q8_96, AttentionArgs, 128, 2) { attention<96, true>(args); }
+KERNEL(attention_q8_128, AttentionArgs, 128, 2) { attention<128, true>(args); }
+KERNEL(attention_q8_256, AttentionArgs, 128, 1) { attention<256, true>(args); }
 
 // Any head of at most 512 elements and any cache, from f32 queries: a warp a head and token, one position at a time.
 struct AttentionAnyArgs {
@@ -251,8 +323,10 @@ struct AttentionAnyArgs {
     u32 qkv_stride, out_stride;
     u32 heads, kv_heads, head_dim, layer;
     u32 window;        // 0 for all
-    u32 kv_f32;        // the cache's elements are f32, else half precision
+    u32 kv;            // KV_F16, ...
     float scale, cap;  // as above
+    u32 layers;
+    u32 pad;
 };
 
 KERNEL(attention_any, AttentionAnyArgs, 256, 2) {
@@ -265,10 +339,17 @@ KERNEL(attention_any, AttentionAnyArgs, 256, 2) {
     const u32 first = args.window && last + 1 > args.window ? last + 1 - args.window : 0;
     const u64 line = (u64(args.layer) * 2 * args.kv_heads + head / (args.heads / args.kv_heads)) * place.context;
     const u64 to_values = u64(args.kv_heads) * place.context;
-    auto element = [&](u64 row, u32 i) {
-        const u64 at = row * dim + i;
-        return args.kv_f32 ? load_fresh(reinterpret_cast<const float*>(place.cache) + at)
-                           : h_to_f32(load_fresh(reinterpret_cast<const u16*>(place.cache) + at));
+    const u64 of_head = u64(args.layer) * 2 * args.kv_heads + head / (args.heads / args.kv_heads);
+    // Element of a key, or of a value.
+    auto element = [&](u32 position, bool is_value, u32 i) {
+        const u64 at = (line + (is_value ? to_values : 0) + position) * dim + i;
+        if (args.kv == KV_F32) return load_fresh(reinterpret_cast<const float*>(place.cache) + at);
+        if (args.kv == KV_F16) return h_to_f32(load_fresh(reinterpret_cast<const u16*>(place.cache) + at));
+        const u64 scaled = of_head + (is_value ? args.kv_heads : 0);
+        const u8* const scales = scales_of(place, args.layers, args.kv_heads, dim, scaled) + u64(position) * scale_bytes(dim);
+        const u32 word = load_fresh(reinterpret_cast<const u32*>(reinterpret_cast<const u8*>(place.cache) + at / 4 * 4));
+        const float code = static_cast<signed char>(word >> (at % 4 * 8));
+        return code * h_to_f32(load_fresh(reinterpret_cast<const u16*>(scales) + i / KV_GROUP));
     };
     const float* const query = args.qkv + u64(token) * args.qkv_stride + head * dim;
     float q[MOST], sum[MOST];
@@ -280,7 +361,7 @@ KERNEL(attention_any, AttentionAnyArgs, 256, 2) {
     UNROLL_1 for (u32 position = first; position <= last; position++) {
         float score = 0;
         UNROLL for (u32 i = 0; i < MOST; i++) {
-            if (i * 32 + lane < dim) score += q[i] * element(line + position, i * 32 + lane);
+            if (i * 32 + lane < dim) score += q[i] * element(position, false, i * 32 + lane);
         }
         score = bounded(warp_sum(score), args.cap);
         const float now = fmaxf(top, score), fade = exp2_approx(top - now), weight = exp2_approx(score - now);
@@ -288,7 +369,7 @@ KERNEL(attention_any, AttentionAnyArgs, 256, 2) {
         total = total * fade + weight;
         UNROLL for (u32 i = 0; i < MOST; i++) {
             if (i * 32 + lane < dim) {
-                sum[i] = sum[i] * fade + weight * element(line + to_values + position, i * 32 + lane);
+                sum[i] = sum[i] * fade + weight * element(position, true, i * 32 + lane);
             }
         }
     }

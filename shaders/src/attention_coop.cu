@@ -3,7 +3,7 @@
 // Mapping: a block takes 128 tokens and a head, a warp 16 of the tokens; keys and values pass through shared memory in
 // tiles of 64 positions, a tile ahead; scores never leave the registers.
 // Traffic: keys and values once for 128 tokens of a head.
-#include "prelude/w4.cuh"
+#include "prelude/kv.cuh"
 
 struct AttentionCoopArgs {
     const u16* q;     // (tokens, q_stride) half precision
@@ -17,15 +17,40 @@ struct AttentionCoopArgs {
     u32 window;       // positions a token sees, 0 for all
     float scale;      // times log2(e), or divided by the bound of scores
     float cap;        // bound of scores times log2(e), 0 for none
+    u32 layers;       // of the cache
+    u32 pad;
 };
 
 constexpr u32 COOP_TOKENS = 128;
 constexpr u32 SPAN = 64;
 constexpr float NOTHING = -1e30f;
 
-template <u32 HEAD_DIM>
+// Sixteen codes of a row with one scale.
+struct Codes {
+    U4 codes;
+    u16 scale;
+};
+
+// Those of keys or values in half precision, to shared memory.
+DEVICE void widen(u16* to, const Codes& from) {
+    const u32 scale = h2_dup(from.scale);
+    const u32 words[4] = {from.codes.x, from.codes.y, from.codes.z, from.codes.w};
+    u32 halves[8];
+    UNROLL for (u32 i = 0; i < 4; i++) {
+        const U2 pairs = halves_of_codes(words[i]);
+        halves[2 * i] = h2_mul(pairs.x, scale);
+        halves[2 * i + 1] = h2_mul(pairs.y, scale);
+    }
+    reinterpret_cast<U4*>(to)[0] = {halves[0], halves[1], halves[2], halves[3]};
+    reinterpret_cast<U4*>(to)[1] = {halves[4], halves[5], halves[6], halves[7]};
+}
+
+// In 8 bits, the next tile waits in registers while one is computed with, and is widened on its way to shared memory.
+template <u32 HEAD_DIM, bool Q8>
 DEVICE void attention_coop(const AttentionCoopArgs& args) {
     constexpr u32 PITCH = HEAD_DIM + 8, UNITS = HEAD_DIM / 8, SIZE = SPAN * PITCH;
+    // Sixteens of a row, and those of a tile that a thread brings.
+    constexpr u32 SIXTEENS = HEAD_DIM / 16, EACH = (SPAN * SIXTEENS + 255) / 256;
     wait_for_previous();
     const u32 lane = lane_id(), g = lane / 4, c = lane % 4, head = blockIdx.y;
     // The tokens that see most come first.
@@ -42,6 +67,32 @@ DEVICE void attention_coop(const AttentionCoopArgs& args) {
     const u32 first_tile = begin(place.position + first_token) / SPAN, last_tile = last / SPAN;
     u16* const memory = reinterpret_cast<u16*>(shared_memory());
 
+    Codes codes[2][Q8 ? EACH : 1];
+    // Takes a tile to registers, and from there to shared memory.
+    auto fetch = [&](u32 tile) {
+        const u8* const cache = reinterpret_cast<const u8*>(place.cache);
+        UNROLL for (u32 part = 0; part < 2; part++) {
+            const u8* const rows = cache + (line + u64(part) * args.kv_heads * place.context) * HEAD_DIM;
+            const u64 of_head = (u64(args.layer) * 2 + part) * args.kv_heads + kv_head;
+            const u8* const scales = scales_of(place, args.layers, args.kv_heads, HEAD_DIM, of_head);
+            UNROLL for (u32 i = 0; i < EACH; i++) {
+                const u32 at = i * 256 + threadIdx.x, row = at / SIXTEENS, unit = at % SIXTEENS;
+                const u32 position = tile * SPAN + row;
+                codes[part][i] = {{0, 0, 0, 0}, 0};
+                if (row >= SPAN || position > last) continue;
+                const u8* const scale = scales + u64(position) * scale_bytes(HEAD_DIM) + unit / 2 * 2;
+                codes[part][i].codes = load_fresh(reinterpret_cast<const U4*>(rows + u64(position) * HEAD_DIM) + unit);
+                codes[part][i].scale = load_fresh(reinterpret_cast<const u16*>(scale));
+            }
+        }
+    };
+    auto place_tile = [&](u32 tile) {
+        u16* const to = memory + (tile - first_tile) % 2 * 2 * SIZE;
+        UNROLL for (u32 part = 0; part < 2; part++) UNROLL for (u32 i = 0; i < EACH; i++) {
+            const u32 at = i * 256 + threadIdx.x, row = at / SIXTEENS, unit = at % SIXTEENS;
+            if (row < SPAN) widen(to + part * SIZE + row * PITCH + unit * 16, codes[part][i]);
+        }
+    };
     auto copy_tile = [&](u32 tile) {
         u16* const to = memory + (tile - first_tile) % 2 * 2 * SIZE;
         UNROLL for (u32 i = 0; i < SPAN * UNITS / 256; i++) {
@@ -53,7 +104,12 @@ DEVICE void attention_coop(const AttentionCoopArgs& args) {
         }
         copy_async_commit();
     };
-    copy_tile(first_tile);
+    if constexpr (Q8) {
+        fetch(first_tile);
+        place_tile(first_tile);
+    } else {
+        copy_tile(first_tile);
+    }
 
     u32 q[HEAD_DIM / 16][4];
     UNROLL for (u32 k = 0; k < HEAD_DIM / 16; k++) UNROLL for (u32 i = 0; i < 4; i++) {
@@ -68,7 +124,9 @@ DEVICE void attention_coop(const AttentionCoopArgs& args) {
     float sums[HEAD_DIM / 8][4] = {};
     float largest[2] = {NOTHING, NOTHING}, weight[2] = {0, 0};
     UNROLL_1 for (u32 tile = first_tile; tile <= last_tile; tile++) {
-        if (tile < last_tile) {
+        if constexpr (Q8) {
+            if (tile < last_tile) fetch(tile + 1);
+        } else if (tile < last_tile) {
             copy_tile(tile + 1);
             copy_async_wait<1>();
         } else {
@@ -124,8 +182,13 @@ DEVICE void attention_coop(const AttentionCoopArgs& args) {
                 }
             }
         }
-        // The next copies overwrite what was read here.
-        block_sync();
+        if constexpr (Q8) {
+            // To the other half, which nobody reads since the barrier above.
+            if (tile < last_tile) place_tile(tile + 1);
+        } else {
+            // The next copies overwrite what was read here.
+            block_sync();
+        }
     }
     UNROLL for (u32 r = 0; r < 2; r++) {
         weight[r] += shfl_xor(weight[r], 1);
@@ -141,7 +204,11 @@ DEVICE void attention_coop(const AttentionCoopArgs& args) {
     }
 }
 
-KERNEL(attention_coop_64, AttentionCoopArgs, 256, 1) { attention_coop<64>(args); }
-KERNEL(attention_coop_96, AttentionCoopArgs, 256, 1) { attention_coop<96>(args); }
-KERNEL(attention_coop_128, AttentionCoopArgs, 256, 1) { attention_coop<128>(args); }
-KERNEL(attention_coop_256, AttentionCoopArgs, 256, 1) { attention_coop<256>(args); }
+KERNEL(attention_coop_64, AttentionCoopArgs, 256, 1) { attention_coop<64, false>(args); }
+KERNEL(attention_coop_96, AttentionCoopArgs, 256, 1) { attention_coop<96, false>(args); }
+KERNEL(attention_coop_128, AttentionCoopArgs, 256, 1) { attention_coop<128, false>(args); }
+KERNEL(attention_coop_256, AttentionCoopArgs, 256, 1) { attention_coop<256, false>(args); }
+KERNEL(attention_coop_q8_64, AttentionCoopArgs, 256, 1) { attention_coop<64, true>(args); }
+KERNEL(attention_coop_q8_96, AttentionCoopArgs, 256, 1) { attention_coop<96, true>(args); }
+KERNEL(attention_coop_q8_128, AttentionCoopArgs, 256, 1) { attention_coop<128, true>(args); }
+KERNEL(attention_coop_q8_256, AttentionCoopArgs, 256, 1) { attention_coop<256, true>(args); }

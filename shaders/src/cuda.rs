@@ -80,7 +80,7 @@ arguments! {
     RopeAppendArgs {
         qkv: u64, q: u64, q_norm: u64, k_norm: u64, rows: u64,
         qkv_stride: u32, q_stride: u32, heads: u32, kv_heads: u32, head_dim: u32, rotary_dim: u32, layer: u32, kv: u32,
-        eps: f32, table: u32,
+        eps: f32, table: u32, layers: u32, pad: u32,
     }
     /// Arguments of `gemv_dense_*`.
     GemvDenseArgs {
@@ -92,19 +92,19 @@ arguments! {
     AttentionArgs {
         q: u64, rows: u64, out: u64, partial: u64, weights: u64, arrived: u64,
         q_stride: u32, out_stride: u32, out_tiled: u32, heads: u32, kv_heads: u32, layer: u32, window: u32,
-        scale: f32, cap: f32, pad: u32,
+        scale: f32, cap: f32, layers: u32,
     }
     /// Arguments of `attention_any`.
     AttentionAnyArgs {
         qkv: u64, rows: u64, out: u64,
-        qkv_stride: u32, out_stride: u32, heads: u32, kv_heads: u32, head_dim: u32, layer: u32, window: u32, kv_f32: u32,
-        scale: f32, cap: f32,
+        qkv_stride: u32, out_stride: u32, heads: u32, kv_heads: u32, head_dim: u32, layer: u32, window: u32, kv: u32,
+        scale: f32, cap: f32, layers: u32, pad: u32,
     }
     /// Arguments of `attention_coop_*`.
     AttentionCoopArgs {
         q: u64, rows: u64, out: u64,
         tokens: u32, q_stride: u32, out_stride: u32, out_tiled: u32, heads: u32, kv_heads: u32, layer: u32, window: u32,
-        scale: f32, cap: f32,
+        scale: f32, cap: f32, layers: u32, pad: u32,
     }
     /// A choice, in memory of the host.
     SampleRequest {
@@ -207,6 +207,10 @@ numbers! {
     KV_F16 = 0;
     /// [`RopeAppendArgs::kv`]: single precision.
     KV_F32 = 1;
+    /// The same: signed bytes with scales.
+    KV_Q8 = 2;
+    /// Elements of a head that share a scale in [`KV_Q8`].
+    KV_GROUP = 32;
     /// [`RowsArgs::type`]: half precision.
     FROM_F16 = 0;
     /// [`RowsArgs::type`]: bfloat16.
@@ -263,10 +267,25 @@ pub const fn gemv_dense_shared(tokens: u32, stride: u32) -> u32 {
     (if tokens == 1 { 2 } else { tokens }) * stride * 2 + 33 * 4
 }
 
-/// Bytes of shared memory of `attention_*`.
-pub const fn attention_shared(head_dim: u32) -> u32 {
-    let depth = if head_dim > 128 { 2 } else { 3 };
-    let rings = ATTENTION_WARPS * depth * 2 * 16 * (head_dim + 8) * 2;
+/// Bytes of the scales of a row of a cache of [`KV_Q8`]; there are rows for a multiple of four positions.
+pub const fn scale_bytes(head_dim: u32) -> u32 {
+    4 * head_dim.div_ceil(2 * KV_GROUP)
+}
+
+/// Bytes of shared memory of `rope_append`.
+pub const fn rope_append_shared(head_dim: u32, q8: bool) -> u32 {
+    if q8 { 8 * head_dim * 4 } else { 0 }
+}
+
+/// Bytes of shared memory of `attention_*`, or of `attention_q8_*`.
+pub const fn attention_shared(head_dim: u32, q8: bool) -> u32 {
+    let depth = match (head_dim > 128, q8) {
+        (true, false) => 2,
+        (true, true) | (false, false) => 3,
+        (false, true) => 5,
+    };
+    let row = if q8 { head_dim + 16 + scale_bytes(head_dim) } else { (head_dim + 8) * 2 };
+    let rings = ATTENTION_WARPS * depth * 2 * 16 * row;
     let results = ATTENTION_WARPS * MANY_HEADS * (head_dim + 2) * 4 + 4;
     if results > rings { results } else { rings }
 }

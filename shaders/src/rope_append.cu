@@ -1,11 +1,9 @@
 // Rotates queries and keys of the step's tokens, after a norm of each head where there is one, and takes keys and values
 // to the cache. Queries go to half precision rows, or stay where they are in f32.
 //
-// Mapping: a warp a head, a block eight heads of a token. Traffic: qkv once, twice with norms.
-#include "prelude/w4.cuh"
-
-// Element types of the cache.
-constexpr u32 KV_F16 = 0, KV_F32 = 1;
+// Mapping: a warp a head, a block eight heads of a token. A cache of 8 bits takes a head through shared memory, a group
+// of elements at a time. Traffic: qkv once, twice with norms.
+#include "prelude/kv.cuh"
 
 struct RopeAppendArgs {
     float* qkv;           // (tokens, qkv_stride): heads of queries, keys, values
@@ -18,6 +16,8 @@ struct RopeAppendArgs {
     u32 kv;               // KV_F16, ...
     float eps;
     u32 table;            // rotary table
+    u32 layers;           // of the cache
+    u32 pad;
 };
 
 KERNEL(rope_append, RopeAppendArgs, 256, 4) {
@@ -45,6 +45,8 @@ KERNEL(rope_append, RopeAppendArgs, 256, 4) {
             } else {
                 x[i] = v;
             }
+        } else if (args.kv == KV_Q8) {
+            reinterpret_cast<float*>(shared_memory())[warp_id() * args.head_dim + i] = v;
         } else if (args.kv == KV_F16) {
             reinterpret_cast<u16*>(place.cache)[line * args.head_dim + i] = h_from_f32(v);
         } else {
@@ -61,4 +63,22 @@ KERNEL(rope_append, RopeAppendArgs, 256, 4) {
         store(i + half, b * turn.x + a * turn.y);
     }
     UNROLL_1 for (u32 i = 2 * half + lane; i < args.head_dim; i += 32) store(i, normed(i));
+    if (is_q || args.kv != KV_Q8) return;
+    warp_sync();
+    const float* const row = reinterpret_cast<const float*>(shared_memory()) + warp_id() * args.head_dim;
+    const u64 of_head = u64(args.layer) * 2 * args.kv_heads + (head - args.heads);
+    const u8* const scales = scales_of(place, args.layers, args.kv_heads, args.head_dim, of_head);
+    const u64 scale_at = u64(place.position) * scale_bytes(args.head_dim);
+    u16* const to = reinterpret_cast<u16*>(const_cast<u8*>(scales) + scale_at);
+    UNROLL_1 for (u32 group = 0; group * KV_GROUP < args.head_dim; group++) {
+        const u32 i = group * KV_GROUP + lane;
+        const float v = i < args.head_dim ? row[i] : 0.f;
+        const u16 scale = h_from_f32(fminf(warp_max(fabsf(v)), LARGEST_HALF) / 127.f);
+        const float wide = h_to_f32(scale);
+        if (lane == 0) to[group] = scale;
+        if (i < args.head_dim) {
+            const float code = wide > 0.f ? rintf(fminf(fmaxf(v / wide, -127.f), 127.f)) : 0.f;
+            reinterpret_cast<signed char*>(place.cache)[line * args.head_dim + i] = static_cast<signed char>(code);
+        }
+    }
 }

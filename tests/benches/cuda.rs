@@ -103,7 +103,9 @@ impl Bench {
         let mut times: Vec<f64> = (0..15)
             .map(|_| {
                 self.device.stream.record(&begin).expect("recorded");
-                let rows = Rows { width: 1 << 20, rows: bytes >> 20, pitch: 1 << 20 };
+                let mib = 1 << 20;
+                let rows =
+                    Rows { offset: 0, width: mib, rows: bytes >> 20, pitch: mib, host_offset: 0, host_pitch: mib };
                 self.device.stream.copy_rows(&from, rows, HostRows::Device(&to)).expect("copied");
                 self.device.stream.record(&end).expect("recorded");
                 end.wait().expect("the device ends");
@@ -273,10 +275,12 @@ impl Bench {
     fn attention(&self) {
         println!("\nattention, heads of 128");
         let limits = self.device.gpu.limits;
-        for (heads, kv_heads) in [(32usize, 32usize), (32, 8)] {
+        let shapes = [(32usize, 32usize, false), (32, 8, false), (32, 32, true), (32, 8, true)];
+        for (heads, kv_heads, q8) in shapes {
             for context in [128usize, 2048, 8192] {
-                let layers = (COLD / (kv_heads * context * 512)).clamp(1, 32);
-                let cache = self.random_halves(layers * 2 * kv_heads * context * 128);
+                let row_bytes = if q8 { 128 + cuda::scale_bytes(128) as usize } else { 256 };
+                let layers = (COLD / (kv_heads * context * 2 * row_bytes)).clamp(1, 32);
+                let cache = self.random_halves(layers * kv_heads * context * row_bytes);
                 let row =
                     Row { cache: cache.address(), rope: 0, context: context as u32, position: context as u32 - 1 };
                 let rows = self.device.upload(&[row]);
@@ -305,21 +309,23 @@ impl Bench {
                                 window: 0,
                                 scale: 0.1,
                                 cap: 0.0,
-                                pad: 0,
+                                layers: layers as u32,
                             };
                             let grid = [splits, kv_heads as u32, 1];
-                            let shared = cuda::attention_shared(128);
-                            Launch::new(self.device.function("attention_128"), grid, 128, shared, &arguments)
+                            let shared = cuda::attention_shared(128, q8);
+                            let name = if q8 { "attention_q8_128" } else { "attention_128" };
+                            Launch::new(self.device.function(name), grid, 128, shared, &arguments)
                         })
                         .collect();
                     let seconds = self.time(&launches, true);
-                    let bytes = (2 * kv_heads * context * 128 * 2) as f64;
-                    let label = format!("one token at {context}, {heads}/{kv_heads} heads, {splits} splits");
+                    let bytes = (2 * kv_heads * context * row_bytes) as f64;
+                    let kv = if q8 { "8 bits" } else { "f16" };
+                    let label = format!("one token at {context}, {heads}/{kv_heads} heads, {kv}, {splits} splits");
                     self.report(&label, seconds, bytes, 4.0 * (heads * context * 128) as f64);
                 }
             }
         }
-        for (heads, kv_heads) in [(32usize, 32usize), (32, 8)] {
+        for (heads, kv_heads, q8) in shapes {
             let tokens = 2048;
             let cache = self.random_halves(2 * kv_heads * tokens * 128);
             let rows: Vec<Row> = (0..tokens as u32)
@@ -342,12 +348,14 @@ impl Bench {
                 window: 0,
                 scale: 0.1,
                 cap: 0.0,
+                layers: 1,
+                pad: 0,
             };
             let grid = [(tokens as u32).div_ceil(cuda::COOP_TOKENS), heads as u32, 1];
-            let function = self.device.function("attention_coop_128");
+            let function = self.device.function(if q8 { "attention_coop_q8_128" } else { "attention_coop_128" });
             let launch = Launch::new(function, grid, 256, cuda::attention_coop_shared(128), &arguments);
             let seconds = self.time(&[launch.clone(), launch], true);
-            let label = format!("{tokens} tokens, {heads}/{kv_heads} heads");
+            let label = format!("{tokens} tokens, {heads}/{kv_heads} heads, {}", if q8 { "8 bits" } else { "f16" });
             // Half of the scores are seen.
             self.report(&label, seconds, 0.0, 2.0 * (heads * tokens * tokens * 128) as f64);
         }

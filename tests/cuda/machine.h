@@ -132,6 +132,12 @@ DEVICE u32 and_or(u32 a, u32 value) {
     return (a & MASK) | value;
 }
 DEVICE u32 h2_from_f32(float low, float high) { return u32(h_from_f32(low)) | u32(h_from_f32(high)) << 16; }
+DEVICE u32 byte_perm(u32 a, u32 b, u32 selector) {
+    const u64 both = a | u64(b) << 32;
+    u32 d = 0;
+    for (int i = 0; i < 4; i++) d |= u32(both >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+    return d;
+}
 DEVICE u32 h2_dup(u32 bits) { return (bits & 0xffff) * 0x10001u; }
 DEVICE float as_f32(u32 bits) {
     float x;

@@ -14,7 +14,7 @@ use awqua::ErrorKind;
 use awqua::backend::cuda::driver::Gpu;
 use awqua::backend::cuda::{CudaBackend, CudaChoice, CudaOptions, devices};
 use awqua::backend::{
-    Backend, Budget, LogitsRows, Program, Progress, Runner, RunnerConfig, Sharing, Step, WeightId, kv_bytes,
+    Backend, Budget, KvType, LogitsRows, Program, Progress, Runner, RunnerConfig, Sharing, Step, WeightId, kv_bytes,
 };
 use awqua::session::sampler::{SampleRequest, Sampling};
 use awqua_tests::constraints;
@@ -66,15 +66,24 @@ fn compare(case: &Case) {
             assert_eq!(hidden.len(), rows.range(n).len() * case.hidden);
         }
         let error = if expected.is_empty() { logits.len() as f32 } else { error(&logits, &expected) };
-        // Half precision inputs carry 11 bits.
-        assert!(error <= 6e-3, "{} ({}), {n} tokens at {position}: error {error}", case.name, backend.info().variant);
+        // Half precision inputs carry 11 bits; a cache of 8 bits can round an element to the other neighbour.
+        let allowed = if case.kv == KvType::Q8 { 1e-2 } else { 6e-3 };
+        assert!(
+            error <= allowed,
+            "{} ({}), {n} tokens at {position}: error {error}",
+            case.name,
+            backend.info().variant
+        );
     }
 }
 
 #[test]
 fn programs_match_the_naive_interpretation() {
     if is_on_machine("programs_match_the_naive_interpretation", ALL_CAPABILITIES) {
-        cuda_cases().iter().for_each(compare);
+        for case in cuda_cases() {
+            compare(&case);
+            compare(&Case { kv: KvType::Q8, ..case });
+        }
     }
 }
 
@@ -217,7 +226,7 @@ fn caches_can_be_kept_and_shared() {
     if !is_on_machine("caches_can_be_kept_and_shared", &[&[]]) {
         return;
     }
-    for case in [fast_case(300), cases().swap_remove(1)] {
+    for case in [fast_case(300), cases().swap_remove(1), Case { kv: KvType::Q8, ..fast_case(300) }] {
         let model = build(&case);
         let config = RunnerConfig { kv_type: Some(case.kv), ..config() };
         let (_backend, mut first) = runner(&model, &config);

@@ -97,6 +97,8 @@ DEVICE u32 h2_from_f32(float low, float high) {
 }
 DEVICE float h2_low(u32 x) { return h_to_f32(u16(x)); }
 DEVICE float h2_high(u32 x) { return h_to_f32(u16(x >> 16)); }
+// Four bytes of a (0 to 3) and b (4 to 7), as the digits of `selector` name them, the lowest first.
+DEVICE u32 byte_perm(u32 a, u32 b, u32 selector) { return __byte_perm(a, b, selector); }
 // Both halves are the half precision value `bits`.
 DEVICE u32 h2_dup(u32 bits) { return __byte_perm(bits, bits, 0x1010); }
 

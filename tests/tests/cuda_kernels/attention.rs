@@ -1,6 +1,22 @@
 //! Attention over a cache.
 
+use awqua_shaders::rope_append_q8::{pack, unpack};
+
 use super::*;
+
+/// The kernels for few tokens and for many.
+fn names_of(kv_type: u32, head_dim: usize) -> [&'static str; 2] {
+    match (head_dim, kv_type == cuda::KV_Q8) {
+        (64, false) => ["attention_64", "attention_coop_64"],
+        (96, false) => ["attention_96", "attention_coop_96"],
+        (128, false) => ["attention_128", "attention_coop_128"],
+        (_, false) => ["attention_256", "attention_coop_256"],
+        (64, true) => ["attention_q8_64", "attention_coop_q8_64"],
+        (96, true) => ["attention_q8_96", "attention_coop_q8_96"],
+        (128, true) => ["attention_q8_128", "attention_coop_q8_128"],
+        (_, true) => ["attention_q8_256", "attention_coop_q8_256"],
+    }
+}
 
 /// A cache with one session's keys and values of a layer, and what attention has to give.
 struct Attention {
@@ -22,29 +38,33 @@ impl Attention {
         (heads, kv_heads, head_dim): (usize, usize, usize),
         context: usize,
         seen: usize,
-        f32s: bool,
+        kv: u32,
         rng: &mut Rng,
     ) -> Self {
         let half = |v: &f32| f16::from_f32(*v).to_f32();
         let len = kv_heads * context * head_dim;
         let (mut keys, mut values) = (rng.values(len, 2.0), rng.values(len, 1.0));
-        if !f32s {
-            keys = keys.iter().map(half).collect();
-            values = values.iter().map(half).collect();
+        for all in [&mut keys, &mut values] {
+            match kv {
+                cuda::KV_F16 => all.iter_mut().for_each(|v| *v = half(v)),
+                cuda::KV_Q8 => *all = unpack(&pack(all, head_dim), head_dim),
+                _ => {}
+            }
         }
         // What lies behind the last position is whatever was there.
         for all in [&mut keys, &mut values] {
             for (i, v) in all.iter_mut().enumerate() {
                 if i / head_dim % context >= seen {
-                    *v = f32::NAN;
+                    *v = if kv == cuda::KV_Q8 { 6e4 } else { f32::NAN };
                 }
             }
         }
         // Layer 1 of 2.
         let both: Vec<f32> = vec![f32::NAN; 2 * len].into_iter().chain(keys.clone()).chain(values.clone()).collect();
-        let cache = match f32s {
-            true => device.upload(&both),
-            false => device.upload(&both.iter().map(|v| f16::from_f32(*v).to_bits()).collect::<Vec<_>>()),
+        let cache = match kv {
+            cuda::KV_F32 => device.upload(&both),
+            cuda::KV_F16 => device.upload(&both.iter().map(|v| f16::from_f32(*v).to_bits()).collect::<Vec<_>>()),
+            _ => device.upload(&cache_of_8_bits(&both, head_dim, context)),
         };
         let scale = 1.0 / (head_dim as f32).sqrt();
         let cap = if rng.below(3) == 0 { 2.5 } else { 0.0 };
@@ -103,6 +123,19 @@ impl Attention {
     }
 }
 
+/// Codes of all rows, then the scales of each line of `context` rows, with room for a multiple of four.
+fn cache_of_8_bits(values: &[f32], head_dim: usize, context: usize) -> Vec<u8> {
+    let words = pack(values, head_dim);
+    let (codes, scales) = words.split_at(values.len() / 4);
+    let row = cuda::scale_bytes(head_dim as u32) as usize / 4;
+    let mut all = codes.to_vec();
+    for line in scales.chunks(context * row) {
+        all.extend_from_slice(line);
+        all.resize(all.len() + (context.next_multiple_of(4) - context) * row, 0x7bff_7bff);
+    }
+    all.iter().flat_map(|word| word.to_le_bytes()).collect()
+}
+
 #[test]
 fn attention_for_few_tokens() {
     if !is_on_machine("attention::attention_for_few_tokens", ALL_CAPABILITIES) {
@@ -126,13 +159,14 @@ fn attention_for_few_tokens() {
             ((64, 8, 64), 5000, 1, 1000, 17),
         ]);
     }
-    for (shape @ (heads, kv_heads, head_dim), first, tokens, window, splits) in cases {
-        let shared = cuda::attention_shared(head_dim as u32);
+    let cases = cases.into_iter().flat_map(|case| [(case, cuda::KV_F16), (case, cuda::KV_Q8)]);
+    for ((shape @ (heads, kv_heads, head_dim), first, tokens, window, splits), kv_type) in cases {
+        let shared = cuda::attention_shared(head_dim as u32, kv_type == cuda::KV_Q8);
         if shared > device.gpu.limits.shared {
             continue;
         }
         let context = first + tokens + 70;
-        let kv = Attention::new(&device, shape, context, first + tokens, false, &mut rng);
+        let kv = Attention::new(&device, shape, context, first + tokens, kv_type, &mut rng);
         let width = heads * head_dim;
         let q = rounded(&(0..tokens).map(|_| rng.values(width, 2.0)).collect::<Vec<_>>());
         let q_buffer = device.upload(&q.concat().iter().map(|v| f16::from_f32(*v).to_bits()).collect::<Vec<_>>());
@@ -142,12 +176,7 @@ fn attention_for_few_tokens() {
         let partial = device.poisoned::<f32>(tokens * heads * splits * head_dim);
         let weights = device.poisoned::<f32>(tokens * heads * splits * 2);
         let arrived = device.zeros(tokens * blocks * 4);
-        let name = match head_dim {
-            64 => "attention_64",
-            96 => "attention_96",
-            128 => "attention_128",
-            _ => "attention_256",
-        };
+        let [name, _] = names_of(kv_type, head_dim);
         // Twice, to see that the counters are left as they were found.
         for _ in 0..2 {
             let out = device.poisoned::<u16>(tokens * stride);
@@ -167,14 +196,15 @@ fn attention_for_few_tokens() {
                 window: window as u32,
                 scale: kv.kernel_scale(),
                 cap: kv.kernel_cap(),
-                pad: 0,
+                layers: 2,
             };
             device.run(name, [splits as u32, blocks as u32, tokens as u32], 128, shared, &arguments);
             let found: Vec<u16> = device.download(&out, tokens * stride);
             for (t, q) in q.iter().enumerate() {
                 for (i, expected) in kv.expected(q, first + t, window).iter().enumerate() {
                     let found = f64::from(f16::from_bits(found[t * stride + i]).to_f32());
-                    let label = format!("{shape:?} at {first}, window {window}, {splits} splits, token {t}, {i}");
+                    let label =
+                        format!("{name} {shape:?} at {first}, window {window}, {splits} splits, token {t}, {i}");
                     assert!((found - expected).abs() < 2e-3, "{label}: {found}, expected {expected}");
                 }
             }
@@ -198,23 +228,19 @@ fn attention_for_many_tokens() {
     if is_fast() {
         cases.extend([((8, 2, 128), 0, 1024, 0), ((8, 8, 64), 1000, 700, 300)]);
     }
-    for (shape @ (heads, kv_heads, head_dim), first, tokens, window) in cases {
+    let cases = cases.into_iter().flat_map(|case| [(case, cuda::KV_F16), (case, cuda::KV_Q8)]);
+    for ((shape @ (heads, kv_heads, head_dim), first, tokens, window), kv_type) in cases {
         let shared = cuda::attention_coop_shared(head_dim as u32);
         if shared > device.gpu.limits.shared {
             continue;
         }
-        let kv = Attention::new(&device, shape, first + tokens + 9, first + tokens, false, &mut rng);
+        let kv = Attention::new(&device, shape, first + tokens + 9, first + tokens, kv_type, &mut rng);
         let width = heads * head_dim;
         let q = rounded(&(0..tokens).map(|_| rng.values(width, 2.0)).collect::<Vec<_>>());
         let q_buffer = device.upload(&q.concat().iter().map(|v| f16::from_f32(*v).to_bits()).collect::<Vec<_>>());
         let rows = kv.rows(&device, first, tokens);
         let stride = width.next_multiple_of(STAGE as usize);
-        let name = match head_dim {
-            64 => "attention_coop_64",
-            96 => "attention_coop_96",
-            128 => "attention_coop_128",
-            _ => "attention_coop_256",
-        };
+        let [_, name] = names_of(kv_type, head_dim);
         for tiled in [true, false] {
             let room = tokens.next_multiple_of(128) * stride;
             let out = device.poisoned::<u16>(room);
@@ -232,6 +258,8 @@ fn attention_for_many_tokens() {
                 window: window as u32,
                 scale: kv.kernel_scale(),
                 cap: kv.kernel_cap(),
+                layers: 2,
+                pad: 0,
             };
             let grid = [(tokens as u32).div_ceil(cuda::COOP_TOKENS), heads as u32, 1];
             device.run(name, grid, 256, shared, &arguments);
@@ -240,7 +268,7 @@ fn attention_for_many_tokens() {
                 for (i, expected) in kv.expected(q, first + t, window).iter().enumerate() {
                     let at = if tiled { tile_offset(t, i, stride / CHUNK as usize) } else { t * stride + i };
                     let found = f64::from(f16::from_bits(found[at]).to_f32());
-                    let label = format!("{shape:?} at {first}, window {window}, token {t}, {i}");
+                    let label = format!("{name} {shape:?} at {first}, window {window}, token {t}, {i}");
                     assert!((found - expected).abs() < 2e-3, "{label}: {found}, expected {expected}");
                 }
             }
@@ -254,9 +282,15 @@ fn attention_of_any_form() {
         return;
     }
     let (device, mut rng) = (Device::open(), rng("attention_of_any_form"));
-    for (shape @ (heads, kv_heads, head_dim), f32s) in [((6, 2, 12), true), ((3, 1, 10), false), ((2, 2, 300), true)] {
+    for (shape @ (heads, kv_heads, head_dim), kv_type) in [
+        ((6, 2, 12), cuda::KV_F32),
+        ((3, 1, 10), cuda::KV_F16),
+        ((2, 2, 300), cuda::KV_F32),
+        ((4, 2, 80), cuda::KV_Q8),
+        ((2, 2, 12), cuda::KV_Q8),
+    ] {
         let (first, tokens, window) = (21, 3, 13);
-        let kv = Attention::new(&device, shape, 40, first + tokens, f32s, &mut rng);
+        let kv = Attention::new(&device, shape, 41, first + tokens, kv_type, &mut rng);
         let width = heads * head_dim;
         let stride = width + 5;
         let q: Vec<Vec<f32>> = (0..tokens).map(|_| rng.values(stride, 2.0)).collect();
@@ -274,9 +308,11 @@ fn attention_of_any_form() {
             head_dim: head_dim as u32,
             layer: 1,
             window,
-            kv_f32: u32::from(f32s),
+            kv: kv_type,
             scale: kv.kernel_scale(),
             cap: kv.kernel_cap(),
+            layers: 2,
+            pad: 0,
         };
         device.run("attention_any", [(heads as u32).div_ceil(8), tokens as u32, 1], 256, 0, &arguments);
         let found: Vec<f32> = device.download(&out, tokens * width);

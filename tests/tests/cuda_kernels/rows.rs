@@ -8,11 +8,14 @@ fn rotation_of_rows() {
         return;
     }
     let (device, mut rng) = (Device::open(), rng("rotation_of_rows"));
-    for (heads, kv_heads, head_dim, rotary_dim, norms, halves, f32s) in [
-        (4, 2, 64, 64, true, true, false),
-        (3, 1, 12, 8, false, false, true),
-        (2, 2, 80, 32, true, false, false),
-        (1, 1, 16, 0, false, true, false),
+    for (heads, kv_heads, head_dim, rotary_dim, norms, halves, kv) in [
+        (4, 2, 64, 64, true, true, cuda::KV_F16),
+        (3, 1, 12, 8, false, false, cuda::KV_F32),
+        (2, 2, 80, 32, true, false, cuda::KV_F16),
+        (1, 1, 16, 0, false, true, cuda::KV_F16),
+        (4, 2, 64, 64, true, true, cuda::KV_Q8),
+        (2, 1, 80, 32, true, false, cuda::KV_Q8),
+        (1, 1, 12, 8, false, true, cuda::KV_Q8),
     ] {
         let (tokens, first, context, layer) = (3usize, 7u32, 20usize, 1u32);
         let all = heads + 2 * kv_heads;
@@ -24,8 +27,16 @@ fn rotation_of_rows() {
         let rope_buffer = device.upload(&rope);
         let norm: Vec<Vec<f32>> = (0..2).map(|_| rng.values(head_dim, 1.0)).collect();
         let norm_buffers: Vec<Buffer> = norm.iter().map(|norm| device.upload(norm)).collect();
-        let size = if f32s { 4 } else { 2 };
-        let cache = device.zeros(2 * 2 * kv_heads * context * head_dim * size);
+        let size = match kv {
+            cuda::KV_F32 => 4,
+            cuda::KV_F16 => 2,
+            _ => 1,
+        };
+        let lines = 2 * 2 * kv_heads;
+        // Contexts of a multiple of four have no gap between the scales of lines.
+        let scale_row = if kv == cuda::KV_Q8 { cuda::scale_bytes(head_dim as u32) as usize } else { 0 };
+        let cache_bytes = lines * context * (head_dim * size + scale_row);
+        let cache = device.zeros(cache_bytes);
         let q = device.poisoned::<u16>(tokens * heads * head_dim);
         let rows: Vec<Row> = (0..tokens as u32)
             .map(|t| Row {
@@ -50,14 +61,17 @@ fn rotation_of_rows() {
             head_dim: head_dim as u32,
             rotary_dim: rotary_dim as u32,
             layer,
-            kv: if f32s { cuda::KV_F32 } else { cuda::KV_F16 },
+            kv,
             eps: 1e-6,
             table: 1,
+            layers: 2,
+            pad: 0,
         };
-        device.run("rope_append", [(all as u32).div_ceil(8), tokens as u32, 1], 256, 0, &arguments);
+        let shared = cuda::rope_append_shared(head_dim as u32, kv == cuda::KV_Q8);
+        device.run("rope_append", [(all as u32).div_ceil(8), tokens as u32, 1], 256, shared, &arguments);
         let after: Vec<f32> = device.download(&buffer, qkv.len());
         let found_q: Vec<u16> = device.download(&q, tokens * heads * head_dim);
-        let bytes: Vec<u8> = device.download(&cache, 2 * 2 * kv_heads * context * head_dim * size);
+        let bytes: Vec<u8> = device.download(&cache, cache_bytes);
         for t in 0..tokens {
             for head in 0..all {
                 let x = &qkv[t * stride + head * head_dim..][..head_dim];
@@ -79,22 +93,27 @@ fn rotation_of_rows() {
                         i if i < half => value(i) * turn(i).0 - value(i + half) * turn(i).1,
                         i => value(i) * turn(i - half).0 + value(i - half) * turn(i - half).1,
                     };
+                    let mut allowed = 2e-3 * (1.0 + expected.abs());
                     let found = match head.checked_sub(heads) {
                         None if halves => f16::from_bits(found_q[(t * heads + head) * head_dim + i]).to_f32(),
                         None => after[t * stride + head * head_dim + i],
                         Some(line) => {
                             let line = layer as usize * 2 * kv_heads + line;
-                            let at = ((line * context + first as usize + t) * head_dim + i) * size;
-                            match f32s {
-                                true => f32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes")),
-                                false => f16::from_le_bytes([bytes[at], bytes[at + 1]]).to_f32(),
+                            let row = line * context + first as usize + t;
+                            let at = (row * head_dim + i) * size;
+                            match kv {
+                                cuda::KV_F32 => f32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes")),
+                                cuda::KV_F16 => f16::from_le_bytes([bytes[at], bytes[at + 1]]).to_f32(),
+                                _ => {
+                                    let scale_at = lines * context * head_dim + row * scale_row + i / 32 * 2;
+                                    let scale = f16::from_le_bytes([bytes[scale_at], bytes[scale_at + 1]]).to_f32();
+                                    allowed = f64::from(scale) * 0.57 + 1e-5;
+                                    f32::from(bytes[at] as i8) * scale
+                                }
                             }
                         }
                     };
-                    assert!(
-                        (f64::from(found) - expected).abs() < 2e-3 * (1.0 + expected.abs()),
-                        "token {t}, head {head}, {i}"
-                    );
+                    assert!((f64::from(found) - expected).abs() < allowed, "token {t}, head {head}, {i}");
                 }
             }
         }

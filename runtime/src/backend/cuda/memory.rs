@@ -29,10 +29,17 @@ pub(super) struct Splits {
     pub(super) arrived: u64,
 }
 
+/// Bytes of a cache; its scales, if it has any, have room for a multiple of four positions.
+fn cache_bytes(program: &Program, kv_type: KvType, context: u32) -> u64 {
+    let positions =
+        if kv_type == KvType::Q8 { context.checked_next_multiple_of(4).unwrap_or(context) } else { context };
+    kv_bytes(program, kv_type, positions)
+}
+
 /// Bytes of device memory that a session takes at most: which buffers are needed depends on the weights.
 pub(super) fn runner_bytes(program: &Program, config: &RunnerConfig) -> u64 {
     let shape = program.attention;
-    let kv = kv_bytes(program, config.kv_type.unwrap_or(KvType::F16), config.context);
+    let kv = cache_bytes(program, config.kv_type.unwrap_or(KvType::F16), config.context);
     let most = u64::from(config.max_tokens);
     let buffers = program.buffers.iter().map(|desc| {
         let rows = u64::from(desc.rows(config));
@@ -55,7 +62,7 @@ pub(super) struct Memory {
     pub(super) kv_type: KvType,
     /// Everything that was made, zeros at first.
     buffers: Vec<Buffer>,
-    /// (layers, keys then values, kv_heads, context, head_dim).
+    /// (layers, keys then values, kv_heads, context, head_dim), then the scales if there are any.
     pub(super) kv: usize,
     /// (max_tokens) u32.
     pub(super) tokens: usize,
@@ -88,11 +95,8 @@ impl Memory {
         separate: bool,
     ) -> Result<Self> {
         let kv_type = config.kv_type.unwrap_or(KvType::F16);
-        if kv_type == KvType::Q8 {
-            return Err(Error::new(ErrorKind::Unsupported, "CUDA has no KV cache of 8 bits"));
-        }
         let shape = program.attention;
-        let kv = kv_bytes(program, kv_type, config.context);
+        let kv = cache_bytes(program, kv_type, config.context);
         let free = gpu.free_memory()?;
         if kv > free {
             let message = format!("a KV cache of {} tokens needs {kv} bytes, {free} are free", config.context);

@@ -303,15 +303,25 @@ impl CudaRunner {
         Ok(())
     }
 
-    /// The keys and values of the first `n` positions as rows on the device.
-    fn kv_rows(&self, n: u32) -> Rows {
+    /// The keys and values of the first `n` positions as rows, and their scales if they have any.
+    fn kv_rows(&self, n: u32) -> [Rows; 2] {
         let shape = self.program.attention;
-        let position = self.memory.kv_type.row_bytes(shape.head_dim) as usize;
-        Rows {
-            width: n as usize * position,
-            rows: 2 * (self.program.layers * shape.kv_heads) as usize,
-            pitch: self.config.context as usize * position,
-        }
+        let (n, context) = (n as usize, self.config.context as usize);
+        let kv_type = self.memory.kv_type;
+        let codes = kv_type.code_bytes(shape.head_dim) as usize;
+        let scales = kv_type.scale_bytes(shape.head_dim) as usize;
+        let rows = 2 * (self.program.layers * shape.kv_heads) as usize;
+        let host_pitch = n * (codes + scales);
+        let elements = Rows { offset: 0, width: n * codes, rows, pitch: context * codes, host_offset: 0, host_pitch };
+        let scale_pitch = context.next_multiple_of(4) * scales;
+        let scales = Rows {
+            offset: rows * elements.pitch,
+            width: n * scales,
+            pitch: scale_pitch,
+            host_offset: elements.width,
+            ..elements
+        };
+        [elements, scales]
     }
 
     /// Records the graph of a choice and a step.
@@ -584,23 +594,28 @@ impl Runner for CudaRunner {
 
     fn save_kv(&mut self, n: u32, out: &mut [u8]) -> Result<()> {
         check_kv(&self.program, &self.config, self.memory.kv_type, n, out.len())?;
-        self.stream.copy_rows(self.memory.buffer(self.memory.kv), self.kv_rows(n), HostRows::To(out))
+        let kv = self.memory.buffer(self.memory.kv);
+        self.kv_rows(n).into_iter().try_for_each(|rows| self.stream.copy_rows(kv, rows, HostRows::To(&mut *out)))
     }
 
     fn load_kv(&mut self, n: u32, bytes: &[u8]) -> Result<()> {
         check_kv(&self.program, &self.config, self.memory.kv_type, n, bytes.len())?;
         self.abandon();
-        self.stream.copy_rows(self.memory.buffer(self.memory.kv), self.kv_rows(n), HostRows::From(bytes))
+        let kv = self.memory.buffer(self.memory.kv);
+        self.kv_rows(n).into_iter().try_for_each(|rows| self.stream.copy_rows(kv, rows, HostRows::From(bytes)))
     }
 
     fn fork(&mut self, n: u32, _: Sharing) -> Result<Box<dyn Runner>> {
         let fork = Self::new(Arc::clone(&self.backend), &self.program, &self.config)?;
         fork.stream.wait()?;
-        let to = HostRows::Device(fork.memory.buffer(fork.memory.kv));
-        self.stream.copy_rows(self.memory.buffer(self.memory.kv), self.kv_rows(n), to)?;
+        for rows in self.kv_rows(n) {
+            let to = HostRows::Device(fork.memory.buffer(fork.memory.kv));
+            self.stream.copy_rows(self.memory.buffer(self.memory.kv), rows, to)?;
+        }
         let (from, to) = (self.memory.buffer(self.memory.ropes), fork.memory.buffer(fork.memory.ropes));
         let bytes = from.bytes() as usize;
-        self.stream.copy_rows(from, Rows { width: bytes, rows: 1, pitch: bytes }, HostRows::Device(to))?;
+        let whole = Rows { offset: 0, width: bytes, rows: 1, pitch: bytes, host_offset: 0, host_pitch: bytes };
+        self.stream.copy_rows(from, whole, HostRows::Device(to))?;
         Ok(Box::new(fork))
     }
 

@@ -53,12 +53,17 @@ impl Launch {
 /// A rectangle of bytes for [`Stream::copy_rows`].
 #[derive(Clone, Copy)]
 pub struct Rows {
+    /// First byte of the first row on the device.
+    pub offset: usize,
     /// Bytes of a row that are copied.
     pub width: usize,
     /// Rows.
     pub rows: usize,
     /// Bytes from one row to the next on the device.
     pub pitch: usize,
+    /// The first byte and the bytes from one row to the next in host memory.
+    pub host_offset: usize,
+    pub host_pitch: usize,
 }
 
 impl Stream {
@@ -122,32 +127,31 @@ impl Stream {
         self.gpu.noting(check(code, "reading back"))
     }
 
-    /// Copies rows between `buffer` (from its start, `rows.pitch` apart) and host memory where they lie side by side.
-    /// Waits for it.
+    /// Copies rows between `buffer` and host memory, or to the same place in another buffer. Waits for it.
     ///
     /// # Errors
     /// A device error.
     pub fn copy_rows(&self, buffer: &Buffer, rows: Rows, host: HostRows<'_>) -> Result<()> {
-        let total = rows.width * rows.rows;
-        if total == 0 {
+        if rows.width * rows.rows == 0 {
             return Ok(());
         }
-        let end = (rows.rows - 1) * rows.pitch + rows.width;
+        let end = rows.offset + (rows.rows - 1) * rows.pitch + rows.width;
         assert!(end as u64 <= buffer.bytes && rows.width <= rows.pitch, "the rows lie in the buffer");
+        let host_end = rows.host_offset + (rows.rows - 1) * rows.host_pitch + rows.width;
         let (device, memory) = (sys::CUmemorytype::CU_MEMORYTYPE_DEVICE, sys::CUmemorytype::CU_MEMORYTYPE_HOST);
         let mut copy = sys::CUDA_MEMCPY2D {
             srcXInBytes: 0,
             srcY: 0,
             srcMemoryType: device,
             srcHost: std::ptr::null(),
-            srcDevice: buffer.address,
+            srcDevice: buffer.address + rows.offset as u64,
             srcArray: std::ptr::null_mut(),
             srcPitch: rows.pitch,
             dstXInBytes: 0,
             dstY: 0,
             dstMemoryType: device,
             dstHost: std::ptr::null_mut(),
-            dstDevice: buffer.address,
+            dstDevice: buffer.address + rows.offset as u64,
             dstArray: std::ptr::null_mut(),
             dstPitch: rows.pitch,
             WidthInBytes: rows.width,
@@ -155,16 +159,18 @@ impl Stream {
         };
         match host {
             HostRows::From(from) => {
-                assert_eq!(from.len(), total, "as many bytes as the rows have");
-                (copy.srcMemoryType, copy.srcHost, copy.srcPitch) = (memory, from.as_ptr().cast(), rows.width);
+                assert!(host_end <= from.len() && rows.width <= rows.host_pitch, "the rows lie in the memory");
+                let from = from[rows.host_offset..].as_ptr().cast();
+                (copy.srcMemoryType, copy.srcHost, copy.srcPitch) = (memory, from, rows.host_pitch);
             }
             HostRows::To(to) => {
-                assert_eq!(to.len(), total, "as many bytes as the rows have");
-                (copy.dstMemoryType, copy.dstHost, copy.dstPitch) = (memory, to.as_mut_ptr().cast(), rows.width);
+                assert!(host_end <= to.len() && rows.width <= rows.host_pitch, "the rows lie in the memory");
+                let to = to[rows.host_offset..].as_mut_ptr().cast();
+                (copy.dstMemoryType, copy.dstHost, copy.dstPitch) = (memory, to, rows.host_pitch);
             }
             HostRows::Device(to) => {
                 assert!(end as u64 <= to.bytes, "the rows lie in the buffer");
-                copy.dstDevice = to.address;
+                copy.dstDevice = to.address + rows.offset as u64;
             }
         }
         let current = self.enter()?;

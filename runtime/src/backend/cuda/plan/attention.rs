@@ -17,8 +17,9 @@ impl Planner<'_> {
     /// to the inputs of the matrix that follows.
     pub(super) fn is_fast(&self, out: BufferId, rest: &[Op]) -> bool {
         let shape = self.program.attention;
-        let shared = cuda::attention_shared(shape.head_dim).max(cuda::attention_coop_shared(shape.head_dim));
-        self.memory.kv_type == KvType::F16
+        let q8 = self.memory.kv_type == KvType::Q8;
+        let shared = cuda::attention_shared(shape.head_dim, q8).max(cuda::attention_coop_shared(shape.head_dim));
+        self.memory.kv_type != KvType::F32
             && cuda::HEAD_DIMS.contains(&shape.head_dim)
             && shared <= self.backend.gpu.limits.shared
             && feeds_matrix(out, rest)
@@ -60,21 +61,33 @@ impl Planner<'_> {
             head_dim: shape.head_dim,
             rotary_dim: if rope.is_some() { shape.rotary_dim } else { 0 },
             layer,
-            kv: match self.memory.kv_type {
-                KvType::F16 | KvType::Q8 => cuda::KV_F16,
-                KvType::F32 => cuda::KV_F32,
-            },
+            kv: self.kv_number(),
             eps: norms.iter().flatten().next().map_or(0.0, |(_, eps)| *eps),
             table: self.table(rope)?,
+            layers: self.program.layers,
+            pad: 0,
         };
+        let shared = cuda::rope_append_shared(shape.head_dim, self.memory.kv_type == KvType::Q8);
+        if shared > self.backend.gpu.limits.shared {
+            return Err(unsupported(&format!("a KV cache of 8 bits with heads of {} elements", shape.head_dim)));
+        }
         let function = self.backend.gpu.function("rope_append")?;
         let width = u64::from(heads) * u64::from(shape.head_dim);
-        let call = call("rope_append", function, 256, 0, move |step| {
+        let call = call("rope_append", function, 256, shared, move |step| {
             let elements = u64::from(step.n_tokens) * width;
             let cost = Cost { bytes: elements * 6, flops: elements * 3 };
             ([heads.div_ceil(8), step.n_tokens, 1], arguments, cost)
         });
         Ok(PlannedOp::always(RowMode::All, vec![call]))
+    }
+
+    /// The kernels' number of the cache's type.
+    fn kv_number(&self) -> u32 {
+        match self.memory.kv_type {
+            KvType::F16 => cuda::KV_F16,
+            KvType::F32 => cuda::KV_F32,
+            KvType::Q8 => cuda::KV_Q8,
+        }
     }
 
     /// `rest` are the operations that follow.
@@ -114,9 +127,11 @@ impl Planner<'_> {
                 head_dim: shape.head_dim,
                 layer,
                 window,
-                kv_f32: u32::from(self.memory.kv_type == KvType::F32),
+                kv: self.kv_number(),
                 scale,
                 cap,
+                layers: self.program.layers,
+                pad: 0,
             };
             let function = self.backend.gpu.function("attention_any")?;
             let call = call("attention_any", function, 256, 0, move |step| {
@@ -132,11 +147,16 @@ impl Planner<'_> {
             self.memory.staged(self.stream, self.program, out, true)?,
         );
         let splits = self.memory.splits(self.stream, self.program)?;
-        let [name, many_name] = match shape.head_dim {
-            64 => ["attention_64", "attention_coop_64"],
-            96 => ["attention_96", "attention_coop_96"],
-            128 => ["attention_128", "attention_coop_128"],
-            _ => ["attention_256", "attention_coop_256"],
+        let q8 = self.memory.kv_type == KvType::Q8;
+        let [name, many_name] = match (shape.head_dim, q8) {
+            (64, false) => ["attention_64", "attention_coop_64"],
+            (96, false) => ["attention_96", "attention_coop_96"],
+            (128, false) => ["attention_128", "attention_coop_128"],
+            (_, false) => ["attention_256", "attention_coop_256"],
+            (64, true) => ["attention_q8_64", "attention_coop_q8_64"],
+            (96, true) => ["attention_q8_96", "attention_coop_q8_96"],
+            (128, true) => ["attention_q8_128", "attention_coop_q8_128"],
+            (_, true) => ["attention_q8_256", "attention_coop_q8_256"],
         };
         let arguments = AttentionArgs {
             q,
@@ -154,12 +174,12 @@ impl Planner<'_> {
             window,
             scale,
             cap,
-            pad: 0,
+            layers: self.program.layers,
         };
         let head_blocks = (shape.heads / shape.kv_heads).div_ceil(cuda::MANY_HEADS);
         let threads = cuda::ATTENTION_WARPS * 32;
         let function = self.backend.gpu.function(name)?;
-        let few_call = call(name, function, threads, cuda::attention_shared(shape.head_dim), move |step| {
+        let few_call = call(name, function, threads, cuda::attention_shared(shape.head_dim, q8), move |step| {
             let grid = [splits.number, shape.kv_heads * head_blocks, step.n_tokens];
             (grid, arguments, cost(step, u64::from(step.n_tokens)))
         });
@@ -177,6 +197,8 @@ impl Planner<'_> {
             window,
             scale,
             cap,
+            layers: self.program.layers,
+            pad: 0,
         };
         let function = self.backend.gpu.function(many_name)?;
         let shared = cuda::attention_coop_shared(shape.head_dim);

@@ -5,7 +5,7 @@ use awqua_shaders::cuda::{TILE, WIDE};
 use super::super::weights::CudaWeight;
 use super::linear::{Input, Norm, Site, Target};
 use super::{PlannedOp, Planner, RowMode, row_mode};
-use crate::backend::{BufferId, NormKind, Op, Rows, WeightId};
+use crate::backend::{BufferId, KvType, NormKind, Op, Rows, WeightId};
 use crate::error::Result;
 
 impl Planner<'_> {
@@ -94,7 +94,9 @@ impl Planner<'_> {
         let fits = shape.head_dim.is_multiple_of(2 * TILE) && rotary.is_multiple_of(2 * TILE);
         let width = (shape.heads + 2 * shape.kv_heads).checked_mul(shape.head_dim);
         let whole = width == Some(self.width(qkv)?) && attended == qkv && !reads_before_write(behind, qkv);
-        if !fits || !whole || !self.is_fast(out, behind) {
+        // A product knows parts of heads, and a cache of 8 bits wants the largest element of a group.
+        let rounded = self.memory.kv_type == KvType::Q8;
+        if !fits || !whole || rounded || !self.is_fast(out, behind) {
             return Ok(None);
         }
         let site = Site { weight, bias, target: Target::Rope { layer, rope } };
