@@ -22,6 +22,7 @@ mod grammar;
 #[cfg(not(feature = "grammar"))]
 #[path = "grammar_off.rs"]
 mod grammar;
+mod pairs;
 mod rotations;
 pub mod sampler;
 mod snapshot;
