@@ -21,7 +21,7 @@ const AHEAD: usize = 2048;
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 fn multiply_add(mut sums: __m512i, a: __m512i, b: __m512i) -> __m512i {
     // SAFETY: the instruction reads and writes these registers only. There is an intrinsic, but LLVM takes it apart again
-    // into a product and an addition, for shorter chains of dependencies, and with it half of the speed.
+    // into a product and an addition, for shorter chains of dependencies that there are enough of here.
     unsafe {
         asm!(
             "vpdpwssd {sums}, {a}, {b}",
