@@ -17,6 +17,9 @@ use crate::session::SessionOptions;
 use crate::session::chat::ChatTemplate;
 use crate::session::tokenizer::Tokenizer;
 
+/// Bytes between two calls of a progress function, at least.
+const LEAST: u64 = 256 << 10;
+
 /// A model on its way, loaded in pieces by [`Load::tick`]. Dropping it, or [`Load::restart`], cancels it in any state.
 ///
 /// Pieces are small but for three, which nobody can cut: opening the driver, compiling one GPU kernel, and reading
@@ -258,10 +261,12 @@ impl Load {
     /// As [`Self::tick`], and [`ErrorKind::Cancelled`].
     pub fn run(mut self, progress: &mut dyn FnMut(LoadProgress) -> std::ops::ControlFlow<()>) -> Result<Arc<Model>> {
         self.aside = true;
-        // On a host, enough at a time to share it among processors, which lay weights out.
-        let (bytes, kernels) = if self.engine.is_host() { (8 << 20, None) } else { (256 << 10, Some(1)) };
-        let budget = LoadBudget { bytes: Some(bytes), kernels, ..LoadBudget::default() };
+        let host = self.engine.is_host();
         loop {
+            // On a host, of large models enough at a time to share it among processors, which lay weights out.
+            let bytes = if host { (self.progress().total / 64).clamp(LEAST, 32 * LEAST) } else { LEAST };
+            let kernels = if host { None } else { Some(1) };
+            let budget = LoadBudget { bytes: Some(bytes), kernels, ..LoadBudget::default() };
             if let Some(model) = self.tick(&budget)? {
                 return Ok(model);
             }
