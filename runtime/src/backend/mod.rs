@@ -336,6 +336,8 @@ pub struct RunnerConfig {
     pub jobs: Option<Jobs>,
     /// Never round activations, see [`crate::SessionOptions::exact`]. GPU backends ignore it.
     pub exact: bool,
+    /// Compute alike whether positions are shared or not, see [`crate::SessionOptions::share_forks`].
+    pub share_forks: bool,
 }
 
 /// A host's `parallel_for`: runs tasks on threads that the host owns.
@@ -593,7 +595,7 @@ pub trait Backend: Any + Send + Sync {
     }
 
     /// Compiles at most `most` of the kernels that runners of this kind will need, so that making one is quick; returns
-    /// how many are left. Backends without compilation have none.
+    /// how many are left. A backend without compilation may prepare what else runners need, in parts.
     ///
     /// # Errors
     /// A device error.

@@ -22,6 +22,7 @@ mod grammar;
 #[cfg(not(feature = "grammar"))]
 #[path = "grammar_off.rs"]
 mod grammar;
+mod pairs;
 mod rotations;
 pub mod sampler;
 mod snapshot;
@@ -80,7 +81,8 @@ pub struct SessionOptions {
     pub context: Option<u32>,
     /// Element type of the KV cache; `None` lets the backend choose.
     pub kv_type: Option<KvType>,
-    /// CPU threads, the caller's included; `None` takes the engine's.
+    /// CPU threads, the caller's included; `None` takes the engine's. [`crate::backend::cpu::performance_cores`] are
+    /// as many as help.
     pub threads: Option<usize>,
     /// Most prompt tokens computed at a time.
     pub chunk: Option<u32>,
@@ -93,6 +95,11 @@ pub struct SessionOptions {
     /// groups of 32 or its multiples, activations are rounded to 16 bits, and a half-precision output layer of 8 MiB or
     /// more beside such weights to 8, once for all sessions; both are faster. GPUs ignore it.
     pub exact: bool,
+    /// Have forks keep their common start once on wgpu even if the session is deterministic and the device has matrix
+    /// units or subgroups, whose kernels for attention read one cache only: others compute attention, slower. Forks of
+    /// sessions that are not deterministic share in any case; deterministic ones in models with windows copy in any, and
+    /// so do all on CUDA.
+    pub share_forks: bool,
 }
 
 impl SessionOptions {
@@ -115,6 +122,7 @@ impl SessionOptions {
             threads,
             jobs: engine.options().jobs.clone(),
             exact: self.exact,
+            share_forks: self.share_forks,
         })
     }
 }
