@@ -54,6 +54,8 @@ pub(super) fn bytes(program: &Program, config: &RunnerConfig) -> u64 {
 
 /// Most dispatches of a submission: the device begins with the first ones while the host encodes the next.
 const DISPATCHES: u32 = 128;
+/// The same while the device is busy with an earlier step: a submission costs it some microseconds.
+const DISPATCHES_BUSY: u32 = 1024;
 /// The same under a deadline, which is looked at between submissions.
 const DISPATCHES_TIMED: u32 = 48;
 
@@ -295,10 +297,10 @@ impl WgpuRunner {
     fn to_share(&self, n: u32, sharing: Sharing) -> (u32, Option<Arc<Prefix>>) {
         // Over one cache, matrix units and subgroups sum in other orders, and so do windows, which begin anywhere.
         let windows = || self.program.ops.iter().any(|op| matches!(op, Op::Attention { window: Some(_), .. }));
-        let subgroups = self.backend.reduce == shaders::Reduce::Subgroup;
+        let one_cache = self.backend.coop || self.backend.reduce == shaders::Reduce::Subgroup;
         match sharing {
             Sharing::Never => return (0, None),
-            Sharing::Exact if self.backend.coop || subgroups || windows() => return (0, None),
+            Sharing::Exact if one_cache && !self.config.share_forks || windows() => return (0, None),
             Sharing::Exact | Sharing::Always => {}
         }
         let most = n / self.grain() * self.grain();
@@ -404,7 +406,11 @@ impl Runner for WgpuRunner {
                 }
                 None => f64::INFINITY,
             };
-            let dispatches = if budget.deadline.is_some() { DISPATCHES_TIMED } else { DISPATCHES };
+            let dispatches = match budget.deadline {
+                Some(_) => DISPATCHES_TIMED,
+                None if self.ahead.is_empty() => DISPATCHES,
+                None => DISPATCHES_BUSY,
+            };
             self.submit(most, dispatches);
             begun = true;
         }

@@ -1,7 +1,7 @@
 //! Attention: splits of the positions, then their combination.
 
 use awqua_shaders::{
-    FLAG_STAGE, Kv, Reduce, RowMode, Step, attention, attention_coop, attention_few, attention_reduce,
+    FLAG_STAGE, Heads, Kv, Reduce, RowMode, Step, Variant, attention, attention_coop, attention_few, attention_reduce,
     attention_subgroup,
 };
 
@@ -35,7 +35,8 @@ impl Planner<'_> {
         let few_tokens = attention::FEW_TOKENS.min(self.few_rows);
         let prefix = self.memory.shared();
         // The kernels on matrix units and in subgroups read one cache.
-        let coop = self.backend.coop && kv == Kv::F16 && attention_coop::handles(shape.head_dim) && prefix == 0;
+        let one_cache = prefix == 0 && !self.memory.share_forks;
+        let coop = self.backend.coop && kv == Kv::F16 && attention_coop::handles(shape.head_dim) && one_cache;
         for (most, staged) in [(few_tokens, true), (self.few_rows, true), (u32::MAX, false)] {
             if coop && !staged {
                 levels.push((most, vec![self.attention_coop(qkv, out, layer, (scale, cap), window)?]));
@@ -43,8 +44,7 @@ impl Planner<'_> {
             }
             let context = self.memory.context;
             let window = window.unwrap_or(0);
-            let subgroups =
-                most <= few_tokens && prefix == 0 && self.has_subgroups_for(shape.head_dim, self.stride(qkv));
+            let subgroups = most <= few_tokens && one_cache && self.has_subgroups_for(shape.head_dim, self.stride(qkv));
             let split_len = match subgroups {
                 true => attention_subgroup::split_len(context),
                 false => attention::split_len(most, context),
@@ -96,7 +96,8 @@ impl Planner<'_> {
                     ..Default::default()
                 };
                 storage.extend([self.buffer(out), staged_out.clone()]);
-                self.draft(&attention_subgroup::KERNEL, self.variant(), &params, storage, launch)?
+                let variant = Variant { heads: Heads::of(shape.heads, shape.kv_heads), ..self.variant() };
+                self.draft(&attention_subgroup::KERNEL, variant, &params, storage, launch)?
             } else {
                 let eights = most <= few_tokens && attention_few::handles(shape.head_dim, params.qkv_stride);
                 let kernel = if eights { &attention_few::KERNEL } else { &attention::KERNEL };
