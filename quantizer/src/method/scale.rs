@@ -230,16 +230,12 @@ impl Judge<'_> {
             share_heads(self.decoder, &mut x_mean);
             share_heads(self.decoder, &mut w_mean);
         }
-        let error: Box<dyn Fn(Option<&[f32]>) -> f64> = match self.site {
-            // What attention makes of errors of q and k depends on all tokens at once.
-            Site::Attention => {
-                let expected = self.attention(self.block);
-                Box::new(move |scales| self.attention_error(scales, &expected))
-            }
-            Site::Attended | Site::Mlp | Site::Activated => {
-                let judged = self.judged_rows();
-                Box::new(move |scales| judged.iter().map(|rows| rows.error(self.decoder.threads, scales)).sum())
-            }
+        // What attention makes of errors of q and k depends on all tokens at once.
+        let expected = (self.site == Site::Attention).then(|| self.attention(self.block));
+        let judged = if expected.is_some() { Vec::new() } else { self.judged_rows() };
+        let error = |scales: Option<&[f32]>| match &expected {
+            Some(expected) => self.attention_error(scales, expected),
+            None => judged.iter().map(|rows| rows.error(self.decoder.threads, scales)).sum(),
         };
         let plain = error(None);
         let mut best: (f64, Option<(f32, Vec<f32>)>) = (plain, None);
