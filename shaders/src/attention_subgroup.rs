@@ -61,6 +61,7 @@ pub static KERNEL: Kernel = Kernel {
         Prelude::Split,
         Prelude::Elem,
         Prelude::Stage,
+        Prelude::StageEight,
         Prelude::StageOut,
     ],
     constants: &[("WG", WG), ("HEADS", HEADS), ("HEAD_DIM_MAX", HEAD_DIM_MAX)],

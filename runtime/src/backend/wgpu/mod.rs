@@ -8,13 +8,14 @@
 
 use std::fmt;
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use awqua_shaders::{Elem, Reduce, Size, Variant};
 
 use super::{
-    Backend, BackendInfo, Budget, DEFAULT_CHUNK, Device, KvType, Opening, Program, Runner, RunnerConfig, WeightId,
+    Backend, BackendInfo, Budget, DEFAULT_CHUNK, Device, Group, KvType, Opening, Program, Runner, RunnerConfig,
+    WeightId,
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::quant::awq::StoredGemm;
@@ -22,6 +23,7 @@ use crate::tensor::{Weight, WeightShape};
 
 mod adapters;
 mod device;
+mod group;
 mod loader;
 mod memory;
 mod pace;
@@ -218,6 +220,7 @@ impl WgpuDevice {
             variant: self.choice.reason.clone(),
             weights: Vec::new(),
             evicted: AtomicBool::new(false),
+            passes_work: OnceLock::new(),
             filled: 0,
             loader: None,
             stack: None,
@@ -263,6 +266,8 @@ pub struct WgpuBackend {
     variant: String,
     weights: Vec<GpuWeight>,
     evicted: AtomicBool,
+    /// Whether the kernels of passes over several sessions passed their trials.
+    passes_work: OnceLock<bool>,
     /// Rows of the last weight that came so far.
     filled: usize,
     /// Made when the first weight comes.
@@ -448,5 +453,9 @@ impl Backend for WgpuBackend {
 
     fn runner(self: Arc<Self>, program: &Arc<Program>, config: &RunnerConfig) -> Result<Box<dyn Runner>> {
         Ok(Box::new(run::WgpuRunner::new(self, program, config)?))
+    }
+
+    fn group(self: Arc<Self>, program: &Arc<Program>, config: &RunnerConfig) -> Result<Option<Box<dyn Group>>> {
+        Ok(group::WgpuGroup::new(self, program, config)?.map(|group| Box::new(group) as Box<dyn Group>))
     }
 }

@@ -1,9 +1,9 @@
 //! Runs of operations that one kernel computes for few rows: a launch costs as much time as reading megabytes of weights.
 
-use awqua_shaders::{FLAG_BIAS, FLAG_NORM, RowMode, Step, gemv_w4_rope, gemv_w4_swiglu};
+use awqua_shaders::{FLAG_BIAS, FLAG_GLU, FLAG_NORM, RowMode, Step, gemv_w4_rope, gemv_w4_rows, gemv_w4_swiglu};
 
 use super::super::weights::{GpuW4, GpuWeight};
-use super::linear::{Gemv, matrix_params};
+use super::linear::{Gemv, matrix_params, rows_params};
 use super::{Draft, DraftOp, Launch, Planner, activation_of};
 use crate::backend::{Activation, BufferId, NormKind, Op, Rows, WeightId};
 use crate::error::Result;
@@ -60,7 +60,7 @@ impl<'a> Planner<'a> {
             return Ok(None);
         }
         let fused = match ops {
-            [_, linear, Op::RopeAppend { qkv, layer, rope }, ..] => {
+            [_, linear, Op::RopeAppend { qkv, layer, rope }, ..] if self.pass.is_none() => {
                 let draft = self.linear_rope(norm, linear, *qkv, *layer, *rope)?;
                 draft.map(|draft| Fused { few: vec![draft], count: 3, ready: None })
             }
@@ -81,7 +81,8 @@ impl<'a> Planner<'a> {
             few.insert(0, self.stage(norm.x, Some(norm.weight), norm.out, RowMode::All)?);
         }
         let mut many = Vec::new();
-        for op in &ops[..count] {
+        // Passes have few rows.
+        for op in if self.pass.is_none() { &ops[..count] } else { &[] } {
             many.extend(self.op(op, &[])?.many());
         }
         self.ready = ready;
@@ -166,6 +167,22 @@ impl<'a> Planner<'a> {
             return Ok(None);
         };
         let base = matrix_params(matrix);
+        let flags = base.flags | FLAG_NORM | if bias.is_some() { FLAG_BIAS } else { 0 };
+        if self.pass.is_some() {
+            let params = gemv_w4_rows::Params {
+                flags: flags | FLAG_GLU,
+                row_mode: RowMode::All as u32,
+                eps: norm.eps,
+                stage_quads: target.quads,
+                activation: activation_of(activation) as u32,
+                ..rows_params(&base)
+            };
+            let vectors = self.bias(bias, matrix.n)?;
+            let unwritten = self.memory.unread.clone();
+            let draft =
+                self.gemv_rows(matrix, &matrix.parts[0], params, norm.out, [vectors, unwritten, target.buffer])?;
+            return Ok(Some(Fused { few: vec![draft], count: 3, ready: Some(target.of) }));
+        }
         let params = gemv_w4_swiglu::Params {
             n: base.n,
             k: base.k,
@@ -173,7 +190,7 @@ impl<'a> Planner<'a> {
             group_size: base.group_size,
             group_shift: base.group_shift,
             groups: base.groups,
-            flags: base.flags | FLAG_NORM | if bias.is_some() { FLAG_BIAS } else { 0 },
+            flags,
             row_mode: RowMode::All as u32,
             eps: norm.eps,
             stage_quads: target.quads,

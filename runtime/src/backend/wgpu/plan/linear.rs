@@ -2,7 +2,8 @@
 
 use awqua_shaders::{
     Elem, FLAG_ACCUMULATE, FLAG_BIAS, FLAG_NORM, FLAG_STAGE, FLAG_STAGE_NORM, Groups, RowMode, Size, Step, Variant,
-    gemm_dense, gemm_packed, gemm_w4, gemm_w4_coop, gemv_dense, gemv_packed, gemv_w4, halve,
+    gemm_dense, gemm_packed, gemm_w4, gemm_w4_coop, gemv_dense, gemv_dense_rows, gemv_packed, gemv_w4, gemv_w4_rows,
+    halve,
 };
 
 use super::super::weights::{GpuDense, GpuPacked, GpuW4, GpuWeight, W4Part};
@@ -95,12 +96,13 @@ impl<'a> Planner<'a> {
                 target: target.as_ref(),
             })?);
         }
-        let many = self.gemm(matrix, op)?;
+        // Passes have few rows.
+        let many = if self.pass.is_none() { self.gemm(matrix, op)? } else { Vec::new() };
         self.ready = target.map(|target| target.of);
         Ok(DraftOp { rows: op.rows, levels: vec![(self.few_rows, few), (u32::MAX, many)] })
     }
 
-    /// One row at a time from staged inputs.
+    /// One row at a time from staged inputs, or all of a pass.
     pub(super) fn gemv(&mut self, site: &Gemv<'_>) -> Result<Draft> {
         let Gemv { matrix, part, rows, .. } = *site;
         let norm = site.target.and_then(|target| target.norm);
@@ -131,6 +133,10 @@ impl<'a> Planner<'a> {
             ..matrix_params(matrix)
         };
         let staged_out = site.target.map_or(&self.memory.unread, |target| &target.buffer).clone();
+        if self.pass.is_some() {
+            let out = self.buffer(site.out.buffer);
+            return self.gemv_rows(matrix, part, rows_params(&params), site.input, [vectors, out, staged_out]);
+        }
         let storage = vec![
             self.staged(site.input)?,
             part.qweight.clone(),
@@ -145,6 +151,26 @@ impl<'a> Planner<'a> {
         };
         let variant = self.sized(matrix, part.rows.div_ceil(32));
         self.draft(&gemv_w4::KERNEL, variant, &params, storage, launch)
+    }
+
+    /// Several rows at once from the staged form of `input`; `rest` are the bindings behind those of the matrix.
+    pub(super) fn gemv_rows(
+        &mut self,
+        matrix: &GpuW4,
+        part: &W4Part,
+        params: gemv_w4_rows::Params,
+        input: BufferId,
+        [vectors, out, staged_out]: [wgpu::Buffer; 3],
+    ) -> Result<Draft> {
+        let rows = RowMode::from_u32(params.row_mode);
+        let storage =
+            vec![self.staged(input)?, part.qweight.clone(), part.group_params.clone(), vectors, out, staged_out];
+        let launch = move |step: &Step| Launch {
+            grid: gemv_w4_rows::grid(&params, rows.count(step)),
+            cost: gemv_w4_rows::cost(&params, rows.count(step)),
+        };
+        let variant = Variant { groups: Groups::of(matrix.group_size, matrix.k), ..self.variant() };
+        self.draft(&gemv_w4_rows::KERNEL, variant, &params, storage, launch)
     }
 
     /// The variant of a gemv_w4 kernel for a matrix that takes so many workgroups.
@@ -296,6 +322,14 @@ impl<'a> Planner<'a> {
                 ..Default::default()
             };
             let storage = vec![self.buffer(op.x), part.words.clone(), bias.clone(), self.buffer(op.out.buffer)];
+            if self.pass.is_some() {
+                let gemv = move |step: &Step| Launch {
+                    grid: gemv_dense_rows::grid(&params, rows.count(step)),
+                    cost: gemv_dense::cost(&params, rows.count(step)),
+                };
+                many.push(self.draft(&gemv_dense_rows::KERNEL, variant, &params, storage, gemv)?);
+                continue;
+            }
             let gemv = move |step: &Step| Launch {
                 grid: gemv_dense::grid(&params, rows.count(step)),
                 cost: gemv_dense::cost(&params, rows.count(step)),
@@ -307,7 +341,8 @@ impl<'a> Planner<'a> {
             one_by_one.push(self.draft(&gemv_dense::KERNEL, variant, &params, storage.clone(), gemv)?);
             many.push(self.draft(&gemm_dense::KERNEL, variant, &params, storage, gemm)?);
         }
-        Ok(DraftOp { rows, levels: vec![(gemv_rows(self.backend.gpu.summary.kind), one_by_one), (u32::MAX, many)] })
+        let few_rows = if self.pass.is_some() { 0 } else { gemv_rows(self.backend.gpu.summary.kind) };
+        Ok(DraftOp { rows, levels: vec![(few_rows, one_by_one), (u32::MAX, many)] })
     }
 
     /// A buffer with the first `bytes` of two others, one behind the other.
@@ -329,6 +364,27 @@ impl Linear {
     fn flags(&self) -> u32 {
         let accumulate = if self.accumulate { FLAG_ACCUMULATE } else { 0 };
         accumulate | if self.bias.is_some() { FLAG_BIAS } else { 0 }
+    }
+}
+
+/// The same for several rows at once.
+pub(super) fn rows_params(params: &gemv_w4::Params) -> gemv_w4_rows::Params {
+    gemv_w4_rows::Params {
+        n: params.n,
+        k: params.k,
+        chunks: params.chunks,
+        group_size: params.group_size,
+        group_shift: params.group_shift,
+        groups: params.groups,
+        out_stride: params.out_stride,
+        out_offset: params.out_offset,
+        bias_offset: params.bias_offset,
+        flags: params.flags,
+        row_mode: params.row_mode,
+        eps: params.eps,
+        norm_offset: params.norm_offset,
+        stage_quads: params.stage_quads,
+        ..Default::default()
     }
 }
 
