@@ -26,6 +26,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::tensor::DenseType;
 use experts::Experts;
 use linear::{Linear, gemv_rows};
+pub(super) use linear::{matrix_params, rows_params, usual_size};
 use passes::{PassSites, Site};
 
 /// The dispatches of a program.

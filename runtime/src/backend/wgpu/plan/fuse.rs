@@ -2,6 +2,7 @@
 
 use awqua_shaders::{FLAG_BIAS, FLAG_GLU, FLAG_NORM, RowMode, Step, gemv_w4_rope, gemv_w4_rows, gemv_w4_swiglu};
 
+use super::super::tuning::Form;
 use super::super::weights::{GpuW4, GpuWeight};
 use super::linear::{Gemv, matrix_params, rows_params};
 use super::{Draft, DraftOp, Launch, Planner, activation_of};
@@ -146,7 +147,7 @@ impl<'a> Planner<'a> {
             grid: gemv_w4_rope::grid(&params, step.n_tokens),
             cost: gemv_w4_rope::cost(&params, step.n_tokens),
         };
-        let variant = self.sized(matrix, (matrix.n / 2).div_ceil(32));
+        let variant = self.sized(matrix, Form::Pair, (matrix.n / 2).div_ceil(32));
         self.draft(&gemv_w4_rope::KERNEL, variant, &params, storage, launch).map(Some)
     }
 
@@ -209,7 +210,7 @@ impl<'a> Planner<'a> {
             grid: gemv_w4_swiglu::grid(&params, step.n_tokens),
             cost: gemv_w4_swiglu::cost(&params, step.n_tokens),
         };
-        let variant = self.sized(matrix, (matrix.n / 2).div_ceil(32));
+        let variant = self.sized(matrix, Form::Pair, (matrix.n / 2).div_ceil(32));
         let draft = self.draft(&gemv_w4_swiglu::KERNEL, variant, &params, storage, launch)?;
         Ok(Some(Fused { few: vec![draft], count: 3, ready: Some(target.of) }))
     }

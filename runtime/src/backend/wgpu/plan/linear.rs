@@ -6,6 +6,7 @@ use awqua_shaders::{
     halve,
 };
 
+use super::super::tuning::{Form, Site};
 use super::super::weights::{GpuDense, GpuPacked, GpuW4, GpuWeight, W4Part};
 use super::stage::Target;
 use super::{Draft, DraftOp, Launch, Planner, dense, unsupported};
@@ -25,6 +26,12 @@ pub(super) fn gemv_rows(device_kind: &str) -> u32 {
 
 /// Subgroups of 32 that keep an H100 busy; matrices of fewer outputs get more slices of K.
 const BUSY_SUBGROUPS: u32 = 2560;
+
+/// The size for a product of one row with so many workgroups where nothing was tuned, at most `largest`.
+pub(in super::super) fn usual_size(largest: Size, workgroups: u32) -> Size {
+    let busy = |size: &Size| workgroups.saturating_mul(size.invocations() / 32) >= BUSY_SUBGROUPS;
+    [Size::Small, Size::Medium].into_iter().filter(|size| *size < largest).find(busy).unwrap_or(largest)
+}
 
 /// A linear layer of the program.
 pub(super) struct Linear {
@@ -149,7 +156,7 @@ impl<'a> Planner<'a> {
             grid: gemv_w4::grid(&params, rows.count(step)),
             cost: gemv_w4::cost(&params, rows.count(step)),
         };
-        let variant = self.sized(matrix, part.rows.div_ceil(32));
+        let variant = self.sized(matrix, Form::One, part.rows.div_ceil(32));
         self.draft(&gemv_w4::KERNEL, variant, &params, storage, launch)
     }
 
@@ -169,15 +176,18 @@ impl<'a> Planner<'a> {
             grid: gemv_w4_rows::grid(&params, rows.count(step)),
             cost: gemv_w4_rows::cost(&params, rows.count(step)),
         };
-        let variant = Variant { groups: Groups::of(matrix.group_size, matrix.k), ..self.variant() };
+        let variant = self.sized(matrix, Form::Rows, u32::MAX);
         self.draft(&gemv_w4_rows::KERNEL, variant, &params, storage, launch)
     }
 
-    /// The variant of a gemv_w4 kernel for a matrix that takes so many workgroups.
-    pub(super) fn sized(&self, matrix: &GpuW4, workgroups: u32) -> Variant {
-        let busy = |size: &Size| workgroups.saturating_mul(size.invocations() / 32) >= BUSY_SUBGROUPS;
-        let largest = self.backend.size;
-        let size = [Size::Small, Size::Medium].into_iter().filter(|size| *size < largest).find(busy).unwrap_or(largest);
+    /// The variant of a gemv_w4 kernel of this form for a matrix that takes so many workgroups.
+    pub(super) fn sized(&self, matrix: &GpuW4, form: Form, workgroups: u32) -> Variant {
+        let site = Site { form, n: matrix.n, k: matrix.k, group_size: matrix.group_size };
+        let usual = || match form {
+            Form::Rows => self.backend.size,
+            Form::One | Form::Pair => usual_size(self.backend.size, workgroups),
+        };
+        let size = self.backend.tuning.size(&site).unwrap_or_else(usual);
         Variant { size, groups: Groups::of(matrix.group_size, matrix.k), ..self.variant() }
     }
 
@@ -368,7 +378,7 @@ impl Linear {
 }
 
 /// The same for several rows at once.
-pub(super) fn rows_params(params: &gemv_w4::Params) -> gemv_w4_rows::Params {
+pub(in super::super) fn rows_params(params: &gemv_w4::Params) -> gemv_w4_rows::Params {
     gemv_w4_rows::Params {
         n: params.n,
         k: params.k,
@@ -389,7 +399,7 @@ pub(super) fn rows_params(params: &gemv_w4::Params) -> gemv_w4_rows::Params {
 }
 
 /// What every gemv_w4 kernel has to know of a matrix; the rest is zero.
-pub(super) fn matrix_params(matrix: &GpuW4) -> gemv_w4::Params {
+pub(in super::super) fn matrix_params(matrix: &GpuW4) -> gemv_w4::Params {
     gemv_w4::Params {
         n: matrix.n,
         k: matrix.k,
