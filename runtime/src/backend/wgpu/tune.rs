@@ -137,7 +137,7 @@ pub fn tune(
     heard: &mut dyn FnMut(&[Candidate]),
 ) -> Result<Tuned> {
     let mut tuning = Tuning::default();
-    let mut device = None;
+    let (mut device, mut passed) = (None, Vec::new());
     for shape in shapes {
         // One at a time, so that the largest has room.
         let mut backend = WgpuBackend::open(&WgpuOptions { tuning: None, ..options.clone() })?;
@@ -152,7 +152,7 @@ pub fn tune(
         if let Some(first) = matrices.first() {
             for form in Form::ALL {
                 let bench = Bench::new(&backend, form, first, &matrix)?;
-                let Some(mut candidates) = bench.measure(&matrices)? else { continue };
+                let Some(mut candidates) = bench.measure(&matrices, &mut passed)? else { continue };
                 let chosen = choose(&mut candidates);
                 if let Some(size) = chosen {
                     let site = Site { form, n: shape.n, k: shape.k, group_size: shape.group_size };
@@ -250,7 +250,7 @@ struct Bench<'a> {
     uniforms: [wgpu::Buffer; 2],
     grid: [u32; 3],
     bytes: u64,
-    /// Invocations of its workgroups with the usual size.
+    /// The size where nothing is tuned.
     usual: Size,
     groups: Groups,
     /// Staged inputs, a row like the other.
@@ -319,7 +319,7 @@ impl<'a> Bench<'a> {
             gpu.write(&buffer, 0, bytes)?;
             Ok::<_, Error>(buffer)
         };
-        let storage = BufferUsages::STORAGE | BufferUsages::COPY_SRC;
+        let storage = BufferUsages::STORAGE | BufferUsages::COPY_SRC | BufferUsages::COPY_DST;
         let outputs = u64::from(n) * u64::from(rows) * 4;
         let halves = (halves.words() * rows as usize) as u64 * 4;
         Ok(Self {
@@ -341,8 +341,8 @@ impl<'a> Bench<'a> {
         })
     }
 
-    /// The candidates; `None` where the product does not exist.
-    fn measure(&self, matrices: &[&GpuW4]) -> Result<Option<Vec<(Size, Candidate)>>> {
+    /// The candidates, of which those in `passed` had their trials; `None` where the product does not exist.
+    fn measure(&self, matrices: &[&GpuW4], passed: &mut Vec<String>) -> Result<Option<Vec<(Size, Candidate)>>> {
         let Some(first) = matrices.first() else { return Ok(None) };
         if self.form == Form::Pair && !first.n.is_multiple_of(2) {
             return Ok(None);
@@ -350,7 +350,7 @@ impl<'a> Bench<'a> {
         let most = self.backend.gpu.limits.max_compute_invocations_per_workgroup;
         let fits = |size: &Size| size.invocations() <= most && *size <= self.kernel.largest();
         let sizes = [Size::Small, Size::Medium, Size::Large].into_iter().filter(fits);
-        let candidate = |size: Size| {
+        let mut candidate = |size: Size| {
             let variant = Variant {
                 elem: self.backend.elem,
                 reduce: self.backend.reduce,
@@ -358,7 +358,7 @@ impl<'a> Bench<'a> {
                 groups: self.groups,
                 ..Variant::default()
             };
-            let seconds = match self.seconds(matrices, variant) {
+            let seconds = match self.seconds(matrices, variant, passed) {
                 Err(error) if error.kind() == ErrorKind::DeviceLost => return Err(error),
                 other => other.map_err(|error| error.message().to_owned()),
             };
@@ -368,13 +368,17 @@ impl<'a> Bench<'a> {
             let (rows, bytes) = (self.rows, self.bytes);
             Ok((size, Candidate { kernel, shape, rows, seconds, bytes, is_usual, is_chosen: false }))
         };
-        Ok(Some(sizes.map(candidate).collect::<Result<_>>()?))
+        Ok(Some(sizes.map(&mut candidate).collect::<Result<_>>()?))
     }
 
     /// Checks a candidate, then times it.
-    fn seconds(&self, matrices: &[&GpuW4], variant: Variant) -> Result<f64> {
+    fn seconds(&self, matrices: &[&GpuW4], variant: Variant, passed: &mut Vec<String>) -> Result<f64> {
         let (gpu, pipelines) = (&self.backend.gpu, &self.backend.pipelines);
-        selftest::pass(gpu, pipelines, self.kernel, variant)?;
+        let label = self.kernel.label(variant);
+        if !passed.contains(&label) {
+            selftest::pass(gpu, pipelines, self.kernel, variant)?;
+            passed.push(label);
+        }
         let pipeline = pipelines.get(gpu, self.kernel, variant)?;
         let groups: Vec<wgpu::BindGroup> = gpu.scoped("a product to tune", 0, || {
             let params = || wgpu::BufferBinding {
@@ -385,6 +389,10 @@ impl<'a> Bench<'a> {
             let bind = |matrix: &&GpuW4| pipeline.bind(gpu, params(), &self.uniforms[1], &self.storage(matrix));
             matrices.iter().map(bind).collect()
         })?;
+        // What an earlier candidate left would pass for this one's.
+        let mut encoder = gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor { label: Some("tune") });
+        encoder.clear_buffer(&self.out, 0, None);
+        gpu.submit(Some(encoder.finish()));
         let once = time(gpu, &pipeline, &groups, self.grid, 1)?;
         self.check()?;
         let many = (MEASUREMENT / once.max(1e-7)).clamp(1.0, MOST_DISPATCHES) as usize;
