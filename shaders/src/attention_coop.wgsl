@@ -2,10 +2,11 @@
 // units: 16x16x16 products of half precision, summed in f32.
 //
 // Mapping: a workgroup = (query head, tile of TILE tokens) on grid x, z; a subgroup of 32 has 16 of the tokens and goes over
-// their positions SPAN at a time, twice: first for the largest score and the sum of exp(score - largest) of each token,
-// then for the weighted sum of the values. So accumulators, which have no addressable elements, need no correction.
-// The subgroups share the keys or values of a span in workgroup memory.
-// Traffic: keys twice and values once per TILE tokens and query head.
+// their positions SPAN at a time. The weights of a span are exp(score - top); top, a bound that the subgroup keeps for each
+// token, is raised only if a score exceeds it by SLACK, because accumulators, which have no addressable elements, must
+// then pass through workgroup memory to be corrected. The subgroups share the keys and values of a span in workgroup
+// memory, while those of the next one are on their way.
+// Traffic: keys and values once per TILE tokens and query head.
 
 struct Params {
     heads: u32,
@@ -25,19 +26,23 @@ struct Params {
 @group(0) @binding(5) var<storage, read_write> out: array<f32>;        // (n_tokens, out_stride)
 
 const LOWEST: f32 = -3.0e38;
+// Weights are at most exp(SLACK), which half precision holds.
+const SLACK: f32 = 8.0;
 const SUBGROUPS: u32 = WG / 32u;
+// vec4s of keys, or of values, that an invocation fetches for a span; the largest heads need them all.
+const FETCHES: u32 = SPAN * HEAD_DIM_MAX / 4u / WG;
 // vec4s from one row to the next, so that the rows that a subgroup reads at once lie in different banks.
 const Q_VECS: u32 = HEAD_DIM_MAX / 4u + 2u;
-const P_VECS: u32 = SPAN / 4u + 2u;
+const P_VECS: u32 = SPAN / 4u + 1u;
 const S_VECS: u32 = SPAN / 4u + 1u;
 
 var<workgroup> q_tile: array<vec4<f16>, TILE * Q_VECS>;
 var<workgroup> scores: array<vec4<f32>, TILE * S_VECS>;
 var<workgroup> p_tile: array<vec4<f16>, TILE * P_VECS>;
-// Keys or values of a span.
-var<workgroup> kv_tile: array<vec4<f16>, SPAN * Q_VECS>;
-// By token: largest score, sum of exp(score - largest), of each half of the positions of a span.
-var<workgroup> found: array<vec2<f32>, 2u * TILE>;
+var<workgroup> k_tile: array<vec4<f16>, SPAN * Q_VECS>;
+var<workgroup> v_tile: array<vec4<f16>, SPAN * Q_VECS>;
+// By subgroup: 1 if a bound has to be raised.
+var<workgroup> votes: array<u32, SUBGROUPS>;
 
 // Bounded scores of the four positions from `at` on, LOWEST where a token at `position` that sees those from `first` on
 // does not see them.
@@ -80,53 +85,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let my_scores = row * S_VECS + part / 4u;
     let position = step.position + min(token_start + row, step.n_tokens - 1u);
     let first = first_seen(position);
-    var largest = LOWEST;
+    var top = LOWEST;
     var sum = 0.0;
-
-    for (var span = begin; span <= last; span += SPAN) {
-        var s0 = coop_mat16x16<f32,C>();
-        var s1 = coop_mat16x16<f32,C>();
-        let kv_at = (k_start + span) * vecs;
-        for (var i = local_index; i < SPAN * vecs; i += WG) {
-            kv_tile[i / vecs * Q_VECS + i % vecs] = k_cache[kv_at + i];
-        }
-        // Orders the keys' writes before their reads.
-        workgroupBarrier();
-        for (var d = 0u; d < vecs; d += 4u) {
-            let q = coopLoadT<coop_mat16x16<f16,A>>(&q_tile[q_at + d], Q_VECS);
-            s0 = coopMultiplyAdd(q, coopLoad<coop_mat16x16<f16,B>>(&kv_tile[d], Q_VECS), s0);
-            s1 = coopMultiplyAdd(q, coopLoad<coop_mat16x16<f16,B>>(&kv_tile[16u * Q_VECS + d], Q_VECS), s1);
-        }
-        coopStoreT(s0, &scores[score_at], S_VECS);
-        coopStoreT(s1, &scores[score_at + 4u], S_VECS);
-        // Orders the scores' writes before their reads.
-        workgroupBarrier();
-        var span_scores: array<vec4<f32>, SPAN / 8u>;
-        var span_largest = vec4<f32>(LOWEST);
-        for (var i = 0u; i < SPAN / 8u; i++) {
-            span_scores[i] = seen_scores(scores[my_scores + i], span + part + 4u * i, first, position);
-            span_largest = max(span_largest, span_scores[i]);
-        }
-        let pair_largest = max(span_largest.xy, span_largest.zw);
-        let new_largest = max(largest, max(pair_largest.x, pair_largest.y));
-        if (new_largest > LOWEST) {
-            sum *= exp(max(largest - new_largest, -100.0));
-            largest = new_largest;
-            var sums = vec4<f32>(0.0);
-            for (var i = 0u; i < SPAN / 8u; i++) {
-                sums += exp(max(span_scores[i] - largest, vec4<f32>(-100.0)));
-            }
-            sum += dot(sums, vec4<f32>(1.0));
-        }
-        // Orders these reads before the next scores.
-        workgroupBarrier();
-    }
-    found[local_index] = vec2<f32>(largest, sum);
-    // Orders both halves' findings before they are joined.
-    workgroupBarrier();
-    let other = found[local_index ^ 1u];
-    let joined = max(largest, other.x);
-    let inverse_sum = 1.0 / (sum * exp(max(largest - joined, -100.0)) + other.y * exp(max(other.x - joined, -100.0)));
     var o0 = coop_mat16x16<f32,C>();
     var o1 = coop_mat16x16<f32,C>();
     var o2 = coop_mat16x16<f32,C>();
@@ -135,128 +95,157 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     var o5 = coop_mat16x16<f32,C>();
     var o6 = coop_mat16x16<f32,C>();
     var o7 = coop_mat16x16<f32,C>();
+
+    // Fetches beyond a row's end, where heads are smaller, repeat the last one: branches would keep them apart.
+    let fetches = SPAN * vecs - 1u;
+    var keys: array<vec4<f16>, FETCHES>;
+    var values: array<vec4<f16>, FETCHES>;
+    for (var i = 0u; i < FETCHES; i++) {
+        let at = (k_start + begin) * vecs + min(i * WG + local_index, fetches);
+        keys[i] = k_cache[at];
+        values[i] = v_cache[at];
+    }
     for (var span = begin; span <= last; span += SPAN) {
+        for (var i = 0u; i < FETCHES; i++) {
+            let index = min(i * WG + local_index, fetches);
+            let at = index / vecs * Q_VECS + index % vecs;
+            k_tile[at] = keys[i];
+            v_tile[at] = values[i];
+        }
+        // Orders the writes of keys and values before their reads.
+        workgroupBarrier();
+        let next = (k_start + min(span + SPAN, last / SPAN * SPAN)) * vecs;
+        for (var i = 0u; i < FETCHES; i++) {
+            let at = next + min(i * WG + local_index, fetches);
+            keys[i] = k_cache[at];
+            values[i] = v_cache[at];
+        }
         var s0 = coop_mat16x16<f32,C>();
         var s1 = coop_mat16x16<f32,C>();
-        let kv_at = (k_start + span) * vecs;
-        for (var i = local_index; i < SPAN * vecs; i += WG) {
-            kv_tile[i / vecs * Q_VECS + i % vecs] = k_cache[kv_at + i];
-        }
-        // Orders the keys' writes before their reads.
-        workgroupBarrier();
         for (var d = 0u; d < vecs; d += 4u) {
             let q = coopLoadT<coop_mat16x16<f16,A>>(&q_tile[q_at + d], Q_VECS);
-            s0 = coopMultiplyAdd(q, coopLoad<coop_mat16x16<f16,B>>(&kv_tile[d], Q_VECS), s0);
-            s1 = coopMultiplyAdd(q, coopLoad<coop_mat16x16<f16,B>>(&kv_tile[16u * Q_VECS + d], Q_VECS), s1);
+            s0 = coopMultiplyAdd(q, coopLoad<coop_mat16x16<f16,B>>(&k_tile[d], Q_VECS), s0);
+            s1 = coopMultiplyAdd(q, coopLoad<coop_mat16x16<f16,B>>(&k_tile[16u * Q_VECS + d], Q_VECS), s1);
         }
         coopStoreT(s0, &scores[score_at], S_VECS);
         coopStoreT(s1, &scores[score_at + 4u], S_VECS);
-        // Orders the scores' writes before their reads.
-        workgroupBarrier();
+        // Orders the subgroup's scores before their reads.
+        subgroupBarrier();
+        var span_scores: array<vec4<f32>, SPAN / 8u>;
+        var largest = vec4<f32>(LOWEST);
         for (var i = 0u; i < SPAN / 8u; i++) {
-            let score = seen_scores(scores[my_scores + i], span + part + 4u * i, first, position);
-            let weights = exp(max(score - joined, vec4<f32>(-100.0))) * inverse_sum;
-            p_tile[row * P_VECS + part / 4u + i] = vec4<f16>(weights);
+            span_scores[i] = seen_scores(scores[my_scores + i], span + part + 4u * i, first, position);
+            largest = max(largest, span_scores[i]);
         }
-        // The barrier behind the scores orders the keys' reads before these writes.
-        for (var i = local_index; i < SPAN * vecs; i += WG) {
-            kv_tile[i / vecs * Q_VECS + i % vecs] = v_cache[kv_at + i];
+        let pair_largest = max(largest.xy, largest.zw);
+        let own_largest = max(pair_largest.x, pair_largest.y);
+        let new_top = max(top, max(own_largest, subgroupShuffleXor(own_largest, 1u)));
+        let vote = subgroupAny(new_top > top + SLACK);
+        if (lane == 0u) {
+            votes[subgroup] = u32(vote);
         }
-        // Orders the weights' and the values' writes before their reads, and the scores' reads before the next ones.
-        workgroupBarrier();
+        // All of the workgroup together, because matrix operations need uniform control flow.
+        let raised = workgroupUniformLoad(&votes);
+        if ((raised[0] | raised[1] | raised[2] | raised[3]) != 0u) {
+            let factor = exp(max(top - new_top, -100.0));
+            top = new_top;
+            sum *= factor;
+            o0 = corrected(o0, score_at, row, lane, factor);
+            o1 = corrected(o1, score_at, row, lane, factor);
+            o2 = corrected(o2, score_at, row, lane, factor);
+            o3 = corrected(o3, score_at, row, lane, factor);
+            o4 = corrected(o4, score_at, row, lane, factor);
+            o5 = corrected(o5, score_at, row, lane, factor);
+            o6 = corrected(o6, score_at, row, lane, factor);
+            o7 = corrected(o7, score_at, row, lane, factor);
+        }
+        var sums = vec4<f32>(0.0);
+        for (var i = 0u; i < SPAN / 8u; i++) {
+            // A token that has seen nothing yet has no bound.
+            let weights = exp(max(span_scores[i] - top, vec4<f32>(-100.0)));
+            let seen_weights = select(weights, vec4<f32>(0.0), span_scores[i] == vec4<f32>(LOWEST));
+            sums += seen_weights;
+            p_tile[row * P_VECS + part / 4u + i] = vec4<f16>(seen_weights);
+        }
+        sum += dot(sums, vec4<f32>(1.0));
+        // Orders the subgroup's weights before their reads.
+        subgroupBarrier();
         for (var k = 0u; k < SPAN; k += 16u) {
             let p = coopLoadT<coop_mat16x16<f16,A>>(&p_tile[subgroup * 16u * P_VECS + k / 4u], P_VECS);
             let v_at = k * Q_VECS;
             if (params.head_dim > 0u) {
-                o0 = coopMultiplyAdd(p, coopLoadT<coop_mat16x16<f16,B>>(&kv_tile[v_at], Q_VECS), o0);
+                o0 = coopMultiplyAdd(p, coopLoadT<coop_mat16x16<f16,B>>(&v_tile[v_at], Q_VECS), o0);
             }
             if (params.head_dim > 16u) {
-                o1 = coopMultiplyAdd(p, coopLoadT<coop_mat16x16<f16,B>>(&kv_tile[v_at + 4u], Q_VECS), o1);
+                o1 = coopMultiplyAdd(p, coopLoadT<coop_mat16x16<f16,B>>(&v_tile[v_at + 4u], Q_VECS), o1);
             }
             if (params.head_dim > 32u) {
-                o2 = coopMultiplyAdd(p, coopLoadT<coop_mat16x16<f16,B>>(&kv_tile[v_at + 8u], Q_VECS), o2);
+                o2 = coopMultiplyAdd(p, coopLoadT<coop_mat16x16<f16,B>>(&v_tile[v_at + 8u], Q_VECS), o2);
             }
             if (params.head_dim > 48u) {
-                o3 = coopMultiplyAdd(p, coopLoadT<coop_mat16x16<f16,B>>(&kv_tile[v_at + 12u], Q_VECS), o3);
+                o3 = coopMultiplyAdd(p, coopLoadT<coop_mat16x16<f16,B>>(&v_tile[v_at + 12u], Q_VECS), o3);
             }
             if (params.head_dim > 64u) {
-                o4 = coopMultiplyAdd(p, coopLoadT<coop_mat16x16<f16,B>>(&kv_tile[v_at + 16u], Q_VECS), o4);
+                o4 = coopMultiplyAdd(p, coopLoadT<coop_mat16x16<f16,B>>(&v_tile[v_at + 16u], Q_VECS), o4);
             }
             if (params.head_dim > 80u) {
-                o5 = coopMultiplyAdd(p, coopLoadT<coop_mat16x16<f16,B>>(&kv_tile[v_at + 20u], Q_VECS), o5);
+                o5 = coopMultiplyAdd(p, coopLoadT<coop_mat16x16<f16,B>>(&v_tile[v_at + 20u], Q_VECS), o5);
             }
             if (params.head_dim > 96u) {
-                o6 = coopMultiplyAdd(p, coopLoadT<coop_mat16x16<f16,B>>(&kv_tile[v_at + 24u], Q_VECS), o6);
+                o6 = coopMultiplyAdd(p, coopLoadT<coop_mat16x16<f16,B>>(&v_tile[v_at + 24u], Q_VECS), o6);
             }
             if (params.head_dim > 112u) {
-                o7 = coopMultiplyAdd(p, coopLoadT<coop_mat16x16<f16,B>>(&kv_tile[v_at + 28u], Q_VECS), o7);
+                o7 = coopMultiplyAdd(p, coopLoadT<coop_mat16x16<f16,B>>(&v_tile[v_at + 28u], Q_VECS), o7);
             }
         }
-        // Orders these reads before the next weights.
+        // Orders the reads of keys and values before the next writes.
         workgroupBarrier();
     }
 
-    // Sixteen columns at a time through workgroup memory.
-    if (params.head_dim > 0u) {
-        coopStoreT(o0, &scores[score_at], S_VECS);
-        workgroupBarrier();
-        store(subgroup, lane, token_start, head * params.head_dim);
-        workgroupBarrier();
-    }
-    if (params.head_dim > 16u) {
-        coopStoreT(o1, &scores[score_at], S_VECS);
-        workgroupBarrier();
-        store(subgroup, lane, token_start, head * params.head_dim + 16u);
-        workgroupBarrier();
-    }
-    if (params.head_dim > 32u) {
-        coopStoreT(o2, &scores[score_at], S_VECS);
-        workgroupBarrier();
-        store(subgroup, lane, token_start, head * params.head_dim + 32u);
-        workgroupBarrier();
-    }
-    if (params.head_dim > 48u) {
-        coopStoreT(o3, &scores[score_at], S_VECS);
-        workgroupBarrier();
-        store(subgroup, lane, token_start, head * params.head_dim + 48u);
-        workgroupBarrier();
-    }
-    if (params.head_dim > 64u) {
-        coopStoreT(o4, &scores[score_at], S_VECS);
-        workgroupBarrier();
-        store(subgroup, lane, token_start, head * params.head_dim + 64u);
-        workgroupBarrier();
-    }
-    if (params.head_dim > 80u) {
-        coopStoreT(o5, &scores[score_at], S_VECS);
-        workgroupBarrier();
-        store(subgroup, lane, token_start, head * params.head_dim + 80u);
-        workgroupBarrier();
-    }
-    if (params.head_dim > 96u) {
-        coopStoreT(o6, &scores[score_at], S_VECS);
-        workgroupBarrier();
-        store(subgroup, lane, token_start, head * params.head_dim + 96u);
-        workgroupBarrier();
-    }
-    if (params.head_dim > 112u) {
-        coopStoreT(o7, &scores[score_at], S_VECS);
-        workgroupBarrier();
-        store(subgroup, lane, token_start, head * params.head_dim + 112u);
-        workgroupBarrier();
-    }
+    let inverse_sum = 1.0 / (sum + subgroupShuffleXor(sum, 1u));
+    let target_row = Row(token_start + row, head * params.head_dim, inverse_sum);
+    store(o0, 0u, score_at, row, lane, target_row);
+    store(o1, 16u, score_at, row, lane, target_row);
+    store(o2, 32u, score_at, row, lane, target_row);
+    store(o3, 48u, score_at, row, lane, target_row);
+    store(o4, 64u, score_at, row, lane, target_row);
+    store(o5, 80u, score_at, row, lane, target_row);
+    store(o6, 96u, score_at, row, lane, target_row);
+    store(o7, 112u, score_at, row, lane, target_row);
 }
 
-// Stores 16 columns from `column` on of the subgroup's 16 tokens: an invocation has eight of a token.
-fn store(subgroup: u32, lane: u32, token_start: u32, column: u32) {
-    let row = subgroup * 16u + lane / 2u;
-    let token = token_start + row;
-    if (token < step.n_tokens) {
-        let at = token * params.out_stride + column + lane % 2u * 8u;
+// The accumulator `o` with this invocation's half of its row times `factor`.
+fn corrected(o: coop_mat16x16<f32,C>, at: u32, row: u32, lane: u32, factor: f32) -> coop_mat16x16<f32,C> {
+    // Orders earlier reads before this write, it before its correction, and that before it is taken back.
+    subgroupBarrier();
+    coopStoreT(o, &scores[at], S_VECS);
+    subgroupBarrier();
+    for (var i = 0u; i < 2u; i++) {
+        scores[row * S_VECS + lane % 2u * 2u + i] *= factor;
+    }
+    subgroupBarrier();
+    return coopLoadT<coop_mat16x16<f32,C>>(&scores[at], S_VECS);
+}
+
+// Where a row of the output goes, and what it is multiplied with.
+struct Row {
+    token: u32,
+    column: u32,
+    factor: f32,
+}
+
+// Stores the 16 columns from `column` on of the subgroup's 16 tokens: an invocation has eight of a token.
+fn store(o: coop_mat16x16<f32,C>, column: u32, at: u32, row: u32, lane: u32, to: Row) {
+    // Orders earlier reads before this write, and it before its reads.
+    subgroupBarrier();
+    coopStoreT(o, &scores[at], S_VECS);
+    subgroupBarrier();
+    if (to.token < step.n_tokens && column < params.head_dim) {
+        let start = to.token * params.out_stride + to.column + column + lane % 2u * 8u;
         for (var i = 0u; i < 2u; i++) {
-            let values = scores[row * S_VECS + lane % 2u * 2u + i];
+            let values = scores[row * S_VECS + lane % 2u * 2u + i] * to.factor;
             for (var e = 0u; e < 4u; e++) {
-                out[at + 4u * i + e] = values[e];
+                out[start + 4u * i + e] = values[e];
             }
         }
     }

@@ -7,8 +7,6 @@ use crate::*;
 
 /// Invocations of a workgroup.
 pub const WG: u32 = 256;
-/// Query heads of a workgroup.
-pub const HEADS: u32 = attention::HEADS;
 /// Most elements of a head.
 pub const HEAD_DIM_MAX: u32 = 256;
 /// Smallest subgroups that the kernel is tried with.
@@ -57,6 +55,7 @@ pub static KERNEL: Kernel = Kernel {
         Prelude::Kv,
         Prelude::KvEight,
         Prelude::Softcap,
+        Prelude::Heads,
         Prelude::Window,
         Prelude::Split,
         Prelude::Elem,
@@ -64,7 +63,7 @@ pub static KERNEL: Kernel = Kernel {
         Prelude::StageEight,
         Prelude::StageOut,
     ],
-    constants: &[("WG", WG), ("HEADS", HEADS), ("HEAD_DIM_MAX", HEAD_DIM_MAX)],
+    constants: &[("WG", WG), ("HEAD_DIM_MAX", HEAD_DIM_MAX)],
     sizes: &[],
     params: Params::FIELDS,
     trials,
@@ -145,7 +144,11 @@ pub fn cases() -> Vec<Case> {
 }
 
 fn trials(variant: Variant, rng: &mut Rng) -> Vec<Trial> {
-    cases().into_iter().enumerate().map(|(i, case)| trial(case, i % 2 == 0, variant, rng)).collect()
+    let of_variant = |case: Case| match variant.heads {
+        Heads::One => Case { heads: case.kv_heads, ..case },
+        Heads::Four => case,
+    };
+    cases().into_iter().enumerate().map(|(i, case)| trial(of_variant(case), i % 2 == 0, variant, rng)).collect()
 }
 
 /// The run of the plain kernel with the combined rows in place of the splits of tokens that have one alone.

@@ -4,8 +4,8 @@
 //
 // Mapping: a workgroup = (kv head and HEADS of its query heads, split, row) on grid x, y, z. head_dim / 8 lanes share a
 // position, eight elements each, and add up their parts of a score by shuffles, so that no invocation waits for another
-// before the very end; PASSES positions are on their way at once. A vec4 holds the HEADS query heads.
-// Traffic: the split's keys and values once for HEADS query heads. Online softmax in f32.
+// before the very end; four positions are on their way at once. heads_one.wgsl or heads_four.wgsl hold what there is of
+// each query head. Traffic: the split's keys and values once for HEADS query heads. Online softmax in f32.
 
 struct Params {
     heads: u32,
@@ -33,8 +33,8 @@ struct Params {
 
 const LOWEST: f32 = -3.0e38;
 
-// What the subgroups found: half of the weighted sums of one query head, largest scores and sums of weights of all.
-var<workgroup> parts: array<vec4<f32>, WG>;
+// What the subgroups found: weighted sums of one query head, largest scores and sums of weights of all.
+var<workgroup> parts: array<vec4<f32>, 2u * WG>;
 var<workgroup> found: array<vec2<f32>, HEADS * WG / 8u>;
 // The output of one query head.
 var<workgroup> head_out: array<vec4<f32>, HEAD_DIM_MAX / 4u>;
@@ -48,21 +48,20 @@ fn value(at: u32) -> Eight {
 }
 
 // exp(score - top) without overflow of what counts as nothing.
-fn fade(score: vec4<f32>, top: vec4<f32>) -> vec4<f32> {
-    return exp(max(score - top, vec4<f32>(-100.0)));
+fn fade(score: PerHead, top: PerHead) -> PerHead {
+    return exp(max(score - top, PerHead(-100.0)));
 }
 
-// What an invocation found: largest scores, sums of weights, and a column of weighted sums for each of its elements.
+// What an invocation found: largest scores, sums of weights, and weighted sums of its elements.
 struct Found {
-    top: vec4<f32>,
-    weights: vec4<f32>,
-    lo: mat4x4<f32>,
-    hi: mat4x4<f32>,
+    top: PerHead,
+    weights: PerHead,
+    sums: OfHeads,
 }
 
 // Scores of one position: the sum over the `lanes` lanes that share it, LOWEST where it is not seen.
-fn score_of(k: Eight, q_lo: mat4x4<f32>, q_hi: mat4x4<f32>, lanes: u32, is_seen: bool) -> vec4<f32> {
-    var score = k.lo * q_lo + k.hi * q_hi;
+fn score_of(k: Eight, query: OfHeads, lanes: u32, is_seen: bool) -> PerHead {
+    var score = products(k, query);
     score += subgroupShuffleXor(score, 1u);
     score += subgroupShuffleXor(score, 2u);
     if (lanes > 4u) {
@@ -74,44 +73,24 @@ fn score_of(k: Eight, q_lo: mat4x4<f32>, q_hi: mat4x4<f32>, lanes: u32, is_seen:
     if (lanes > 16u) {
         score += subgroupShuffleXor(score, 16u);
     }
-    return select(vec4<f32>(LOWEST), softcap4(score, params.cap), is_seen);
+    return select(PerHead(LOWEST), capped(score, params.cap), is_seen);
 }
 
 // Adds the values of a position whose score is `score`, not above `found.top`.
-fn add(found: ptr<function, Found>, score: vec4<f32>, v: Eight) {
+fn add(found: ptr<function, Found>, score: PerHead, v: Eight) {
     // Nothing seen yet leaves nothing: the difference would be 0.
-    let weight = select(fade(score, (*found).top), vec4<f32>(0.0), score == vec4<f32>(LOWEST));
+    let weight = select(fade(score, (*found).top), PerHead(0.0), score == PerHead(LOWEST));
     (*found).weights += weight;
-    (*found).lo[0] = fma(weight, vec4<f32>(v.lo.x), (*found).lo[0]);
-    (*found).lo[1] = fma(weight, vec4<f32>(v.lo.y), (*found).lo[1]);
-    (*found).lo[2] = fma(weight, vec4<f32>(v.lo.z), (*found).lo[2]);
-    (*found).lo[3] = fma(weight, vec4<f32>(v.lo.w), (*found).lo[3]);
-    (*found).hi[0] = fma(weight, vec4<f32>(v.hi.x), (*found).hi[0]);
-    (*found).hi[1] = fma(weight, vec4<f32>(v.hi.y), (*found).hi[1]);
-    (*found).hi[2] = fma(weight, vec4<f32>(v.hi.z), (*found).hi[2]);
-    (*found).hi[3] = fma(weight, vec4<f32>(v.hi.w), (*found).hi[3]);
+    var sums = (*found).sums;
+    add_weighted(&sums, weight, v);
+    (*found).sums = sums;
 }
 
-// Every column times the query heads' factors.
-fn scaled(m: mat4x4<f32>, factors: vec4<f32>) -> mat4x4<f32> {
-    return mat4x4<f32>(m[0] * factors, m[1] * factors, m[2] * factors, m[3] * factors);
-}
-
-fn raise(found: ptr<function, Found>, top: vec4<f32>) {
+fn raise(found: ptr<function, Found>, top: PerHead) {
     let correction = fade((*found).top, top);
     (*found).top = top;
     (*found).weights *= correction;
-    (*found).lo = scaled((*found).lo, correction);
-    (*found).hi = scaled((*found).hi, correction);
-}
-
-fn shuffled(m: mat4x4<f32>, distance: u32) -> mat4x4<f32> {
-    return mat4x4<f32>(
-        subgroupShuffleXor(m[0], distance),
-        subgroupShuffleXor(m[1], distance),
-        subgroupShuffleXor(m[2], distance),
-        subgroupShuffleXor(m[3], distance),
-    );
+    (*found).sums = scaled((*found).sums, correction);
 }
 
 @compute @workgroup_size(WG)
@@ -140,18 +119,16 @@ fn main(
     let at_once = subgroups * slots;
     let mine = subgroup * slots + lane / lanes;
 
-    // Columns are query heads; those beyond the last repeat it.
-    var q_lo: mat4x4<f32>;
-    var q_hi: mat4x4<f32>;
+    // Query heads beyond the last repeat it.
+    var query: OfHeads;
     for (var h = 0u; h < HEADS; h++) {
         let head = heads.first + min(h, heads.count - 1u);
         let q_at = token * params.qkv_stride / 4u + (head * lanes + lane % lanes) * 2u;
-        q_lo[h] = qkv[q_at] * params.scale;
-        q_hi[h] = qkv[q_at + 1u] * params.scale;
+        set_query(&query, h, Eight(qkv[q_at] * params.scale, qkv[q_at + 1u] * params.scale));
     }
 
     let cache_start = heads.kv * params.context * lanes + lane % lanes;
-    var mine_found = Found(vec4<f32>(LOWEST), vec4<f32>(0.0), mat4x4<f32>(), mat4x4<f32>());
+    var mine_found = Found(PerHead(LOWEST), PerHead(0.0), OfHeads());
     for (var tile = split.begin + mine; tile - mine < split.end; tile += 4u * at_once) {
         // Positions beyond the last one repeat it and get no weight.
         let at0 = cache_start + min(tile, split.end - 1u) * lanes;
@@ -166,10 +143,10 @@ fn main(
         let v1 = value(at1);
         let v2 = value(at2);
         let v3 = value(at3);
-        let s0 = score_of(k0, q_lo, q_hi, lanes, tile < split.end);
-        let s1 = score_of(k1, q_lo, q_hi, lanes, tile + at_once < split.end);
-        let s2 = score_of(k2, q_lo, q_hi, lanes, tile + 2u * at_once < split.end);
-        let s3 = score_of(k3, q_lo, q_hi, lanes, tile + 3u * at_once < split.end);
+        let s0 = score_of(k0, query, lanes, tile < split.end);
+        let s1 = score_of(k1, query, lanes, tile + at_once < split.end);
+        let s2 = score_of(k2, query, lanes, tile + 2u * at_once < split.end);
+        let s3 = score_of(k3, query, lanes, tile + 3u * at_once < split.end);
         raise(&mine_found, max(mine_found.top, max(max(s0, s1), max(s2, s3))));
         add(&mine_found, s0, v0);
         add(&mine_found, s1, v1);
@@ -181,56 +158,53 @@ fn main(
     for (var m = lanes; m < width; m *= 2u) {
         raise(&mine_found, max(mine_found.top, subgroupShuffleXor(mine_found.top, m)));
         mine_found.weights += subgroupShuffleXor(mine_found.weights, m);
-        mine_found.lo += shuffled(mine_found.lo, m);
-        mine_found.hi += shuffled(mine_found.hi, m);
+        mine_found.sums = with_neighbour(mine_found.sums, m);
     }
     if (lane == 0u) {
         for (var h = 0u; h < HEADS; h++) {
-            found[h * subgroups + subgroup] = vec2<f32>(mine_found.top[h], mine_found.weights[h]);
+            found[h * subgroups + subgroup] = vec2<f32>(number_of(mine_found.top, h), number_of(mine_found.weights, h));
         }
     }
-    // The subgroups, a query head and the first or last four of its eights at a time.
+    // The subgroups, a query head at a time.
     for (var h = 0u; h < heads.count; h++) {
         let head = heads.first + h;
         let row = (token * params.heads + head) * params.splits_max + group.y;
-        for (var half = 0u; half < 2u; half++) {
-            if (lane < lanes) {
-                // Row h: that query head's elements.
-                let of_head = vec4<f32>(vec4<u32>(0u, 1u, 2u, 3u) == vec4<u32>(h));
-                parts[subgroup * lanes + lane] = select(of_head * mine_found.lo, of_head * mine_found.hi, half == 1u);
-            }
-            // Orders the parts before their sums.
-            workgroupBarrier();
-            if (local_index < lanes) {
-                var top = LOWEST;
-                for (var s = 0u; s < subgroups; s++) {
-                    top = max(top, found[h * subgroups + s].x);
-                }
-                var weights = 0.0;
-                var total = vec4<f32>(0.0);
-                for (var s = 0u; s < subgroups; s++) {
-                    let factor = exp(max(found[h * subgroups + s].x - top, -100.0));
-                    weights = fma(found[h * subgroups + s].y, factor, weights);
-                    total = fma(parts[s * lanes + local_index], vec4<f32>(factor), total);
-                }
-                if (is_whole) {
-                    total /= weights;
-                } else if (local_index == 0u) {
-                    partial_ml[row] = vec2<f32>(top, weights);
-                }
-                head_out[local_index * 2u + half] = total;
-                for (var e = 0u; e < 4u; e++) {
-                    let i = local_index * 8u + half * 4u + e;
-                    if (is_whole) {
-                        out[token * params.out_stride + head * params.head_dim + i] = total[e];
-                    } else {
-                        partial_out[row * params.head_dim + i] = total[e];
-                    }
-                }
-            }
-            // Orders these reads before the next parts, and the output before it is staged.
-            workgroupBarrier();
+        if (lane < lanes) {
+            let sums = of_head(mine_found.sums, h);
+            parts[2u * (subgroup * lanes + lane)] = sums.lo;
+            parts[2u * (subgroup * lanes + lane) + 1u] = sums.hi;
         }
+        // Orders the parts before their sums.
+        workgroupBarrier();
+        if (local_index < 2u * lanes) {
+            var top = LOWEST;
+            for (var s = 0u; s < subgroups; s++) {
+                top = max(top, found[h * subgroups + s].x);
+            }
+            var weights = 0.0;
+            var total = vec4<f32>(0.0);
+            for (var s = 0u; s < subgroups; s++) {
+                let factor = exp(max(found[h * subgroups + s].x - top, -100.0));
+                weights = fma(found[h * subgroups + s].y, factor, weights);
+                total = fma(parts[2u * s * lanes + local_index], vec4<f32>(factor), total);
+            }
+            if (is_whole) {
+                total /= weights;
+            } else if (local_index == 0u) {
+                partial_ml[row] = vec2<f32>(top, weights);
+            }
+            head_out[local_index] = total;
+            for (var e = 0u; e < 4u; e++) {
+                let i = local_index * 4u + e;
+                if (is_whole) {
+                    out[token * params.out_stride + head * params.head_dim + i] = total[e];
+                } else {
+                    partial_out[row * params.head_dim + i] = total[e];
+                }
+            }
+        }
+        // Orders these reads before the next parts, and the output before it is staged.
+        workgroupBarrier();
         if (is_whole && (params.flags & FLAG_STAGE) != 0u && local_index < lanes) {
             // An invocation stages eight elements of a chunk.
             let chunk_start = local_index / 4u * 8u;

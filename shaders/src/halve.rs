@@ -24,7 +24,7 @@ params! {
 pub static KERNEL: Kernel = Kernel {
     name: "halve",
     body: include_str!("halve.wgsl"),
-    preludes: &[Prelude::Step],
+    preludes: &[Prelude::Step, Prelude::Halve],
     constants: &[("WG", WG)],
     sizes: &[],
     params: Params::FIELDS,
@@ -44,6 +44,25 @@ pub fn reference(x: &[f32]) -> (Vec<f32>, f32) {
         halves[i / 8 * 8 + i % 4 * 2 + i % 8 / 4] = value / scale;
     }
     (halves, scale)
+}
+
+/// A buffer for the halves of rows like these.
+pub(crate) fn empty(rows: &[Vec<f32>]) -> Vec<u32> {
+    vec![trial::POISON_F16; rows.iter().map(|row| row.len().next_multiple_of(32) / 2).sum()]
+}
+
+/// What bindings `binding`, the halves, and the one behind it, the scales, hold of these rows: halves of rows, each of
+/// which is then multiplied with its factor; inputs are off by `error` of the largest at most.
+pub(crate) fn expected(binding: u32, rows: &[Vec<f32>], factors: &[f32], error: f32) -> Vec<Expected> {
+    let (mut halves, mut scales) = (Vec::new(), Vec::new());
+    for (row, factor) in rows.iter().zip(factors) {
+        let (row_halves, scale) = reference(row);
+        halves.extend(row_halves);
+        scales.push(scale * factor);
+    }
+    let tolerance = halves.iter().map(|v| 1e-3 * v.abs() + 2.0 * error + 1e-7).collect();
+    let halves = Expected { values: Values::F16(halves), ..Expected::close(binding, Vec::new(), tolerance) };
+    vec![halves, Expected::near(binding + 1, scales, error + 1e-6)]
 }
 
 /// x once, the halves once.
@@ -70,23 +89,19 @@ fn trials(_variant: Variant, rng: &mut Rng) -> Vec<Trial> {
             row[..k as usize].copy_from_slice(&values);
         }
         let rows = row_mode.count(&step);
-        let (mut halves, mut scales) = (Vec::new(), Vec::new());
-        for row in 0..rows {
-            let at = (row_mode.input_row(&step, row) * params.x_stride) as usize;
-            let (row_halves, scale) = reference(&x[at..at + k as usize]);
-            halves.extend(row_halves);
-            scales.push(scale);
-        }
-        let tolerance = halves.iter().map(|v| 1e-3 * v.abs() + 1e-7).collect();
-        let empty = vec![trial::POISON_F16; halves.len() / 2];
-        let expected = Expected { values: Values::F16(halves), ..Expected::close(3, Vec::new(), tolerance) };
+        let inputs: Vec<Vec<f32>> = (0..rows)
+            .map(|row| {
+                let at = (row_mode.input_row(&step, row) * params.x_stride) as usize;
+                x[at..at + k as usize].to_vec()
+            })
+            .collect();
         trials.push(Trial {
             label: format!("{k} inputs, {tokens} tokens, {row_mode:?}"),
             params: bytemuck::bytes_of(&params).to_vec(),
             step,
-            storage: vec![trial::words(&x), empty, trial::words(&trial::poisoned(rows as usize))],
+            storage: vec![trial::words(&x), empty(&inputs), trial::words(&trial::poisoned(rows as usize))],
             grid: grid(&params, rows),
-            expected: vec![expected, Expected::near(4, scales, 1e-6)],
+            expected: expected(3, &inputs, &vec![1.0; inputs.len()], 0.0),
         });
     }
     trials

@@ -69,6 +69,8 @@ pub mod gemv_w4_swiglu;
 pub mod glu;
 pub mod group;
 pub mod halve;
+pub mod halve_glu;
+pub mod halve_norm;
 pub mod head_norm;
 pub mod mask;
 pub mod norm;
@@ -322,6 +324,22 @@ impl Kv {
     }
 }
 
+/// Query heads that a workgroup computes at once, over the same keys and values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Heads {
+    /// One: every query head has keys and values of its own.
+    One,
+    /// Up to four.
+    Four,
+}
+
+impl Heads {
+    /// The faster one for this many heads.
+    pub fn of(heads: u32, kv_heads: u32) -> Self {
+        if heads == kv_heads { Self::One } else { Self::Four }
+    }
+}
+
 /// Invocations of a workgroup, for kernels that can do with more or fewer slices of the same work.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Size {
@@ -408,6 +426,8 @@ pub struct Variant {
     pub groups: Groups,
     /// Kind of the packed matrix, for kernels of any kind.
     pub packed: Packed,
+    /// Query heads of a workgroup.
+    pub heads: Heads,
 }
 
 impl Default for Variant {
@@ -421,6 +441,7 @@ impl Default for Variant {
             size: Size::Small,
             groups: Groups::Any,
             packed: Packed::W4,
+            heads: Heads::Four,
         }
     }
 }
@@ -479,6 +500,8 @@ pub enum Prelude {
     StageEight,
     /// The same, a chunk a workgroup, with [`Self::StageEight`].
     StageOut,
+    /// Rows in half precision for matrix units, given `inputs4`.
+    Halve,
     /// Products of dense words with their inputs.
     GemvDense,
     /// Rotation and the way to the cache.
@@ -497,6 +520,8 @@ pub enum Prelude {
     Window,
     /// A workgroup's share of heads and positions in attention.
     Split,
+    /// Axis [`Heads`]: what there is of each query head of a workgroup.
+    Heads,
 }
 
 /// A kernel: its body, the preludes it needs and the numbers shared with its twin.
@@ -546,28 +571,22 @@ impl Kernel {
             size: variant.size.min(self.largest()),
             groups: if has(Prelude::GemvW4Chunk) { variant.groups } else { base.groups },
             packed: if has(Prelude::Packed) { variant.packed } else { base.packed },
+            heads: if has(Prelude::Heads) { variant.heads } else { base.heads },
         }
     }
 
     /// Every distinct variant of this kernel.
     pub fn variants(&self) -> Vec<Variant> {
-        let mut all = Vec::new();
-        for elem in [Elem::F32, Elem::F16] {
-            for reduce in [Reduce::Workgroup, Reduce::Subgroup] {
-                for dense in [Dense::F16, Dense::BF16, Dense::F32] {
-                    for kv in [Kv::F16, Kv::F32] {
-                        for size in [Size::Small, Size::Medium, Size::Large] {
-                            for groups in [Groups::Quads, Groups::Chunks, Groups::Any] {
-                                for packed in Packed::ALL {
-                                    let variant = Variant { elem, reduce, dense, kv, size, groups, packed };
-                                    all.push(self.canonical(variant));
-                                }
-                            }
-                        }
-                    }
-                }
-            }
-        }
+        let all = vec![Variant::default()];
+        let all = each(&all, &[Elem::F32, Elem::F16], |elem, v| Variant { elem, ..v });
+        let all = each(&all, &[Reduce::Workgroup, Reduce::Subgroup], |reduce, v| Variant { reduce, ..v });
+        let all = each(&all, &[Dense::F16, Dense::BF16, Dense::F32], |dense, v| Variant { dense, ..v });
+        let all = each(&all, &[Kv::F16, Kv::F32], |kv, v| Variant { kv, ..v });
+        let all = each(&all, &[Size::Small, Size::Medium, Size::Large], |size, v| Variant { size, ..v });
+        let all = each(&all, &[Groups::Quads, Groups::Chunks, Groups::Any], |groups, v| Variant { groups, ..v });
+        let all = each(&all, &Packed::ALL, |packed, v| Variant { packed, ..v });
+        let all = each(&all, &[Heads::One, Heads::Four], |heads, v| Variant { heads, ..v });
+        let mut all: Vec<Variant> = all.into_iter().map(|variant| self.canonical(variant)).collect();
         all.sort();
         all.dedup();
         all
@@ -587,6 +606,7 @@ impl Kernel {
                 (Prelude::Dense, Variant { dense: Dense::F32, .. }) => "-wf32",
                 (Prelude::Kv, Variant { kv: Kv::F16, .. }) => "-kvf16",
                 (Prelude::Kv, Variant { kv: Kv::F32, .. }) => "-kvf32",
+                (Prelude::Heads, Variant { heads: Heads::One, .. }) => "-one",
                 (Prelude::GemvW4Chunk, Variant { groups: Groups::Quads, .. }) => "-quads",
                 (Prelude::GemvW4Chunk, Variant { groups: Groups::Chunks, .. }) => "-chunks",
                 _ => "",
@@ -602,8 +622,13 @@ impl Kernel {
     }
 }
 
+/// All variants with each of the choices.
+fn each<T: Copy>(all: &[Variant], choices: &[T], with: impl Fn(T, Variant) -> Variant) -> Vec<Variant> {
+    all.iter().flat_map(|&variant| choices.iter().map(|&choice| with(choice, variant)).collect::<Vec<_>>()).collect()
+}
+
 /// Every kernel.
-pub static ALL: [&Kernel; 45] = [
+pub static ALL: [&Kernel; 47] = [
     &embed::KERNEL,
     &embed_packed::KERNEL,
     &arrange::KERNEL,
@@ -616,6 +641,8 @@ pub static ALL: [&Kernel; 45] = [
     &gemv_w4_rows::KERNEL,
     &gemm_w4::KERNEL,
     &halve::KERNEL,
+    &halve_glu::KERNEL,
+    &halve_norm::KERNEL,
     &gemm_w4_coop::KERNEL,
     &gemv_dense::KERNEL,
     &gemv_dense_rows::KERNEL,
@@ -695,6 +722,7 @@ pub fn compose(kernel: &Kernel, variant: Variant) -> String {
             (Prelude::GemvW4, _) => include_str!("prelude/gemv_w4.wgsl"),
             (Prelude::GemvW4One, _) => include_str!("prelude/gemv_w4_one.wgsl"),
             (Prelude::GemvW4Pair, _) => include_str!("prelude/gemv_w4_pair.wgsl"),
+            (Prelude::Halve, _) => include_str!("prelude/halve.wgsl"),
             (Prelude::Coop, _) => "",
             (Prelude::Stage, _) => include_str!("prelude/stage.wgsl"),
             (Prelude::StageEight, _) => include_str!("prelude/stage_eight.wgsl"),
@@ -727,6 +755,8 @@ pub fn compose(kernel: &Kernel, variant: Variant) -> String {
             (Prelude::Softcap, _) => include_str!("prelude/softcap.wgsl"),
             (Prelude::Window, _) => include_str!("prelude/window.wgsl"),
             (Prelude::Split, _) => include_str!("prelude/split.wgsl"),
+            (Prelude::Heads, Variant { heads: Heads::One, .. }) => include_str!("prelude/heads_one.wgsl"),
+            (Prelude::Heads, Variant { heads: Heads::Four, .. }) => include_str!("prelude/heads_four.wgsl"),
         };
     }
     source + kernel.body

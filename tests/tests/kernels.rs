@@ -62,7 +62,7 @@ struct Harness {
 
 impl Harness {
     fn new(adapter: &wgpu::Adapter) -> Self {
-        let wanted = wgpu::Features::SHADER_F16 | wgpu::Features::SUBGROUP;
+        let wanted = wgpu::Features::SHADER_F16 | wgpu::Features::SUBGROUP | wgpu::Features::SUBGROUP_BARRIER;
         // The matrix kernel needs this shape; others have the feature without it.
         let coop = adapter.cooperative_matrix_properties().iter().any(|p| {
             (p.m_size, p.n_size, p.k_size) == (16, 16, 16)
@@ -85,7 +85,8 @@ impl Harness {
 
     fn supports(&self, kernel: &Kernel, variant: Variant) -> bool {
         let has = |feature| self.device.features().contains(feature);
-        let coop = has(wgpu::Features::SHADER_F16) && has(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX);
+        let subgroups = wgpu::Features::SUBGROUP | wgpu::Features::SUBGROUP_BARRIER;
+        let coop = has(wgpu::Features::SHADER_F16 | wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX | subgroups);
         (!kernel.needs_coop() || coop)
             && (variant.elem == Elem::F32 || has(wgpu::Features::SHADER_F16))
             && (variant.reduce == Reduce::Workgroup || has(wgpu::Features::SUBGROUP))

@@ -309,6 +309,43 @@ pub const ENTRIES: &[Entry] = &[
         ],
     },
     Entry {
+        name: "halve_glu",
+        bindings: &[
+            Binding { index: 0, name: "params", kind: BindingKind::Uniform, min_size: 16 },
+            Binding { index: 1, name: "step", kind: BindingKind::Uniform, min_size: 16 },
+            Binding { index: 2, name: "x", kind: BindingKind::StorageRead, min_size: 16 },
+            Binding { index: 3, name: "halves", kind: BindingKind::StorageReadWrite, min_size: 16 },
+            Binding { index: 4, name: "scales", kind: BindingKind::StorageReadWrite, min_size: 4 },
+        ],
+        workgroup_size: [256, 1, 1],
+        workgroup_memory: 1024,
+        params: &[
+            Field { name: "k", offset: 0 },
+            Field { name: "chunks", offset: 4 },
+            Field { name: "x_stride", offset: 8 },
+            Field { name: "activation", offset: 12 },
+        ],
+    },
+    Entry {
+        name: "halve_norm",
+        bindings: &[
+            Binding { index: 0, name: "params", kind: BindingKind::Uniform, min_size: 16 },
+            Binding { index: 1, name: "step", kind: BindingKind::Uniform, min_size: 16 },
+            Binding { index: 2, name: "x", kind: BindingKind::StorageRead, min_size: 16 },
+            Binding { index: 3, name: "weight", kind: BindingKind::StorageRead, min_size: 16 },
+            Binding { index: 4, name: "halves", kind: BindingKind::StorageReadWrite, min_size: 16 },
+            Binding { index: 5, name: "scales", kind: BindingKind::StorageReadWrite, min_size: 4 },
+        ],
+        workgroup_size: [256, 1, 1],
+        workgroup_memory: 2048,
+        params: &[
+            Field { name: "k", offset: 0 },
+            Field { name: "chunks", offset: 4 },
+            Field { name: "x_stride", offset: 8 },
+            Field { name: "eps", offset: 12 },
+        ],
+    },
+    Entry {
         name: "gemm_w4_coop",
         bindings: &[
             Binding { index: 0, name: "params", kind: BindingKind::Uniform, min_size: 44 },
@@ -652,7 +689,7 @@ pub const ENTRIES: &[Entry] = &[
             Binding { index: 8, name: "staged", kind: BindingKind::StorageReadWrite, min_size: 16 },
         ],
         workgroup_size: [256, 1, 1],
-        workgroup_memory: 6464,
+        workgroup_memory: 10560,
         params: &[
             Field { name: "heads", offset: 0 },
             Field { name: "kv_heads", offset: 4 },
@@ -680,7 +717,7 @@ pub const ENTRIES: &[Entry] = &[
             Binding { index: 5, name: "out", kind: BindingKind::StorageReadWrite, min_size: 4 },
         ],
         workgroup_size: [128, 1, 1],
-        workgroup_memory: 41472,
+        workgroup_memory: 48656,
         params: &[
             Field { name: "heads", offset: 0 },
             Field { name: "kv_heads", offset: 4 },

@@ -378,7 +378,7 @@ pub(super) fn descriptor(features: Features, limits: Limits) -> wgpu::DeviceDesc
         required_features: features,
         required_limits: limits,
         experimental_features: match features.contains(Features::EXPERIMENTAL_COOPERATIVE_MATRIX) {
-            // SAFETY: the one experimental feature asked for is used by one kernel, whose trials run before its
+            // SAFETY: the one experimental feature asked for is used by two kernels, whose trials run before their
             // first use; wgpu documents it as incomplete, not as unsound where a driver reports it.
             true => unsafe { wgpu::ExperimentalFeatures::enabled() },
             false => wgpu::ExperimentalFeatures::disabled(),
@@ -388,6 +388,10 @@ pub(super) fn descriptor(features: Features, limits: Limits) -> wgpu::DeviceDesc
     }
 }
 
+/// What the kernels on matrix units need, besides half precision.
+pub(super) const MATRIX_FEATURES: Features =
+    Features::EXPERIMENTAL_COOPERATIVE_MATRIX.union(Features::SUBGROUP).union(Features::SUBGROUP_BARRIER);
+
 /// The features that the kernels make use of, of those that the adapter has.
 pub(super) fn wanted_features(adapter: &wgpu::Adapter, options: &WgpuOptions) -> Features {
     let wanted = Features::SHADER_F16
@@ -396,8 +400,9 @@ pub(super) fn wanted_features(adapter: &wgpu::Adapter, options: &WgpuOptions) ->
         | Features::TIMESTAMP_QUERY_INSIDE_PASSES
         | Features::PIPELINE_CACHE;
     let mut features = adapter.features() & wanted;
-    if has_matrix_units(adapter) && !options.force_f32 && !options.force_no_subgroup {
-        features |= Features::EXPERIMENTAL_COOPERATIVE_MATRIX;
+    let units = has_matrix_units(adapter) && adapter.features().contains(MATRIX_FEATURES);
+    if units && !options.force_f32 && !options.force_no_subgroup {
+        features |= MATRIX_FEATURES;
     }
     features
 }

@@ -13,6 +13,7 @@ use wgpu::BufferUsages;
 mod attention;
 mod experts;
 mod fuse;
+mod halve;
 mod linear;
 pub(super) mod passes;
 mod stage;
@@ -204,6 +205,8 @@ struct Planner<'a> {
     ready: Option<BufferId>,
     /// What there is to know of a pass, if the plan is for passes over several sessions.
     pass: Option<PassSites>,
+    /// The buffer that the last operation left in half precision, for many rows.
+    halved: Option<BufferId>,
 }
 
 impl<'a> Planner<'a> {
@@ -222,6 +225,7 @@ impl<'a> Planner<'a> {
             dry,
             ready: None,
             pass: None,
+            halved: None,
         }
     }
 
@@ -256,13 +260,14 @@ impl<'a> Planner<'a> {
 
     /// Plans one operation; `rest` are those that follow.
     fn op(&mut self, op: &Op, rest: &[Op]) -> Result<DraftOp> {
-        let ready = self.ready.take();
+        let (ready, halved) = (self.ready.take(), self.halved.take());
         match *op {
             Op::Embed { table, out, scale } => self.embed(table, out, scale),
             Op::Norm { x, out, .. } if x.buffer == out.buffer => self.norm_in_place(op),
             Op::Norm { .. } => self.norm(op),
             Op::Linear { x, weight, bias, out, accumulate, rows } => {
-                self.linear(&Linear { x, weight, bias, out, accumulate, rows: row_mode(rows) }, ready, rest)
+                let (rows, is_halved) = (row_mode(rows), halved == Some(x));
+                self.linear(&Linear { x, weight, bias, out, accumulate, rows, is_halved }, ready, rest)
             }
             Op::Arrange { x, order, factors, out, rows } => self.arrange(x, order, factors, out, row_mode(rows)),
             Op::RopeAppend { qkv, layer, rope } => self.rope_append(qkv, layer, rope),

@@ -56,6 +56,8 @@ pub(super) fn bytes(program: &Program, config: &RunnerConfig) -> u64 {
 
 /// Most dispatches of a submission: the device begins with the first ones while the host encodes the next.
 const DISPATCHES: u32 = 128;
+/// The same while the device is busy with an earlier step: a submission costs it some microseconds.
+const DISPATCHES_BUSY: u32 = 1024;
 /// The same under a deadline, which is looked at between submissions.
 const DISPATCHES_TIMED: u32 = 48;
 
@@ -537,7 +539,11 @@ impl Runner for WgpuRunner {
                 return Ok(Progress::Working);
             }
             let Some(most) = self.room(budget)? else { return Ok(Progress::Waiting) };
-            let dispatches = if budget.deadline.is_some() { DISPATCHES_TIMED } else { DISPATCHES };
+            let dispatches = match budget.deadline {
+                Some(_) => DISPATCHES_TIMED,
+                None if self.ahead.is_empty() => DISPATCHES,
+                None => DISPATCHES_BUSY,
+            };
             self.submit(most, dispatches);
             begun = true;
         }

@@ -12,7 +12,7 @@ use awqua_shaders::{
 use wgpu::{BufferUsages, Features};
 
 use super::WgpuOptions;
-use super::device::Gpu;
+use super::device::{Gpu, MATRIX_FEATURES};
 use super::pipelines::Pipelines;
 use super::readback::Readback;
 use crate::error::{Error, ErrorKind, Result};
@@ -121,7 +121,7 @@ impl SelfTest {
                 (true, false)
             }
         };
-        let offered = elem == Elem::F16 && gpu.features.contains(Features::EXPERIMENTAL_COOPERATIVE_MATRIX);
+        let offered = elem == Elem::F16 && gpu.features.contains(MATRIX_FEATURES);
         if finished && offered && !self.coop {
             self.coop = true;
             self.kernels = [&gemm_w4_coop::KERNEL, &attention_coop::KERNEL].into();

@@ -1,7 +1,7 @@
 //! Attention: splits of the positions, then their combination.
 
 use awqua_shaders::{
-    FLAG_STAGE, Kv, Reduce, RowMode, Step, attention, attention_coop, attention_few, attention_reduce,
+    FLAG_STAGE, Heads, Kv, Reduce, RowMode, Step, Variant, attention, attention_coop, attention_few, attention_reduce,
     attention_subgroup,
 };
 
@@ -96,7 +96,8 @@ impl Planner<'_> {
                     ..Default::default()
                 };
                 storage.extend([self.buffer(out), staged_out.clone()]);
-                self.draft(&attention_subgroup::KERNEL, self.variant(), &params, storage, launch)?
+                let variant = Variant { heads: Heads::of(shape.heads, shape.kv_heads), ..self.variant() };
+                self.draft(&attention_subgroup::KERNEL, variant, &params, storage, launch)?
             } else {
                 let eights = most <= few_tokens && attention_few::handles(shape.head_dim, params.qkv_stride);
                 let kernel = if eights { &attention_few::KERNEL } else { &attention::KERNEL };

@@ -16,7 +16,7 @@ pub(super) struct Norm {
     pub(super) weight: WeightId,
     pub(super) out: BufferId,
     dim: u32,
-    eps: f32,
+    pub(super) eps: f32,
 }
 
 impl Norm {
@@ -81,13 +81,35 @@ impl<'a> Planner<'a> {
         if self.ready != Some(norm.out) {
             few.insert(0, self.stage(norm.x, Some(norm.weight), norm.out, RowMode::All)?);
         }
-        let mut many = Vec::new();
         // Passes have few rows.
-        for op in if self.pass.is_none() { &ops[..count] } else { &[] } {
-            many.extend(self.op(op, &[])?.many());
-        }
+        let many = match self.pass.is_none() {
+            true => self.many(norm, &ops[..count], &ops[count..])?,
+            false => Vec::new(),
+        };
         self.ready = ready;
         Ok(Some((DraftOp { rows: RowMode::All, levels: vec![(self.few_rows, few), (u32::MAX, many)] }, count)))
+    }
+
+    /// The operations `ops`, which begin with `norm`, for many rows; `rest` are those that follow.
+    fn many(&mut self, norm: Norm, ops: &[Op], rest: &[Op]) -> Result<Vec<Draft>> {
+        let first = self.halve_norm(norm, &ops[1..])?;
+        let halved = first.is_some().then_some(norm.out);
+        let mut many: Vec<Draft> = first.into_iter().collect();
+        let mut left = None;
+        for (i, op) in ops.iter().enumerate().skip(many.len()) {
+            if let Op::Glu { x, out, activation } = *op
+                && i + 1 == ops.len()
+                && let Some(draft) = self.halve_glu(x, out, activation, rest)?
+            {
+                many.push(draft);
+                left = Some(out);
+                continue;
+            }
+            self.halved = halved;
+            many.extend(self.op(op, &[])?.many());
+        }
+        self.halved = left;
+        Ok(many)
     }
 
     /// q, k and v projections, rotation and the way to the cache.

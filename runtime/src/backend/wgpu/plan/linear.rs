@@ -3,7 +3,6 @@
 use awqua_shaders::{
     Elem, FLAG_ACCUMULATE, FLAG_BIAS, FLAG_NORM, FLAG_STAGE, FLAG_STAGE_NORM, Groups, RowMode, Size, Step, Variant,
     gemm_dense, gemm_packed, gemm_w4, gemm_w4_coop, gemv_dense, gemv_dense_rows, gemv_packed, gemv_w4, gemv_w4_rows,
-    halve,
 };
 
 use super::super::tuning::{Form, Site};
@@ -41,6 +40,8 @@ pub(super) struct Linear {
     pub(super) out: Span,
     pub(super) accumulate: bool,
     pub(super) rows: RowMode,
+    /// Many rows of x lie ready in half precision.
+    pub(super) is_halved: bool,
 }
 
 /// A packed matrix with staged inputs.
@@ -194,9 +195,9 @@ impl<'a> Planner<'a> {
     /// Tiles of rows.
     fn gemm(&mut self, matrix: &GpuW4, op: &Linear) -> Result<Vec<Draft>> {
         let rows = op.rows;
-        let coop = self.backend.coop && gemm_w4_coop::handles(matrix.group_size, matrix.k);
+        let coop = self.takes_halves(matrix);
         let mut drafts = Vec::new();
-        if coop {
+        if coop && !op.is_halved {
             drafts.push(self.halve(matrix, op)?);
         }
         let bias = match op.bias {
@@ -235,34 +236,6 @@ impl<'a> Planner<'a> {
             drafts.push(self.draft(kernel, self.variant(), &params, storage, launch)?);
         }
         Ok(drafts)
-    }
-
-    /// The inputs of a layer in half precision.
-    fn halve(&mut self, matrix: &GpuW4, op: &Linear) -> Result<Draft> {
-        let rows = op.rows;
-        let params =
-            halve::Params { k: matrix.k, chunks: matrix.chunks, x_stride: self.stride(op.x), row_mode: rows as u32 };
-        let (halves, scales) = self.halves(matrix.chunks)?;
-        let storage = vec![self.buffer(op.x), halves, scales];
-        let launch = move |step: &Step| Launch {
-            grid: halve::grid(&params, rows.count(step)),
-            cost: halve::cost(&params, rows.count(step)),
-        };
-        self.draft(&halve::KERNEL, self.variant(), &params, storage, launch)
-    }
-
-    /// Room for the half precision inputs of a step, rows of `chunks` chunks, and for the scales of its rows.
-    fn halves(&mut self, chunks: u32) -> Result<(wgpu::Buffer, wgpu::Buffer)> {
-        if let Some(made) = self.half_buffers.get(&chunks) {
-            return Ok(made.clone());
-        }
-        let rows = u64::from(self.max_tokens.next_multiple_of(gemm_w4_coop::TILE));
-        let made = (
-            self.storage("half precision inputs", rows * u64::from(chunks) * 64)?,
-            self.storage("scales of half precision inputs", rows * 4)?,
-        );
-        self.half_buffers.insert(chunks, made.clone());
-        Ok(made)
     }
 
     fn linear_packed(&mut self, matrix: &GpuPacked, op: &Linear) -> Result<DraftOp> {
