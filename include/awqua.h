@@ -7,10 +7,11 @@
  * pointer that a create function hands out is owned by the caller until it goes to its free function; frees may come
  * in any order, children keep what they need of their parents, and freeing NULL does nothing.
  *
- * Threads. No call makes a thread unless the engine was asked for some (GPU drivers may have their own). A function that takes `const T *` may run on
- * any number of threads at once; one that takes `T *` needs the object for itself. A call that breaks this rule fails
- * with AWQUA_ERR_BUSY and does nothing. awqua_model_cancel and awqua_session_cancel may be called at any time. Freeing
- * an object that another thread is using is the one mistake that can't be caught.
+ * Threads. No call makes a thread unless the engine was asked for some (GPU drivers may have their own; CUDA's has). A
+ * function that takes `const T *` may run on any number of threads at once; one that takes `T *` needs the object for
+ * itself. A call that breaks this rule fails with AWQUA_ERR_BUSY and does nothing. awqua_model_cancel and
+ * awqua_session_cancel may be called at any time. Freeing an object that another thread is using is the one mistake that
+ * can't be caught.
  *
  * Calls. Every function returns an awqua_status; the text behind a failure is kept per object (awqua_..._last_error)
  * and per thread (awqua_last_error). Outputs are written on success only, except needed sizes. Failures leave objects
@@ -19,10 +20,11 @@
  * becomes AWQUA_ERR_PANIC and the object it happened in accepts only its free function.
  *
  * Structures start with their size, so that programs and libraries of different age understand each other: start from
- * AWQUA_..._INIT; or, where there are no macros, set struct_size and call awqua_..._init. Later versions append members, and take a member
- * that a program does not have for its default. Texts are UTF-8, a pointer with a length.
+ * AWQUA_..._INIT; or, where there are no macros, set struct_size and call awqua_..._init. Later versions append members,
+ * and take a member that a program does not have for its default. Texts are UTF-8, a pointer with a length.
  *
- * The library writes nothing to standard output or error, opens no network connection, and writes no file.
+ * The library writes nothing to standard output or error, opens no network connection, and writes no file; GPU drivers
+ * are not under its control.
  */
 
 
@@ -207,6 +209,13 @@
  * more beside such weights to 8, once for all sessions; both are faster. GPUs ignore it.
  */
 #define AWQUA_SESSION_EXACT 2
+
+/**
+ * Have forks keep the memory of their common start once even if the session is deterministic and the GPU has matrix
+ * units or subgroups: attention is then computed by kernels that read the start apart, which are slower. See
+ * awqua_session_fork. The CPU and CUDA ignore it.
+ */
+#define AWQUA_SESSION_SHARE_FORKS 4
 
 /**
  * Go on after the model's end-of-turn ids.
@@ -1161,7 +1170,8 @@ typedef struct awqua_io {
    */
   void (*close)(void *user, void *file);
   /**
-   * Called once when `user` is not needed any more: the model was freed, and so were its sessions. May be NULL.
+   * Called once when `user` is not needed any more: the model was freed, and so were its sessions. Not called if
+   * awqua_model_create fails. May be NULL.
    */
   void (*release)(void *user);
 } awqua_io;
@@ -1320,7 +1330,7 @@ typedef struct awqua_model_info {
    */
   uint64_t weight_bytes;
   /**
-   * "cpu" or "wgpu", NUL-terminated; "none" while the weights are away.
+   * "cpu", "wgpu" or "cuda", NUL-terminated; "none" while the weights are away.
    */
   char backend[16];
   /**
@@ -2196,9 +2206,13 @@ awqua_status awqua_session_truncate(struct awqua_session *session,
  * Makes a session of the same capacities that holds what this one does, without computing it again: many characters on
  * one system prompt compute it once, and keep its memory once. On the CPU what nobody writes to is shared; on a GPU all
  * forks of a session share one copy of their start, in multiples of 64 tokens or more, beside the session they came
- * from, and one that goes back behind it gets its own. CUDA copies the tokens, and so do deterministic sessions where
- * shared memory would change the last bits: with matrix units or subgroups, and in models with windows. Either goes on
- * as if the other one did not exist. Fails with AWQUA_ERR_STATE while an answer is being made.
+ * from, and one that goes back behind it gets its own. Either goes on as if the other one did not exist.
+ *
+ * Where forks copy instead: on CUDA, whose kernels read the cache of a session from one place (heads lie one behind the
+ * other in it, so that no page of the driver's holds nothing but a start); in deterministic sessions with matrix units or
+ * subgroups, whose kernels add up in another order once the start lies apart, unless AWQUA_SESSION_SHARE_FORKS has them
+ * do without these kernels; and in deterministic sessions of models with windows, whose sums begin anywhere. Fails with
+ * AWQUA_ERR_STATE while an answer is being made.
  */
 AWQUA_API
 awqua_status awqua_session_fork(struct awqua_session *session,
@@ -2333,7 +2347,7 @@ awqua_status awqua_session_get_embedding(const struct awqua_session *session,
 
 /**
  * Makes a batch for sessions of `model` that are made with `desc`, which may be NULL for the defaults, with room for
- * passes over `n_sessions` of them; more than that take turns.
+ * passes over `n_sessions` of them, 1 to 4096; more than that take turns.
  */
 AWQUA_API
 awqua_status awqua_batch_create(const struct awqua_model *model,

@@ -5,7 +5,7 @@ local awqua = require("awqua")
 
 local BUDGET_US = 4000
 local PROMPTS = { "The old miller looked at Emma and said,", "Emma laughed and said,", "The grey cat thought that" }
-local engine, model, session
+local path, engine, model, session
 local said, share, ready, talking, lines = "", 0, false, false, 0
 local frames, frame, slowest = nil, 0, 0
 
@@ -48,8 +48,35 @@ local function remember()
     print(string.format("remembered:%s, embedded %d numbers", expected, count))
 end
 
+-- A checkpoint from strings, with an estimate, and two characters that decode together.
+local function host(path)
+    local files, computed = {}, 0
+    for _, name in ipairs({ "config.json", "model.safetensors", "tokenizer.json" }) do
+        local file = assert(io.open(path .. "/" .. name, "rb"))
+        files[name] = file:read("*a")
+        file:close()
+    end
+    local on = awqua.engine(awqua.BACKEND_CPU)
+    local from = awqua.model_of_files(on, files)
+    local options = { context = 64 }
+    local estimate = awqua.estimate(from, options)
+    while not awqua.load(from, BUDGET_US) do end
+    assert(awqua.used(on) == estimate.weights_host and estimate.session_host > 0)
+    local batch, npcs = awqua.batch(from, 2, options), {}
+    for i = 1, 2 do
+        npcs[i] = awqua.session(from, options)
+        awqua.begin(npcs[i], PROMPTS[i], { max_tokens = 8, flags = 1 })
+    end
+    while awqua.tick_all(batch, npcs, BUDGET_US) do end
+    for i = 1, 2 do
+        local text, done = awqua.poll(npcs[i], function(kind, n) computed = kind == awqua.PROGRESS and n or computed end)
+        assert(done and #text > 0 and computed > 0)
+    end
+    print(string.format("hosted: %d bytes of weights", estimate.weights_host))
+end
+
 function love.load(arguments)
-    local path = assert(arguments[1], "usage: love examples/love MODEL_FOLDER [frames]")
+    path = assert(arguments[1], "usage: love examples/love MODEL_FOLDER [frames]")
     frames = tonumber(arguments[2])
     engine = awqua.engine(awqua.BACKEND_CPU)
     model = awqua.model(engine, path)
@@ -80,6 +107,7 @@ function love.update(dt)
     end
     if frames and frame >= frames then
         remember()
+        host(path)
         print(string.format("%d frames, %d lines, slowest frame %.1f ms", frame, lines, slowest * 1000))
         love.event.quit(lines > 0 and 0 or 1)
     end

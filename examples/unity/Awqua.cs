@@ -1,7 +1,8 @@
-// Awqua for C#: put this file and the native library (Plugins/libawqua.so, awqua.dll or libawqua.dylib) into a Unity
-// project, or compile it with Mono or .NET. C# 7, no unsafe code.
+// Awqua for C#: put this file, Native.cs and the native library (Plugins/libawqua.so, awqua.dll or libawqua.dylib) into a
+// Unity project, or compile them with Mono or .NET. C# 7, no unsafe code.
 using System;
 using System.Collections.Generic;
+using System.IO;
 using System.Runtime.InteropServices;
 using System.Text;
 
@@ -12,6 +13,10 @@ namespace Awqua
     public enum GrammarKind : uint { None = 0, JsonSchema = 1, Regex = 2, Lark = 3 }
 
     public enum Trim : uint { Pages = 0, Sessions = 1, Weights = 2 }
+
+    public enum LogLevel : uint { Off = 0, Error = 1, Warn = 2, Info = 3, Debug = 4 }
+
+    public enum EventKind : uint { Progress = 4, DeviceLost = 5, MemoryPressure = 6 }
 
     public enum StopReason : uint { None = 0, Eos = 1, Text = 2, MaxTokens = 3, ContextFull = 4, Cancelled = 5, Complete = 6 }
 
@@ -42,7 +47,30 @@ namespace Awqua
     public sealed class SessionOptions
     {
         public uint Context, Chunk;
-        public bool Deterministic, Exact;
+        public bool Deterministic, Exact, ShareForks;
+    }
+
+    /// <summary>What an engine is made from; zero and null take the defaults.</summary>
+    public sealed class EngineOptions
+    {
+        public Backend Backend;
+
+        /// <summary>Part of the adapter's name.</summary>
+        public string Device = "";
+
+        /// <summary>Most bytes of memory; what does not fit is refused with the needed number.</summary>
+        public ulong HostBudgetBytes, DeviceBudgetBytes;
+
+        /// <summary>Goes on after the loss of a device without Recover.</summary>
+        public bool AutoRecover;
+
+        /// <summary>CPU threads of a session, or of <see cref="ParallelFor"/>.</summary>
+        public uint Threads;
+
+        /// <summary>The host's own threads for the CPU: calls its second argument once with every number below the
+        /// first, at once or in turn, and returns once those calls have; such as (n, body) => Parallel.For(0, n, body).
+        /// It must not throw.</summary>
+        public Action<int, Action<int>> ParallelFor;
     }
 
     /// <summary>Where models run.</summary>
@@ -50,12 +78,49 @@ namespace Awqua
     {
         internal readonly EngineHandle Handle;
 
-        public Engine(Backend backend = Backend.Auto)
+        public Engine(Backend backend = Backend.Auto) : this(new EngineOptions { Backend = backend }) { }
+
+        public Engine(EngineOptions how)
         {
-            var desc = new Native.EngineDesc { StructSize = (uint)Marshal.SizeOf(typeof(Native.EngineDesc)) };
-            Native.Check(Native.awqua_engine_desc_init(ref desc));
-            desc.Backend = (uint)backend;
-            Native.Check(Native.awqua_engine_create(ref desc, out Handle));
+            var device = new Utf8(how.Device);
+            try
+            {
+                var desc = new Native.EngineDesc { StructSize = (uint)Marshal.SizeOf(typeof(Native.EngineDesc)) };
+                Native.Check(Native.awqua_engine_desc_init(ref desc));
+                desc.Flags = how.AutoRecover ? 2u : 0;
+                desc.Backend = (uint)how.Backend;
+                desc.Threads = how.Threads;
+                desc.Device = device.Str;
+                desc.HostBudgetBytes = how.HostBudgetBytes;
+                desc.DeviceBudgetBytes = how.DeviceBudgetBytes;
+                if (how.ParallelFor != null)
+                {
+                    // Sessions may outlive the engine and still call it, so it is never freed.
+                    var jobs = new Jobs { ParallelFor = how.ParallelFor, Threads = (int)Math.Max(how.Threads, 1) };
+                    desc.ParallelFor = Native.ParallelForCallback;
+                    desc.ParallelForUser = GCHandle.ToIntPtr(GCHandle.Alloc(jobs));
+                }
+                Native.Check(Native.awqua_engine_create(ref desc, out Handle));
+            }
+            finally { device.Free(); }
+        }
+
+        /// <summary>Bytes that models and sessions hold, in host and device memory.</summary>
+        public void Used(out ulong hostBytes, out ulong deviceBytes)
+        {
+            var info = new Native.EngineInfo { StructSize = (uint)Marshal.SizeOf(typeof(Native.EngineInfo)) };
+            Native.Check(Native.awqua_engine_get_info(Handle, ref info));
+            hostBytes = info.HostBytes;
+            deviceBytes = info.DeviceBytes;
+        }
+
+        /// <summary>Sends messages to <paramref name="heard"/>, from any thread that is inside the library; null turns
+        /// them off.</summary>
+        public static void SetLog(Action<LogLevel, string> heard, LogLevel level = LogLevel.Warn)
+        {
+            Native.Heard = heard;
+            var callback = heard == null ? null : Native.LogCallback;
+            Native.Check(Native.awqua_set_log(callback, IntPtr.Zero, (uint)level));
         }
 
         /// <summary>Lets go of a lost device; models and sessions find another one in their next ticks.</summary>
@@ -67,22 +132,65 @@ namespace Awqua
         public void Dispose() => Handle.Dispose();
     }
 
+    /// <summary>Memory that a model and a session on it take, in bytes.</summary>
+    public struct Estimate
+    {
+        public ulong WeightsHost, WeightsDevice, SessionHost, SessionDevice;
+    }
+
     /// <summary>Weights on a device with a tokenizer. Tick it until it is ready.</summary>
     public sealed class Model : IDisposable
     {
         internal readonly ModelHandle Handle;
 
-        public Model(Engine engine, string path)
+        /// <summary>Begins to load the checkpoint in a folder.</summary>
+        public Model(Engine engine, string path) : this(engine, path, null) { }
+
+        /// <summary>Begins to load a checkpoint from wherever it is, such as an asset bundle or the inside of an APK:
+        /// <paramref name="open"/> opens a file of that name (config.json, model.safetensors, ...) as a stream that can
+        /// seek, or returns null if there is none. <paramref name="path"/> is what messages call the checkpoint.</summary>
+        public Model(Engine engine, string path, Func<string, Stream> open)
         {
             var text = new Utf8(path);
+            var io = default(Native.Io);
+            var ioMemory = IntPtr.Zero;
             try
             {
                 var desc = new Native.ModelDesc { StructSize = (uint)Marshal.SizeOf(typeof(Native.ModelDesc)) };
                 Native.Check(Native.awqua_model_desc_init(ref desc));
                 desc.Path = text.Str;
-                Native.Check(Native.awqua_model_create(engine.Handle, ref desc, out Handle));
+                if (open != null)
+                {
+                    io = Native.IoOf(open);
+                    ioMemory = Marshal.AllocHGlobal(Marshal.SizeOf(typeof(Native.Io)));
+                    Marshal.StructureToPtr(io, ioMemory, false);
+                    desc.Io = ioMemory;
+                }
+                var status = Native.awqua_model_create(engine.Handle, ref desc, out Handle);
+                // On success it is freed with the model, by `release`.
+                if (status < 0 && open != null) GCHandle.FromIntPtr(io.User).Free();
+                Native.Check(status);
             }
-            finally { text.Free(); }
+            finally
+            {
+                text.Free();
+                Marshal.FreeHGlobal(ioMemory);
+            }
+        }
+
+        /// <summary>What the model and a session take, read from the headers of its files; also before loading.</summary>
+        public Estimate Estimate(SessionOptions options = null)
+        {
+            var desc = Native.SessionDescOf(options ?? new SessionOptions());
+            var found = new Native.EstimateDesc { StructSize = (uint)Marshal.SizeOf(typeof(Native.EstimateDesc)) };
+            Native.Check(Native.awqua_model_estimate(Handle, ref desc, ref found));
+            return new Estimate
+            {
+                WeightsHost = found.WeightsHost,
+                WeightsDevice = found.WeightsDevice,
+                SessionHost = found.SessionHost,
+                SessionDevice = found.SessionDevice,
+            };
         }
 
         /// <summary>Loads for about the given time; true once the model is ready.</summary>
@@ -108,21 +216,16 @@ namespace Awqua
     /// <summary>One conversation with a model.</summary>
     public sealed class Session : IDisposable
     {
-        private readonly SessionHandle handle;
+        internal readonly SessionHandle Handle;
         private byte[] buffer = new byte[256];
 
         public Session(Model model, SessionOptions options = null)
         {
-            var how = options ?? new SessionOptions();
-            var desc = new Native.SessionDesc { StructSize = (uint)Marshal.SizeOf(typeof(Native.SessionDesc)) };
-            Native.Check(Native.awqua_session_desc_init(ref desc));
-            desc.Flags = (how.Deterministic ? 1u : 0) | (how.Exact ? 2u : 0);
-            desc.Context = how.Context;
-            desc.Chunk = how.Chunk;
-            Native.Check(Native.awqua_session_create(model.Handle, ref desc, out handle));
+            var desc = Native.SessionDescOf(options ?? new SessionOptions());
+            Native.Check(Native.awqua_session_create(model.Handle, ref desc, out Handle));
         }
 
-        private Session(SessionHandle handle) { this.handle = handle; }
+        private Session(SessionHandle handle) { Handle = handle; }
 
         /// <summary>Begins to continue a text.</summary>
         public void Begin(string prompt, Request how = null)
@@ -131,7 +234,7 @@ namespace Awqua
             try
             {
                 var request = Native.RequestOf(how ?? new Request(), grammar);
-                Native.Check(Native.awqua_session_begin_text(handle, text.Str, ref request));
+                Native.Check(Native.awqua_session_begin_text(Handle, text.Str, ref request));
             }
             finally { text.Free(); grammar.Free(); }
         }
@@ -152,7 +255,7 @@ namespace Awqua
                     messages[i].Content = texts[2 * i + 1].Str;
                 }
                 var request = Native.RequestOf(how ?? new Request(), grammar);
-                Native.Check(Native.awqua_session_begin_chat(handle, messages, (ulong)messages.Length, ref request));
+                Native.Check(Native.awqua_session_begin_chat(Handle, messages, (ulong)messages.Length, ref request));
             }
             finally { texts.ForEach(text => text.Free()); grammar.Free(); }
         }
@@ -161,11 +264,13 @@ namespace Awqua
         public bool Tick(TimeSpan time)
         {
             var budget = Native.BudgetOf(time);
-            return Native.Check(Native.awqua_session_tick(handle, ref budget, IntPtr.Zero)) == Native.Pending;
+            return Native.Check(Native.awqua_session_tick(Handle, ref budget, IntPtr.Zero)) == Native.Pending;
         }
 
-        /// <summary>Appends new text to <paramref name="to"/>; the reason if the answer ended, else None.</summary>
-        public StopReason Poll(StringBuilder to)
+        /// <summary>Appends new text to <paramref name="to"/>; the reason if the answer ended, else None.
+        /// <paramref name="heard"/> gets what else happened, with the tokens of the prompt that were computed and
+        /// their number.</summary>
+        public StopReason Poll(StringBuilder to, Action<EventKind, uint, uint> heard = null)
         {
             // Events come as whole characters, so each piece decodes on its own.
             var pin = GCHandle.Alloc(buffer, GCHandleType.Pinned);
@@ -179,10 +284,11 @@ namespace Awqua
                         Text = pin.AddrOfPinnedObject(),
                         TextCapacity = (ulong)buffer.Length,
                     };
-                    if (Native.Check(Native.awqua_session_poll(handle, ref e)) == Native.Empty) return StopReason.None;
+                    if (Native.Check(Native.awqua_session_poll(Handle, ref e)) == Native.Empty) return StopReason.None;
                     if (e.Kind == Native.EventText) to.Append(Encoding.UTF8.GetString(buffer, 0, (int)e.TextLen));
                     else if (e.Kind == Native.EventDone) return (StopReason)e.Reason;
                     else if (e.Kind == Native.EventError) Native.Check(e.Status);
+                    else heard?.Invoke((EventKind)e.Kind, e.Done, e.Total);
                 }
             }
             finally { pin.Free(); }
@@ -191,210 +297,78 @@ namespace Awqua
         /// <summary>A session that holds what this one does, without computing it again.</summary>
         public Session Fork()
         {
-            Native.Check(Native.awqua_session_fork(handle, out var forked));
+            Native.Check(Native.awqua_session_fork(Handle, out var forked));
             return new Session(forked);
         }
 
         /// <summary>What the session holds, for Restore in this run or a later one.</summary>
         public byte[] Save()
         {
-            var status = Native.awqua_session_save(handle, null, 0, out var length);
+            var status = Native.awqua_session_save(Handle, null, 0, out var length);
             if (status != Native.BufferTooSmall) Native.Check(status);
             var bytes = new byte[length];
-            Native.Check(Native.awqua_session_save(handle, bytes, length, out _));
+            Native.Check(Native.awqua_session_save(Handle, bytes, length, out _));
             return bytes;
         }
 
         public void Restore(byte[] snapshot) =>
-            Native.Check(Native.awqua_session_restore(handle, snapshot, (ulong)snapshot.Length));
+            Native.Check(Native.awqua_session_restore(Handle, snapshot, (ulong)snapshot.Length));
 
         /// <summary>Forgets all but the first tokens.</summary>
-        public void Truncate(uint tokens) => Native.Check(Native.awqua_session_truncate(handle, tokens));
+        public void Truncate(uint tokens) => Native.Check(Native.awqua_session_truncate(Handle, tokens));
 
         /// <summary>Gives the memory of an idle session back; it is computed again when it is needed.</summary>
-        public void Trim() => Native.Check(Native.awqua_session_trim(handle));
+        public void Trim() => Native.Check(Native.awqua_session_trim(Handle));
 
         /// <summary>Begins to embed a text; Tick to its end, then Embedding has the vector.</summary>
         public void BeginEmbedding(string text)
         {
             var bytes = new Utf8(text);
-            try { Native.Check(Native.awqua_session_begin_embedding_text(handle, bytes.Str)); }
+            try { Native.Check(Native.awqua_session_begin_embedding_text(Handle, bytes.Str)); }
             finally { bytes.Free(); }
         }
 
         public float[] Embedding()
         {
-            var status = Native.awqua_session_get_embedding(handle, null, 0, out var count);
+            var status = Native.awqua_session_get_embedding(Handle, null, 0, out var count);
             if (status != Native.BufferTooSmall) Native.Check(status);
             var values = new float[count];
-            Native.Check(Native.awqua_session_get_embedding(handle, values, count, out _));
+            Native.Check(Native.awqua_session_get_embedding(Handle, values, count, out _));
             return values;
         }
 
         /// <summary>Ends the answer at the next tick. Any thread, any time.</summary>
-        public void Cancel() => Native.Check(Native.awqua_session_cancel(handle));
+        public void Cancel() => Native.Check(Native.awqua_session_cancel(Handle));
+
+        public void Dispose() => Handle.Dispose();
+    }
+
+    /// <summary>Sessions of one model that decode together, the weights read once for all of them.</summary>
+    public sealed class Batch : IDisposable
+    {
+        private readonly BatchHandle handle;
+        private IntPtr[] pointers = new IntPtr[0];
+
+        /// <summary>For sessions made with these options, so many at a time; more take turns.</summary>
+        public Batch(Model model, int sessions, SessionOptions options = null)
+        {
+            var desc = Native.SessionDescOf(options ?? new SessionOptions());
+            Native.Check(Native.awqua_batch_create(model.Handle, ref desc, (uint)sessions, out handle));
+        }
+
+        /// <summary>Works on the answers of all of them for about the given time; true while there is more to do. Poll
+        /// each session for what came of it.</summary>
+        public bool Tick(IList<Session> sessions, TimeSpan time)
+        {
+            if (pointers.Length < sessions.Count) pointers = new IntPtr[sessions.Count];
+            for (var i = 0; i < sessions.Count; i++) pointers[i] = sessions[i].Handle.DangerousGetHandle();
+            var budget = Native.BudgetOf(time);
+            var status = Native.awqua_batch_tick(handle, pointers, (uint)sessions.Count, ref budget, IntPtr.Zero);
+            // Not collected, and so not freed, before the call returned.
+            GC.KeepAlive(sessions);
+            return Native.Check(status) == Native.Pending;
+        }
 
         public void Dispose() => handle.Dispose();
-    }
-
-    /// <summary>A string as UTF-8 outside the collector's reach.</summary>
-    internal struct Utf8
-    {
-        internal Native.Str Str;
-
-        internal Utf8(string text)
-        {
-            var bytes = Encoding.UTF8.GetBytes(text);
-            Str.Data = Marshal.AllocHGlobal(Math.Max(bytes.Length, 1));
-            Str.Len = (ulong)bytes.Length;
-            Marshal.Copy(bytes, 0, Str.Data, bytes.Length);
-        }
-
-        internal void Free() => Marshal.FreeHGlobal(Str.Data);
-    }
-
-    internal abstract class Owned : SafeHandle
-    {
-        protected Owned() : base(IntPtr.Zero, true) { }
-
-        public override bool IsInvalid => handle == IntPtr.Zero;
-    }
-
-    // Frees may come in any order, so the collector's order is fine.
-    internal sealed class EngineHandle : Owned
-    {
-        protected override bool ReleaseHandle() => Native.awqua_engine_free(handle) == Native.Ok;
-    }
-
-    internal sealed class ModelHandle : Owned
-    {
-        protected override bool ReleaseHandle() => Native.awqua_model_free(handle) == Native.Ok;
-    }
-
-    internal sealed class SessionHandle : Owned
-    {
-        protected override bool ReleaseHandle() => Native.awqua_session_free(handle) == Native.Ok;
-    }
-
-    internal static class Native
-    {
-#if UNITY_IOS && !UNITY_EDITOR
-        private const string Library = "__Internal";
-#else
-        private const string Library = "awqua";
-#endif
-        internal const int Ok = 0, Pending = 1, Empty = 2, BufferTooSmall = -3;
-        internal const uint EventText = 1, EventDone = 2, EventError = 3;
-        private const uint IgnoreEos = 1;
-
-        [StructLayout(LayoutKind.Sequential)]
-        internal struct Str { internal IntPtr Data; internal ulong Len; }
-
-        [StructLayout(LayoutKind.Sequential)]
-        internal struct EngineDesc { internal uint StructSize, Flags, Backend, Threads; internal Str Device; }
-
-        [StructLayout(LayoutKind.Sequential)]
-        internal struct ModelDesc { internal uint StructSize, Flags; internal Str Path; }
-
-        [StructLayout(LayoutKind.Sequential)]
-        internal struct Budget { internal uint StructSize, Flags; internal ulong CpuUs; }
-
-        [StructLayout(LayoutKind.Sequential)]
-        internal struct LoadProgress { internal uint StructSize, Flags; internal ulong Done, Total; }
-
-        [StructLayout(LayoutKind.Sequential)]
-        internal struct Message { internal Str Role, Content; }
-
-        [StructLayout(LayoutKind.Sequential)]
-        internal struct RequestDesc
-        {
-            internal uint StructSize, Flags, MaxTokens, TopK;
-            internal float TopP, MinP, Temperature, RepetitionPenalty, PresencePenalty, FrequencyPenalty;
-            internal uint PenaltyWindow, NStops;
-            internal ulong Seed;
-            internal IntPtr Stops, StopIds;
-            internal uint NStopIds, Reserved;
-            internal IntPtr Biases, BannedIds;
-            internal uint NBiases, NBannedIds, ShiftKeep, GrammarKind;
-            internal Str Grammar;
-        }
-
-        [StructLayout(LayoutKind.Sequential)]
-        internal struct SessionDesc { internal uint StructSize, Flags, Context, KvType, Chunk, Reserved; }
-
-        [StructLayout(LayoutKind.Sequential)]
-        internal struct Event
-        {
-            internal uint StructSize, Flags, Kind, Reason;
-            internal int Status;
-            internal uint Reserved;
-            internal IntPtr Text;
-            internal ulong TextCapacity, TextLen, TextWaiting;
-        }
-
-        [DllImport(Library)] private static extern IntPtr awqua_status_name(int status);
-        [DllImport(Library)] private static extern int awqua_last_error(byte[] buffer, ulong capacity, out ulong length);
-        [DllImport(Library)] internal static extern int awqua_engine_desc_init(ref EngineDesc desc);
-        [DllImport(Library)] internal static extern int awqua_engine_create(ref EngineDesc desc, out EngineHandle engine);
-        [DllImport(Library)] internal static extern int awqua_engine_free(IntPtr engine);
-        [DllImport(Library)] internal static extern int awqua_model_desc_init(ref ModelDesc desc);
-        [DllImport(Library)] internal static extern int awqua_model_create(EngineHandle engine, ref ModelDesc desc, out ModelHandle model);
-        [DllImport(Library)] internal static extern int awqua_model_tick(ModelHandle model, ref Budget budget, ref LoadProgress progress);
-        [DllImport(Library)] internal static extern int awqua_model_cancel(ModelHandle model);
-        [DllImport(Library)] internal static extern int awqua_model_free(IntPtr model);
-        [DllImport(Library)] private static extern int awqua_budget_init(ref Budget budget);
-        [DllImport(Library)] private static extern int awqua_request_init(ref RequestDesc request);
-        [DllImport(Library)] internal static extern int awqua_engine_recover(EngineHandle engine);
-        [DllImport(Library)] internal static extern int awqua_engine_trim(EngineHandle engine, uint level);
-        [DllImport(Library)] internal static extern int awqua_model_evict(ModelHandle model);
-        [DllImport(Library)] internal static extern int awqua_model_restore(ModelHandle model);
-        [DllImport(Library)] internal static extern int awqua_session_desc_init(ref SessionDesc desc);
-        [DllImport(Library)] internal static extern int awqua_session_create(ModelHandle model, ref SessionDesc desc, out SessionHandle session);
-        [DllImport(Library)] internal static extern int awqua_session_fork(SessionHandle session, out SessionHandle forked);
-        [DllImport(Library)] internal static extern int awqua_session_save(SessionHandle session, [Out] byte[] buffer, ulong capacity, out ulong length);
-        [DllImport(Library)] internal static extern int awqua_session_restore(SessionHandle session, byte[] snapshot, ulong length);
-        [DllImport(Library)] internal static extern int awqua_session_truncate(SessionHandle session, uint tokens);
-        [DllImport(Library)] internal static extern int awqua_session_trim(SessionHandle session);
-        [DllImport(Library)] internal static extern int awqua_session_begin_embedding_text(SessionHandle session, Str text);
-        [DllImport(Library)] internal static extern int awqua_session_get_embedding(SessionHandle session, [Out] float[] values, ulong capacity, out ulong count);
-        [DllImport(Library)] internal static extern int awqua_session_begin_text(SessionHandle session, Str prompt, ref RequestDesc request);
-        [DllImport(Library)] internal static extern int awqua_session_begin_chat(SessionHandle session, [In] Message[] messages, ulong count, ref RequestDesc request);
-        [DllImport(Library)] internal static extern int awqua_session_tick(SessionHandle session, ref Budget budget, IntPtr result);
-        [DllImport(Library)] internal static extern int awqua_session_poll(SessionHandle session, ref Event e);
-        [DllImport(Library)] internal static extern int awqua_session_cancel(SessionHandle session);
-        [DllImport(Library)] internal static extern int awqua_session_free(IntPtr session);
-
-        internal static int Check(int status)
-        {
-            if (status >= 0) return status;
-            var text = new byte[512];
-            awqua_last_error(text, (ulong)text.Length, out _);
-            var end = Array.IndexOf(text, (byte)0);
-            var name = Marshal.PtrToStringAnsi(awqua_status_name(status));
-            throw new AwquaException(status, name + ": " + Encoding.UTF8.GetString(text, 0, end));
-        }
-
-        internal static Budget BudgetOf(TimeSpan time)
-        {
-            var budget = new Budget { StructSize = (uint)Marshal.SizeOf(typeof(Budget)) };
-            Check(awqua_budget_init(ref budget));
-            budget.CpuUs = (ulong)Math.Max(0, time.Ticks / 10);
-            return budget;
-        }
-
-        internal static RequestDesc RequestOf(Request how, Utf8 grammar)
-        {
-            var request = new RequestDesc { StructSize = (uint)Marshal.SizeOf(typeof(RequestDesc)) };
-            Check(awqua_request_init(ref request));
-            request.Flags = how.IgnoreEos ? IgnoreEos : 0;
-            request.MaxTokens = how.MaxTokens;
-            request.Temperature = how.Temperature;
-            request.TopK = how.TopK;
-            request.TopP = how.TopP;
-            request.Seed = how.Seed;
-            request.GrammarKind = (uint)how.GrammarKind;
-            if (how.GrammarKind != GrammarKind.None) request.Grammar = grammar.Str;
-            return request;
-        }
     }
 }

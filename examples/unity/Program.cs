@@ -1,7 +1,9 @@
-// The same calls without Unity: mcs Awqua.cs Program.cs -out:npc.exe && mono npc.exe MODEL_FOLDER
+// The same calls without Unity: mcs Awqua.cs Native.cs Program.cs -out:npc.exe && mono npc.exe MODEL_FOLDER
 using System;
+using System.IO;
 using System.Text;
 using System.Threading;
+using System.Threading.Tasks;
 
 namespace Awqua
 {
@@ -33,6 +35,56 @@ namespace Awqua
                 Console.WriteLine("remembered:" + said + ", embedded " + cat.Length + " numbers");
                 return said.Length > 0 && Distance(cat, same) == 0 && Distance(cat, dog) > 0;
             }
+        }
+
+        // A checkpoint from the program's own streams on the program's own threads, two characters in one pass, and what
+        // is known of memory before and after.
+        private static bool Host(string folder, TimeSpan time)
+        {
+            int messages = 0, opened = 0, jobs = 0;
+            Engine.SetLog((level, text) => Interlocked.Increment(ref messages), LogLevel.Debug);
+            var how = new EngineOptions
+            {
+                Backend = Backend.Cpu,
+                Threads = 2,
+                ParallelFor = (n, body) =>
+                {
+                    Interlocked.Increment(ref jobs);
+                    Parallel.For(0, n, body);
+                },
+            };
+            Func<string, Stream> open = name =>
+            {
+                opened++;
+                var path = Path.Combine(folder, name);
+                return File.Exists(path) ? File.OpenRead(path) : null;
+            };
+            var options = new SessionOptions { Context = 64 };
+            var request = new Request { MaxTokens = 8, Temperature = 0, IgnoreEos = true };
+            using (var engine = new Engine(how))
+            using (var model = new Model(engine, "the game's files", open))
+            {
+                var estimate = model.Estimate(options);
+                while (!model.Tick(time, out _)) { }
+                engine.Used(out var host, out var device);
+                if (host != estimate.WeightsHost || device != 0 || estimate.SessionHost == 0) return false;
+                using (var batch = new Batch(model, 2, options))
+                using (var first = new Session(model, options))
+                using (var second = new Session(model, options))
+                {
+                    first.Begin("Emma said,", request);
+                    second.Begin("The grey cat", request);
+                    while (batch.Tick(new[] { first, second }, time)) { }
+                    uint computed = 0;
+                    var text = new StringBuilder();
+                    if (first.Poll(text, (kind, done, total) => computed = done) != StopReason.MaxTokens) return false;
+                    if (second.Poll(text) != StopReason.MaxTokens || text.Length == 0 || computed == 0) return false;
+                }
+            }
+            Engine.SetLog(null);
+            Console.WriteLine("hosted: " + opened + " files, " + (jobs > 0 ? "jobs" : "no jobs") + ", " +
+                              (messages > 0 ? "messages" : "no messages"));
+            return opened > 2 && jobs > 0;
         }
 
         private static string Answer(Session session, string prompt, Request request, TimeSpan time)
@@ -85,6 +137,7 @@ namespace Awqua
                     }
                     if (!Remember(model, time)) return 1;
                 }
+                if (!Host(arguments[0], time)) return 1;
                 try
                 {
                     new Model(new Engine(Backend.Cpu), "/nowhere").Tick(time, out _);

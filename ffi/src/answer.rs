@@ -509,8 +509,14 @@ pub unsafe extern "C" fn awqua_session_poll(session: *mut awqua_session, event: 
                     event(awqua_event_kind::AWQUA_EVENT_PROGRESS);
                     (filled.done, filled.total) = (done as u32, total as u32);
                 }
-                Some(Event::DeviceLost) => event(awqua_event_kind::AWQUA_EVENT_DEVICE_LOST),
-                Some(Event::MemoryPressure) => event(awqua_event_kind::AWQUA_EVENT_MEMORY_PRESSURE),
+                Some(Event::DeviceLost) => {
+                    log::warn!("a session lost its device");
+                    event(awqua_event_kind::AWQUA_EVENT_DEVICE_LOST);
+                }
+                Some(Event::MemoryPressure) => {
+                    log::info!("a session was short of memory or asked to give some back");
+                    event(awqua_event_kind::AWQUA_EVENT_MEMORY_PRESSURE);
+                }
                 Some(Event::Done(reason)) => {
                     event(awqua_event_kind::AWQUA_EVENT_DONE);
                     filled.reason = stop_reason(&reason) as u32;

@@ -14,6 +14,9 @@ use crate::status::awqua_status::{self, *};
 use crate::status::{Failure, Outcome};
 use crate::text;
 
+/// Most sessions of one pass: what is more is a mistake rather than a wish.
+const MOST_SESSIONS: u32 = 4096;
+
 /// Sessions of one model that decode together: their next tokens go through the model in one pass, which reads the
 /// weights once for all of them, so that eight characters take little longer than one.
 ///
@@ -30,8 +33,10 @@ pub struct awqua_batch {
 
 pub struct Batch {
     inner: runtime::Batch,
-    /// Memory of a tick.
+    /// Memory of a call, so that ticks allocate nothing; empty between calls, but for what became of the last tick.
     ticks: Vec<runtime::Result<Tick>>,
+    sessions: Vec<Entered<'static, Session>>,
+    outs: Vec<Out<awqua_tick_result>>,
 }
 
 impl Object for Batch {
@@ -58,19 +63,39 @@ impl BorrowMut<runtime::Session> for Entered<'_, Session> {
     }
 }
 
-/// The sessions of a call.
-///
-/// # Safety
-/// `sessions` must be NULL or readable for `count` pointers to sessions that are not freed before the result is dropped.
-unsafe fn enter<'a>(sessions: *const *mut awqua_session, count: u32) -> Outcome<Vec<Entered<'a, Session>>> {
-    // SAFETY: the caller's promise.
-    let pointers = unsafe { text::slice(sessions, count.into(), "sessions") }?;
-    // SAFETY: the caller's promise; one that is named twice is refused as busy.
-    pointers.iter().map(|session| unsafe { Entered::new(session.cast::<Handle<Session>>()) }).collect()
+/// The sessions of a call, which it has for itself until this is dropped.
+struct Inside<'a>(&'a mut Vec<Entered<'static, Session>>);
+
+impl Drop for Inside<'_> {
+    fn drop(&mut self) {
+        self.0.clear();
+    }
+}
+
+impl<'a> Inside<'a> {
+    /// Enters them, with `memory` to note them in.
+    ///
+    /// # Safety
+    /// `sessions` must be NULL or readable for `count` pointers to sessions that are not freed before the result is
+    /// dropped.
+    unsafe fn new(
+        memory: &'a mut Vec<Entered<'static, Session>>,
+        sessions: *const *mut awqua_session,
+        count: u32,
+    ) -> Outcome<Self> {
+        // SAFETY: the caller's promise.
+        let pointers = unsafe { text::slice(sessions, count.into(), "sessions") }?;
+        let inside = Self(memory);
+        for session in pointers {
+            // SAFETY: the caller's promise, as `Drop` lets go of them; one that is named twice is refused as busy.
+            inside.0.push(unsafe { Entered::new(session.cast::<Handle<Session>>()) }?);
+        }
+        Ok(inside)
+    }
 }
 
 /// Makes a batch for sessions of `model` that are made with `desc`, which may be NULL for the defaults, with room for
-/// passes over `n_sessions` of them; more than that take turns.
+/// passes over `n_sessions` of them, 1 to 4096; more than that take turns.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn awqua_batch_create(
     model: *const awqua_model,
@@ -83,8 +108,11 @@ pub unsafe extern "C" fn awqua_batch_create(
         handle::shared("awqua_batch_create", awqua_model::handle(model), |model, _| {
             let (desc, out) = (layout::read_or_init(desc)?, text::out(batch, "batch")?);
             let options = session_options(&desc)?;
+            if !(1..=MOST_SESSIONS).contains(&n_sessions) {
+                return Err(Failure::invalid(format!("`n_sessions` is {n_sessions}, expected 1 to {MOST_SESSIONS}")));
+            }
             let inner = runtime::Batch::new(model.loaded()?, n_sessions as usize, &options)?;
-            *out = Handle::into_c(Batch { inner, ticks: Vec::new() }, ());
+            *out = Handle::into_c(Batch { inner, ticks: Vec::new(), sessions: Vec::new(), outs: Vec::new() }, ());
             Ok(AWQUA_OK)
         })
     }
@@ -139,13 +167,15 @@ pub unsafe extern "C" fn awqua_batch_tick(
     unsafe {
         handle::exclusive("awqua_batch_tick", batch.cast::<Handle<Batch>>(), |batch, ()| {
             let budget = layout::read_or_init(budget)?;
-            let mut sessions = enter(sessions, count)?;
-            let outs = match results.is_null() {
-                true => Vec::new(),
-                false => results_of(results, count)?,
-            };
-            batch.inner.tick(&mut sessions, &budget.tick(), &mut batch.ticks)?;
-            for (session, tick) in sessions.iter().zip(&batch.ticks) {
+            let Batch { inner, ticks, sessions: memory, outs } = batch;
+            let inside = Inside::new(memory, sessions, count)?;
+            let sessions = &mut *inside.0;
+            outs.clear();
+            if !results.is_null() {
+                results_of(results, count, outs)?;
+            }
+            inner.tick(sessions, &budget.tick(), ticks)?;
+            for (session, tick) in sessions.iter().zip(&*ticks) {
                 if let Err(error) = tick {
                     session.remember(error.to_string());
                 }
@@ -153,10 +183,10 @@ pub unsafe extern "C" fn awqua_batch_tick(
             let evicted = |tick: &runtime::Result<Tick>| {
                 tick.as_ref().err().filter(|error| error.kind() == runtime::ErrorKind::Evicted).map(|e| e.to_string())
             };
-            if let Some(message) = batch.ticks.iter().find_map(evicted) {
+            if let Some(message) = ticks.iter().find_map(evicted) {
                 return Err(Failure::new(AWQUA_ERR_EVICTED, message));
             }
-            for (out, tick) in outs.iter().zip(&batch.ticks) {
+            for (out, tick) in outs.iter().zip(&*ticks) {
                 out.write(&tick.as_ref().map_or(layout::Sized32::INIT, awqua_tick_result::from));
             }
             let busy = sessions.iter().any(|session| session.get().inner.is_busy());
@@ -165,12 +195,15 @@ pub unsafe extern "C" fn awqua_batch_tick(
     }
 }
 
-/// The structures of an array, as far apart as the caller's version of them is large.
+/// Adds the structures of an array to `outs`, as far apart as the caller's version of them is large.
 ///
 /// # Safety
-/// `results` must be writable for `count` structures of the size that the first one tells.
-unsafe fn results_of(results: *mut awqua_tick_result, count: u32) -> Outcome<Vec<Out<awqua_tick_result>>> {
-    let mut outs = Vec::with_capacity(count as usize);
+/// `results` must be writable for `count` structures, each as large as it says, one behind the other.
+unsafe fn results_of(
+    results: *mut awqua_tick_result,
+    count: u32,
+    outs: &mut Vec<Out<awqua_tick_result>>,
+) -> Outcome<()> {
     let mut at = results.cast::<u8>();
     for _ in 0..count {
         // SAFETY: the caller's promise; nothing is read or written behind the last one.
@@ -178,7 +211,7 @@ unsafe fn results_of(results: *mut awqua_tick_result, count: u32) -> Outcome<Vec
         at = at.wrapping_add(out.size());
         outs.push(out);
     }
-    Ok(outs)
+    Ok(())
 }
 
 /// Ticks until all answers are complete, waiting for the GPU, for tools that have nothing else to do. Their text waits as
@@ -192,11 +225,13 @@ pub unsafe extern "C" fn awqua_batch_run(
     // SAFETY: the caller's promise, for both.
     unsafe {
         handle::exclusive("awqua_batch_run", batch.cast::<Handle<Batch>>(), |batch, ()| {
-            let mut sessions = enter(sessions, count)?;
+            let Batch { inner, ticks, sessions: memory, .. } = batch;
+            let inside = Inside::new(memory, sessions, count)?;
+            let sessions = &mut *inside.0;
             loop {
-                batch.inner.tick(&mut sessions, &TickBudget::UNLIMITED, &mut batch.ticks)?;
+                inner.tick(sessions, &TickBudget::UNLIMITED, ticks)?;
                 let mut waiting = true;
-                for (session, tick) in sessions.iter().zip(&mut batch.ticks) {
+                for (session, tick) in sessions.iter().zip(&mut *ticks) {
                     match tick {
                         Ok(tick) if tick.phase == Phase::Lost => {
                             return Err(Failure::new(AWQUA_ERR_DEVICE_LOST, "the device was lost"));
@@ -214,7 +249,7 @@ pub unsafe extern "C" fn awqua_batch_run(
                     return Ok(AWQUA_OK);
                 }
                 if waiting {
-                    batch.inner.wait(&mut sessions)?;
+                    inner.wait(sessions)?;
                 }
             }
         })

@@ -274,7 +274,11 @@ pub unsafe extern "C" fn awqua_engine_recover(engine: *const awqua_engine) -> aw
     // SAFETY: the caller's promise.
     unsafe {
         handle::shared("awqua_engine_recover", awqua_engine::handle(engine), |engine, ()| {
+            let was_lost = engine.inner.is_lost();
             engine.inner.recover()?;
+            if was_lost {
+                log::info!("the engine let go of its lost device");
+            }
             Ok(AWQUA_OK)
         })
     }

@@ -234,7 +234,7 @@ pub struct awqua_model_info {
     pub max_context: u32,
     /// Bytes of weights on the device.
     pub weight_bytes: u64,
-    /// "cpu" or "wgpu", NUL-terminated; "none" while the weights are away.
+    /// "cpu", "wgpu" or "cuda", NUL-terminated; "none" while the weights are away.
     pub backend: [c_char; 16],
     /// Adapter or processor, cut if it is longer.
     pub device: [c_char; 128],
@@ -434,6 +434,10 @@ impl Model {
             return Err(Failure::new(AWQUA_ERR_CANCELLED, "loading was cancelled"));
         }
         self.loaded = self.load.tick(budget)?;
+        if let Some(loaded) = &self.loaded {
+            let on = loaded.backend_info();
+            log::info!("a model of {} bytes was loaded with {} on {}", on.weight_bytes, on.backend, on.device);
+        }
         Ok(self.loaded.is_some())
     }
 
@@ -475,6 +479,7 @@ pub unsafe extern "C" fn awqua_model_evict(model: *const awqua_model) -> awqua_s
     unsafe {
         handle::shared("awqua_model_evict", awqua_model::handle(model), |model, _| {
             model.loaded()?.evict();
+            log::info!("the weights of a model were evicted");
             Ok(AWQUA_OK)
         })
     }

@@ -35,6 +35,10 @@ pub const AWQUA_SESSION_DETERMINISTIC: u32 = 1;
 /// have groups of 32 or its multiples, activations are rounded to 16 bits, and a half-precision output layer of 8 MiB or
 /// more beside such weights to 8, once for all sessions; both are faster. GPUs ignore it.
 pub const AWQUA_SESSION_EXACT: u32 = 2;
+/// Have forks keep the memory of their common start once even if the session is deterministic and the GPU has matrix
+/// units or subgroups: attention is then computed by kernels that read the start apart, which are slower. See
+/// awqua_session_fork. The CPU and CUDA ignore it.
+pub const AWQUA_SESSION_SHARE_FORKS: u32 = 4;
 
 /// Capacities of a session, fixed when it is made; all zero behind `struct_size` is the default.
 #[repr(C)]
@@ -192,7 +196,8 @@ pub unsafe extern "C" fn awqua_session_create(
 
 /// What a description asks for.
 pub fn session_options(desc: &awqua_session_desc) -> Outcome<SessionOptions> {
-    check_flags(desc.flags, AWQUA_SESSION_DETERMINISTIC | AWQUA_SESSION_EXACT)?;
+    let flags = AWQUA_SESSION_DETERMINISTIC | AWQUA_SESSION_EXACT | AWQUA_SESSION_SHARE_FORKS;
+    check_flags(desc.flags, flags)?;
     let kv_type = match desc.kv_type {
         0 => None,
         1 => Some(KvType::F16),
@@ -207,6 +212,7 @@ pub fn session_options(desc: &awqua_session_desc) -> Outcome<SessionOptions> {
         chunk: optional(desc.chunk),
         deterministic: desc.flags & AWQUA_SESSION_DETERMINISTIC != 0,
         exact: desc.flags & AWQUA_SESSION_EXACT != 0,
+        share_forks: desc.flags & AWQUA_SESSION_SHARE_FORKS != 0,
     })
 }
 
@@ -273,9 +279,13 @@ pub unsafe extern "C" fn awqua_session_truncate(session: *mut awqua_session, n_t
 /// Makes a session of the same capacities that holds what this one does, without computing it again: many characters on
 /// one system prompt compute it once, and keep its memory once. On the CPU what nobody writes to is shared; on a GPU all
 /// forks of a session share one copy of their start, in multiples of 64 tokens or more, beside the session they came
-/// from, and one that goes back behind it gets its own. CUDA copies the tokens, and so do deterministic sessions where
-/// shared memory would change the last bits: with matrix units or subgroups, and in models with windows. Either goes on
-/// as if the other one did not exist. Fails with AWQUA_ERR_STATE while an answer is being made.
+/// from, and one that goes back behind it gets its own. Either goes on as if the other one did not exist.
+///
+/// Where forks copy instead: on CUDA, whose kernels read the cache of a session from one place (heads lie one behind the
+/// other in it, so that no page of the driver's holds nothing but a start); in deterministic sessions with matrix units or
+/// subgroups, whose kernels add up in another order once the start lies apart, unless AWQUA_SESSION_SHARE_FORKS has them
+/// do without these kernels; and in deterministic sessions of models with windows, whose sums begin anywhere. Fails with
+/// AWQUA_ERR_STATE while an answer is being made.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn awqua_session_fork(
     session: *mut awqua_session,

@@ -56,7 +56,8 @@ pub struct awqua_io {
         Option<unsafe extern "C" fn(user: *mut c_void, file: *mut c_void, offset: u64, size: u64) -> *const c_void>,
     /// Closes a file. May be NULL.
     pub close: Option<unsafe extern "C" fn(user: *mut c_void, file: *mut c_void)>,
-    /// Called once when `user` is not needed any more: the model was freed, and so were its sessions. May be NULL.
+    /// Called once when `user` is not needed any more: the model was freed, and so were its sessions. Not called if
+    /// awqua_model_create fails. May be NULL.
     pub release: Option<unsafe extern "C" fn(user: *mut c_void)>,
 }
 

@@ -409,6 +409,7 @@ impl Bench {
                 kv_type: None,
                 threads: None,
                 jobs: None,
+                share_forks: false,
                 exact: true,
             };
             let mut runner = std::sync::Arc::new(backend).runner(&model.program, &config).expect("the runner fits");

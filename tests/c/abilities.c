@@ -551,7 +551,7 @@ static void exactness(const awqua_model *model) {
     }
     CHECK(error > 0 && error < 1e-6 * norm);
     CHECK(memcmp(values[1], values[2], n * sizeof **values) == 0);
-    desc.flags = 4;
+    desc.flags = 8;
     EXPECT(AWQUA_ERR_INVALID_ARGUMENT, awqua_session_create(model, &desc, &session));
 }
 

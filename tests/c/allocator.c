@@ -72,6 +72,51 @@ static void play(const char *path) {
     OK(awqua_engine_free(engine));
 }
 
+/* The same of two sessions in one batch. */
+static void play_together(const char *path) {
+    awqua_engine *engine = cpu_engine();
+    awqua_model *model = loaded_model(engine, path);
+    awqua_session *sessions[2];
+    awqua_batch *batch = NULL;
+    awqua_request request = AWQUA_REQUEST_INIT;
+    awqua_budget budget = AWQUA_BUDGET_INIT;
+    awqua_tick_result results[2] = { AWQUA_TICK_RESULT_INIT, AWQUA_TICK_RESULT_INIT };
+    uint64_t before = 0;
+    uint32_t tokens = 0, i;
+    int shared = 0;
+    request.max_tokens = 400;
+    request.flags = AWQUA_REQUEST_IGNORE_EOS;
+    budget.cpu_us = 100;
+    OK(awqua_batch_create(model, NULL, 2, &batch));
+    for (i = 0; i < 2; i++) {
+        sessions[i] = new_session(model, 512);
+        request.seed = i;
+        OK(awqua_session_begin_text(sessions[i], AWQUA_CSTR("It was a fine morning, and Emma"), &request));
+    }
+    while (tokens < 200) {
+        EXPECT(AWQUA_PENDING, awqua_batch_tick(batch, sessions, 2, &budget, results));
+        if (!shared && results[0].answer_tokens > 10 && results[1].answer_tokens > 10) {
+            shared = 1;
+            before = calls;
+        }
+        for (i = 0; i < 2; i++) {
+            char text[64];
+            awqua_event event = AWQUA_EVENT_INIT;
+            event.text = text;
+            event.text_capacity = sizeof text;
+            tokens += shared ? results[i].new_tokens : 0;
+            while (awqua_session_poll(sessions[i], &event) == AWQUA_OK) {
+            }
+        }
+    }
+    CHECK(calls == before);
+    OK(awqua_batch_free(batch));
+    OK(awqua_session_free(sessions[0]));
+    OK(awqua_session_free(sessions[1]));
+    OK(awqua_model_free(model));
+    OK(awqua_engine_free(engine));
+}
+
 /* On a GPU wgpu allocates for every submission, and to look whether one has ended: how much is printed, and none of it
  * stays. */
 static void play_on_gpu(const char *path) {
@@ -147,6 +192,7 @@ int main(int argc, char **argv) {
     /* Tables that are made once per process stay; nothing else does. */
     settled = blocks;
     play(argv[1]);
+    play_together(argv[1]);
     CHECK(blocks == settled);
     OK(awqua_memory(&stats));
     CHECK(stats.bytes == bytes && stats.allocations == calls + earlier && stats.peak_bytes >= bytes);

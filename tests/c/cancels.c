@@ -1,4 +1,4 @@
-/* Cancels at every tick of a load, a prefill and a decode, and after each the object works at once: cancels MODEL
+/* Cancels at every tick of a load, a prefill, a decode and a batch, and after each the object works at once: cancels MODEL
  *
  * The ticks are the smallest there are, some thousands. Getting to one takes all those before it, so the model should be
  * small; prompt and answer are short. */
@@ -94,9 +94,65 @@ static void answer(const char *path) {
     OK(awqua_engine_free(engine));
 }
 
+/* One of two sessions of a batch is cancelled at each of its ticks; it ends in the next one, and the other says what it
+ * always says. */
+static void together(const char *path) {
+    awqua_engine *engine = cpu_engine();
+    awqua_model *model = loaded_model(engine, path);
+    awqua_session *sessions[2];
+    awqua_batch *batch = NULL;
+    awqua_request request = greedy(3);
+    awqua_budget budget = AWQUA_BUDGET_INIT;
+    char expected[512], text[512];
+    int at = 0, i, cancelled = 1;
+    budget.cpu_us = 0;
+    OK(awqua_batch_create(model, NULL, 2, &batch));
+    for (i = 0; i < 2; i++) {
+        sessions[i] = new_session(model, 128);
+    }
+    expected[0] = 0;
+    OK(awqua_session_begin_text(sessions[1], AWQUA_CSTR(PROMPT), &request));
+    OK(awqua_session_run(sessions[1]));
+    CHECK(drain(sessions[1], expected, sizeof expected, 64) == AWQUA_STOP_MAX_TOKENS);
+    for (at = 0; cancelled; at++) {
+        awqua_tick_result results[2] = { AWQUA_TICK_RESULT_INIT, AWQUA_TICK_RESULT_INIT };
+        awqua_status status = AWQUA_PENDING;
+        uint32_t reason = 0;
+        for (i = 0; i < 2; i++) {
+            OK(awqua_session_truncate(sessions[i], 0));
+            OK(awqua_session_begin_text(sessions[i], AWQUA_CSTR(PROMPT), &request));
+        }
+        for (i = 0; i < at && status == AWQUA_PENDING; i++) {
+            status = awqua_batch_tick(batch, sessions, 2, &budget, results);
+        }
+        text[0] = 0;
+        reason = drain(sessions[0], text, sizeof text, 64);
+        cancelled = reason == AWQUA_STOP_NONE;
+        if (cancelled) {
+            OK(awqua_session_cancel(sessions[0]));
+            status = awqua_batch_tick(batch, sessions, 2, &budget, results);
+            CHECK(results[0].phase == AWQUA_PHASE_IDLE && results[0].new_tokens == 0);
+            CHECK(drain(sessions[0], text, sizeof text, 64) == AWQUA_STOP_CANCELLED);
+            CHECK(strncmp(text, expected, strlen(text)) == 0);
+        }
+        CHECK(status == AWQUA_OK || status == AWQUA_PENDING);
+        OK(awqua_batch_run(batch, sessions, 2));
+        text[0] = 0;
+        CHECK(drain(sessions[1], text, sizeof text, 64) == AWQUA_STOP_MAX_TOKENS && strcmp(text, expected) == 0);
+    }
+    CHECK(at > 100);
+    printf("batch: cancelled at each of %d ticks\n", at - 1);
+    OK(awqua_batch_free(batch));
+    OK(awqua_session_free(sessions[0]));
+    OK(awqua_session_free(sessions[1]));
+    OK(awqua_model_free(model));
+    OK(awqua_engine_free(engine));
+}
+
 int main(int argc, char **argv) {
     CHECK(argc == 2);
     load(argv[1]);
     answer(argv[1]);
+    together(argv[1]);
     return 0;
 }

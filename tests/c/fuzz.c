@@ -54,10 +54,96 @@ struct objects {
     awqua_engine *engines[SLOTS];
     awqua_model *models[SLOTS];
     awqua_session *sessions[SLOTS];
+    awqua_batch *batches[SLOTS];
 };
 
 static awqua_model *random_model(const struct objects *o) {
     return chance(2) ? shared_model : o->models[random_below(SLOTS)];
+}
+
+/* The files of the model in memory, some of which may be missing, or cut off. */
+static awqua_file files[3];
+
+static void read_files(const char *path) {
+    static const char *const names[] = { "config.json", "model.safetensors", "tokenizer.json" };
+    size_t i;
+    for (i = 0; i < 3; i++) {
+        char name[512];
+        FILE *file;
+        snprintf(name, sizeof name, "%s/%s", path, names[i]);
+        file = fopen(name, "rb");
+        CHECK(file != NULL && fseek(file, 0, SEEK_END) == 0);
+        files[i].name = AWQUA_CSTR(names[i]);
+        files[i].len = (uint64_t)ftell(file);
+        files[i].data = malloc((size_t)files[i].len);
+        rewind(file);
+        CHECK(fread((void *)(uintptr_t)files[i].data, 1, (size_t)files[i].len, file) == files[i].len);
+        fclose(file);
+    }
+}
+
+static void free_files(void) {
+    size_t i;
+    for (i = 0; i < 3; i++) {
+        free((void *)(uintptr_t)files[i].data);
+    }
+}
+
+/* A host's functions over the same memory, which fail now and then. */
+static int32_t io_open(void *user, awqua_str name, void **file, uint64_t *size) {
+    size_t i;
+    CHECK(user == files && name.data[name.len] == 0);
+    if (chance(12)) {
+        return chance(2) ? AWQUA_ERR_IO : 12345;
+    }
+    for (i = 0; i < 3; i++) {
+        if (strcmp(files[i].name.data, name.data) == 0) {
+            *file = &files[i];
+            *size = chance(12) ? random_below((uint32_t)files[i].len + 1) : files[i].len;
+            return AWQUA_OK;
+        }
+    }
+    return AWQUA_EMPTY;
+}
+
+static int32_t io_read_at(void *user, void *file, uint64_t offset, void *buffer, uint64_t size) {
+    const awqua_file *from = file;
+    CHECK(user == files && size <= from->len && offset <= from->len - size);
+    if (chance(40)) {
+        return AWQUA_ERR_IO;
+    }
+    memcpy(buffer, (const char *)from->data + offset, (size_t)size);
+    return AWQUA_OK;
+}
+
+static const void *io_map(void *user, void *file, uint64_t offset, uint64_t size) {
+    const awqua_file *from = file;
+    CHECK(user == files && size <= from->len && offset <= from->len - size);
+    return chance(4) ? NULL : (const char *)from->data + offset;
+}
+
+/* From memory or through functions, right or wrong. */
+static void random_source(awqua_model_desc *desc, awqua_file *some, awqua_io *io) {
+    if (chance(2)) {
+        memcpy(some, files, sizeof files);
+        desc->files = some;
+        desc->n_files = chance(6) ? random_below(4) : 3;
+        if (chance(6)) {
+            awqua_file *cut = &some[random_below(3)];
+            cut->len = random_below((uint32_t)cut->len + 1);
+        }
+        if (chance(4)) {
+            desc->flags |= AWQUA_MODEL_COPY_FILES;
+        }
+    }
+    if (!desc->files || chance(12)) {
+        io->struct_size = random_size(sizeof *io);
+        io->user = files;
+        io->open = chance(12) ? NULL : io_open;
+        io->read_at = chance(12) ? NULL : io_read_at;
+        io->map = chance(2) ? NULL : io_map;
+        desc->io = io;
+    }
 }
 
 static void create(struct objects *o, const char *path) {
@@ -65,7 +151,9 @@ static void create(struct objects *o, const char *path) {
     awqua_engine_desc desc = AWQUA_ENGINE_DESC_INIT;
     awqua_model_desc model = AWQUA_MODEL_DESC_INIT;
     awqua_session_desc session = AWQUA_SESSION_DESC_INIT;
-    switch (random_below(4)) {
+    awqua_file some[3];
+    awqua_io io = AWQUA_IO_INIT;
+    switch (random_below(6)) {
     case 0:
         if (!o->engines[slot]) {
             desc.struct_size = random_size(sizeof desc);
@@ -81,7 +169,20 @@ static void create(struct objects *o, const char *path) {
             model.struct_size = random_size(sizeof model);
             model.flags = random_flags();
             model.path = chance(8) ? random_text() : AWQUA_CSTR(path);
+            if (chance(3)) {
+                random_source(&model, some, &io);
+            }
             CHECK(known(awqua_model_create(o->engines[random_below(SLOTS)], chance(30) ? NULL : &model, &o->models[slot])));
+        }
+        break;
+    case 2:
+        if (!o->batches[slot]) {
+            session.struct_size = random_size(sizeof session);
+            session.context = 8 + random_below(56);
+            session.flags |= chance(6) ? AWQUA_SESSION_EXACT : random_flags();
+            CHECK(known(awqua_batch_create(random_model(o), chance(20) ? NULL : &session,
+                                           chance(12) ? random_below(0xffffffffu) : 1 + random_below(4),
+                                           chance(30) ? NULL : &o->batches[slot])));
         }
         break;
     default:
@@ -93,6 +194,7 @@ static void create(struct objects *o, const char *path) {
             session.chunk = random_below(40);
             session.flags |= chance(3) ? AWQUA_SESSION_DETERMINISTIC : 0;
             session.flags |= chance(3) ? AWQUA_SESSION_EXACT : 0;
+            session.flags |= chance(3) ? AWQUA_SESSION_SHARE_FORKS : 0;
             CHECK(known(awqua_session_create(random_model(o), &session, &o->sessions[slot])));
         }
     }
@@ -100,7 +202,11 @@ static void create(struct objects *o, const char *path) {
 
 static void destroy(struct objects *o) {
     uint32_t slot = random_below(SLOTS);
-    switch (random_below(5)) {
+    switch (random_below(6)) {
+    case 5:
+        OK(awqua_batch_free(o->batches[slot]));
+        o->batches[slot] = NULL;
+        break;
     case 0:
         OK(awqua_engine_free(o->engines[slot]));
         o->engines[slot] = NULL;
@@ -307,6 +413,70 @@ static void memory(struct objects *o) {
     }
 }
 
+/* Sessions in one pass: the same one twice, none, one of another model and garbage sizes included. */
+static void together(struct objects *o) {
+    awqua_batch *batch = o->batches[random_below(SLOTS)];
+    awqua_session *sessions[4];
+    awqua_tick_result results[4];
+    awqua_budget budget = AWQUA_BUDGET_INIT;
+    uint32_t count = random_below(5), shares = 0, first = random_below(SLOTS), i;
+    char text[32];
+    budget.struct_size = random_size(sizeof budget);
+    budget.cpu_us = chance(2) ? 0 : random_below(1500);
+    for (i = 0; i < 4; i++) {
+        awqua_tick_result empty = AWQUA_TICK_RESULT_INIT;
+        results[i] = empty;
+        results[i].struct_size = random_size(sizeof empty);
+        sessions[i] = o->sessions[chance(6) ? random_below(SLOTS) : (first + i) % SLOTS];
+    }
+    /* Mostly those that are there, once each. */
+    for (i = 0; i < count && i < SLOTS; i++) {
+        if (!sessions[i] && !chance(6)) {
+            count = i;
+        }
+    }
+    if (count > SLOTS && !chance(6)) {
+        count = SLOTS;
+    }
+    switch (random_below(8)) {
+    case 0:
+        CHECK(known(awqua_batch_shares(batch, chance(9) ? NULL : &shares)) && shares <= 1);
+        break;
+    case 1:
+        CHECK(known(awqua_batch_last_error(batch, text, random_below(33), NULL)));
+        break;
+    case 2:
+        CHECK(known(awqua_batch_run(batch, sessions, count)));
+        break;
+    default:
+        CHECK(known(awqua_batch_tick(batch, chance(20) ? NULL : sessions, count, chance(3) ? NULL : &budget,
+                                     chance(2) ? NULL : results)));
+    }
+}
+
+/* Calls that need no object, with sizes of every kind. */
+static void without_objects(void) {
+    awqua_budget budget = AWQUA_BUDGET_INIT;
+    awqua_engine_desc engine = AWQUA_ENGINE_DESC_INIT;
+    awqua_model_desc model = AWQUA_MODEL_DESC_INIT;
+    awqua_session_desc session = AWQUA_SESSION_DESC_INIT;
+    awqua_request request = AWQUA_REQUEST_INIT;
+    const awqua_api *api = NULL;
+    budget.struct_size = random_size(sizeof budget);
+    engine.struct_size = random_size(sizeof engine);
+    model.struct_size = random_size(sizeof model);
+    session.struct_size = random_size(sizeof session);
+    request.struct_size = random_size(sizeof request);
+    CHECK(known(awqua_budget_init(chance(9) ? NULL : &budget)));
+    CHECK(known(awqua_engine_desc_init(&engine)));
+    CHECK(known(awqua_model_desc_init(&model)));
+    CHECK(known(awqua_session_desc_init(&session)));
+    CHECK(known(awqua_request_init(&request)));
+    CHECK(known(awqua_get_api(chance(3) ? random_below(0xffffffffu) : AWQUA_ABI_VERSION, random_size(sizeof *api), &api)));
+    CHECK(known(awqua_set_log(NULL, NULL, random_below(7))));
+    CHECK(awqua_status_name((int32_t)random_below(0xffffffffu))[0] == 'A');
+}
+
 static void work(struct objects *o) {
     awqua_session *session = o->sessions[random_below(SLOTS)];
     awqua_model *model = o->models[random_below(SLOTS)];
@@ -319,12 +489,26 @@ static void work(struct objects *o) {
     budget.struct_size = random_size(sizeof budget);
     budget.cpu_us = chance(3) ? 0 : random_below(1500);
     budget.load_bytes = chance(3) ? random_below(1 << 20) : AWQUA_NO_LIMIT;
-    switch (random_below(6)) {
+    switch (random_below(14)) {
+    case 11:
+        CHECK(known(awqua_session_run(session)));
+        break;
+    case 12:
+        without_objects();
+        break;
+    case 13:
+        /* Of most models nothing is loaded yet, which takes longest. */
+        if (chance(8)) {
+            CHECK(known(awqua_model_run(model)));
+        }
+        break;
     case 0:
+    case 3:
         progress.struct_size = random_size(sizeof progress);
         CHECK(known(awqua_model_tick(model, chance(3) ? NULL : &budget, chance(3) ? NULL : &progress)));
         break;
     case 1:
+    case 4:
         event.struct_size = random_size(sizeof event);
         event.text = text;
         event.text_capacity = random_below(25);
@@ -337,6 +521,7 @@ static void work(struct objects *o) {
         }
         break;
     case 2:
+    case 5:
         CHECK(known(awqua_session_truncate(session, random_below(40))));
         break;
     default:
@@ -349,6 +534,7 @@ int main(int argc, char **argv) {
     int sequences, i;
     awqua_engine *engine = cpu_engine();
     CHECK(argc == 4);
+    read_files(argv[1]);
     shared_model = loaded_model(engine, argv[1]);
     sequences = atoi(argv[2]);
     for (i = 0; i < sequences; i++) {
@@ -364,9 +550,19 @@ int main(int argc, char **argv) {
             o.engines[0] = cpu_engine();
             o.models[0] = new_model(o.engines[0], argv[1]);
         }
+        if (chance(4)) {
+            awqua_session_desc small = AWQUA_SESSION_DESC_INIT;
+            small.context = 48;
+            o.sessions[1] = new_session(shared_model, 48);
+            OK(awqua_batch_create(shared_model, &small, 2, &o.batches[0]));
+        }
         calls = (int)random_below(30);
         for (call = 0; call < calls; call++) {
-            switch (random_below(14)) {
+            switch (random_below(16)) {
+            case 14:
+            case 15:
+                together(&o);
+                break;
             case 12:
             case 13:
                 memory(&o);
@@ -392,11 +588,12 @@ int main(int argc, char **argv) {
         }
         /* What is left goes in any order. */
         while (o.engines[0] || o.engines[1] || o.engines[2] || o.models[0] || o.models[1] || o.models[2] ||
-               o.sessions[0] || o.sessions[1] || o.sessions[2]) {
+               o.sessions[0] || o.sessions[1] || o.sessions[2] || o.batches[0] || o.batches[1] || o.batches[2]) {
             destroy(&o);
         }
     }
     OK(awqua_model_free(shared_model));
     OK(awqua_engine_free(engine));
+    free_files();
     return 0;
 }

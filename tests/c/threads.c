@@ -107,7 +107,7 @@ int main(int argc, char **argv) {
     for (i = 0; i < 4; i++) {
         CHECK(pthread_join(threads[i], NULL) == 0);
     }
-    CHECK(cancelled > 0 && served > 0);
+    CHECK(cancelled > 0 && served > 0 && heard > 0);
     OK(awqua_session_free(session));
     OK(awqua_model_free(model));
     OK(awqua_engine_free(engine));

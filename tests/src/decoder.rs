@@ -545,6 +545,7 @@ pub fn config() -> RunnerConfig {
         kv_type: None,
         threads: None,
         jobs: None,
+        share_forks: false,
         exact: true,
     }
 }

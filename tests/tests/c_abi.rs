@@ -172,6 +172,26 @@ fn what_sessions_and_models_can_do_is_reached() {
     run(Command::new(abilities).arg(model()));
 }
 
+/// The header for C++ wraps every function, and what it makes of them works.
+#[test]
+fn the_header_for_cpp_covers_all_functions() {
+    let header = std::fs::read_to_string(root().join("include/awqua.hpp")).unwrap();
+    let table = std::fs::read_to_string(root().join("ffi/src/table.rs")).unwrap();
+    for name in table.lines().filter_map(|l| l.trim().strip_prefix("/// awqua_")).filter(|n| !n.contains(' ')) {
+        // Initialisers are macros there, and the table is for programs that do not link.
+        let needless = name.ends_with("_init") || name == "get_api";
+        let is_used = header.match_indices(&format!("awqua_{name}")).any(|(at, found)| {
+            header[at + found.len()..].chars().next().is_some_and(|c| !c.is_alphanumeric() && c != '_')
+        });
+        assert!(is_used || needless, "awqua_{name} is not in awqua.hpp");
+    }
+    let Some(gcc) = tool("g++") else { return };
+    let mut gcc = compiler(gcc, "c++17");
+    gcc.args(["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]);
+    let wrapper = program(&mut gcc, "tests/c/wrapper.cpp", &library("fault-injection"), "wrapper-asan");
+    run(Command::new(wrapper).arg(model()));
+}
+
 /// With the optional feature, and refused without it.
 #[test]
 fn grammars_are_kept() {
@@ -184,13 +204,22 @@ fn grammars_are_kept() {
     run(Command::new(grammar).args([&model_arg(), "without"]));
 }
 
-/// On a GPU, so without the sanitizers, which find fault with its driver.
-#[test]
-fn a_lost_device_is_recovered() {
-    let Some(loss) = plain("loss") else { return };
-    let said = run(Command::new(loss).arg(model()));
+/// Runs a program that works on a GPU, so without the sanitizers, which find fault with its driver.
+fn on_gpu(name: &str) {
+    let Some(program) = plain(name) else { return };
+    let said = run(Command::new(program).arg(model()));
     let demanded = std::env::var_os("AWQUA_REQUIRE_GPU").is_some();
     assert!(!demanded || !said.contains("no GPU"), "no GPU adapter, and AWQUA_REQUIRE_GPU is set");
+}
+
+#[test]
+fn a_lost_device_is_recovered() {
+    on_gpu("loss");
+}
+
+#[test]
+fn forks_share_their_start() {
+    on_gpu("forks");
 }
 
 /// A host's own Vulkan device; without the sanitizers, as above. Its header is demanded where the hosts' programs are.

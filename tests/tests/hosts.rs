@@ -90,7 +90,7 @@ fn frames_are_drawn_beside_answers() {
         cargo.arg("--release");
     }
     let folder = root().join("tests/fixtures/arch/llama-llama3rope-awq-gemm-g64");
-    let found = output(cargo.arg("--").arg(folder).args(["--frames", "3", "--prompt", "20"]));
+    let found = output(cargo.arg("--").arg(folder).args(["--frames", "3", "--warm-up", "1", "--prompt", "20"]));
     let said = String::from_utf8_lossy(&found.stdout);
     let error = String::from_utf8_lossy(&found.stderr);
     if error.contains("no GPU adapter found") {
@@ -98,7 +98,8 @@ fn frames_are_drawn_beside_answers() {
         return skip("there is no GPU adapter");
     }
     assert!(found.status.success(), "{error}");
-    for line in ["alone", "decode, budget", "prefill, budget", "decode, no budget", "prefill, no budget"] {
+    for line in ["alone", "decode, budget", "prefill, budget", "decode, no budget", "prefill, no budget", "alone again"]
+    {
         assert!(said.contains(line), "{said}");
     }
 }
@@ -115,6 +116,7 @@ fn love_talks() {
         .env("LIBGL_ALWAYS_SOFTWARE", "1"));
     assert!(said.contains("300 frames") && said.contains("The old miller looked at Emma and said,"), "{said}");
     assert!(said.contains("remembered:"), "{said}");
+    assert!(said.contains("hosted:"), "{said}");
 }
 
 #[test]
@@ -123,11 +125,12 @@ fn mono_talks() {
     let program = scratch("bin").join("npc.exe");
     let mut command = Command::new(mcs);
     command.args(["-langversion:7", "-warnaserror"]).arg(format!("-out:{}", program.display()));
-    for file in ["Awqua.cs", "Speaker.cs", "Program.cs"] {
+    for file in ["Awqua.cs", "Native.cs", "Speaker.cs", "Program.cs"] {
         command.arg(root().join("examples/unity").join(file));
     }
     run(&mut command);
     let said = run(Command::new(mono).arg(program).arg(model()).env("LD_LIBRARY_PATH", library("wgpu").dir));
     assert!(said.contains("The old miller said,") && said.contains("as expected: AWQUA_ERR_IO"), "{said}");
     assert!(said.contains("remembered:"), "{said}");
+    assert!(said.contains("hosted:"), "{said}");
 }

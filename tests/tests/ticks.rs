@@ -405,14 +405,23 @@ fn sessions_save_restore_and_fork() {
     }
 }
 
-/// Forks of one session keep their common start once on a GPU through wgpu, and answer as a session that computed it.
+/// Forks of one session keep their common start once on a GPU through wgpu, and answer as a session that computed it;
+/// deterministic ones where they are to.
 #[test]
 fn forks_keep_their_start_once() {
     // Engines of their own, whose memory nobody else uses.
-    for model in [load(BackendChoice::Cpu).ok(), gpu()].into_iter().flatten() {
+    let models: Vec<_> = [load(BackendChoice::Cpu).ok(), gpu()].into_iter().flatten().collect();
+    for (model, deterministic) in models.iter().flat_map(|model| [(model, false), (model, true)]) {
         let name = model.backend_info().backend;
         let device = || model.engine().used().device;
-        let options = SessionOptions { context: Some(448), chunk: Some(64), threads: Some(1), ..Default::default() };
+        let options = SessionOptions {
+            context: Some(448),
+            chunk: Some(64),
+            threads: Some(1),
+            deterministic,
+            share_forks: deterministic,
+            ..Default::default()
+        };
         let vocab = model.config().vocab_size as u32;
         let prompt: Vec<u32> = (0..210).map(|i| (3 + 37 * i) % vocab).collect();
         let greedy = GenerateOptions { sampling: Sampling::greedy(), ..seeded(6) };
@@ -422,17 +431,17 @@ fn forks_keep_their_start_once() {
         };
         // What a session says that has its start for itself.
         let alone = |i: u32| {
-            let mut session = Session::new(&model, &options).unwrap();
+            let mut session = Session::new(model, &options).unwrap();
             session.set_prompt(&prompt, &CancelToken::default()).unwrap();
             answer(&mut session, i)
         };
         let before = device();
-        let mut root = Session::new(&model, &options).unwrap();
+        let mut root = Session::new(model, &options).unwrap();
         let whole = device() - before;
         root.set_prompt(&prompt, &CancelToken::default()).unwrap();
         let mut forks: Vec<Session> = (0..4).map(|_| root.fork().unwrap()).collect();
         let taken = device() - before - whole;
-        let plain = Session::new(&model, &options).unwrap();
+        let plain = Session::new(model, &options).unwrap();
         if name != "cpu" {
             // 192 of 448 positions are common.
             let position = (root.snapshot_bytes() - plain.snapshot_bytes()) / 210 - 4;
@@ -463,7 +472,7 @@ fn forks_keep_their_start_once() {
         forks[0].truncate(70);
         let short = GenerateOptions { max_tokens: 3, ..greedy.clone() };
         let said = forks[0].generate(&other, &short, &mut |_| ControlFlow::Continue(())).unwrap().ids;
-        let mut fresh = Session::new(&model, &options).unwrap();
+        let mut fresh = Session::new(model, &options).unwrap();
         assert_eq!(said, fresh.generate(&other, &short, &mut |_| ControlFlow::Continue(())).unwrap().ids, "{name}");
         assert_eq!(forks[0].bytes(), fresh.bytes());
         forks[2].restore(&saved).unwrap();

@@ -186,6 +186,7 @@ fn worst(mut backend: Box<dyn Backend>, program: &Program, weights: &[Weight], e
         kv_type: Some(KvType::F32),
         threads: Some(2),
         jobs: None,
+        share_forks: false,
         exact: true,
     };
     let backend: Arc<dyn Backend> = backend.into();

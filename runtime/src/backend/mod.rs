@@ -361,6 +361,8 @@ pub struct RunnerConfig {
     pub jobs: Option<Jobs>,
     /// Never round activations, see [`crate::SessionOptions::exact`]. GPU backends ignore it.
     pub exact: bool,
+    /// Compute alike whether positions are shared or not, see [`crate::SessionOptions::share_forks`].
+    pub share_forks: bool,
 }
 
 /// A host's `parallel_for`: runs tasks on threads that the host owns.

@@ -155,8 +155,12 @@ impl Batch {
         self.slots.clear();
         for session in sessions.iter_mut() {
             let session = session.borrow_mut();
-            let begun = session.begin_tick().map(|()| Flow::Budget);
-            self.slots.push(Slot { is_over: begun.is_err(), flow: begun, made: session.made() });
+            let begun = session.begin_tick();
+            let made = session.made();
+            // Whatever the others keep the tick busy with, what was cancelled ends in it.
+            let begun = begun.and_then(|()| session.heed_cancel());
+            let flow = begun.map(|ended| if ended { Flow::Idle } else { Flow::Budget });
+            self.slots.push(Slot { is_over: !matches!(flow, Ok(Flow::Budget)), flow, made });
         }
         self.attach(sessions)?;
         self.find_rows(sessions);

@@ -93,6 +93,11 @@ pub struct SessionOptions {
     /// groups of 32 or its multiples, activations are rounded to 16 bits, and a half-precision output layer of 8 MiB or
     /// more beside such weights to 8, once for all sessions; both are faster. GPUs ignore it.
     pub exact: bool,
+    /// Have forks keep their common start once on wgpu even if the session is deterministic and the device has matrix
+    /// units or subgroups, whose kernels for attention read one cache only: others compute attention, slower. Forks of
+    /// sessions that are not deterministic share in any case; deterministic ones in models with windows copy in any, and
+    /// so do all on CUDA.
+    pub share_forks: bool,
 }
 
 impl SessionOptions {
@@ -115,6 +120,7 @@ impl SessionOptions {
             threads,
             jobs: engine.options().jobs.clone(),
             exact: self.exact,
+            share_forks: self.share_forks,
         })
     }
 }

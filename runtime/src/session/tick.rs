@@ -319,14 +319,25 @@ impl Session {
         }
     }
 
+    /// Ends what is being made if the caller asked for that; whether it did.
+    ///
+    /// # Errors
+    /// As [`Self::cancel`].
+    pub(super) fn heed_cancel(&mut self) -> Result<bool> {
+        let is_cancelled = self.is_cancelled();
+        if is_cancelled {
+            self.finish(StopReason::Cancelled)?;
+        }
+        Ok(is_cancelled)
+    }
+
     /// Does one piece of what was begun; `None` if there may be more to do at once. In a batch, where tokens are `shared`
     /// passes, none is made ahead of the host here.
     pub(super) fn piece(&mut self, budget: &Budget, shared: bool) -> Result<Option<Flow>> {
         if !self.is_busy() {
             return Ok(Some(Flow::Idle));
         }
-        if self.is_cancelled() {
-            self.finish(StopReason::Cancelled)?;
+        if self.heed_cancel()? {
             return Ok(Some(Flow::Idle));
         }
         if !self.attach(budget)? {

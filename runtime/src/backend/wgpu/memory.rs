@@ -40,6 +40,8 @@ pub(super) struct Memory<B = wgpu::Buffer> {
     caches: Vec<(B, B)>,
     /// The first positions, if they are shared.
     pub(super) prefix: Option<Arc<Prefix>>,
+    /// Whether attention is to be computed alike with and without it.
+    pub(super) share_forks: bool,
     /// By rotary table: (context, rotary_dim / 2, 2) f32.
     ropes: Vec<B>,
     pub(super) context: u32,
@@ -240,6 +242,7 @@ impl<B> Memory<B> {
             step: buffer("the step", 16, BufferUsages::UNIFORM)?,
             caches,
             prefix: None,
+            share_forks: config.share_forks,
             ropes,
             context: config.context,
             kv_type: config.kv_type.unwrap_or(KvType::F16),

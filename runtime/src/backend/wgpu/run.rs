@@ -447,10 +447,10 @@ impl WgpuRunner {
     fn to_share(&self, n: u32, sharing: Sharing) -> (u32, Option<Arc<Prefix>>) {
         // Over one cache, matrix units and subgroups sum in other orders, and so do windows, which begin anywhere.
         let windows = || self.program.ops.iter().any(|op| matches!(op, Op::Attention { window: Some(_), .. }));
-        let subgroups = self.backend.reduce == shaders::Reduce::Subgroup;
+        let one_cache = self.backend.coop || self.backend.reduce == shaders::Reduce::Subgroup;
         match sharing {
             Sharing::Never => return (0, None),
-            Sharing::Exact if self.backend.coop || subgroups || windows() => return (0, None),
+            Sharing::Exact if one_cache && !self.config.share_forks || windows() => return (0, None),
             Sharing::Exact | Sharing::Always => {}
         }
         let most = n / self.grain() * self.grain();

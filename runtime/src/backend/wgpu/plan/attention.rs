@@ -35,7 +35,8 @@ impl Planner<'_> {
         let few_tokens = attention::FEW_TOKENS.min(self.few_rows);
         let prefix = self.memory.shared();
         // The kernels on matrix units and in subgroups read one cache.
-        let coop = self.backend.coop && kv == Kv::F16 && attention_coop::handles(shape.head_dim) && prefix == 0;
+        let one_cache = prefix == 0 && !self.memory.share_forks;
+        let coop = self.backend.coop && kv == Kv::F16 && attention_coop::handles(shape.head_dim) && one_cache;
         for (most, staged) in [(few_tokens, true), (self.few_rows, true), (u32::MAX, false)] {
             if coop && !staged {
                 levels.push((most, vec![self.attention_coop(qkv, out, layer, (scale, cap), window)?]));
@@ -43,8 +44,7 @@ impl Planner<'_> {
             }
             let context = self.memory.context;
             let window = window.unwrap_or(0);
-            let subgroups =
-                most <= few_tokens && prefix == 0 && self.has_subgroups_for(shape.head_dim, self.stride(qkv));
+            let subgroups = most <= few_tokens && one_cache && self.has_subgroups_for(shape.head_dim, self.stride(qkv));
             let split_len = match subgroups {
                 true => attention_subgroup::split_len(context),
                 false => attention::split_len(most, context),
