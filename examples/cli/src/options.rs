@@ -225,7 +225,7 @@ impl std::str::FromStr for Ids {
     }
 }
 
-/// Every processor up to 16: beyond that, decode waits for memory and not for threads.
+/// Every core of the fastest kind up to 16: beyond that, decode waits for memory and not for threads.
 fn default_threads() -> usize {
-    std::thread::available_parallelism().map_or(1, |n| n.get()).min(16)
+    awqua::backend::cpu::performance_cores().min(16)
 }

@@ -620,7 +620,7 @@ pub trait Backend: Any + Send + Sync {
     }
 
     /// Compiles at most `most` of the kernels that runners of this kind will need, so that making one is quick; returns
-    /// how many are left. Backends without compilation have none.
+    /// how many are left. A backend without compilation may prepare what else runners need, in parts.
     ///
     /// # Errors
     /// A device error.

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::thread::JoinHandle;
 
 use super::config::ModelConfig;
 use super::generation::GenerationConfig;
@@ -16,6 +17,9 @@ use crate::session::SessionOptions;
 use crate::session::chat::ChatTemplate;
 use crate::session::tokenizer::Tokenizer;
 
+/// Bytes between two calls of a progress function, at least.
+const LEAST: u64 = 256 << 10;
+
 /// A model on its way, loaded in pieces by [`Load::tick`]. Dropping it, or [`Load::restart`], cancels it in any state.
 ///
 /// Pieces are small but for three, which nobody can cut: opening the driver, compiling one GPU kernel, and reading
@@ -25,6 +29,8 @@ pub struct Load {
     from: From,
     head_bits: HeadBits,
     stage: Stage,
+    /// Whether the tokenizer may be read on a thread of its own.
+    aside: bool,
 }
 
 enum From {
@@ -36,13 +42,14 @@ enum Stage {
     Open,
     Tokenizer(Box<Files>),
     Plan(Box<Files>),
-    Bring(Box<Model>),
+    Bring(Box<Model>, Option<JoinHandle<Result<Tokenizer>>>),
 }
 
 /// Memory that something will take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Estimate {
-    /// The weights. On the CPU without dense ones of a file that is mapped, which are computed with where they are.
+    /// The weights. On the CPU without dense ones of a file that is mapped, which are computed with where they are, but
+    /// with the 8 bits of an output layer that is rounded.
     pub weights: Bytes,
     /// One session: KV cache, activations, sampling.
     pub session: Bytes,
@@ -53,8 +60,14 @@ struct Files {
     checkpoint: Checkpoint,
     config: ModelConfig,
     generation: GenerationConfig,
-    tokenizer: Option<Tokenizer>,
+    tokenizer: Reading,
     chat_template: Option<ChatTemplate>,
+}
+
+/// A tokenizer, or the thread that reads it while weights are brought.
+enum Reading {
+    Here(Option<Box<Tokenizer>>),
+    Aside(JoinHandle<Result<Tokenizer>>),
 }
 
 impl std::fmt::Debug for Load {
@@ -71,12 +84,13 @@ impl Load {
             from: From::Path(path.into()),
             head_bits: HeadBits::default(),
             stage: Stage::Open,
+            aside: false,
         }
     }
 
     /// As [`Self::path`], from anywhere.
     pub fn source(engine: &Arc<Engine>, source: Source) -> Self {
-        Self { engine: engine.clone(), from: From::Source(source), head_bits: HeadBits::default(), stage: Stage::Open }
+        Self { from: From::Source(source), ..Self::path(engine, PathBuf::new()) }
     }
 
     /// Rounds the output head to so many bits on the way; for before the first tick.
@@ -97,17 +111,24 @@ impl Load {
             match std::mem::replace(&mut self.stage, Stage::Open) {
                 Stage::Open => self.stage = Stage::Tokenizer(Box::new(self.open()?)),
                 Stage::Tokenizer(mut files) => {
-                    files.tokenizer = Tokenizer::from_checkpoint(&files.checkpoint, files.config.vocab_size)?;
+                    files.tokenizer = self.tokenizer(&files)?;
                     files.chat_template = ChatTemplate::from_checkpoint(&files.checkpoint)?;
                     self.stage = Stage::Plan(files);
                 }
-                Stage::Plan(files) => self.stage = Stage::Bring(Box::new(self.plan(*files)?)),
-                Stage::Bring(model) => {
-                    if model.residence.write().advance(&model.cargo, budget)? {
-                        return Ok(Some(Arc::from(model)));
+                Stage::Plan(files) => {
+                    let (model, aside) = self.plan(*files)?;
+                    self.stage = Stage::Bring(Box::new(model), aside);
+                }
+                Stage::Bring(mut model, aside) => {
+                    if !model.residence.write().advance(&model.cargo, budget)? {
+                        self.stage = Stage::Bring(model, aside);
+                        return Ok(None);
                     }
-                    self.stage = Stage::Bring(model);
-                    return Ok(None);
+                    if let Some(thread) = aside {
+                        let tokenizer = thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+                        model.tokenizer = Some(tokenizer?);
+                    }
+                    return Ok(Some(Arc::from(model)));
                 }
             }
             if time.is_over() {
@@ -122,7 +143,7 @@ impl Load {
     /// A device error.
     pub fn wait(&mut self) -> Result<()> {
         match &self.stage {
-            Stage::Bring(model) => model.residence.read().wait(&model.cargo),
+            Stage::Bring(model, _) => model.residence.read().wait(&model.cargo),
             _ => Ok(()),
         }
     }
@@ -130,7 +151,7 @@ impl Load {
     /// How far it is.
     pub fn progress(&self) -> LoadProgress {
         match &self.stage {
-            Stage::Bring(model) => model.residence.read().progress(&model.cargo),
+            Stage::Bring(model, _) => model.residence.read().progress(&model.cargo),
             _ => LoadProgress { stage: LoadStage::Files, done: 0, total: 0 },
         }
     }
@@ -150,12 +171,16 @@ impl Load {
         let (config, _) = configs(&checkpoint)?;
         let (plan, weights) = weights::plan(&checkpoint, &config, self.head_bits)?;
         let program = program_of(&config, &weights)?;
+        let shapes: Vec<_> = plan.shapes().copied().collect();
         let runner = session.runner_config(&config, &self.engine)?;
         let host = |bytes| Bytes { host: bytes, device: 0 };
         let device = |bytes| Bytes { host: 0, device: bytes };
         Ok(match self.engine.is_host() {
             true => Estimate {
-                weights: host(plan.copied_bytes(&checkpoint, |shape| shape.bytes(shape.rows()))),
+                weights: host(
+                    plan.copied_bytes(&checkpoint, |shape| shape.bytes(shape.rows()))
+                        .saturating_add(backend::cpu::rounded_bytes(&program, &shapes)),
+                ),
                 session: host(backend::cpu::runner_bytes(&program, &runner)),
             },
             false => Estimate {
@@ -175,11 +200,27 @@ impl Load {
     fn open(&self) -> Result<Files> {
         let checkpoint = self.checkpoint()?;
         let (config, generation) = configs(&checkpoint)?;
-        Ok(Files { checkpoint, config, generation, tokenizer: None, chat_template: None })
+        Ok(Files { checkpoint, config, generation, tokenizer: Reading::Here(None), chat_template: None })
     }
 
-    fn plan(&self, files: Files) -> Result<Model> {
+    fn tokenizer(&self, files: &Files) -> Result<Reading> {
+        let Some(read) = Tokenizer::reader(&files.checkpoint, files.config.vocab_size)? else {
+            return Ok(Reading::Here(None));
+        };
+        if !self.aside {
+            return read().map(|tokenizer| Reading::Here(Some(Box::new(tokenizer))));
+        }
+        let thread = std::thread::Builder::new().name("awqua-tokenizer".into()).spawn(read);
+        thread.map(Reading::Aside).map_err(|e| Error::new(ErrorKind::OutOfMemory, format!("no thread: {e}")))
+    }
+
+    /// The model without weights, and the thread that reads its tokenizer.
+    fn plan(&self, files: Files) -> Result<(Model, Option<JoinHandle<Result<Tokenizer>>>)> {
         let Files { checkpoint, config, generation, tokenizer, chat_template } = files;
+        let (tokenizer, aside) = match tokenizer {
+            Reading::Here(tokenizer) => (tokenizer.map(|tokenizer| *tokenizer), None),
+            Reading::Aside(thread) => (None, Some(thread)),
+        };
         let (plan, weights) = weights::plan(&checkpoint, &config, self.head_bits)?;
         let program = Arc::new(program_of(&config, &weights)?);
         let identity = plan.identity(&checkpoint)?;
@@ -187,7 +228,7 @@ impl Load {
         let session = SessionOptions::default().runner_config(&config, &self.engine)?;
         let cargo = Cargo { engine: self.engine.clone(), checkpoint, plan, program, config: session };
         let residence = Shared::new(Residence::Coming(Bring::Device));
-        Ok(Model { config, generation, tokenizer, chat_template, identity, cargo, residence })
+        Ok((Model { config, generation, tokenizer, chat_template, identity, cargo, residence }, aside))
     }
 }
 
@@ -213,13 +254,19 @@ pub(super) fn configs(checkpoint: &Checkpoint) -> Result<(ModelConfig, Generatio
 }
 
 impl Load {
-    /// Loads to the end; `progress` is called after each piece and can stop it with `Break`.
+    /// Loads to the end; `progress` is called after each piece and can stop it with `Break`. A thread of its own reads the
+    /// tokenizer meanwhile.
     ///
     /// # Errors
     /// As [`Self::tick`], and [`ErrorKind::Cancelled`].
     pub fn run(mut self, progress: &mut dyn FnMut(LoadProgress) -> std::ops::ControlFlow<()>) -> Result<Arc<Model>> {
-        let budget = LoadBudget { bytes: Some(256 << 10), kernels: Some(1), ..LoadBudget::default() };
+        self.aside = true;
+        let host = self.engine.is_host();
         loop {
+            // On a host, of large models enough at a time to share it among processors, which lay weights out.
+            let bytes = if host { (self.progress().total / 64).clamp(LEAST, 32 * LEAST) } else { LEAST };
+            let kernels = if host { None } else { Some(1) };
+            let budget = LoadBudget { bytes: Some(bytes), kernels, ..LoadBudget::default() };
             if let Some(model) = self.tick(&budget)? {
                 return Ok(model);
             }

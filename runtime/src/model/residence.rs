@@ -4,10 +4,11 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Try
 use std::time::{Duration, Instant};
 
 use super::weights::{Upload, UploadPlan};
-use crate::backend::{Backend, Budget, Program, RunnerConfig};
+use crate::backend::{Backend, Budget, Program, RunnerConfig, cpu};
 use crate::checkpoint::Checkpoint;
 use crate::engine::{Bytes, Engine, Lease};
 use crate::error::{Error, ErrorKind, Result};
+use crate::tensor::WeightShape;
 
 /// Bytes handed over between two looks at the clock.
 const SLICE: u64 = 512 << 10;
@@ -91,7 +92,7 @@ impl Bring {
                     let backend = device.backend();
                     let shapes: Vec<_> = cargo.plan.shapes().copied().collect();
                     backend.check(&cargo.program, &shapes)?;
-                    let need = memory(&cargo.plan, &cargo.checkpoint, &*backend);
+                    let need = memory(cargo, &shapes, &*backend);
                     let lease = cargo.engine.ledger().lease("the model", need)?;
                     *self = Self::Weights { backend, lease, upload: Upload::default(), done: 0, on_the_way: 0 };
                 }
@@ -126,7 +127,8 @@ impl Bring {
                         return Ok(None);
                     }
                     kernels += 1;
-                    if backend.prepare(&cargo.program, &cargo.config, 1)? == 0 {
+                    let unlimited = budget.host.is_none() && budget.kernels.is_none();
+                    if backend.prepare(&cargo.program, &cargo.config, if unlimited { u32::MAX } else { 1 })? == 0 {
                         let Self::Kernels { backend, lease } = std::mem::replace(self, Self::Device) else {
                             return Ok(None);
                         };
@@ -163,11 +165,12 @@ impl Bring {
 }
 
 /// Memory that the weights take on `backend`. What is computed with where a file is mapped takes none.
-pub(super) fn memory(plan: &UploadPlan, checkpoint: &Checkpoint, backend: &dyn Backend) -> Bytes {
-    match backend.is_host() {
-        true => Bytes { host: plan.copied_bytes(checkpoint, |shape| backend.weight_bytes(shape)), device: 0 },
-        false => Bytes { host: 0, device: plan.shapes().map(|shape| backend.weight_bytes(shape)).sum() },
+fn memory(cargo: &Cargo, shapes: &[WeightShape], backend: &dyn Backend) -> Bytes {
+    if !backend.is_host() {
+        return Bytes { host: 0, device: shapes.iter().map(|shape| backend.weight_bytes(shape)).sum() };
     }
+    let copied = cargo.plan.copied_bytes(&cargo.checkpoint, |shape| backend.weight_bytes(shape));
+    Bytes { host: copied.saturating_add(cpu::rounded_bytes(&cargo.program, shapes)), device: 0 }
 }
 
 /// Where the weights are.

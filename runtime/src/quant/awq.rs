@@ -18,7 +18,7 @@ use half::f16;
 use crate::checkpoint::source::Extent;
 use crate::checkpoint::{Checkpoint, Dtype, Piece, TensorView};
 use crate::error::{Error, ErrorKind, Result};
-use crate::tensor::{Offset, W4Matrix, Weight};
+use crate::tensor::{Bytes, Offset, W4Matrix, Weight};
 
 use super::bits::transpose;
 use super::build::{Rows, affine, numbers};
@@ -26,7 +26,7 @@ use super::canonical::{pack_params, read_f16, release};
 use super::{Dialect, Quantization, Shape, words};
 
 /// Nibble t of a `gemm` word holds output feature 8c + `GEMM_ORDER[t]`.
-const GEMM_ORDER: [usize; 8] = [0, 2, 4, 6, 1, 3, 5, 7];
+pub(crate) const GEMM_ORDER: [usize; 8] = [0, 2, 4, 6, 1, 3, 5, 7];
 
 /// The tensors of one linear in AutoAWQ's `gemm` layout.
 #[derive(Debug, Clone, PartialEq)]
@@ -115,6 +115,21 @@ impl StoredGemm {
     pub fn cuts(&self, inputs: Range<usize>, room: usize) -> impl Iterator<Item = Range<usize>> + use<> {
         let at_once = (room / self.piece_bytes(INPUT_STEP)).max(1) * INPUT_STEP;
         inputs.clone().step_by(at_once).map(move |from| from..inputs.end.min(from + at_once))
+    }
+
+    /// The bytes of [`Self::pieces`], views where the file offers them.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`] or [`ErrorKind::OutOfMemory`].
+    pub(crate) fn read(&self, inputs: &Range<usize>) -> Result<[Bytes; 3]> {
+        let [codes, scales, zeros] = self.pieces(inputs).map(|piece| match piece {
+            Piece::Bytes(bytes) => Ok(Bytes::owned(bytes.to_vec())),
+            Piece::Stored { extent, at, len } => match extent.slice(at..at + len) {
+                Some(part) => part.bytes(),
+                None => Err(Error::new(ErrorKind::Io, "the file ends too early").in_file(extent.path())),
+            },
+        });
+        Ok([codes?, scales?, zeros?])
     }
 
     /// What is stored for `inputs`: (inputs, n / 8) words of codes, and of the groups that begin there (groups, n) scales
@@ -328,7 +343,7 @@ fn repack_gemm(bytes: &[u8], n: usize, k: usize, out: &mut [u32]) {
 }
 
 /// Transposes 8 x 8 nibbles in every lane: nibble t of word i becomes nibble i of word t.
-fn transpose_nibbles<const L: usize>(block: &mut [[u32; L]; 8]) {
+pub(crate) fn transpose_nibbles<const L: usize>(block: &mut [[u32; L]; 8]) {
     for (distance, shift, mask) in [(4, 16, 0x0000_ffff), (2, 8, 0x00ff_00ff), (1, 4, 0x0f0f_0f0f)] {
         for i in (0..8).filter(|i| i & distance == 0) {
             let (low, high) = block.split_at_mut(i + distance);

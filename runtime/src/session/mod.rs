@@ -22,6 +22,7 @@ mod grammar;
 #[cfg(not(feature = "grammar"))]
 #[path = "grammar_off.rs"]
 mod grammar;
+mod pairs;
 mod rotations;
 pub mod sampler;
 mod snapshot;
@@ -80,7 +81,8 @@ pub struct SessionOptions {
     pub context: Option<u32>,
     /// Element type of the KV cache; `None` lets the backend choose.
     pub kv_type: Option<KvType>,
-    /// CPU threads, the caller's included; `None` takes the engine's.
+    /// CPU threads, the caller's included; `None` takes the engine's. [`crate::backend::cpu::performance_cores`] are
+    /// as many as help.
     pub threads: Option<usize>,
     /// Most prompt tokens computed at a time.
     pub chunk: Option<u32>,

@@ -2,7 +2,10 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use tokenizers::Model;
+
 use super::grammar::Grammars;
+use super::pairs;
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, ErrorKind, Result};
 
@@ -39,37 +42,65 @@ fn guarded<T>(what: &str, f: impl FnOnce() -> tokenizers::Result<T>) -> Result<T
     }
 }
 
+/// Reads a definition.
+fn parse(json: &[u8]) -> tokenizers::Result<tokenizers::Tokenizer> {
+    pairs::parse(json).or_else(|_| tokenizers::Tokenizer::from_bytes(json))
+}
+
+/// The number of tokens, added ones included, without the copies that the library makes to count them.
+fn count(tokenizer: &tokenizers::Tokenizer) -> usize {
+    let model = tokenizer.get_model();
+    let added = tokenizer.get_added_vocabulary().get_vocab().keys();
+    model.get_vocab_size() + added.filter(|token| model.token_to_id(token).is_none()).count()
+}
+
 impl Tokenizer {
     /// Parses the text of a `tokenizer.json`.
     ///
     /// # Errors
     /// [`ErrorKind::Tokenizer`] if it is malformed.
     pub fn from_json(json: &[u8]) -> Result<Self> {
-        let inner = guarded("reading it", || tokenizers::Tokenizer::from_bytes(json))?;
-        let vocab_size = inner.get_vocab_size(true);
-        let largest = inner.get_vocab(true).into_values().max().unwrap_or(0);
-        let vocabulary = match usize::try_from(largest).unwrap_or(usize::MAX) {
-            // A definition may name one token with an absurd id.
-            ids if ids < 64 * (vocab_size + 1024) => {
-                guarded("reading its vocabulary", || Ok(Vocabulary::of(&inner, ids + 1)))?
+        let inner = guarded("reading it", || parse(json))?;
+        let vocab_size = count(&inner);
+        let read = |ids| guarded("reading its vocabulary", || Ok(Vocabulary::of(&inner, ids)));
+        let vocabulary = read(vocab_size)?.filter(|vocabulary| vocabulary.known() == vocab_size);
+        let (largest, vocabulary) = match vocabulary {
+            // As many ids have a token as there are tokens, so no later one has.
+            Some(all) => (u32::try_from(vocab_size).unwrap_or(u32::MAX).saturating_sub(1), Some(all)),
+            None => {
+                let largest = inner.get_vocab(true).into_values().max().unwrap_or(0);
+                let ids = usize::try_from(largest).unwrap_or(usize::MAX);
+                // A definition may name one token with an absurd id.
+                (largest, if ids < 64 * (vocab_size + 1024) { read(ids + 1)? } else { None })
             }
-            _ => None,
         };
         Ok(Self { inner, vocab_size, largest, vocabulary, grammars: Grammars::default() })
     }
 
     /// Tokenizer of a folder, or `None` if it has no `tokenizer.json`.
     pub fn from_checkpoint(checkpoint: &Checkpoint, vocab_size: usize) -> Result<Option<Self>> {
+        Self::reader(checkpoint, vocab_size)?.map(|read| read()).transpose()
+    }
+
+    /// As [`Self::from_checkpoint`], with everything but the reading of the file left to a call, on any thread.
+    #[allow(clippy::type_complexity, reason = "a closure is all there is to it")]
+    pub(crate) fn reader(
+        checkpoint: &Checkpoint,
+        vocab_size: usize,
+    ) -> Result<Option<impl FnOnce() -> Result<Self> + Send + use<>>> {
         let Some(json) = checkpoint.read("tokenizer.json", MAX_BYTES)? else { return Ok(None) };
-        let in_file = |e: Error| e.in_file(checkpoint.dir().join("tokenizer.json"));
-        let tokenizer = Self::from_json(&json).map_err(in_file)?;
-        if tokenizer.largest as usize >= vocab_size {
-            return Err(in_file(error(format!(
-                "the largest token id is {}, but `vocab_size` of the model is {vocab_size}",
-                tokenizer.largest
-            ))));
-        }
-        Ok(Some(tokenizer))
+        let file = checkpoint.dir().join("tokenizer.json");
+        Ok(Some(move || {
+            let in_file = |e: Error| e.in_file(&file);
+            let tokenizer = Self::from_json(&json).map_err(in_file)?;
+            if tokenizer.largest as usize >= vocab_size {
+                return Err(in_file(error(format!(
+                    "the largest token id is {}, but `vocab_size` of the model is {vocab_size}",
+                    tokenizer.largest
+                ))));
+            }
+            Ok(tokenizer)
+        }))
     }
 
     /// Token ids of `text`. `add_special_tokens` adds what the tokenizer puts around a text (usually a BOS id): true

@@ -15,6 +15,8 @@ pub struct Vocabulary {
     special: Vec<u64>,
     /// Spaces taken away at the start of a text.
     strip: usize,
+    /// Ids that have a token.
+    known: usize,
 }
 
 /// What a decoder does to a token, in order.
@@ -32,17 +34,27 @@ impl Vocabulary {
     pub(super) fn of(tokenizer: &tokenizers::Tokenizer, size: usize) -> Option<Self> {
         let (stages, strip) = stages(tokenizer.get_decoder()?)?;
         let byte_of = byte_level();
-        let mut vocabulary =
-            Self { bytes: Vec::new(), ends: Vec::with_capacity(size), special: vec![0; size.div_ceil(64)], strip };
-        let added = tokenizer.get_added_vocabulary();
+        let mut vocabulary = Self {
+            bytes: Vec::new(),
+            ends: Vec::with_capacity(size),
+            special: vec![0; size.div_ceil(64)],
+            strip,
+            known: 0,
+        };
         for id in 0..size as u32 {
             if let Some(token) = tokenizer.id_to_token(id) {
-                if added.is_special_token(&token) {
-                    vocabulary.special[id as usize / 64] |= 1 << (id % 64);
-                }
+                vocabulary.known += 1;
                 decode(token, &stages, &byte_of, &mut vocabulary.bytes);
             }
             vocabulary.ends.push(u32::try_from(vocabulary.bytes.len()).ok()?);
+        }
+        let added = tokenizer.get_added_vocabulary();
+        for (&id, token) in added.get_added_tokens_decoder() {
+            if let Some(word) = vocabulary.special.get_mut(id as usize / 64)
+                && added.is_special_token(&token.content)
+            {
+                *word |= 1 << (id % 64);
+            }
         }
         Some(vocabulary)
     }
@@ -50,6 +62,11 @@ impl Vocabulary {
     /// Tokens, ids without one included.
     pub fn len(&self) -> usize {
         self.ends.len()
+    }
+
+    /// Ids that have a token.
+    pub(super) fn known(&self) -> usize {
+        self.known
     }
 
     /// Whether there is no token.
@@ -88,9 +105,17 @@ fn decode(token: String, stages: &[Stage], byte_of: &[Option<u8>], out: &mut Vec
                 }
             }
             Stage::ByteLevel => {
-                let bytes: Option<Vec<u8>> =
-                    token.chars().map(|c| byte_of.get(c as usize).copied().flatten()).collect();
-                return out.extend(bytes.unwrap_or_else(|| token.into_bytes()));
+                let start = out.len();
+                for c in token.chars() {
+                    match byte_of.get(c as usize).copied().flatten() {
+                        Some(byte) => out.push(byte),
+                        None => {
+                            out.truncate(start);
+                            return out.extend(token.into_bytes());
+                        }
+                    }
+                }
+                return;
             }
         }
     }

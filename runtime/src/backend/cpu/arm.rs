@@ -1,24 +1,32 @@
 //! AArch64 inner loops: plain ones for single precision, which compilers turn into NEON, and products of bytes.
 
 use super::integer::rows::{LANES, Rows};
-use super::integer::{Inputs, Panel, neon};
+use super::integer::{Inputs, Panel, i8mm, neon};
 use super::kernels::{Kernels, Portable, TILE};
 use super::vector::Outer;
 use crate::tensor::Offset;
 
 /// NEON with `dotprod`.
-pub(super) struct Neon(());
+pub(super) struct Neon {
+    /// Whether to use `i8mm`.
+    i8mm: bool,
+}
 
 impl Neon {
     pub(super) fn new() -> Option<Self> {
         (std::arch::is_aarch64_feature_detected!("neon") && std::arch::is_aarch64_feature_detected!("dotprod"))
-            .then_some(Self(()))
+            .then_some(Self { i8mm: false })
+    }
+
+    /// With `i8mm` too.
+    pub(super) fn with_i8mm() -> Option<Self> {
+        std::arch::is_aarch64_feature_detected!("i8mm").then(Self::new).flatten().map(|_| Self { i8mm: true })
     }
 }
 
 impl Kernels for Neon {
     fn name(&self) -> &'static str {
-        "neon-dotprod"
+        if self.i8mm { "neon-i8mm" } else { "neon-dotprod" }
     }
 
     fn expand_w4(&self, words: &[u32], params: &[u32], group_size: usize, offset: Offset, out: &mut [f32]) {
@@ -80,19 +88,34 @@ impl Kernels for Neon {
         neon::natural(codes)
     }
 
-    fn gemv(&self, w: &Rows<'_>, block: usize, x: &Inputs<'_>, out: &mut [f32; LANES]) {
+    fn gemv(&self, w: &Rows<'_>, block: usize, x: &Inputs<'_>, out: &mut [[f32; LANES]]) {
         x.check_row(w.shape());
-        // SAFETY: `self` proves NEON and its products of bytes.
-        unsafe { neon::gemv(w, block, x, out) }
+        // SAFETY: `self` proves NEON and its products of bytes, `i8mm` those of matrices of bytes.
+        unsafe {
+            match self.i8mm {
+                true => i8mm::gemv(w, block, x, out),
+                false => neon::gemv(w, block, x, out),
+            }
+        }
     }
 
     fn unpack(&self, w: &Rows<'_>, block: usize, first: usize, panel: &mut Panel) {
         // SAFETY: `self` proves NEON.
-        unsafe { neon::unpack(w, block, first, panel) }
+        unsafe {
+            match self.i8mm {
+                true => neon::unpack::<true>(w, block, first, panel),
+                false => neon::unpack::<false>(w, block, first, panel),
+            }
+        }
     }
 
     fn gemm(&self, panel: &Panel, first: usize, x: &Inputs<'_>, sums: &mut [[f32; LANES]]) {
-        // SAFETY: `self` proves NEON and its products of bytes.
-        unsafe { neon::gemm(panel, first, x, sums) }
+        // SAFETY: `self` proves NEON and its products of bytes, `i8mm` those of matrices of bytes.
+        unsafe {
+            match self.i8mm {
+                true => i8mm::gemm(panel, first, x, sums),
+                false => neon::gemm(panel, first, x, sums),
+            }
+        }
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! Holding a value of an implementation proves that the processor supports it.
 
-use super::integer::rows::{LANES, Rows};
+use super::integer::rows::{self, LANES, Rows};
 use super::integer::{Inputs, Panel, portable};
 use super::vector::{self, Outer};
 use crate::tensor::{DenseType, Offset};
@@ -70,11 +70,30 @@ pub(super) trait Kernels: Send + Sync {
         codes.to_vec()
     }
 
-    /// The products of a block of rows with one row of activations.
+    /// Rounds the 32 columns of a group of sixteen rows, the first of which are `values`, `stride` numbers from row to row,
+    /// to 8 bits: `bytes` become the group of a block. Every implementation rounds numbers in the same way, and what is
+    /// none to anything.
+    ///
+    /// # Panics
+    /// If there are not as many values or bytes.
+    fn round_group(&self, values: &[f32], stride: usize, bytes: &mut [u8]) {
+        rows::round_group(values, stride, bytes);
+    }
+
+    /// The weights of some columns of a group of 4-bit codes of a block, (columns, 16), from the group's numbers and the
+    /// codes of the columns: those of the definition, rounded as it rounds.
+    ///
+    /// # Panics
+    /// If there are not as many numbers, codes and weights.
+    fn expand_columns(&self, offset: Offset, params: &[u8], codes: &[u8], out: &mut [f32]) {
+        portable::expand_columns(offset, params, codes, out);
+    }
+
+    /// The products of blocks of rows from `block` on, as many as `out` has, with one row of activations.
     ///
     /// # Panics
     /// If `x` is not one row for matrices of this shape.
-    fn gemv(&self, w: &Rows<'_>, block: usize, x: &Inputs<'_>, out: &mut [f32; LANES]);
+    fn gemv(&self, w: &Rows<'_>, block: usize, x: &Inputs<'_>, out: &mut [[f32; LANES]]);
 
     /// Brings out the codes of as many spans of a block as the panel says, from `first` on.
     fn unpack(&self, w: &Rows<'_>, block: usize, first: usize, panel: &mut Panel);
@@ -91,12 +110,12 @@ pub(super) fn best() -> Box<dyn Kernels> {
         if let Some(kernels) = super::x86::Avx512::new() {
             return Box::new(kernels);
         }
-        if let Some(kernels) = super::x86::Avx2::new() {
+        if let Some(kernels) = super::x86::Avx2::with_vnni().or_else(super::x86::Avx2::new) {
             return Box::new(kernels);
         }
     }
     #[cfg(target_arch = "aarch64")]
-    if let Some(kernels) = super::arm::Neon::new() {
+    if let Some(kernels) = super::arm::Neon::with_i8mm().or_else(super::arm::Neon::new) {
         return Box::new(kernels);
     }
     Box::new(Portable)
@@ -108,10 +127,14 @@ pub(super) fn all() -> Vec<Box<dyn Kernels>> {
     #[cfg(target_arch = "x86_64")]
     {
         all.extend(super::x86::Avx2::new().map(|k| Box::new(k) as _));
+        all.extend(super::x86::Avx2::with_vnni().map(|k| Box::new(k) as _));
         all.extend(super::x86::Avx512::new().map(|k| Box::new(k) as _));
     }
     #[cfg(target_arch = "aarch64")]
-    all.extend(super::arm::Neon::new().map(|k| Box::new(k) as _));
+    {
+        all.extend(super::arm::Neon::new().map(|k| Box::new(k) as _));
+        all.extend(super::arm::Neon::with_i8mm().map(|k| Box::new(k) as _));
+    }
     all
 }
 
@@ -201,7 +224,7 @@ impl Kernels for Portable {
         portable::round_span(x, codes)
     }
 
-    fn gemv(&self, w: &Rows<'_>, block: usize, x: &Inputs<'_>, out: &mut [f32; LANES]) {
+    fn gemv(&self, w: &Rows<'_>, block: usize, x: &Inputs<'_>, out: &mut [[f32; LANES]]) {
         x.check_row(w.shape());
         portable::gemv(w, block, x, out);
     }

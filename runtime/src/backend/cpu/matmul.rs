@@ -3,8 +3,10 @@
 use std::sync::Mutex;
 
 use super::Scratch;
+use super::integer::rows::LANES;
 use super::kernels::{Kernels, TILE};
 use super::pool::{Parts, Pool};
+use super::vector::Outer;
 use super::weights::Matrix;
 use crate::error::Result;
 use crate::tensor::{DenseType, Weight};
@@ -14,14 +16,18 @@ const K_TILE: usize = 2048;
 /// Tasks a thread gets on average; more balance better, fewer cost less.
 pub(super) const TASKS_PER_THREAD: usize = 4;
 
+/// Columns of a block of sixteen rows that are expanded at a time, into as much memory.
+const K_BLOCK: usize = TILE * K_TILE / LANES;
+
 /// Elements of [`Scratch::weights`] a matrix product needs. A group longer than a tile is expanded whole.
 pub(super) fn scratch_weights() -> usize {
     TILE * K_TILE
 }
 
-/// Elements of [`Scratch::sums`] a matrix product of `max_tokens` tokens needs.
+/// Elements of [`Scratch::sums`] a matrix product of `max_tokens` tokens needs: the sums of a block, and those of the
+/// columns expanded last.
 pub(super) fn scratch_sums(max_tokens: usize) -> usize {
-    TILE * max_tokens.next_multiple_of(TILE)
+    2 * LANES * max_tokens.next_multiple_of(TILE)
 }
 
 /// Widens one row of a dense matrix to f32.
@@ -44,36 +50,44 @@ impl<'a> Output<'a> {
         Self { parts: Parts::new(out), stride }
     }
 
-    /// Writes (or adds to) column `n` of row `t`.
-    ///
-    /// # Safety
-    /// No two threads may pass the same `n` during one matrix product.
-    pub(super) unsafe fn set(&self, t: usize, n: usize, value: f32, accumulate: bool) {
-        // SAFETY: the caller's promise: columns are of one thread each.
-        let out = &mut unsafe { self.parts.part(t * self.stride + n, 1) }[0];
-        *out = if accumulate { *out + value } else { value };
-    }
-
     /// Writes (or adds to) columns of row `t` from `n` on: `values`, plus `bias` where there is one.
     ///
     /// # Safety
-    /// As for [`Self::set`].
+    /// No two threads may pass the same column during one matrix product.
     pub(super) unsafe fn set_run(&self, t: usize, n: usize, values: &[f32], bias: Option<&[f32]>, accumulate: bool) {
-        // SAFETY: as above.
+        // SAFETY: the caller's promise: columns are of one thread each.
         let out = unsafe { self.parts.part(t * self.stride + n, values.len()) };
-        match accumulate {
-            true => out.iter_mut().zip(values).for_each(|(out, value)| *out += value),
-            false => out.copy_from_slice(values),
-        }
-        if let Some(bias) = bias {
-            out.iter_mut().zip(bias).for_each(|(out, bias)| *out += bias);
+        // Nearly all runs are of whole blocks, a vector or two.
+        match values.len() {
+            LANES => put(&mut out[..LANES], &values[..LANES], bias, accumulate),
+            _ => put(out, values, bias, accumulate),
         }
     }
 }
 
-/// Blocks of weight rows of a matrix with `n` rows: the pieces that [`matmul`] computes whole.
-pub(super) fn blocks(n: usize) -> usize {
-    n.div_ceil(TILE)
+/// Inlined for runs of a known length.
+#[inline(always)]
+fn put(out: &mut [f32], values: &[f32], bias: Option<&[f32]>, accumulate: bool) {
+    match accumulate {
+        true => out.iter_mut().zip(values).for_each(|(out, value)| *out += value),
+        false => out.copy_from_slice(values),
+    }
+    if let Some(bias) = bias {
+        out.iter_mut().zip(bias).for_each(|(out, bias)| *out += bias);
+    }
+}
+
+/// Rows of a block of `weight`.
+pub(super) fn block_rows(weight: &Matrix<'_>) -> usize {
+    match weight {
+        Matrix::Plain(_) => TILE,
+        Matrix::Blocks(_) => LANES,
+    }
+}
+
+/// Blocks of rows of a matrix: the pieces that [`matmul`] computes whole.
+pub(super) fn blocks(weight: &Matrix<'_>) -> usize {
+    weight.dims().0.div_ceil(block_rows(weight))
 }
 
 /// Multiplies `n_tokens` rows of `x` with the blocks `part` of `weight`. `out` starts at the first output column, rows
@@ -99,7 +113,8 @@ pub(super) fn matmul(
     if x.len() != n_tokens * k {
         return Err(super::mismatch(&format!("a matrix of {} input features, not {k}", x.len() / n_tokens.max(1))));
     }
-    let part = part.start..part.end.min(blocks(n));
+    let height = block_rows(&weight);
+    let part = part.start..part.end.min(blocks(&weight));
     let blocks = part.len();
     let tasks = blocks.min(pool.threads() * TASKS_PER_THREAD);
     let output = Output::new(out, stride);
@@ -107,33 +122,45 @@ pub(super) fn matmul(
         let mut scratch = scratch[worker].lock().unwrap_or_else(|e| e.into_inner());
         let Scratch { weights, sums } = &mut *scratch;
         for block in part.start + blocks * task / tasks..part.start + blocks * (task + 1) / tasks {
-            let first = block * TILE;
-            let sums = block_sums(kernels, weight, first, x, n_tokens, k, weights, sums);
-            let rows = TILE.min(n - first);
-            for (t, sums) in sums.chunks_exact(TILE).enumerate() {
-                for (r, &sum) in sums.iter().enumerate().take(rows) {
-                    let value = sum + bias.map_or(0.0, |b| b[first + r]);
-                    // SAFETY: blocks of weight rows are dealt to tasks without overlap.
-                    unsafe { output.set(t, first + r, value, accumulate) };
-                }
+            let first = block * height;
+            let sums = block_sums(kernels, weight, block, x, n_tokens, k, weights, sums);
+            let rows = height.min(n - first);
+            let bias = bias.map(|bias| &bias[first..first + rows]);
+            for (t, sums) in sums.chunks_exact(height).enumerate().take(n_tokens) {
+                // SAFETY: blocks of weight rows are dealt to tasks without overlap.
+                unsafe { output.set_run(t, first, &sums[..rows], bias, accumulate) };
             }
         }
     });
     Ok(())
 }
 
-/// Products of the block of weight rows from `first` on with `n_tokens` rows of `x`: TILE sums a row of x.
+/// Products of a block of weight rows with `n_tokens` rows of `x`: [`block_rows`] sums a row of x.
 #[allow(clippy::too_many_arguments, reason = "operands, shape and scratch memory of one product")]
 fn block_sums<'a>(
     kernels: &dyn Kernels,
     weight: Matrix<'_>,
-    first: usize,
+    block: usize,
     x: &[f32],
     n_tokens: usize,
     k: usize,
     weights: &mut [f32],
     sums: &'a mut [f32],
 ) -> &'a [f32] {
+    if let Matrix::Blocks(matrix) = weight {
+        let (all, sums) = sums.split_at_mut(LANES * n_tokens);
+        all.fill(0.0);
+        for k0 in (0..k).step_by(K_BLOCK) {
+            let len = K_BLOCK.min(k - k0);
+            let (weights, sums) = (&mut weights[..LANES * len], &mut sums[..LANES * n_tokens]);
+            matrix.expand_block(kernels, block, k0, weights);
+            let extents = Outer { rows: n_tokens, depth: len, columns: LANES, add: false };
+            kernels.outer((&x[k0..], k), (weights, LANES), (sums, LANES), extents);
+            all.iter_mut().zip(sums).for_each(|(all, sum)| *all += *sum);
+        }
+        return all;
+    }
+    let first = block * TILE;
     let rows = TILE.min(weight.dims().0 - first);
     let sums = &mut sums[..TILE * n_tokens];
     sums.fill(0.0);
@@ -185,23 +212,25 @@ pub(super) fn experts(
     if experts.iter().any(|weight| weight.dims() != (n, k)) || x.len() != order.len() * k {
         return Err(super::mismatch("experts of the same shape"));
     }
-    let part = part.start..part.end.min(blocks(n));
+    let height = block_rows(first);
+    if experts.iter().any(|weight| block_rows(weight) != height) {
+        return Err(super::mismatch("experts in one form"));
+    }
+    let part = part.start..part.end.min(blocks(first));
     let tasks = part.len().min(pool.threads() * TASKS_PER_THREAD);
     let output = Output::new(out, stride);
     pool.run(tasks, &|task, worker| {
         let mut scratch = scratch[worker].lock().unwrap_or_else(|e| e.into_inner());
         let Scratch { weights, sums } = &mut *scratch;
         let blocks = part.len();
-        for first in part.start + blocks * task / tasks..part.start + blocks * (task + 1) / tasks {
-            let first = first * TILE;
+        for block in part.start + blocks * task / tasks..part.start + blocks * (task + 1) / tasks {
+            let first = block * height;
             for group in groups {
                 let rows = &x[group.rows.start * k..group.rows.end * k];
-                let sums = block_sums(kernels, experts[group.expert], first, rows, group.rows.len(), k, weights, sums);
-                for (&row, sums) in order[group.rows.clone()].iter().zip(sums.chunks_exact(TILE)) {
-                    for (r, &sum) in sums.iter().enumerate().take(TILE.min(n - first)) {
-                        // SAFETY: blocks of weight rows are dealt to tasks without overlap.
-                        unsafe { output.set(row, first + r, sum, false) };
-                    }
+                let sums = block_sums(kernels, experts[group.expert], block, rows, group.rows.len(), k, weights, sums);
+                for (&row, sums) in order[group.rows.clone()].iter().zip(sums.chunks_exact(height)) {
+                    // SAFETY: blocks of weight rows are dealt to tasks without overlap.
+                    unsafe { output.set_run(row, first, &sums[..height.min(n - first)], None, false) };
                 }
             }
         }
@@ -260,6 +289,7 @@ pub(super) fn expand(kernels: &dyn Kernels, matrix: Matrix<'_>, n: usize, k0: us
 
 #[cfg(test)]
 mod tests {
+    use super::super::integer::rows::{self, Rows, Shape};
     use super::*;
     use crate::tensor::{Bytes, DenseMatrix, Offset, W4Matrix};
 
@@ -309,6 +339,14 @@ mod tests {
         (Weight::Dense(DenseMatrix::new(n, k, dtype, Bytes::owned(bytes)).unwrap()), rows)
     }
 
+    fn in_blocks(weight: &Weight) -> Option<(Shape, Vec<u8>)> {
+        let shape = Shape::of(&weight.shape())?;
+        let Weight::W4(matrix) = weight else { return None };
+        let mut bytes = vec![0; shape.bytes()?];
+        rows::interleave(matrix, 0, &shape, &mut bytes);
+        Some((shape, bytes))
+    }
+
     #[test]
     fn products_match_f64() {
         let mut seed = 3;
@@ -322,10 +360,18 @@ mod tests {
             cases.push((33, 301, dense(33, 301, dtype, &mut seed)));
             cases.push((2, 2500, dense(2, 2500, dtype, &mut seed)));
         }
+        let blocks: Vec<_> = cases.iter().map(|(.., (weight, _))| in_blocks(weight)).collect();
+        let mut all = Vec::new();
+        for ((n, k, (weight, rows)), blocks) in cases.iter().zip(&blocks) {
+            all.push((*n, *k, Matrix::Plain(weight), rows));
+            if let Some((shape, bytes)) = blocks {
+                all.push((*n, *k, Matrix::Blocks(Rows::new(*shape, bytes)), rows));
+            }
+        }
         for kernels in super::super::kernels::all() {
             for threads in [1, 3] {
                 let mut pool = Pool::new(threads);
-                for (n, k, (weight, rows)) in &cases {
+                for (n, k, matrix, rows) in &all {
                     for n_tokens in [1, 2, 5, 9] {
                         let scratch: Vec<_> = (0..threads)
                             .map(|_| {
@@ -343,7 +389,7 @@ mod tests {
                                 &mut pool,
                                 &scratch,
                                 &*kernels,
-                                Matrix::Plain(weight),
+                                *matrix,
                                 0..usize::MAX,
                                 &x,
                                 n_tokens,

@@ -149,7 +149,7 @@ fn fill(shape: &Shape, bytes: &mut [u8]) {
         (seed >> 32) as u32
     };
     if !shape.has_offsets() {
-        rows::round(shape, 0, bytes, |_, row| {
+        rows::round(&Portable, shape, 0, bytes, |_, row| {
             row.iter_mut().for_each(|v| *v = random() as f32 / u32::MAX as f32 - 0.5);
         });
         return;
@@ -163,18 +163,18 @@ fn fill(shape: &Shape, bytes: &mut [u8]) {
         group_params: vec![numbers; shape.n * shape.groups()],
         offset: Offset::Zero,
     };
-    rows::interleave(&matrix, shape, bytes);
+    rows::interleave(&matrix, 0, shape, bytes);
 }
 
 /// Compares a block's products with those of plain code.
 fn check(kernels: &dyn Kernels, matrix: &Rows<'_>, x: &[f32]) -> Result<()> {
-    let mut products = [[0.0; LANES]; 2];
+    let mut products = [[[0.0; LANES]]; 2];
     for (kernels, products) in [kernels, &Portable as &dyn Kernels].into_iter().zip(&mut products) {
         let mut activations = Activations::with(x.len(), x.len() / rows::BYTE_GROUP)?;
         activations.round(&mut Pool::new(1), kernels, matrix.shape(), &x[..matrix.shape().k])?;
         kernels.gemv(matrix, 0, &activations.inputs(), products);
     }
-    let [found, expected] = products;
+    let [[found], [expected]] = products;
     let close = |(found, expected): (&f32, &f32)| (found - expected).abs() <= 1e-4 * (1.0 + expected.abs());
     match found.iter().zip(&expected).all(close) {
         true => Ok(()),

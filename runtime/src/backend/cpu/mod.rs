@@ -1,24 +1,31 @@
 //! CPU backend: packed matrices are laid out for its products as they come, other weights stay where they are mapped; a
 //! step is computed in pieces that a deadline can part.
 
+use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::{Backend, BackendInfo, Device, Group, KvType, Op, Program, Runner, RunnerConfig, WeightId};
 use crate::error::{Error, ErrorKind, Result};
-use crate::tensor::{Weight, WeightShape};
+use crate::quant::awq::StoredGemm;
+use crate::tensor::{Offset, Weight, WeightShape};
 use integer::rows::Shape;
 use kernels::Kernels;
+use rounding::Rounding;
 use runner::{CpuGroup, CpuRunner};
 use weights::{Partial, Weights};
+
+pub use cores::performance_cores;
 
 #[cfg(target_arch = "aarch64")]
 mod arm;
 mod attention;
+mod cores;
 mod integer;
 mod kernels;
 mod matmul;
 pub mod measure;
 mod pool;
+mod rounding;
 mod runner;
 mod vector;
 mod weights;
@@ -45,6 +52,7 @@ impl Device for Processor {
             weights: Mutex::new(Some(Arc::default())),
             filling: None,
             weight_bytes: 0,
+            rounding: Mutex::new(None),
             kernels: kernels.into(),
         })
     }
@@ -62,20 +70,29 @@ pub(crate) fn runner_bytes(program: &Program, config: &RunnerConfig) -> u64 {
     let floats = activations.fold(ropes + sampling + gathered_len(program, config), u64::saturating_add);
     let floats = floats.saturating_add((weights as u64).saturating_add(sums as u64).saturating_mul(threads as u64));
     let kv = super::kv_bytes(program, config.kv_type.unwrap_or(KvType::F32), config.context);
-    let all = floats.saturating_mul(4).saturating_add(kv).saturating_add(integer::bytes(program, config));
-    all.saturating_add(rounded_head(program, config))
+    floats.saturating_mul(4).saturating_add(kv).saturating_add(integer::bytes(program, config))
 }
 
-/// Bytes of an output layer in 8 bits, if there may be one. Counted for every session, though they share it: whether
-/// another one has made it already is not known beforehand.
-fn rounded_head(program: &Program, config: &RunnerConfig) -> u64 {
-    let inputs = program.ops.iter().filter(|_| !config.exact).filter_map(|op| match op {
-        Op::Linear { x, out, .. } if out.buffer == program.logits => program.buffers.get(x.0 as usize),
+/// Bytes of an output layer in 8 bits, if one is made beside these weights.
+pub(crate) fn rounded_bytes(program: &Program, weights: &[WeightShape]) -> u64 {
+    if !weights.iter().any(|shape| Shape::of(shape).is_some()) {
+        return 0;
+    }
+    let shapes = heads(program).filter_map(|weight| weights.get(weight.0 as usize));
+    let large = shapes.filter(|shape| shape.bytes(shape.rows()) >= weights::LARGE as u64);
+    let rounded = large.filter_map(|shape| match *shape {
+        WeightShape::Dense { n, k, .. } => Shape::of_bytes(n, k)?.bytes(),
         _ => None,
     });
-    let shapes = inputs.filter_map(|x| Shape::of_bytes(program.vocab_size as usize, x.width as usize));
-    let large = shapes.filter(|shape| shape.n.saturating_mul(2 * shape.k) >= weights::LARGE);
-    large.filter_map(|shape| shape.bytes()).map(|bytes| bytes as u64).sum()
+    rounded.map(|bytes| bytes as u64).sum()
+}
+
+/// The matrices whose products are logits.
+fn heads(program: &Program) -> impl Iterator<Item = WeightId> + '_ {
+    program.ops.iter().filter_map(|op| match *op {
+        Op::Linear { weight, out, .. } if out.buffer == program.logits => Some(weight),
+        _ => None,
+    })
 }
 
 /// Elements of [`Gathered::x`].
@@ -116,6 +133,8 @@ struct Cpu {
     /// The weight whose rows are coming, and the shape it will have.
     filling: Option<(usize, WeightShape, Partial)>,
     weight_bytes: u64,
+    /// The output layer, while it is being rounded.
+    rounding: Mutex<Option<Rounding>>,
     kernels: Arc<dyn Kernels>,
 }
 
@@ -129,14 +148,33 @@ impl Cpu {
         self.lock().clone().ok_or_else(|| Error::new(ErrorKind::Evicted, "the weights were evicted"))
     }
 
-    /// The weights while they are loaded and nobody else has them.
-    fn loading(&mut self) -> Result<&mut Weights> {
-        let weights = self.weights.get_mut().unwrap_or_else(PoisonError::into_inner);
-        weights
-            .as_mut()
-            .and_then(Arc::get_mut)
-            .ok_or_else(|| Error::new(ErrorKind::Evicted, "the weights were evicted"))
+    /// The weight under way, its shape and its rows so far, and the weights, which nobody else has while they are loaded.
+    fn filling(&mut self, id: WeightId) -> Result<(&WeightShape, &mut Partial, &mut Weights)> {
+        let at = id.0 as usize;
+        let Some((_, shape, partial)) = self.filling.as_mut().filter(|(filling, ..)| *filling == at) else {
+            return Err(Error::new(ErrorKind::InvalidInput, format!("weight {at} takes no rows")));
+        };
+        Ok((shape, partial, loading(&mut self.weights)?))
     }
+
+    /// Keeps the weight under way once all of its rows are there.
+    fn end_of_rows(&mut self) -> Result<()> {
+        match self.filling.take() {
+            Some((at, shape, partial)) if partial.rows() == shape.rows() => {
+                loading(&mut self.weights)?.set(at, partial, &shape)
+            }
+            filling => {
+                self.filling = filling;
+                Ok(())
+            }
+        }
+    }
+}
+
+/// The weights while they are loaded and nobody else has them.
+fn loading(weights: &mut Mutex<Option<Arc<Weights>>>) -> Result<&mut Weights> {
+    let weights = weights.get_mut().unwrap_or_else(PoisonError::into_inner);
+    weights.as_mut().and_then(Arc::get_mut).ok_or_else(|| Error::new(ErrorKind::Evicted, "the weights were evicted"))
 }
 
 impl Backend for Cpu {
@@ -152,7 +190,7 @@ impl Backend for Cpu {
     }
 
     fn reserve(&mut self, name: &str, shape: &WeightShape) -> Result<WeightId> {
-        let weights = self.loading()?;
+        let weights = loading(&mut self.weights)?;
         let id = u32::try_from(weights.reserve())
             .map_err(|_| Error::new(ErrorKind::Unsupported, "more than 2^32 weights").in_tensor(name))?;
         self.weight_bytes += self.weight_bytes(shape);
@@ -161,17 +199,51 @@ impl Backend for Cpu {
     }
 
     fn fill(&mut self, id: WeightId, rows: Weight) -> Result<()> {
-        let at = id.0 as usize;
-        let Some((_, shape, partial)) = self.filling.as_mut().filter(|(filling, ..)| *filling == at) else {
-            return Err(Error::new(ErrorKind::InvalidInput, format!("weight {at} takes no rows")));
+        let (shape, partial, weights) = self.filling(id)?;
+        weights.push(shape, partial, rows)?;
+        self.end_of_rows()
+    }
+
+    fn takes_stored(&self, id: WeightId, stored: &StoredGemm) -> bool {
+        let Some((_, shape, partial)) = self.filling.as_ref().filter(|(filling, ..)| *filling == id.0 as usize) else {
+            return false;
         };
-        partial.push(shape, rows)?;
-        if partial.rows() == shape.rows() {
-            let whole = partial.finish(shape)?;
-            self.filling = None;
-            self.loading()?.set(at, whole)?;
+        let alike =
+            WeightShape::W4 { n: shape.rows(), k: stored.k, group_size: stored.group_size, offset: Offset::Zero };
+        *shape == alike && Shape::of(shape).is_some() && partial.rows().is_multiple_of(8)
+    }
+
+    fn fill_stored(&mut self, id: WeightId, stored: &StoredGemm, inputs: Range<usize>) -> Result<()> {
+        let (shape, partial, weights) = self.filling(id)?;
+        weights.push_stored(shape, partial, stored, inputs)?;
+        self.end_of_rows()
+    }
+
+    /// There is nothing to compile; what is prepared is the output layer, in parts.
+    fn prepare(&self, program: &Program, _: &RunnerConfig, most: u32) -> Result<u32> {
+        let weights = self.weights()?;
+        let mut rounding = self.rounding.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut most = most as usize;
+        let mut left = 0;
+        for id in heads(program).map(|weight| weight.0 as usize) {
+            let Some(shape) = weights.rounded_shape(id).filter(|_| weights.rounded(id).is_none()) else { continue };
+            let mut now = match rounding.take_if(|begun| begun.id() == id) {
+                Some(begun) => begun,
+                None => Rounding::new(id, shape)?,
+            };
+            let before = now.left();
+            now.advance(&weights, &*self.kernels, most);
+            most -= before - now.left();
+            match now.left() {
+                0 => weights.keep_rounded(id, now.finish()),
+                parts => {
+                    *rounding = Some(now);
+                    left += parts;
+                    break;
+                }
+            }
         }
-        Ok(())
+        Ok(u32::try_from(left).unwrap_or(u32::MAX))
     }
 
     fn weight_bytes(&self, shape: &WeightShape) -> u64 {

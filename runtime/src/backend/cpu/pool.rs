@@ -2,17 +2,21 @@
 //! our own end with the session.
 
 use std::any::Any;
+use std::cell::UnsafeCell;
 use std::marker::PhantomData;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use crate::backend::Jobs;
 
-/// Iterations a waiting thread spins before it sleeps: a few tens of microseconds, about the distance between two
-/// operations of one decode step, so that threads sleep between tokens but not inside one.
-const SPINS: usize = 4000;
+/// How long a waiting thread looks for work before it sleeps: more than the distance between two operations of one
+/// decode step, so that threads sleep between tokens but not inside one. A host loses no more than that.
+const SPIN: Duration = Duration::from_micros(30);
+/// Looks between two at the clock. A pause takes from 10 ns to 70 ns, by processor.
+const LOOKS: usize = 16;
 
 type Job = dyn Fn(usize, usize) + Sync;
 
@@ -24,24 +28,25 @@ pub(super) struct Pool {
 }
 
 struct Shared {
-    state: Mutex<State>,
-    wake: Condvar,
-    /// Copy of `State::generation` for spinning without the lock.
+    /// Counts jobs.
     generation: AtomicUsize,
+    /// The current job. `Pool::run` alone writes it, while `gate` is 0.
+    job: UnsafeCell<Option<(usize, JobPtr)>>,
+    /// Workers inside the current job, and [`OPEN`] while others may still enter: a job does not wait for workers that
+    /// sleep until all of it is done.
+    gate: AtomicUsize,
     /// Next task of the current job.
     next: AtomicUsize,
-    /// Workers still inside the current job.
-    busy: AtomicUsize,
     stop: AtomicBool,
+    /// Workers that sleep, or are about to.
+    sleepers: AtomicUsize,
+    sleep: Mutex<()>,
+    wake: Condvar,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
 }
 
-#[derive(Default)]
-struct State {
-    generation: usize,
-    tasks: usize,
-    job: Option<JobPtr>,
-}
+/// More workers than there can be.
+const OPEN: usize = 1 << (usize::BITS - 1);
 
 /// Borrow of the caller's closure with its lifetime erased.
 #[derive(Clone, Copy)]
@@ -49,6 +54,10 @@ struct JobPtr(*const Job);
 
 // SAFETY: the closure is `Sync`, and `Pool::run` does not return before every worker has finished calling it.
 unsafe impl Send for JobPtr {}
+
+// SAFETY: `job` alone is not `Sync`. `Pool::run`, which has the pool for itself, writes it while `gate` is 0, and opens the
+// gate behind it; a worker reads it between entering an open gate and leaving it, and until then the gate is not 0.
+unsafe impl Sync for Shared {}
 
 /// A slice that the tasks of a job write, each parts of its own.
 pub(super) struct Parts<'a, T> {
@@ -84,12 +93,14 @@ impl Pool {
     /// A pool of `threads` threads in all, at least 1. If the system refuses a thread, the pool is smaller.
     pub(super) fn new(threads: usize) -> Self {
         let shared = Arc::new(Shared {
-            state: Mutex::default(),
-            wake: Condvar::new(),
             generation: AtomicUsize::new(0),
+            job: UnsafeCell::new(None),
+            gate: AtomicUsize::new(0),
             next: AtomicUsize::new(0),
-            busy: AtomicUsize::new(0),
             stop: AtomicBool::new(false),
+            sleepers: AtomicUsize::new(0),
+            sleep: Mutex::new(()),
+            wake: Condvar::new(),
             panic: Mutex::new(None),
         });
         let workers = (1..threads.max(1))
@@ -137,29 +148,20 @@ impl Pool {
             (0..tasks).for_each(|task| job(task, 0));
             return;
         }
-        // SAFETY: only the lifetime changes. The pointer is used by workers between here and the wait for
-        // `busy == 0` below, which happens even if `job` panics, so the borrow outlives every use.
+        // SAFETY: only the lifetime changes. The pointer is used by workers inside the gate, which is closed and empty
+        // before this function returns, even if `job` panics, so the borrow outlives every use.
         let erased: *const Job =
             unsafe { std::mem::transmute::<*const (dyn Fn(usize, usize) + Sync + '_), *const Job>(job) };
-        {
-            let mut state = self.shared.state.lock().unwrap_or_else(|e| e.into_inner());
-            state.generation = state.generation.wrapping_add(1);
-            state.tasks = tasks;
-            state.job = Some(JobPtr(erased));
-            self.shared.next.store(0, Ordering::Relaxed);
-            self.shared.busy.store(self.workers.len(), Ordering::Relaxed);
-            self.shared.generation.store(state.generation, Ordering::Release);
-        }
-        self.shared.wake.notify_all();
+        // SAFETY: see `Shared`: the gate is closed and nobody inside.
+        unsafe { *self.shared.job.get() = Some((tasks, JobPtr(erased))) };
+        self.shared.next.store(0, Ordering::Relaxed);
+        self.shared.gate.store(OPEN, Ordering::Release);
+        self.shared.publish();
         let mine = catch_unwind(AssertUnwindSafe(|| drain(&self.shared, tasks, job, 0)));
-        let mut spins = 0;
-        while self.shared.busy.load(Ordering::Acquire) != 0 {
-            spins += 1;
-            if spins < SPINS {
-                std::hint::spin_loop();
-            } else {
-                std::thread::yield_now();
-            }
+        self.shared.gate.fetch_and(!OPEN, Ordering::Relaxed);
+        while !spin_until(|| self.shared.gate.load(Ordering::Acquire) == 0) {
+            // A worker may wait for a processor that this thread has.
+            std::thread::yield_now();
         }
         let theirs = self.shared.panic.lock().unwrap_or_else(|e| e.into_inner()).take();
         if let Err(payload) = mine {
@@ -173,16 +175,59 @@ impl Pool {
 
 impl Drop for Pool {
     fn drop(&mut self) {
-        self.shared.stop.store(true, Ordering::Release);
-        {
-            let mut state = self.shared.state.lock().unwrap_or_else(|e| e.into_inner());
-            state.generation = state.generation.wrapping_add(1);
-            self.shared.generation.store(state.generation, Ordering::Release);
-        }
-        self.shared.wake.notify_all();
+        self.shared.stop.store(true, Ordering::Relaxed);
+        self.shared.publish();
         for worker in self.workers.drain(..) {
             // A worker's panics were caught and reported by `run`.
             let _ = worker.join();
+        }
+    }
+}
+
+impl Shared {
+    /// Shows workers a new job, or that they shall stop.
+    fn publish(&self) {
+        self.generation.fetch_add(1, Ordering::SeqCst);
+        // Either this sees the worker that is about to sleep, or that sees the new generation: both are in one order.
+        if self.sleepers.load(Ordering::SeqCst) != 0 {
+            drop(self.sleep.lock().unwrap_or_else(|e| e.into_inner()));
+            self.wake.notify_all();
+        }
+    }
+
+    /// Returns the generation once that is not `seen`.
+    fn wait(&self, seen: usize) -> usize {
+        let now = || self.generation.load(Ordering::SeqCst);
+        if !spin_until(|| now() != seen) {
+            let mut guard = self.sleep.lock().unwrap_or_else(|e| e.into_inner());
+            self.sleepers.fetch_add(1, Ordering::SeqCst);
+            while now() == seen {
+                guard = self.wake.wait(guard).unwrap_or_else(|e| e.into_inner());
+            }
+            self.sleepers.fetch_sub(1, Ordering::SeqCst);
+        }
+        now()
+    }
+
+    /// Enters the current job, if that is not over.
+    fn enter(&self) -> bool {
+        let inside = |gate| if gate & OPEN == 0 { None } else { Some(gate + 1) };
+        self.gate.fetch_update(Ordering::Acquire, Ordering::Relaxed, inside).is_ok()
+    }
+}
+
+/// Waits for `done` without sleeping, but not for long; whether it is.
+fn spin_until(done: impl Fn() -> bool) -> bool {
+    let start = Instant::now();
+    loop {
+        for _ in 0..LOOKS {
+            if done() {
+                return true;
+            }
+            std::hint::spin_loop();
+        }
+        if start.elapsed() > SPIN {
+            return done();
         }
     }
 }
@@ -200,31 +245,22 @@ fn drain(shared: &Shared, tasks: usize, job: &(dyn Fn(usize, usize) + Sync), wor
 fn work(shared: &Shared, worker: usize) {
     let mut seen = 0;
     loop {
-        let mut spins = 0;
-        while shared.generation.load(Ordering::Acquire) == seen && spins < SPINS {
-            spins += 1;
-            std::hint::spin_loop();
-        }
-        let (tasks, job) = {
-            let mut state = shared.state.lock().unwrap_or_else(|e| e.into_inner());
-            while state.generation == seen {
-                state = shared.wake.wait(state).unwrap_or_else(|e| e.into_inner());
-            }
-            seen = state.generation;
-            (state.tasks, state.job)
-        };
-        if shared.stop.load(Ordering::Acquire) {
+        seen = shared.wait(seen);
+        if shared.stop.load(Ordering::Relaxed) {
             return;
         }
-        if let Some(job) = job {
-            // SAFETY: `run` published this pointer with the generation just seen and waits for `busy` to reach 0
-            // before its borrow of the closure ends.
+        if !shared.enter() {
+            continue;
+        }
+        // SAFETY: see `Shared`: this worker is inside the gate.
+        if let Some((tasks, job)) = unsafe { *shared.job.get() } {
+            // SAFETY: `run` waits for this worker to leave before its borrow of the closure ends.
             let job = unsafe { &*job.0 };
             if let Err(payload) = catch_unwind(AssertUnwindSafe(|| drain(shared, tasks, job, worker))) {
                 *shared.panic.lock().unwrap_or_else(|e| e.into_inner()) = Some(payload);
             }
-            shared.busy.fetch_sub(1, Ordering::Release);
         }
+        shared.gate.fetch_sub(1, Ordering::Release);
     }
 }
 
@@ -245,6 +281,20 @@ mod tests {
                 assert!(counts.iter().all(|c| c.load(Ordering::Relaxed) == 1));
             }
         }
+    }
+
+    #[test]
+    fn workers_that_sleep_wake_up() {
+        let mut pool = Pool::new(4);
+        let sum = AtomicUsize::new(0);
+        for round in 0..200 {
+            // From where they still spin to where they long sleep.
+            std::thread::sleep(Duration::from_micros(round % 5 * 20));
+            pool.run(4, &|task, _| {
+                sum.fetch_add(task, Ordering::Relaxed);
+            });
+        }
+        assert_eq!(sum.into_inner(), 200 * 6);
     }
 
     #[test]

@@ -7,8 +7,7 @@ use std::time::{Duration, Instant};
 use super::pool::Pool;
 use super::weights::Weights;
 use super::{
-    Cpu, Scratch, attention, fitting, gathered_len, integer, kernels, matmul, out_of_memory, runner_bytes, scratch,
-    zeros,
+    Cpu, Scratch, attention, fitting, gathered_len, integer, matmul, out_of_memory, runner_bytes, scratch, zeros,
 };
 use crate::backend::{
     Backend, Budget, BufferId, KvType, LogitsRows, Op, Program, Progress, Rows, Runner, RunnerConfig, Sharing, Step,
@@ -175,8 +174,8 @@ impl CpuRunner {
                 match self.blocks_of_experts(weights, weight, count) {
                     Some(blocks) => (blocks, self.width(x) * pairs * integer::rows::LANES, 2),
                     None => {
-                        let (n, _) = weights.matrix(weight.0 as usize).dims();
-                        (matmul::blocks(n), self.width(x) * 3 * pairs * kernels::TILE, 2)
+                        let matrix = weights.matrix(weight.0 as usize);
+                        (matmul::blocks(&matrix), self.width(x) * 3 * pairs * matmul::block_rows(&matrix), 2)
                     }
                 }
             }
@@ -184,12 +183,12 @@ impl CpuRunner {
             Op::Arrange { out, rows, .. } => (count(rows), self.width(out), 0),
             Op::RopeAppend { qkv, .. } => (n_tokens, self.width(qkv), 0),
             Op::Linear { x, weight, out, rows, .. } => {
-                let (n, _) = weights.matrix(weight.0 as usize).dims();
+                let matrix = weights.matrix(weight.0 as usize);
                 let rows = count(rows);
                 let (blocks, work) = match self.way(weights, weight, out.buffer) {
                     Way::Blocks(shape) | Way::Rounded(shape) => (shape.blocks(), rows * integer::rows::LANES),
                     // Expanding a weight costs about as much as multiplying it twice.
-                    Way::Single => (matmul::blocks(n), (rows + 2) * kernels::TILE),
+                    Way::Single => (matmul::blocks(&matrix), (rows + 2) * matmul::block_rows(&matrix)),
                 };
                 (if rows == 0 { 0 } else { blocks }, self.width(x) * work, 2)
             }

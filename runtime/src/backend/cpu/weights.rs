@@ -1,14 +1,16 @@
 //! The weights of a model as the CPU computes with them.
 
-use std::sync::{Mutex, OnceLock};
+use std::ops::Range;
+use std::sync::OnceLock;
 
 use memmap2::MmapMut;
 
 use super::integer::rows::{self, Rows, Shape};
+use super::integer::stored;
 use super::kernels::Kernels;
-use super::pool::Pool;
 use super::{fitting, matmul, mismatch, out_of_memory, zero_pages};
 use crate::error::{Error, ErrorKind, Result};
+use crate::quant::awq::StoredGemm;
 use crate::tensor::{BlockMatrix, Bytes, DenseMatrix, Weight, WeightShape};
 
 /// Weights by their ids.
@@ -23,15 +25,12 @@ pub(super) struct Weights {
 /// Bytes from which on a matrix is worth rounding to 8 bits.
 pub(super) const LARGE: usize = 8 << 20;
 
-/// Blocks that are rounded at a time.
-const PART: usize = 64;
-
 /// A weight in memory.
 enum Stored {
     /// As it was handed over; mapped where it was.
     Plain {
         weight: Weight,
-        /// The same rounded to 8 bits, once that was asked for.
+        /// The same rounded to 8 bits, for the output layer.
         rounded: OnceLock<MmapMut>,
     },
     /// A packed matrix in blocks.
@@ -62,20 +61,69 @@ impl Weights {
         self.stored.len() - 1
     }
 
+    /// Takes the next rows of a weight of shape `shape`, of which `partial` is there so far.
+    pub(super) fn push(&mut self, shape: &WeightShape, partial: &mut Partial, rows: Weight) -> Result<()> {
+        let Weight::W4(matrix) = &rows else { return partial.push(shape, rows) };
+        let Some((blocks, bytes, filled)) = self.blocks(shape, partial, matrix.n)? else {
+            return partial.push(shape, rows);
+        };
+        if rows.shape() != shape.with_rows(matrix.n) {
+            return Err(mismatch("rows of this weight"));
+        }
+        rows::interleave(matrix, *filled, &blocks, bytes);
+        *filled += matrix.n;
+        Ok(())
+    }
+
+    /// As [`Self::push`], for inputs `inputs` of rows that are not read yet; they count with the last of their inputs.
+    pub(super) fn push_stored(
+        &mut self,
+        shape: &WeightShape,
+        partial: &mut Partial,
+        stored: &StoredGemm,
+        inputs: Range<usize>,
+    ) -> Result<()> {
+        let Some((blocks, bytes, filled)) = self.blocks(shape, partial, stored.n)? else {
+            return Err(mismatch("a matrix in blocks"));
+        };
+        let last = inputs.end == stored.k;
+        stored::lay_out(stored, inputs, *filled, &blocks, bytes)?;
+        if last {
+            *filled += stored.n;
+        }
+        Ok(())
+    }
+
+    /// The blocks of a weight and how many of its rows they hold, before `more` are added; `None` for a weight that is
+    /// stored in another form.
+    #[allow(clippy::type_complexity, reason = "what a struct would only name")]
+    fn blocks<'a>(
+        &'a mut self,
+        shape: &WeightShape,
+        partial: &'a mut Partial,
+        more: usize,
+    ) -> Result<Option<(Shape, &'a mut [u8], &'a mut usize)>> {
+        let Some(blocks) = Shape::of(shape) else { return Ok(None) };
+        if let Partial::Nothing = partial {
+            *partial = Partial::Blocks { shape: blocks, place: self.arena.take(blocks.bytes())?, rows: 0 };
+        }
+        match partial {
+            Partial::Blocks { shape, place, rows } if *rows + more <= shape.n => {
+                Ok(Some((*shape, self.arena.bytes_mut(place), rows)))
+            }
+            _ => Err(mismatch("no more rows of this weight")),
+        }
+    }
+
     /// Keeps a whole weight in the form that is multiplied with.
-    pub(super) fn set(&mut self, id: usize, weight: Weight) -> Result<()> {
-        let Weight::W4(matrix) = &weight else {
-            self.stored[id] = Stored::Plain { weight, rounded: OnceLock::new() };
-            return Ok(());
+    pub(super) fn set(&mut self, id: usize, weight: Partial, shape: &WeightShape) -> Result<()> {
+        self.stored[id] = match weight {
+            Partial::Blocks { shape, place, .. } => {
+                self.packed = true;
+                Stored::Blocks(shape, place)
+            }
+            weight => Stored::Plain { weight: weight.finish(shape)?, rounded: OnceLock::new() },
         };
-        let Some(shape) = Shape::of_w4(matrix.n, matrix.k, matrix.group_size, matrix.offset) else {
-            self.stored[id] = Stored::Plain { weight, rounded: OnceLock::new() };
-            return Ok(());
-        };
-        self.packed = true;
-        let (place, bytes) = self.arena.take(shape.bytes())?;
-        rows::interleave(matrix, &shape, bytes);
-        self.stored[id] = Stored::Blocks(shape, place);
         Ok(())
     }
 
@@ -106,35 +154,39 @@ impl Weights {
         }
     }
 
-    /// A dense matrix rounded to 8 bits, which is done when it is first asked for; afterwards the pages of a mapped
-    /// file are given back.
-    pub(super) fn rounded(&self, id: usize, pool: &mut Pool, kernels: &dyn Kernels) -> Result<Rows<'_>> {
-        let (Some(shape), Stored::Plain { weight: weight @ Weight::Dense(dense), rounded }) =
+    /// A dense matrix rounded to 8 bits, once that was done.
+    pub(super) fn rounded(&self, id: usize) -> Option<Rows<'_>> {
+        match &self.stored[id] {
+            Stored::Plain { rounded, .. } => Some(Rows::new(self.rounded_shape(id)?, rounded.get()?)),
+            Stored::Blocks(..) => None,
+        }
+    }
+
+    /// Rounds the blocks from `first` on of a matrix that [`Self::rounded_shape`] is for, as many as `bytes` takes.
+    /// Afterwards their pages of a mapped file are given back, so that the two forms are never resident together.
+    pub(super) fn round(&self, id: usize, first: usize, bytes: &mut [u8], kernels: &dyn Kernels) {
+        let (Some(shape), Stored::Plain { weight: weight @ Weight::Dense(dense), .. }) =
             (self.rounded_shape(id), &self.stored[id])
         else {
-            return Err(mismatch("a dense matrix"));
+            return;
         };
-        if rounded.get().is_none() {
-            let mut pages = huge_pages(shape.bytes(), "a matrix in 8 bits")?;
-            let parts: Vec<_> = pages.chunks_mut(PART * shape.block_bytes()).map(Mutex::new).collect();
-            pool.run(parts.len(), &|task, _| {
-                let mut bytes = parts[task].lock().unwrap_or_else(|e| e.into_inner());
-                rows::round(&shape, task * PART, &mut bytes, |row, out| {
-                    matmul::expand(kernels, Matrix::Plain(weight), row, 0, out);
-                });
-                // Part by part, so that the two forms are never resident together.
-                let rows = task * PART * rows::LANES..shape.n.min((task + 1) * PART * rows::LANES);
-                let row_bytes = dense.row_bytes();
-                if let Some(read) = dense.bytes.slice(rows.start * row_bytes..rows.end * row_bytes) {
-                    read.release();
-                }
-            });
-            drop(parts);
-            // Another session may have been faster.
+        let blocks = bytes.len() / shape.block_bytes();
+        rows::round(kernels, &shape, first, bytes, |row, out| {
+            matmul::expand(kernels, Matrix::Plain(weight), row, 0, out);
+        });
+        let rows = first * rows::LANES..shape.n.min((first + blocks) * rows::LANES);
+        let row_bytes = dense.row_bytes();
+        if let Some(read) = dense.bytes.slice(rows.start * row_bytes..rows.end * row_bytes) {
+            read.release();
+        }
+    }
+
+    /// Keeps what [`Self::round`] made of all blocks.
+    pub(super) fn keep_rounded(&self, id: usize, pages: MmapMut) {
+        if let Stored::Plain { rounded, .. } = &self.stored[id] {
+            // Whoever was faster has made the same.
             let _ = rounded.set(pages);
         }
-        let pages = rounded.get().ok_or_else(|| mismatch("a matrix in 8 bits"))?;
-        Ok(Rows::new(shape, pages))
     }
 }
 
@@ -148,9 +200,9 @@ struct Arena {
 }
 
 /// Where in an [`Arena`] a matrix is.
-struct Place {
+pub(super) struct Place {
     chunk: usize,
-    range: std::ops::Range<usize>,
+    range: Range<usize>,
 }
 
 /// Bytes of a chunk, unless a matrix needs more; pages not yet taken cost nothing.
@@ -159,7 +211,7 @@ const CHUNK: usize = 64 << 20;
 const LINE: usize = 64;
 
 impl Arena {
-    fn take(&mut self, bytes: Option<usize>) -> Result<(Place, &mut [u8])> {
+    fn take(&mut self, bytes: Option<usize>) -> Result<Place> {
         let bytes = fitting(bytes, "a weight")?;
         let start = self.taken.next_multiple_of(LINE);
         if self.chunks.last().is_none_or(|chunk| chunk.len().saturating_sub(start) < bytes) {
@@ -168,10 +220,11 @@ impl Arena {
         }
         let start = self.taken.next_multiple_of(LINE);
         self.taken = start + bytes;
-        let place = Place { chunk: self.chunks.len() - 1, range: start..start + bytes };
-        let range = place.range.clone();
-        let chunk = self.chunks.last_mut().ok_or_else(|| out_of_memory("a weight", bytes))?;
-        Ok((place, &mut chunk[range]))
+        Ok(Place { chunk: self.chunks.len() - 1, range: start..start + bytes })
+    }
+
+    fn bytes_mut(&mut self, place: &Place) -> &mut [u8] {
+        &mut self.chunks[place.chunk][place.range.clone()]
     }
 
     fn bytes(&self, place: &Place) -> &[u8] {
@@ -191,8 +244,14 @@ pub(super) fn huge_pages(bytes: Option<usize>, what: &str) -> Result<MmapMut> {
 pub(super) enum Partial {
     Nothing,
     Whole(Weight),
-    /// Rows of a dense matrix or of blocks, copied.
+    /// Rows of a dense matrix or of GGUF's blocks, copied.
     Bytes(usize, Vec<u8>),
+    /// So many rows of a matrix in blocks.
+    Blocks {
+        shape: Shape,
+        place: Place,
+        rows: usize,
+    },
 }
 
 impl Partial {
@@ -200,11 +259,11 @@ impl Partial {
         match self {
             Self::Nothing => 0,
             Self::Whole(weight) => weight.shape().rows(),
-            Self::Bytes(rows, _) => *rows,
+            Self::Bytes(rows, _) | Self::Blocks { rows, .. } => *rows,
         }
     }
 
-    pub(super) fn push(&mut self, shape: &WeightShape, rows: Weight) -> Result<()> {
+    fn push(&mut self, shape: &WeightShape, rows: Weight) -> Result<()> {
         let count = rows.shape().rows();
         if rows.shape() != shape.with_rows(count) || self.rows() + count > shape.rows() {
             let message = format!("{:?} does not continue {} rows of {shape:?}", rows.shape(), self.rows());
@@ -247,13 +306,13 @@ impl Partial {
                 all.extend_from_slice(&rows);
                 *n += count;
             }
-            (Self::Bytes(..), _) => return Err(mismatch("a matrix of bytes")),
+            (Self::Bytes(..) | Self::Blocks { .. }, _) => return Err(mismatch("a matrix of bytes")),
         }
         Ok(())
     }
 
-    pub(super) fn finish(&mut self, shape: &WeightShape) -> Result<Weight> {
-        match (std::mem::replace(self, Self::Nothing), *shape) {
+    fn finish(self, shape: &WeightShape) -> Result<Weight> {
+        match (self, *shape) {
             (Self::Whole(weight), _) => Ok(weight),
             (Self::Bytes(_, bytes), WeightShape::Dense { n, k, dtype }) => {
                 DenseMatrix::new(n, k, dtype, Bytes::owned(bytes)).map(Weight::Dense)

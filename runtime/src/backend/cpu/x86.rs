@@ -5,25 +5,33 @@
 
 use std::arch::x86_64::*;
 
-use super::integer::rows::{LANES, Rows};
+use super::integer::rows::{LANES, OCTET, Rows};
 use super::integer::{Inputs, Panel, avx2, avx512};
 use super::kernels::{Kernels, Portable, TILE};
 use super::vector::{self, Outer};
 use crate::tensor::{DenseType, Offset};
 
 /// AVX2 with FMA and F16C.
-pub(super) struct Avx2(());
+pub(super) struct Avx2 {
+    /// Whether to use AVX-VNNI.
+    vnni: bool,
+}
 
 impl Avx2 {
     pub(super) fn new() -> Option<Self> {
         (is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c"))
-            .then_some(Self(()))
+            .then_some(Self { vnni: false })
+    }
+
+    /// With AVX-VNNI too.
+    pub(super) fn with_vnni() -> Option<Self> {
+        is_x86_feature_detected!("avxvnni").then(Self::new).flatten().map(|_| Self { vnni: true })
     }
 }
 
 impl Kernels for Avx2 {
     fn name(&self) -> &'static str {
-        "avx2"
+        if self.vnni { "avx-vnni" } else { "avx2" }
     }
 
     fn expand_w4(&self, words: &[u32], params: &[u32], group_size: usize, offset: Offset, out: &mut [f32]) {
@@ -110,10 +118,25 @@ impl Kernels for Avx2 {
         unsafe { avx2::round_span(x, codes) }
     }
 
-    fn gemv(&self, w: &Rows<'_>, block: usize, x: &Inputs<'_>, out: &mut [f32; LANES]) {
+    fn round_group(&self, values: &[f32], stride: usize, bytes: &mut [u8]) {
+        // SAFETY: `self` proves AVX2 and F16C.
+        unsafe { avx2::round_group(values, stride, bytes) }
+    }
+
+    fn expand_columns(&self, offset: Offset, params: &[u8], codes: &[u8], out: &mut [f32]) {
+        // SAFETY: `self` proves AVX2 and F16C.
+        unsafe { expand_columns_avx2(offset, params, codes, out) }
+    }
+
+    fn gemv(&self, w: &Rows<'_>, block: usize, x: &Inputs<'_>, out: &mut [[f32; LANES]]) {
         x.check_row(w.shape());
-        // SAFETY: `self` proves AVX2, FMA and F16C.
-        unsafe { avx2::gemv(w, block, x, out) }
+        // SAFETY: `self` proves AVX2, FMA and F16C, and `vnni` AVX-VNNI.
+        unsafe {
+            match self.vnni {
+                true => avx2::vnni::gemv(w, block, x, out),
+                false => avx2::plain::gemv(w, block, x, out),
+            }
+        }
     }
 
     fn unpack(&self, w: &Rows<'_>, block: usize, first: usize, panel: &mut Panel) {
@@ -122,8 +145,13 @@ impl Kernels for Avx2 {
     }
 
     fn gemm(&self, panel: &Panel, first: usize, x: &Inputs<'_>, sums: &mut [[f32; LANES]]) {
-        // SAFETY: `self` proves AVX2 and FMA.
-        unsafe { avx2::gemm(panel, first, x, sums) }
+        // SAFETY: `self` proves AVX2, FMA and F16C, and `vnni` AVX-VNNI.
+        unsafe {
+            match self.vnni {
+                true => avx2::vnni::gemm(panel, first, x, sums),
+                false => avx2::plain::gemm(panel, first, x, sums),
+            }
+        }
     }
 }
 
@@ -229,7 +257,15 @@ impl Kernels for Avx512 {
         self.avx2.round_span(x, codes)
     }
 
-    fn gemv(&self, w: &Rows<'_>, block: usize, x: &Inputs<'_>, out: &mut [f32; LANES]) {
+    fn round_group(&self, values: &[f32], stride: usize, bytes: &mut [u8]) {
+        self.avx2.round_group(values, stride, bytes);
+    }
+
+    fn expand_columns(&self, offset: Offset, params: &[u8], codes: &[u8], out: &mut [f32]) {
+        self.avx2.expand_columns(offset, params, codes, out);
+    }
+
+    fn gemv(&self, w: &Rows<'_>, block: usize, x: &Inputs<'_>, out: &mut [[f32; LANES]]) {
         if !self.vnni {
             return self.avx2.gemv(w, block, x, out);
         }
@@ -260,12 +296,10 @@ fn check_tile(w: &[f32], stride_w: usize, rows: usize, x: &[f32], stride_x: usiz
     assert!((rows - 1) * stride_w + k <= w.len() && (cols - 1) * stride_x + k <= x.len());
 }
 
-/// The table of `Offset::weights` in two registers: codes 0..8 and 8..16.
+/// Weights of the codes `q` with the numbers s and o of their groups, as [`Offset`] defines them.
+#[inline]
 #[target_feature(enable = "avx2,f16c")]
-fn table_avx2(params: u32, offset: Offset) -> (__m256, __m256) {
-    let both = _mm_cvtph_ps(_mm_cvtsi32_si128(params as i32));
-    let scale = _mm256_broadcastss_ps(both);
-    let o = _mm256_broadcastss_ps(_mm_movehdup_ps(both));
+fn weights_avx2(q: __m256, s: __m256, o: __m256, offset: Offset) -> __m256 {
     let bf16 = offset.rounding() == DenseType::BF16;
     let round = |w: __m256| {
         if !bf16 {
@@ -277,16 +311,59 @@ fn table_avx2(params: u32, offset: Offset) -> (__m256, __m256) {
         let sum = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
         _mm256_castsi256_ps(_mm256_and_si256(sum, _mm256_set1_epi32(-0x1_0000)))
     };
+    // Multiply and add stay apart: a fused one would round differently from the definition.
+    round(match offset {
+        Offset::Zero | Offset::ZeroBf16 => _mm256_mul_ps(_mm256_sub_ps(q, o), s),
+        Offset::Bias | Offset::BiasBf16 => _mm256_add_ps(_mm256_mul_ps(q, s), o),
+        Offset::RoundedBias | Offset::RoundedBiasBf16 => _mm256_add_ps(round(_mm256_mul_ps(q, s)), o),
+    })
+}
+
+/// The table of `Offset::weights` in two registers: codes 0..8 and 8..16.
+#[target_feature(enable = "avx2,f16c")]
+fn table_avx2(params: u32, offset: Offset) -> (__m256, __m256) {
+    let both = _mm_cvtph_ps(_mm_cvtsi32_si128(params as i32));
+    let scale = _mm256_broadcastss_ps(both);
+    let o = _mm256_broadcastss_ps(_mm_movehdup_ps(both));
     let half = |base: f32| {
         let q = _mm256_add_ps(_mm256_set1_ps(base), _mm256_setr_ps(0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0));
-        // Multiply and add stay apart: a fused one would round differently from the definition.
-        round(match offset {
-            Offset::Zero | Offset::ZeroBf16 => _mm256_mul_ps(_mm256_sub_ps(q, o), scale),
-            Offset::Bias | Offset::BiasBf16 => _mm256_add_ps(_mm256_mul_ps(q, scale), o),
-            Offset::RoundedBias | Offset::RoundedBiasBf16 => _mm256_add_ps(round(_mm256_mul_ps(q, scale)), o),
-        })
+        weights_avx2(q, scale, o, offset)
     };
     (half(0.0), half(8.0))
+}
+
+/// See [`Kernels::expand_columns`].
+#[target_feature(enable = "avx2,f16c")]
+fn expand_columns_avx2(offset: Offset, params: &[u8], codes: &[u8], out: &mut [f32]) {
+    match offset {
+        Offset::Zero => expand_columns_of(Offset::Zero, params, codes, out),
+        offset => expand_columns_of(offset, params, codes, out),
+    }
+}
+
+/// Inlined, so that the common kind of offsets has a loop of its own.
+#[inline]
+#[target_feature(enable = "avx2,f16c")]
+fn expand_columns_of(offset: Offset, params: &[u8], codes: &[u8], out: &mut [f32]) {
+    assert!(params.len() == 4 * LANES && 2 * codes.len() == out.len() && out.len().is_multiple_of(OCTET * LANES));
+    // SAFETY: four vectors of eight numbers, as was just checked.
+    let numbers: [__m256; 4] =
+        std::array::from_fn(|i| unsafe { _mm256_cvtph_ps(_mm_loadu_si128(params.as_ptr().cast::<__m128i>().add(i))) });
+    let low = _mm256_set1_epi32(15);
+    for (bytes, out) in codes.chunks_exact(4 * LANES).zip(out.chunks_exact_mut(OCTET * LANES)) {
+        for h in 0..2 {
+            // SAFETY: words of sixteen rows, whose eight columns have sixteen weights each.
+            unsafe {
+                let mut words = _mm256_loadu_si256(bytes.as_ptr().cast::<__m256i>().add(h));
+                for t in 0..OCTET {
+                    let q = _mm256_cvtepi32_ps(_mm256_and_si256(words, low));
+                    let w = weights_avx2(q, numbers[h], numbers[2 + h], offset);
+                    _mm256_storeu_ps(out.as_mut_ptr().add(LANES * t + 8 * h), w);
+                    words = _mm256_srli_epi32::<4>(words);
+                }
+            }
+        }
+    }
 }
 
 #[target_feature(enable = "avx2,f16c")]

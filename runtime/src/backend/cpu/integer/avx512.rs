@@ -5,55 +5,94 @@
 //! Processors with two such units do 64 products a cycle, which two loads a cycle can feed: tiles have one vector of
 //! weights and 12 tokens, enough independent sums to hide the latency of both units.
 
+use std::arch::asm;
 use std::arch::x86_64::*;
 
 use super::rows::{Codes, LANES, OCTET, Rows};
-use super::{Inputs, Panel};
+use super::{Inputs, Panel, STREAMS};
 
 /// Tokens of a tile.
 const TOKENS: usize = 12;
 /// Bytes that a product reads ahead of itself.
 const AHEAD: usize = 2048;
 
+/// sums[i] + a[2 i] * b[2 i] + a[2 i + 1] * b[2 i + 1]
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn multiply_add(mut sums: __m512i, a: __m512i, b: __m512i) -> __m512i {
+    // SAFETY: the instruction reads and writes these registers only. There is an intrinsic, but LLVM takes it apart again
+    // into a product and an addition, for shorter chains of dependencies that there are enough of here.
+    unsafe {
+        asm!(
+            "vpdpwssd {sums}, {a}, {b}",
+            sums = inout(zmm_reg) sums, a = in(zmm_reg) a, b = in(zmm_reg) b,
+            options(pure, nomem, nostack, preserves_flags)
+        );
+    }
+    sums
+}
+
 /// See [`super::super::kernels::Kernels::gemv`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-pub(in crate::backend::cpu) fn gemv(w: &Rows<'_>, block: usize, x: &Inputs<'_>, out: &mut [f32; LANES]) {
+pub(in crate::backend::cpu) fn gemv(w: &Rows<'_>, block: usize, x: &Inputs<'_>, out: &mut [[f32; LANES]]) {
+    let (fours, rest) = out.as_chunks_mut::<STREAMS>();
+    for (i, out) in fours.iter_mut().enumerate() {
+        gemv_blocks(w, block + STREAMS * i, x, out);
+    }
+    for (i, out) in rest.iter_mut().enumerate() {
+        gemv_blocks(w, block + STREAMS * fours.len() + i, x, std::array::from_mut(out));
+    }
+}
+
+/// The products of B blocks side by side: one core reads several streams from memory a quarter faster than one.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn gemv_blocks<const B: usize>(w: &Rows<'_>, block: usize, x: &Inputs<'_>, out: &mut [[f32; LANES]; B]) {
     let shape = w.shape();
     let spans = shape.group_size / x.span;
-    let (mut at, mut codes) = (w.block(block).as_ptr(), x.codes.as_ptr().cast::<i32>());
-    let mut sums = _mm512_setzero_ps();
+    let mut at: [*const u8; B] = std::array::from_fn(|i| w.block(block + i).as_ptr());
+    let mut codes = x.codes.as_ptr().cast::<i32>();
+    let mut sums = [_mm512_setzero_ps(); B];
     let mut index = 0;
     for _ in 0..shape.groups() {
         // SAFETY: a group's numbers come first in its bytes.
-        let (s, b) = unsafe { params(w, at) };
-        at = at.wrapping_add(shape.param_bytes());
+        let numbers = at.map(|at| unsafe { params(w, at) });
+        at = at.map(|at| at.wrapping_add(shape.param_bytes()));
         for _ in 0..spans {
-            // Two sums hide half of the latency of the multiplications.
-            let mut lanes = [_mm512_setzero_si512(); 2];
+            // Two sums a block, or four of a single one: the next octet shall not wait for these multiplications.
+            let mut lanes = [[_mm512_setzero_si512(); 4]; B];
             for _ in 0..x.span / OCTET {
-                _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(AHEAD).cast());
-                // SAFETY: a block has the bytes its shape says, and `x` the columns of that shape: an octet is left.
-                unsafe {
-                    let octet = bring_out(shape.codes, at);
-                    for (t, octet) in octet.into_iter().enumerate() {
-                        let pair = _mm512_set1_epi32(codes.add(t).read_unaligned());
-                        lanes[t % 2] = _mm512_dpwssd_epi32(lanes[t % 2], octet, pair);
+                for i in 0..B {
+                    _mm_prefetch::<_MM_HINT_T0>(at[i].wrapping_add(AHEAD).cast());
+                    // SAFETY: a block has the bytes its shape says, and `x` the columns of that shape: an octet is left.
+                    unsafe {
+                        for (t, octet) in bring_out(shape.codes, at[i]).into_iter().enumerate() {
+                            let pair = _mm512_set1_epi32(codes.add(t).read_unaligned());
+                            let sum = &mut lanes[i][if B == 1 { t } else { t % 2 }];
+                            *sum = multiply_add(*sum, octet, pair);
+                        }
                     }
+                    at[i] = at[i].wrapping_add(shape.octet_bytes());
                 }
-                at = at.wrapping_add(shape.octet_bytes());
                 codes = codes.wrapping_add(OCTET / 2);
             }
             let (d, sum) = (_mm512_set1_ps(x.scales[index]), _mm512_set1_ps(x.sums[index]));
             index += 1;
-            let lanes = _mm512_cvtepi32_ps(_mm512_add_epi32(lanes[0], lanes[1]));
-            sums = _mm512_fmadd_ps(lanes, _mm512_mul_ps(s, d), sums);
-            if shape.has_offsets() {
-                sums = _mm512_fmadd_ps(b, sum, sums);
+            for i in 0..B {
+                let [a, b, c, e] = lanes[i];
+                let lanes = _mm512_add_epi32(_mm512_add_epi32(a, b), _mm512_add_epi32(c, e));
+                let (s, b) = numbers[i];
+                sums[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(lanes), _mm512_mul_ps(s, d), sums[i]);
+                if shape.has_offsets() {
+                    sums[i] = _mm512_fmadd_ps(b, sum, sums[i]);
+                }
             }
         }
     }
-    // SAFETY: sixteen floats.
-    unsafe { _mm512_storeu_ps(out.as_mut_ptr(), sums) }
+    for (out, sums) in out.iter_mut().zip(sums) {
+        // SAFETY: sixteen floats.
+        unsafe { _mm512_storeu_ps(out.as_mut_ptr(), sums) }
+    }
 }
 
 /// The codes of an octet as four vectors of pairs.
@@ -172,7 +211,7 @@ unsafe fn tile<const T: usize>(
                 let w = _mm512_loadu_si512(weights);
                 for i in 0..T {
                     let x = _mm512_set1_epi32(rows[i].add(pair).read_unaligned());
-                    lanes[i] = _mm512_dpwssd_epi32(lanes[i], w, x);
+                    lanes[i] = multiply_add(lanes[i], w, x);
                 }
             }
             weights = weights.wrapping_add(1);

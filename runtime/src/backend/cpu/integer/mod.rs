@@ -24,9 +24,12 @@ pub(super) mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(super) mod avx512;
 #[cfg(target_arch = "aarch64")]
+pub(super) mod i8mm;
+#[cfg(target_arch = "aarch64")]
 pub(super) mod neon;
 pub(super) mod portable;
 pub(super) mod rows;
+pub(super) mod stored;
 #[cfg(test)]
 mod tests;
 
@@ -37,6 +40,8 @@ pub(super) use activations::{Activations, Inputs, bytes};
 const PANEL: usize = 512;
 /// Bytes of activations that stay in the second-level cache while all panels meet them.
 const TOKEN_BYTES: usize = 192 * 1024;
+/// Blocks that [`Kernels::gemv`] reads side by side where that helps.
+const STREAMS: usize = 4;
 /// Most tokens that meet a panel before the next one is brought out.
 const MAX_TOKENS: usize = 240;
 
@@ -142,10 +147,11 @@ pub(super) fn matmul(
             let matrix = &matrices[group.expert];
             if group.rows.len() == 1 {
                 let x = x.rows(group.rows.clone());
-                let mut sums = [0.0; LANES];
-                for block in blocks.clone() {
-                    kernels.gemv(matrix, block, &x, &mut sums);
-                    write(group.rows.start, block, &sums);
+                let mut sums = [[0.0; LANES]; STREAMS];
+                for first in blocks.clone().step_by(STREAMS) {
+                    let sums = &mut sums[..STREAMS.min(blocks.end - first)];
+                    kernels.gemv(matrix, first, &x, sums);
+                    (first..).zip(&*sums).for_each(|(block, sums)| write(group.rows.start, block, sums));
                 }
                 continue;
             }

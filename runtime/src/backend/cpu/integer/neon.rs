@@ -17,7 +17,7 @@ use super::{Inputs, Panel, portable};
 /// Tokens of a tile.
 const TOKENS: usize = 3;
 /// Vectors of four rows in a block.
-const QUADS: usize = LANES / 4;
+pub(super) const QUADS: usize = LANES / 4;
 
 /// sums[r] += sum_i a[4 r + i] * b[4 I + i]
 #[inline]
@@ -73,7 +73,7 @@ pub(in crate::backend::cpu) fn natural(codes: &[i16]) -> Vec<i16> {
 /// The bytes of an octet at `at`.
 #[inline]
 #[target_feature(enable = "neon")]
-unsafe fn bring_out(codes: Codes, at: *const u8) -> [[int8x16_t; 2]; QUADS] {
+pub(super) unsafe fn bring_out(codes: Codes, at: *const u8) -> [[int8x16_t; 2]; QUADS] {
     match codes {
         Codes::Four(_) => std::array::from_fn(|quad| {
             // SAFETY: by the caller's promise.
@@ -100,8 +100,16 @@ unsafe fn bring_out(codes: Codes, at: *const u8) -> [[int8x16_t; 2]; QUADS] {
     }
 }
 
+/// Four rows of even and of odd columns as two pairs of rows.
+#[inline]
+#[target_feature(enable = "neon")]
+pub(super) fn pair([even, odd]: [int8x16_t; 2]) -> [int8x16_t; 2] {
+    let (even, odd) = (vreinterpretq_s32_s8(even), vreinterpretq_s32_s8(odd));
+    [vreinterpretq_s8_s32(vzip1q_s32(even, odd)), vreinterpretq_s8_s32(vzip2q_s32(even, odd))]
+}
+
 /// Scales and b of a group.
-fn params(w: &Rows<'_>, bytes: &[u8]) -> ([f32; LANES], [f32; LANES]) {
+pub(super) fn params(w: &Rows<'_>, bytes: &[u8]) -> ([f32; LANES], [f32; LANES]) {
     let number = |at: usize| half::f16::from_ne_bytes([bytes[2 * at], bytes[2 * at + 1]]).to_f32();
     let s: [f32; LANES] = std::array::from_fn(number);
     let b = std::array::from_fn(|lane| match w.shape().codes {
@@ -118,7 +126,7 @@ fn params(w: &Rows<'_>, bytes: &[u8]) -> ([f32; LANES], [f32; LANES]) {
 /// Sixteen floats at each pointer.
 #[inline]
 #[target_feature(enable = "neon")]
-unsafe fn finish(
+pub(super) unsafe fn finish(
     lanes: &[[int32x4_t; 2]; QUADS],
     (s, b): (*const f32, *const f32),
     (d, sum): (f32, f32),
@@ -141,7 +149,15 @@ unsafe fn finish(
 
 /// See [`super::super::kernels::Kernels::gemv`].
 #[target_feature(enable = "neon,dotprod")]
-pub(in crate::backend::cpu) fn gemv(w: &Rows<'_>, block: usize, x: &Inputs<'_>, out: &mut [f32; LANES]) {
+pub(in crate::backend::cpu) fn gemv(w: &Rows<'_>, block: usize, x: &Inputs<'_>, out: &mut [[f32; LANES]]) {
+    for (block, out) in (block..).zip(out) {
+        gemv_block(w, block, x, out);
+    }
+}
+
+#[inline]
+#[target_feature(enable = "neon,dotprod")]
+fn gemv_block(w: &Rows<'_>, block: usize, x: &Inputs<'_>, out: &mut [f32; LANES]) {
     let shape = w.shape();
     out.fill(0.0);
     let mut x_octets = x.codes.as_ptr().cast::<i8>();
@@ -168,9 +184,9 @@ pub(in crate::backend::cpu) fn gemv(w: &Rows<'_>, block: usize, x: &Inputs<'_>, 
     }
 }
 
-/// See [`super::super::kernels::Kernels::unpack`]; a panel's octet is what [`bring_out`] gives.
+/// See [`super::super::kernels::Kernels::unpack`]; a panel's octet is what [`bring_out`] gives, or [`pair`] makes of it.
 #[target_feature(enable = "neon")]
-pub(in crate::backend::cpu) fn unpack(w: &Rows<'_>, block: usize, first: usize, panel: &mut Panel) {
+pub(in crate::backend::cpu) fn unpack<const PAIRED: bool>(w: &Rows<'_>, block: usize, first: usize, panel: &mut Panel) {
     let shape = w.shape();
     let span = panel.span;
     let bytes = w.block(block);
@@ -185,6 +201,7 @@ pub(in crate::backend::cpu) fn unpack(w: &Rows<'_>, block: usize, first: usize, 
             // SAFETY: an octet of codes; 128 bytes for eight vectors.
             unsafe {
                 for (quad, parts) in bring_out(shape.codes, codes.as_ptr()).into_iter().enumerate() {
+                    let parts = if PAIRED { pair(parts) } else { parts };
                     vst1q_s8(to.as_mut_ptr().add(32 * quad), parts[0]);
                     vst1q_s8(to.as_mut_ptr().add(32 * quad + 16), parts[1]);
                 }

@@ -3,6 +3,7 @@
 use super::activations::{Round, place};
 use super::rows::{LANES, MAX_SPAN, OCTET, Rows};
 use super::{Inputs, Panel};
+use crate::tensor::Offset;
 
 /// See [`super::super::kernels::Kernels::round_span`].
 pub(in crate::backend::cpu) fn round_span(x: &[f32], codes: &mut [i16]) -> (f32, f32) {
@@ -23,8 +24,30 @@ pub(in crate::backend::cpu) fn round_span(x: &[f32], codes: &mut [i16]) -> (f32,
     (scale, scale * sum as f32)
 }
 
+/// See [`super::super::kernels::Kernels::expand_columns`].
+pub(in crate::backend::cpu) fn expand_columns(offset: Offset, params: &[u8], codes: &[u8], out: &mut [f32]) {
+    assert!(params.len() == 4 * LANES && 2 * codes.len() == out.len() && out.len().is_multiple_of(OCTET * LANES));
+    let (scales, offsets) = params.split_at(2 * LANES);
+    for lane in 0..LANES {
+        let number = |from: &[u8]| u32::from(u16::from_ne_bytes(from.as_chunks().0[lane]));
+        let table = offset.weights(number(scales) | number(offsets) << 16);
+        for (words, out) in codes.chunks_exact(4 * LANES).zip(out.chunks_exact_mut(OCTET * LANES)) {
+            let word = u32::from_ne_bytes(words.as_chunks().0[lane]);
+            for (column, out) in out.chunks_exact_mut(LANES).enumerate() {
+                out[lane] = table[(word >> (4 * column)) as usize & 15];
+            }
+        }
+    }
+}
+
 /// See [`super::super::kernels::Kernels::gemv`].
-pub(in crate::backend::cpu) fn gemv(w: &Rows<'_>, block: usize, x: &Inputs<'_>, out: &mut [f32; LANES]) {
+pub(in crate::backend::cpu) fn gemv(w: &Rows<'_>, block: usize, x: &Inputs<'_>, out: &mut [[f32; LANES]]) {
+    for (block, out) in (block..).zip(out) {
+        gemv_block(w, block, x, out);
+    }
+}
+
+fn gemv_block(w: &Rows<'_>, block: usize, x: &Inputs<'_>, out: &mut [f32; LANES]) {
     let shape = w.shape();
     out.fill(0.0);
     let mut codes = [0i16; MAX_SPAN];

@@ -15,7 +15,7 @@
 use half::f16;
 
 use crate::backend::cpu::kernels::Kernels;
-use crate::tensor::{DenseType, Offset, W4Matrix};
+use crate::tensor::{DenseType, Offset, W4Matrix, WeightShape};
 
 /// Rows of a block.
 pub(in crate::backend::cpu) const LANES: usize = 16;
@@ -54,6 +54,14 @@ impl Shape {
         // groups of 32 it moves logits of small models by 0.7 % of the largest one.
         let coarse = offset.rounding() == DenseType::BF16 && !group_size.is_multiple_of(2 * BYTE_GROUP);
         (fits && !coarse).then_some(Self { n, k, group_size, codes: Codes::Four(offset) })
+    }
+
+    /// The blocks that a weight is stored in, if it is.
+    pub(in crate::backend::cpu) fn of(weight: &WeightShape) -> Option<Self> {
+        match *weight {
+            WeightShape::W4 { n, k, group_size, offset } => Self::of_w4(n, k, group_size, offset),
+            _ => None,
+        }
     }
 
     /// The blocks that a dense matrix can be rounded to.
@@ -176,6 +184,29 @@ impl<'a> Rows<'a> {
         }
     }
 
+    /// The weights of a block of 4-bit codes from column `first` on, a multiple of 8, (columns, 16) as many as `out` has,
+    /// a multiple of 8 too: those of the definition, rounded as it rounds.
+    pub(in crate::backend::cpu) fn expand_block(
+        &self,
+        kernels: &dyn Kernels,
+        block: usize,
+        first: usize,
+        out: &mut [f32],
+    ) {
+        let Codes::Four(offset) = self.shape.codes else { return out.fill(f32::NAN) };
+        let (mut column, mut left) = (first, out);
+        while !left.is_empty() {
+            let in_group = column % self.shape.group_size;
+            let n = (self.shape.group_size - in_group).min(left.len() / LANES);
+            let (out, rest) = left.split_at_mut(n * LANES);
+            let bytes = &self.block(block)[column / self.shape.group_size * self.shape.group_bytes()..];
+            let (params, codes) = bytes[..self.shape.group_bytes()].split_at(self.shape.param_bytes());
+            let codes = &codes[in_group / OCTET * self.shape.octet_bytes()..][..n / OCTET * self.shape.octet_bytes()];
+            kernels.expand_columns(offset, params, codes, out);
+            (column, left) = (column + n, rest);
+        }
+    }
+
     /// The codes of row `row` from column `first` on, all of one group, for plain code; returns s and b of `s * q + b`.
     pub(super) fn codes(&self, row: usize, first: usize, out: &mut [i16]) -> (f32, f32) {
         let numbers = self.group(row, first / self.shape.group_size);
@@ -218,14 +249,17 @@ fn byte_place(column: usize, lane: usize) -> usize {
     2 * LANES * (column % 4) + 2 * lane + column / 4
 }
 
-/// Lays out the rows of `matrix`; `bytes` are as many as `shape`, which is of this matrix, says.
-pub(in crate::backend::cpu) fn interleave(matrix: &W4Matrix, shape: &Shape, bytes: &mut [u8]) {
+/// Lays out the rows of `matrix` as those from `first` on; `bytes` are as many as `shape`, which is of the whole matrix,
+/// says.
+pub(in crate::backend::cpu) fn interleave(matrix: &W4Matrix, first: usize, shape: &Shape, bytes: &mut [u8]) {
     let (words, groups) = (matrix.k / OCTET, matrix.groups());
-    for (block, bytes) in bytes.chunks_exact_mut(shape.block_bytes()).enumerate() {
-        let rows = block * LANES..matrix.n.min((block + 1) * LANES);
+    let blocks = first / LANES..(first + matrix.n).div_ceil(LANES);
+    for (block, bytes) in blocks.clone().zip(bytes.chunks_exact_mut(shape.block_bytes()).skip(blocks.start)) {
+        let rows = first.max(block * LANES)..(first + matrix.n).min((block + 1) * LANES);
         for (group, bytes) in bytes.chunks_exact_mut(shape.group_bytes()).enumerate() {
             let (params, codes) = bytes.split_at_mut(shape.param_bytes());
-            for (lane, row) in rows.clone().enumerate() {
+            for to in rows.clone() {
+                let (row, lane) = (to - first, to % LANES);
                 let both = matrix.group_params[row * groups + group];
                 params[2 * lane..][..2].copy_from_slice(&(both as u16).to_ne_bytes());
                 params[2 * (LANES + lane)..][..2].copy_from_slice(&((both >> 16) as u16).to_ne_bytes());
@@ -241,31 +275,43 @@ pub(in crate::backend::cpu) fn interleave(matrix: &W4Matrix, shape: &Shape, byte
 
 /// Rounds the blocks from `first` on of a matrix to 8 bits, as many as `bytes` takes; `read` writes a row's weights.
 pub(in crate::backend::cpu) fn round(
+    kernels: &dyn Kernels,
     shape: &Shape,
     first: usize,
     bytes: &mut [u8],
     mut read: impl FnMut(usize, &mut [f32]),
 ) {
-    let mut row = vec![0.0f32; shape.k];
+    // Rows that the last block does not have stay zeros.
+    let mut rows = vec![0.0f32; LANES * shape.k];
     for (block, bytes) in (first..).zip(bytes.chunks_exact_mut(shape.block_bytes())) {
-        for (lane, n) in (block * LANES..shape.n.min((block + 1) * LANES)).enumerate() {
-            read(n, &mut row);
-            for (values, bytes) in row.chunks_exact(shape.group_size).zip(bytes.chunks_exact_mut(shape.group_bytes())) {
-                let largest = values.iter().fold(0.0f32, |most, v| most.max(v.abs()));
-                let scale = f16::from_f32(largest / 127.0);
-                let inverse = match scale.to_f32() {
-                    0.0 => 0.0,
-                    scale => 1.0 / scale,
-                };
-                bytes[2 * lane..][..2].copy_from_slice(&scale.to_bits().to_ne_bytes());
-                let codes = bytes[shape.param_bytes()..].chunks_exact_mut(shape.octet_bytes());
-                for (values, codes) in values.as_chunks::<OCTET>().0.iter().zip(codes) {
-                    for (column, value) in values.iter().enumerate() {
-                        // Adding and taking away 1.5 * 2^23 rounds to an integer, everywhere without a call.
-                        let code = (value * inverse).clamp(-127.0, 127.0) + 12_582_912.0 - 12_582_912.0;
-                        codes[byte_place(column, lane)] = code as i8 as u8;
-                    }
-                }
+        let present = block * LANES..shape.n.min((block + 1) * LANES);
+        rows[present.len() * shape.k..].fill(0.0);
+        for (n, row) in present.zip(rows.chunks_exact_mut(shape.k)) {
+            read(n, row);
+        }
+        for (group, bytes) in bytes.chunks_exact_mut(shape.group_bytes()).enumerate() {
+            kernels.round_group(&rows[group * BYTE_GROUP..], shape.k, bytes);
+        }
+    }
+}
+
+/// See [`Kernels::round_group`].
+pub(in crate::backend::cpu) fn round_group(values: &[f32], stride: usize, bytes: &mut [u8]) {
+    let (params, codes) = bytes.split_at_mut(2 * LANES);
+    for (lane, params) in params.as_chunks_mut::<2>().0.iter_mut().enumerate() {
+        let values = &values[lane * stride..][..BYTE_GROUP];
+        let largest = values.iter().fold(0.0f32, |most, v| most.max(v.abs()));
+        let scale = f16::from_f32(largest / 127.0);
+        let inverse = match scale.to_f32() {
+            0.0 => 0.0,
+            scale => 1.0 / scale,
+        };
+        *params = scale.to_bits().to_ne_bytes();
+        for (values, codes) in values.as_chunks::<OCTET>().0.iter().zip(codes.chunks_exact_mut(OCTET * LANES)) {
+            for (column, value) in values.iter().enumerate() {
+                // Adding and taking away 1.5 * 2^23 rounds to an integer, everywhere without a call.
+                let code = (value * inverse).clamp(-127.0, 127.0) + 12_582_912.0 - 12_582_912.0;
+                codes[byte_place(column, lane)] = code as i8 as u8;
             }
         }
     }

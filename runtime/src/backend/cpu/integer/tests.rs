@@ -4,6 +4,7 @@ use super::activations::place;
 use super::rows::{BYTE_GROUP, Codes, OCTET, Shape};
 use super::*;
 use crate::backend::cpu::kernels;
+use crate::quant::awq::encode_gemm;
 use crate::tensor::{Offset, W4Matrix};
 
 fn random(seed: &mut u64) -> u32 {
@@ -43,7 +44,7 @@ impl Case {
         let matrix = w4(n, k, group_size, offset, seed);
         let shape = Shape::of_w4(n, k, group_size, offset).unwrap();
         let mut bytes = vec![0; shape.bytes().unwrap()];
-        rows::interleave(&matrix, &shape, &mut bytes);
+        rows::interleave(&matrix, 0, &shape, &mut bytes);
         let weight = |i: usize| {
             let params = matrix.group_params[i / group_size];
             let (s, o) = (f16::from_bits(params as u16).to_f64(), f16::from_bits((params >> 16) as u16).to_f64());
@@ -60,7 +61,7 @@ impl Case {
         // In two pieces, as two tasks do it.
         let (first, second) = bytes.split_at_mut(shape.blocks() / 2 * shape.block_bytes());
         for (at, bytes) in [(0, first), (shape.blocks() / 2, second)] {
-            rows::round(&shape, at, bytes, |row, out| out.copy_from_slice(&values[row * k..][..k]));
+            rows::round(&kernels::Portable, &shape, at, bytes, |row, out| out.copy_from_slice(&values[row * k..][..k]));
         }
         let mut weights = vec![0.0; k];
         let mut all = Vec::new();
@@ -131,7 +132,7 @@ fn expansions_are_those_of_the_definition() {
             let matrix = w4(n, k, group_size, offset, &mut seed);
             let shape = Shape::of_w4(n, k, group_size, offset).unwrap();
             let mut bytes = vec![0; shape.bytes().unwrap()];
-            rows::interleave(&matrix, &shape, &mut bytes);
+            rows::interleave(&matrix, 0, &shape, &mut bytes);
             let (mut expected, mut found) = (vec![0.0; k], vec![0.0; k]);
             for kernels in kernels::all() {
                 for row in 0..n {
@@ -141,7 +142,73 @@ fn expansions_are_those_of_the_definition() {
                     Rows::new(shape, &bytes).expand(&*kernels, row, first.len(), second);
                     assert_eq!(found, expected, "{} row {row} of {shape:?}", kernels.name());
                 }
+                let mut block = vec![0.0; LANES * k];
+                for first in (0..n).step_by(LANES) {
+                    let (left, right) = block.split_at_mut(LANES * (k / 16 * 8));
+                    let rows = Rows::new(shape, &bytes);
+                    rows.expand_block(&*kernels, first / LANES, 0, left);
+                    rows.expand_block(&*kernels, first / LANES, left.len() / LANES, right);
+                    for row in first..n.min(first + LANES) {
+                        matrix.dequantize_row(row, &mut expected);
+                        let found: Vec<f32> = block.iter().skip(row % LANES).step_by(LANES).copied().collect();
+                        assert_eq!(found, expected, "{} row {row} of {shape:?}", kernels.name());
+                    }
+                }
             }
+        }
+    }
+}
+
+#[test]
+fn rows_may_come_in_parts() {
+    let mut seed = 15;
+    let (n, k, group_size) = (72, 192, 64);
+    let matrix = w4(n, k, group_size, Offset::Zero, &mut seed);
+    let shape = Shape::of_w4(n, k, group_size, Offset::Zero).unwrap();
+    let mut whole = vec![0; shape.bytes().unwrap()];
+    rows::interleave(&matrix, 0, &shape, &mut whole);
+    let stored = encode_gemm(&matrix).unwrap();
+    for cuts in [vec![0, 72], vec![0, 8, 16, 40, 72], vec![0, 24, 56, 72]] {
+        let (mut bytes, mut straight) = (vec![0; whole.len()], vec![0; whole.len()]);
+        for rows in cuts.windows(2).map(|cut| cut[0]..cut[1]) {
+            let (words, groups) = (k / 8, k / group_size);
+            let part = W4Matrix {
+                n: rows.len(),
+                qweight: matrix.qweight[rows.start * words..rows.end * words].to_vec(),
+                group_params: matrix.group_params[rows.start * groups..rows.end * groups].to_vec(),
+                ..matrix
+            };
+            rows::interleave(&part, rows.start, &shape, &mut bytes);
+            let part = encode_gemm(&part).unwrap();
+            for inputs in [0..128, 128..k] {
+                let pieces = stored::Pieces::of(&part, inputs, rows.len(), group_size);
+                for block in rows.start / LANES..rows.end.div_ceil(LANES) {
+                    let bytes = &mut straight[block * shape.block_bytes()..][..shape.block_bytes()];
+                    pieces.lay_out(block * LANES, rows.start, &shape, bytes);
+                }
+            }
+        }
+        assert_eq!(bytes, whole);
+        assert_eq!(straight, whole);
+    }
+    let mut straight = vec![0; whole.len()];
+    stored::Pieces::of(&stored, 0..k, n, group_size).lay_out(0, 0, &shape, &mut straight);
+    assert_eq!(straight, whole);
+}
+
+#[test]
+fn groups_are_rounded_alike() {
+    let mut seed = 5;
+    for magnitude in [1.0, 3e4, 1e-5, 1e-7] {
+        let stride = BYTE_GROUP + 3;
+        let mut values: Vec<f32> = (0..LANES * stride).map(|_| magnitude * float(&mut seed)).collect();
+        values[3 * stride..][..BYTE_GROUP].fill(0.0);
+        let mut expected = vec![1; (2 + BYTE_GROUP) * LANES];
+        rows::round_group(&values, stride, &mut expected);
+        for kernels in kernels::all() {
+            let mut found = vec![2; expected.len()];
+            kernels.round_group(&values, stride, &mut found);
+            assert_eq!(found, expected, "{} at {magnitude}", kernels.name());
         }
     }
 }
@@ -205,12 +272,12 @@ fn integer_sums_are_exact() {
                 let x = vec![sign * 32639.0; span];
                 let activations = rounded(&*kernels, &shape, &x);
                 assert_eq!(activations.inputs().scales, [1.0]);
-                let mut found = [0.0; LANES];
+                let mut found = [[0.0; LANES]];
                 kernels.gemv(&Rows::new(shape, &bytes), 0, &activations.inputs(), &mut found);
-                assert_eq!(found, [sign * 32639.0 * 15.0 * span as f32; LANES], "{}", kernels.name());
+                assert_eq!(found, [[sign * 32639.0 * 15.0 * span as f32; LANES]], "{}", kernels.name());
                 let mut worker = Worker::new();
                 let sums = worker.products(&*kernels, &Rows::new(shape, &bytes), 0, &activations.inputs());
-                assert_eq!(sums, [found], "{}", kernels.name());
+                assert_eq!(sums, found, "{}", kernels.name());
             }
         }
     }

@@ -302,7 +302,7 @@ impl CpuRunner {
         match weights.matrix(weight.0 as usize) {
             Matrix::Blocks(rows) => Way::Blocks(*rows.shape()),
             Matrix::Plain(_) if out == self.program.logits => {
-                weights.rounded_shape(weight.0 as usize).map_or(Way::Single, Way::Rounded)
+                weights.rounded(weight.0 as usize).map_or(Way::Single, |rows| Way::Rounded(*rows.shape()))
             }
             Matrix::Plain(_) => Way::Single,
         }
@@ -332,7 +332,7 @@ impl CpuRunner {
         let id = weight.0 as usize;
         let blocks = match (self.way(weights, weight, out.buffer), weights.matrix(id)) {
             (Way::Blocks(_), Matrix::Blocks(rows)) => Some(rows),
-            (Way::Rounded(_), _) => Some(weights.rounded(id, &mut self.pool, kernels)?),
+            (Way::Rounded(_), _) => weights.rounded(id),
             _ => None,
         };
         // An operation may not read what it writes.
