@@ -266,8 +266,7 @@ pub(crate) fn trial(case: Case, pad: u32, variant: Variant, rng: &mut Rng) -> Tr
     let (out_words, ml_words) = (trial::words(&out), trial::words(ml.as_flattened()));
     let storage = vec![trial::words(&qkv), k_words, v_words, out_words, ml_words, k_shared, v_shared];
     reference(&params, &step, &qkv, &k, &v, &mut out, &mut ml);
-    let out_tolerance = (0..out.len()).map(|i| TOLERANCE * 2.0 * ml[i / head_dim as usize][1]).collect();
-    let ml_tolerance = ml.iter().flat_map(|&[m, l]| [TOLERANCE * (m.abs() + 1.0), TOLERANCE * l]).collect();
+    let (out_tolerance, ml_tolerance) = tolerances(head_dim, &out, &ml);
     Trial {
         label: format!("{case:?}"),
         params: bytemuck::bytes_of(&params).to_vec(),
@@ -279,6 +278,12 @@ pub(crate) fn trial(case: Case, pad: u32, variant: Variant, rng: &mut Rng) -> Tr
             Expected::close(6, ml.as_flattened().to_vec(), ml_tolerance),
         ],
     }
+}
+
+/// Of the partial results `out` and `ml`.
+pub(crate) fn tolerances(head_dim: u32, out: &[f32], ml: &[[f32; 2]]) -> (Vec<f32>, Vec<f32>) {
+    let of_out = (0..out.len()).map(|i| TOLERANCE * 2.0 * ml[i / head_dim as usize][1]).collect();
+    (of_out, ml.iter().flat_map(|&[m, l]| [TOLERANCE * (m.abs() + 1.0), TOLERANCE * l]).collect())
 }
 
 #[cfg(test)]

@@ -60,6 +60,7 @@ pub static KERNEL: Kernel = Kernel {
         Prelude::Split,
         Prelude::Elem,
         Prelude::Stage,
+        Prelude::StageEight,
         Prelude::StageOut,
     ],
     constants: &[("WG", WG), ("HEAD_DIM_MAX", HEAD_DIM_MAX)],

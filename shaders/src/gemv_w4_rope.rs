@@ -62,6 +62,7 @@ pub static KERNEL: Kernel = Kernel {
         Prelude::Elem,
         Prelude::Stage,
         Prelude::Kv,
+        Prelude::GemvW4Chunk,
         Prelude::GemvW4,
         Prelude::GemvW4Pair,
     ],

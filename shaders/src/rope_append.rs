@@ -32,7 +32,7 @@ params! {
 pub static KERNEL: Kernel = Kernel {
     name: "rope_append",
     body: include_str!("rope_append.wgsl"),
-    preludes: &[Prelude::Step, Prelude::Kv],
+    preludes: &[Prelude::Step, Prelude::Kv, Prelude::RopeAppend],
     constants: &[("WG", WG)],
     sizes: &[],
     params: Params::FIELDS,
@@ -46,7 +46,7 @@ pub fn grid(params: &Params, rows: u32) -> [u32; 3] {
 }
 
 /// Two products of a rotation in single precision, relative to the largest element.
-const ROTATION: f32 = 1e-6;
+pub(crate) const ROTATION: f32 = 1e-6;
 /// Rounding to half precision, relative to the element.
 const F16_ROUNDING: f32 = 6e-4;
 
@@ -100,6 +100,14 @@ pub fn cases() -> Vec<[u32; 6]> {
     vec![[1, 1, 2, 2, 0, 1], [4, 2, 64, 64, 5, 3], [3, 3, 80, 20, 1, 4], [2, 1, 12, 6, 3, 2], [8, 2, 128, 0, 7, 1]]
 }
 
+/// Elements of a cache after rotation.
+pub(crate) fn cached(binding: u32, kv: Kv, values: Vec<f32>) -> Expected {
+    let rounding = if kv == Kv::F16 { F16_ROUNDING } else { 0.0 };
+    let tolerance = values.iter().map(|v| ROTATION * 60.0 + rounding * v.abs()).collect();
+    let values = if kv == Kv::F16 { Values::F16(values) } else { Values::F32(values) };
+    Expected { binding, start: None, values, tolerance, rms: 0.0 }
+}
+
 fn trials(variant: Variant, rng: &mut Rng) -> Vec<Trial> {
     let mut trials = Vec::new();
     for (i, [heads, kv_heads, head_dim, rotary_dim, position, n_tokens]) in cases().into_iter().enumerate() {
@@ -121,12 +129,6 @@ fn trials(variant: Variant, rng: &mut Rng) -> Vec<Trial> {
         let storage = vec![trial::words(&qkv), trial::words(rope.as_flattened()), cache.clone(), cache];
         let (mut k, mut v) = (trial::poisoned(elements), trial::poisoned(elements));
         reference(&params, &step, &mut qkv, &rope, &mut k, &mut v);
-        let close = |binding, values: Vec<f32>| {
-            let rounding = if variant.kv == Kv::F16 { F16_ROUNDING } else { 0.0 };
-            let tolerance = values.iter().map(|v| ROTATION * 60.0 + rounding * v.abs()).collect();
-            let values = if variant.kv == Kv::F16 { Values::F16(values) } else { Values::F32(values) };
-            Expected { binding, start: None, values, tolerance, rms: 0.0 }
-        };
         trials.push(Trial {
             label: format!(
                 "{heads}/{kv_heads} heads of {head_dim}, {rotary_dim} rotated, {n_tokens} at {position} behind {prefix}"
@@ -135,7 +137,7 @@ fn trials(variant: Variant, rng: &mut Rng) -> Vec<Trial> {
             step,
             storage,
             grid: grid(&params, n_tokens),
-            expected: vec![Expected::near(2, qkv, ROTATION), close(4, k), close(5, v)],
+            expected: vec![Expected::near(2, qkv, ROTATION), cached(4, variant.kv, k), cached(5, variant.kv, v)],
         });
     }
     trials

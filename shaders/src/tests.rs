@@ -128,7 +128,9 @@ fn params_lie_where_the_shader_reads_them() {
 fn kernels_keep_to_the_limits_every_device_has() {
     for entry in ENTRIES {
         let storage = |b: &&Binding| b.kind != BindingKind::Uniform;
-        assert!(entry.bindings.iter().filter(storage).count() <= 8, "{}: storage buffers", entry.name);
+        // Kernels over the caches of several sessions are for devices that have more.
+        let most = if entry.name.ends_with("_each") { crate::EACH_BUFFERS } else { 8 };
+        assert!(entry.bindings.iter().filter(storage).count() <= most, "{}: storage buffers", entry.name);
         assert!(entry.workgroup_size.iter().product::<u32>() <= 256, "{}: workgroup size", entry.name);
         let coop = ALL.iter().any(|kernel| kernel.name == entry.name && kernel.needs_coop());
         let memory = if coop { crate::gemm_w4_coop::MEMORY } else { 16 << 10 };

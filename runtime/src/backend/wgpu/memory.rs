@@ -6,6 +6,7 @@ use awqua_shaders::{attention, attention_coop};
 use wgpu::BufferUsages;
 
 use super::device::{Gpu, buffer_size};
+use super::plan::passes::Cache;
 use crate::backend::{BufferDesc, KvType, Op, Program, RunnerConfig};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -86,6 +87,16 @@ impl Prefix {
     }
 }
 
+impl Drop for Prefix {
+    /// As [`Memory::destroy_caches`].
+    fn drop(&mut self) {
+        self.caches.iter().for_each(|(keys, values)| {
+            keys.destroy();
+            values.destroy();
+        });
+    }
+}
+
 /// Bytes that [`Memory::new`] allocates.
 pub(super) fn bytes(program: &Program, config: &RunnerConfig) -> u64 {
     bytes_behind(program, config, 0)
@@ -133,6 +144,25 @@ impl Memory {
     pub(super) fn placeholder(gpu: &Gpu, program: &Program, config: &RunnerConfig) -> Result<Self> {
         let dummy = gpu.buffer("a placeholder", 16, BufferUsages::STORAGE | BufferUsages::UNIFORM)?;
         Self::layout(program, config, 0, &mut |_, _, _| Ok(dummy.clone()))
+    }
+
+    /// Keys and values, for passes that work in them.
+    pub(super) fn to_join(&self) -> Cache {
+        Cache { layers: self.caches.clone(), prefix: self.prefix.clone() }
+    }
+
+    /// What tells this cache from others while both are there.
+    pub(super) fn identity(&self) -> Option<(wgpu::Buffer, usize)> {
+        let prefix = self.prefix.as_ref().map_or(0, |prefix| Arc::as_ptr(prefix) as usize);
+        self.caches.first().map(|(keys, _)| (keys.clone(), prefix))
+    }
+
+    /// Gives the memory of the caches back, though bind groups of passes may still name it.
+    pub(super) fn destroy_caches(&self) {
+        self.caches.iter().for_each(|(keys, values)| {
+            keys.destroy();
+            values.destroy();
+        });
     }
 
     /// Positions that are shared.

@@ -15,6 +15,7 @@ mod experts;
 mod fuse;
 mod halve;
 mod linear;
+pub(super) mod passes;
 mod stage;
 
 use super::WgpuBackend;
@@ -26,6 +27,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::tensor::DenseType;
 use experts::Experts;
 use linear::{Linear, gemv_rows};
+pub(super) use linear::{matrix_params, rows_params, usual_size};
+use passes::{PassSites, Site};
 
 /// The dispatches of a program.
 pub(super) struct Plan {
@@ -33,6 +36,8 @@ pub(super) struct Plan {
     pub(super) ops: Vec<PlannedOp>,
     /// Bytes of the uniform blocks and of staged inputs.
     pub(super) bytes: u64,
+    /// Operations of a pass over several sessions that work in their caches, by [`Self::bind_members`].
+    sites: Vec<Site>,
 }
 
 /// The dispatches of one operation or of several.
@@ -95,8 +100,12 @@ impl Plan {
     /// [`ErrorKind::Unsupported`] or [`ErrorKind::InvalidTensor`] where weights do not fit the program, or a device
     /// error.
     pub(super) fn new(backend: &WgpuBackend, program: &Program, memory: &Memory, max_tokens: u32) -> Result<Self> {
-        let mut planner = Planner::new(backend, program, memory, max_tokens, false);
+        Self::of(Planner::new(backend, program, memory, max_tokens, false))
+    }
+
+    fn of(mut planner: Planner<'_>) -> Result<Self> {
         let drafts = planner.drafts()?;
+        let (backend, memory) = (planner.backend, planner.memory);
         let gpu = &backend.gpu;
         let uniform_bytes = planner.uniforms.len() as u64;
         let bytes = uniform_bytes + planner.staged_bytes;
@@ -111,7 +120,7 @@ impl Plan {
             Ok(PlannedOp { rows: draft.rows, levels: levels.collect::<Result<_>>()? })
         };
         let ops = gpu.scoped("bind groups", 0, || drafts.into_iter().map(finish_op).collect::<Result<_>>())??;
-        Ok(Self { ops, bytes })
+        Ok(Self { ops, bytes, sites: planner.pass.map_or_else(Vec::new, |pass| pass.sites) })
     }
 
     /// The kernels that a plan for sessions of this kind needs; nothing is compiled or allocated for them.
@@ -194,6 +203,8 @@ struct Planner<'a> {
     dry: bool,
     /// The buffer whose staged form the last operation left up to date, for few rows.
     ready: Option<BufferId>,
+    /// What there is to know of a pass, if the plan is for passes over several sessions.
+    pass: Option<PassSites>,
     /// The buffer that the last operation left in half precision, for many rows.
     halved: Option<BufferId>,
 }
@@ -213,6 +224,7 @@ impl<'a> Planner<'a> {
             staged_bytes: 0,
             dry,
             ready: None,
+            pass: None,
             halved: None,
         }
     }
@@ -222,6 +234,10 @@ impl<'a> Planner<'a> {
         let mut drafts = Vec::new();
         let mut ops = self.program.ops.as_slice();
         while let Some(op) = ops.first() {
+            if self.in_caches(op, &ops[1..], &mut drafts)? {
+                ops = &ops[1..];
+                continue;
+            }
             let (draft, count) = match self.fused(ops)? {
                 Some(fused) => fused,
                 None => (self.op(op, &ops[1..])?, 1),
@@ -525,10 +541,7 @@ impl<'a> Planner<'a> {
     }
 
     fn variant(&self) -> Variant {
-        let kv = match self.memory.kv_type {
-            KvType::F16 => Kv::F16,
-            KvType::F32 => Kv::F32,
-        };
+        let kv = kv_of(self.memory.kv_type);
         let WgpuBackend { elem, reduce, size, .. } = *self.backend;
         Variant { elem, reduce, kv, size, ..Variant::default() }
     }
@@ -572,6 +585,13 @@ impl<'a> Planner<'a> {
             }
             _ => Err(unsupported("a norm weight or bias has to be a vector")),
         }
+    }
+}
+
+fn kv_of(kv_type: KvType) -> Kv {
+    match kv_type {
+        KvType::F16 => Kv::F16,
+        KvType::F32 => Kv::F32,
     }
 }
 

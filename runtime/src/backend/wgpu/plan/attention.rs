@@ -114,7 +114,8 @@ impl Planner<'_> {
                 flags: if target.is_some() { FLAG_STAGE } else { 0 },
                 stage_quads: target.map_or(0, |target| target.quads),
             };
-            let storage = vec![partial_out.clone(), partial_ml.clone(), self.buffer(out), staged_out];
+            let storage =
+                vec![partial_out.clone(), partial_ml.clone(), self.buffer(out), staged_out, self.memory.dummy.clone()];
             let launch = move |step: &Step| Launch {
                 // Nothing is left to do for tokens with one split each.
                 grid: match subgroups && attention_subgroup::is_whole(window, split_len, step) {
