@@ -153,6 +153,7 @@ fn options(desc: &awqua_engine_desc) -> Outcome<EngineOptions> {
         host_budget: budget(desc.host_budget_bytes),
         device_budget: budget(desc.device_budget_bytes),
         pipeline_cache: Some(cache).filter(|cache| !cache.is_empty()).map(|cache| Arc::new(cache.to_vec())),
+        tuning: None,
         auto_recover: desc.flags & AWQUA_ENGINE_AUTO_RECOVER != 0,
         threads: Some(threads),
         jobs: jobs(desc.parallel_for, desc.parallel_for_user, threads),

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use awqua::checkpoint::{Dtype, TensorView};
 use awqua::{Error, ErrorKind, Result};
 use half::f16;
+use half::slice::HalfFloatSliceExt;
 use serde_json::{Map, Value, json};
 
 /// Largest shard, bytes, as the Hugging Face libraries write by default.
@@ -254,7 +255,8 @@ pub(crate) fn copy_tensor(
         false => Some(tensor.dense_type()?),
     };
     let mut values = vec![0.0; PIECE / 2];
-    let mut halves = Vec::new();
+    let mut halves = vec![f16::ZERO; PIECE / 2];
+    let mut converted = Vec::with_capacity(PIECE);
     for at in (0..tensor.byte_len()).step_by(PIECE) {
         let bytes = &mut bytes[..PIECE.min(tensor.byte_len() - at)];
         tensor.extent().read(at, bytes).map_err(|error| error.in_tensor(&tensor.name))?;
@@ -264,15 +266,14 @@ pub(crate) fn copy_tensor(
         };
         let values = &mut values[..bytes.len() / dtype.size()];
         dtype.widen(bytes, values);
-        halves.clear();
-        for &value in values.iter() {
-            let half = f16::from_f32(value);
-            if !half.is_finite() {
-                return Err(tensor.error(format!("{value} does not fit half precision")));
-            }
-            halves.extend(half.to_le_bytes());
+        let halves = &mut halves[..values.len()];
+        halves.convert_from_f32_slice(values);
+        if let Some(i) = halves.iter().position(|half| !half.is_finite()) {
+            return Err(tensor.error(format!("{} does not fit half precision", values[i])));
         }
-        take(&halves)?;
+        converted.clear();
+        converted.extend(halves.iter().flat_map(|half| half.to_le_bytes()));
+        take(&converted)?;
     }
     tensor.release();
     Ok(())

@@ -145,7 +145,7 @@ pub fn cost(params: &Params, kv: Kv, positions: u32, rows: u32) -> Cost {
     let blocks = u64::from(params.kv_heads * (params.heads / params.kv_heads).div_ceil(HEADS));
     let row = u64::from(params.head_dim) * u64::from(positions) * u64::from(rows);
     Cost {
-        bytes: 2 * kv.row_bytes(params.head_dim) * u64::from(positions) * u64::from(rows) * blocks,
+        bytes: trial::word_bytes(2 * row * blocks / u64::from(kv.per_word())),
         flops: 4 * row * u64::from(params.heads),
     }
 }
@@ -207,8 +207,7 @@ pub fn cases() -> Vec<Case> {
 }
 
 fn trials(variant: Variant, rng: &mut Rng) -> Vec<Trial> {
-    let handled = |case: &Case| variant.kv != Kv::Q8 || rope_append_q8::handles(case.head_dim);
-    cases().into_iter().filter(handled).map(|case| trial(case, 1, variant, rng)).collect()
+    cases().into_iter().map(|case| trial(case, 1, variant, rng)).collect()
 }
 
 /// Random data for a case; rows of qkv have `pad` elements more than needed.
@@ -241,19 +240,23 @@ pub(crate) fn trial(case: Case, pad: u32, variant: Variant, rng: &mut Rng) -> Tr
                 *value = rng.range(-2.0, 2.0);
             }
         }
-        let (mut own, mut shared) = (Vec::new(), Vec::new());
-        for head in values.chunks_mut((context * head_dim) as usize) {
-            let (first, rest) = head.split_at_mut((prefix * head_dim) as usize);
-            for (part, values) in [(&mut shared, first), (&mut own, rest)] {
-                let (_, left) = variant.kv.pack(values, head_dim as usize);
-                values.copy_from_slice(&left);
-                part.extend_from_slice(values);
+        let words = match variant.kv {
+            Kv::F16 => {
+                let words = trial::pack_halves(&values);
+                values = trial::unpack_halves(&words);
+                words
             }
+            Kv::F32 => trial::words(&values),
+        };
+        let of_head = (context * head_dim / variant.kv.per_word()) as usize;
+        let (mut own, mut shared) = (Vec::new(), Vec::new());
+        for head in words.chunks(of_head) {
+            let (first, rest) = head.split_at((prefix * head_dim / variant.kv.per_word()) as usize);
+            shared.extend_from_slice(first);
+            own.extend_from_slice(rest);
         }
-        let [(mut own, _), (mut shared, _)] = [own, shared].map(|part| variant.kv.pack(&part, head_dim as usize));
-        // Read in whole pairs of words; bound, but not read, where nothing is shared.
-        own.resize(own.len().next_multiple_of(2), 0);
-        shared.resize(shared.len().next_multiple_of(2).max(4), 0);
+        // Bound, but not read.
+        shared.resize(shared.len().max(4), 0);
         (own, shared, values)
     };
     let ((k_words, k_shared, k), (v_words, v_shared, v)) = (cache(), cache());
@@ -263,8 +266,7 @@ pub(crate) fn trial(case: Case, pad: u32, variant: Variant, rng: &mut Rng) -> Tr
     let (out_words, ml_words) = (trial::words(&out), trial::words(ml.as_flattened()));
     let storage = vec![trial::words(&qkv), k_words, v_words, out_words, ml_words, k_shared, v_shared];
     reference(&params, &step, &qkv, &k, &v, &mut out, &mut ml);
-    let out_tolerance = (0..out.len()).map(|i| TOLERANCE * 2.0 * ml[i / head_dim as usize][1]).collect();
-    let ml_tolerance = ml.iter().flat_map(|&[m, l]| [TOLERANCE * (m.abs() + 1.0), TOLERANCE * l]).collect();
+    let (out_tolerance, ml_tolerance) = tolerances(head_dim, &out, &ml);
     Trial {
         label: format!("{case:?}"),
         params: bytemuck::bytes_of(&params).to_vec(),
@@ -276,6 +278,12 @@ pub(crate) fn trial(case: Case, pad: u32, variant: Variant, rng: &mut Rng) -> Tr
             Expected::close(6, ml.as_flattened().to_vec(), ml_tolerance),
         ],
     }
+}
+
+/// Of the partial results `out` and `ml`.
+pub(crate) fn tolerances(head_dim: u32, out: &[f32], ml: &[[f32; 2]]) -> (Vec<f32>, Vec<f32>) {
+    let of_out = (0..out.len()).map(|i| TOLERANCE * 2.0 * ml[i / head_dim as usize][1]).collect();
+    (of_out, ml.iter().flat_map(|&[m, l]| [TOLERANCE * (m.abs() + 1.0), TOLERANCE * l]).collect())
 }
 
 #[cfg(test)]

@@ -43,18 +43,18 @@ var<workgroup> scores: array<vec4<f32>, TILE>;
 var<workgroup> weights: array<vec4<f32>, TILE>;
 
 // Two elements of a key and of a value, in the shared part or the session's own.
-fn key(at: vec4<u32>, is_shared: bool) -> vec2<f32> {
+fn key(word: u32, is_shared: bool) -> vec2<f32> {
     if (is_shared) {
-        return kv_pair(k_prefix[at.x], k_prefix[at.y], k_prefix[at.z], at.w);
+        return kv_unpack(k_prefix[word], k_prefix[word + KV_PAIR_WORDS - 1u]);
     }
-    return kv_pair(k_cache[at.x], k_cache[at.y], k_cache[at.z], at.w);
+    return kv_unpack(k_cache[word], k_cache[word + KV_PAIR_WORDS - 1u]);
 }
 
-fn value(at: vec4<u32>, is_shared: bool) -> vec2<f32> {
+fn value(word: u32, is_shared: bool) -> vec2<f32> {
     if (is_shared) {
-        return kv_pair(v_prefix[at.x], v_prefix[at.y], v_prefix[at.z], at.w);
+        return kv_unpack(v_prefix[word], v_prefix[word + KV_PAIR_WORDS - 1u]);
     }
-    return kv_pair(v_cache[at.x], v_cache[at.y], v_cache[at.z], at.w);
+    return kv_unpack(v_cache[word], v_cache[word + KV_PAIR_WORDS - 1u]);
 }
 
 @compute @workgroup_size(WG)
@@ -100,11 +100,12 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         count = min(TILE, select(split.end, min(split.end, params.prefix), is_shared) - tile);
         let own = heads.kv * (params.context - params.prefix) + tile - params.prefix;
         let cache_start = select(own, heads.kv * params.prefix + tile, is_shared);
-        let lines = params.kv_heads * select(params.context - params.prefix, params.prefix, is_shared);
         var partial = vec4<f32>(0.0);
         if (score_slot < count) {
+            let row = (cache_start + score_slot) * pairs;
             for (var i = score_part; i < pairs; i += PARTS) {
-                let k = key(kv_pair_place(cache_start + score_slot, i, pairs, lines), is_shared);
+                let word = (row + i) * KV_PAIR_WORDS;
+                let k = key(word, is_shared);
                 partial = fma(q_tile[2u * i], vec4<f32>(k.x), partial);
                 partial = fma(q_tile[2u * i + 1u], vec4<f32>(k.y), partial);
             }
@@ -141,7 +142,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         workgroupBarrier();
         if (slice < slices) {
             for (var i = slice; i < count; i += slices) {
-                let v = value(kv_pair_place(cache_start + i, pair, pairs, lines), is_shared);
+                let word = ((cache_start + i) * pairs + pair) * KV_PAIR_WORDS;
+                let v = value(word, is_shared);
                 even = fma(weights[i], vec4<f32>(v.x), even);
                 odd = fma(weights[i], vec4<f32>(v.y), odd);
                 sum += weights[i];

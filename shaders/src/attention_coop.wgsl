@@ -21,8 +21,8 @@ struct Params {
 }
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(2) var<storage, read> qkv: array<f32>;              // (n_tokens, qkv_stride), q first
-@group(0) @binding(3) var<storage, read> k_cache: array<KvQuad>;       // (kv_heads, context, head_dim), then SPAN rows
-@group(0) @binding(4) var<storage, read> v_cache: array<KvQuad>;       // (kv_heads, context, head_dim), then SPAN rows
+@group(0) @binding(3) var<storage, read> k_cache: array<vec4<f16>>;    // (kv_heads, context, head_dim), then SPAN rows
+@group(0) @binding(4) var<storage, read> v_cache: array<vec4<f16>>;    // (kv_heads, context, head_dim), then SPAN rows
 @group(0) @binding(5) var<storage, read_write> out: array<f32>;        // (n_tokens, out_stride)
 
 const LOWEST: f32 = -3.0e38;
@@ -76,7 +76,6 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let last = step.position + min(token_start + TILE, step.n_tokens) - 1u;
     let begin = first_seen(step.position + token_start) / SPAN * SPAN;
     let k_start = kv_head * params.context;
-    let lines = params.kv_heads * params.context;
     let q_at = subgroup * 16u * Q_VECS;
     let score_at = subgroup * 16u * S_VECS;
 
@@ -102,10 +101,9 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     var keys: array<vec4<f16>, FETCHES>;
     var values: array<vec4<f16>, FETCHES>;
     for (var i = 0u; i < FETCHES; i++) {
-        let index = min(i * WG + local_index, fetches);
-        let at = kv_quad_place(k_start + begin + index / vecs, index % vecs, vecs, lines);
-        keys[i] = kv_quad(k_cache[at.x], k_cache[at.y], at.z);
-        values[i] = kv_quad(v_cache[at.x], v_cache[at.y], at.z);
+        let at = (k_start + begin) * vecs + min(i * WG + local_index, fetches);
+        keys[i] = k_cache[at];
+        values[i] = v_cache[at];
     }
     for (var span = begin; span <= last; span += SPAN) {
         for (var i = 0u; i < FETCHES; i++) {
@@ -116,12 +114,11 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         }
         // Orders the writes of keys and values before their reads.
         workgroupBarrier();
-        let next = k_start + min(span + SPAN, last / SPAN * SPAN);
+        let next = (k_start + min(span + SPAN, last / SPAN * SPAN)) * vecs;
         for (var i = 0u; i < FETCHES; i++) {
-            let index = min(i * WG + local_index, fetches);
-            let at = kv_quad_place(next + index / vecs, index % vecs, vecs, lines);
-            keys[i] = kv_quad(k_cache[at.x], k_cache[at.y], at.z);
-            values[i] = kv_quad(v_cache[at.x], v_cache[at.y], at.z);
+            let at = next + min(i * WG + local_index, fetches);
+            keys[i] = k_cache[at];
+            values[i] = v_cache[at];
         }
         var s0 = coop_mat16x16<f32,C>();
         var s1 = coop_mat16x16<f32,C>();

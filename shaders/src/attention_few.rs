@@ -15,7 +15,15 @@ pub const PASSES: u32 = 4;
 pub static KERNEL: Kernel = Kernel {
     name: "attention_few",
     body: include_str!("attention_few.wgsl"),
-    preludes: &[Prelude::Step, Prelude::Kv, Prelude::Softcap, Prelude::Window, Prelude::Split],
+    preludes: &[
+        Prelude::Step,
+        Prelude::Kv,
+        Prelude::KvEight,
+        Prelude::Softcap,
+        Prelude::Window,
+        Prelude::Split,
+        Prelude::AttentionEights,
+    ],
     constants: &[("WG", WG), ("HEADS", HEADS), ("PASSES", PASSES)],
     sizes: &[],
     params: Params::FIELDS,

@@ -22,7 +22,7 @@ params! {
         splits_max: u32,
         /// As in [`crate::attention::Params`].
         split_len: u32,
-        /// Bit [`crate::FLAG_STAGE`].
+        /// Bits [`crate::FLAG_STAGE`], [`crate::FLAG_EACH`].
         flags: u32,
         /// Quads of a staged row.
         stage_quads: u32,
@@ -33,7 +33,7 @@ params! {
 pub static KERNEL: Kernel = Kernel {
     name: "attention_reduce",
     body: include_str!("attention_reduce.wgsl"),
-    preludes: &[Prelude::Step, Prelude::Window, Prelude::Elem, Prelude::Stage, Prelude::StageOut],
+    preludes: &[Prelude::Step, Prelude::Window, Prelude::Elem, Prelude::Stage, Prelude::StageEight, Prelude::StageOut],
     constants: &[("WG", WG)],
     sizes: &[],
     params: Params::FIELDS,
@@ -75,10 +75,21 @@ pub fn cost(params: &Params, splits: u32, rows: u32) -> Cost {
     Cost { bytes: trial::word_bytes(elements), flops: 2 * elements }
 }
 
-/// (heads, head_dim, position, tokens, window, split_len): one and many splits, a window.
+/// (heads, head_dim, position, tokens, window, split_len): one and many splits, a window. The last ones are tokens of
+/// different sessions at positions up to this one.
 pub fn cases() -> Vec<[u32; 6]> {
-    vec![[1, 2, 0, 1, 0, 64], [3, 128, 200, 2, 0, 32], [2, 80, 90, 3, 0, 512], [2, 64, 300, 1, 70, 32]]
+    vec![
+        [1, 2, 0, 1, 0, 64],
+        [3, 128, 200, 2, 0, 32],
+        [2, 80, 90, 3, 0, 512],
+        [2, 64, 300, 1, 70, 32],
+        [3, 64, 400, 5, 0, 32],
+        [2, 32, 400, 5, 70, 32],
+    ]
 }
+
+/// How many of [`cases`] are of one session.
+const OF_ONE: usize = 4;
 
 fn trials(variant: Variant, rng: &mut Rng) -> Vec<Trial> {
     let mut trials = Vec::new();
@@ -87,7 +98,7 @@ fn trials(variant: Variant, rng: &mut Rng) -> Vec<Trial> {
         let columns = (heads * head_dim) as usize;
         let out_stride = columns as u32 + 1;
         let layout = Layout { k: columns, elem: variant.elem };
-        let flags = if i % 2 == 0 { FLAG_STAGE } else { 0 };
+        let flags = if i % 2 == 0 { FLAG_STAGE } else { 0 } | if i < OF_ONE { 0 } else { FLAG_EACH };
         let stage_quads = layout.quads() as u32;
         let params = Params { heads, head_dim, out_stride, window, splits_max, split_len, flags, stage_quads };
         let step = Step { n_tokens, position, ..Step::default() };
@@ -96,8 +107,24 @@ fn trials(variant: Variant, rng: &mut Rng) -> Vec<Trial> {
         let ml: Vec<[f32; 2]> = (0..rows).map(|_| [rng.range(-10.0, 10.0), rng.range(1.0, 30.0)]).collect();
         let mut out = trial::poisoned((n_tokens * out_stride) as usize);
         let staged = layout.empty(n_tokens as usize);
-        let storage = vec![trial::words(&partial), trial::words(ml.as_flattened()), trial::words(&out), staged.clone()];
-        reference(&params, &step, &partial, &ml, &mut out);
+        let positions: Vec<u32> = match i < OF_ONE {
+            true => (position..position + n_tokens).collect(),
+            false => (0..n_tokens).map(|token| if token == 2 { position } else { rng.below(position) }).collect(),
+        };
+        let places: Vec<u32> = positions.iter().flat_map(|position| [*position, 0, 0, 0]).collect();
+        let storage =
+            vec![trial::words(&partial), trial::words(ml.as_flattened()), trial::words(&out), staged.clone(), places];
+        for (token, &position) in positions.iter().enumerate() {
+            let of_row = |n: usize| token * n..(token + 1) * n;
+            let splits = rows / n_tokens as usize;
+            reference(
+                &params,
+                &Step { n_tokens: 1, position, ..step },
+                &partial[of_row(splits * head_dim as usize)],
+                &ml[of_row(splits)],
+                &mut out[of_row(out_stride as usize)],
+            );
+        }
         let mut expected = Vec::new();
         if flags & FLAG_STAGE == 0 {
             expected.push(Expected::exact(5, staged));

@@ -1,5 +1,6 @@
 // out[t, h, :] = sum_s exp(m_s - m) o_s / sum_s exp(m_s - m) l_s over the splits s that row t has, m = max_s m_s; with
-// FLAG_STAGE the row is staged (prelude/stage.wgsl) as the input of the next matrix, too.
+// FLAG_STAGE the row is staged (prelude/stage.wgsl) as the input of the next matrix, too. With FLAG_EACH rows are tokens of
+// different sessions, at positions of their own.
 //
 // Mapping: a workgroup = (32 columns of out, row) on grid x, z; an invocation owns a column for every SLICES-th split.
 // Traffic: the partial results once.
@@ -19,6 +20,7 @@ struct Params {
 @group(0) @binding(3) var<storage, read> partial_ml: array<vec2<f32>>;     // (n_tokens, heads, splits_max): m, l
 @group(0) @binding(4) var<storage, read_write> out: array<f32>;            // (n_tokens, out_stride)
 @group(0) @binding(5) var<storage, read_write> staged: array<vec4<u32>>;   // (n_tokens) of staged inputs
+@group(0) @binding(6) var<storage, read> places: array<vec4<u32>>;         // (n_tokens): position
 
 const SLICES: u32 = WG / 32u;
 
@@ -40,7 +42,10 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     if (chunk * 32u >= columns || token >= step.n_tokens) {
         return;
     }
-    let position = step.position + token;
+    var position = step.position + token;
+    if ((params.flags & FLAG_EACH) != 0u) {
+        position = places[token].x;
+    }
     let first = first_seen(position);
     let splits = min(position / params.split_len - first / params.split_len + 1u, params.splits_max);
     // Columns beyond the last one repeat it and are not stored.

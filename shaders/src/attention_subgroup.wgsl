@@ -24,8 +24,8 @@ struct Params {
 }
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(2) var<storage, read> qkv: array<vec4<f32>>;              // (n_tokens, qkv_stride / 4), q first
-@group(0) @binding(3) var<storage, read> k_cache: array<KvEight>;            // (kv_heads, context, head_dim)
-@group(0) @binding(4) var<storage, read> v_cache: array<KvEight>;            // (kv_heads, context, head_dim)
+@group(0) @binding(3) var<storage, read> k_cache: array<vec4<u32>>;          // (kv_heads, context, head_dim)
+@group(0) @binding(4) var<storage, read> v_cache: array<vec4<u32>>;          // (kv_heads, context, head_dim)
 @group(0) @binding(5) var<storage, read_write> partial_out: array<f32>;      // (n_tokens, heads, splits_max, head_dim)
 @group(0) @binding(6) var<storage, read_write> partial_ml: array<vec2<f32>>; // (n_tokens, heads, splits_max): m, l
 @group(0) @binding(7) var<storage, read_write> out: array<f32>;              // (n_tokens, out_stride)
@@ -39,12 +39,12 @@ var<workgroup> found: array<vec2<f32>, HEADS * WG / 8u>;
 // The output of one query head.
 var<workgroup> head_out: array<vec4<f32>, HEAD_DIM_MAX / 4u>;
 
-fn key(at: vec4<u32>) -> Eight {
-    return kv_eight(k_cache[at.x], k_cache[at.y], k_cache[at.z], at.w);
+fn key(at: u32) -> Eight {
+    return eight(k_cache[at * KV_PAIR_WORDS], k_cache[at * KV_PAIR_WORDS + KV_PAIR_WORDS - 1u]);
 }
 
-fn value(at: vec4<u32>) -> Eight {
-    return kv_eight(v_cache[at.x], v_cache[at.y], v_cache[at.z], at.w);
+fn value(at: u32) -> Eight {
+    return eight(v_cache[at * KV_PAIR_WORDS], v_cache[at * KV_PAIR_WORDS + KV_PAIR_WORDS - 1u]);
 }
 
 // exp(score - top) without overflow of what counts as nothing.
@@ -127,16 +127,14 @@ fn main(
         set_query(&query, h, Eight(qkv[q_at] * params.scale, qkv[q_at + 1u] * params.scale));
     }
 
-    let cache_start = heads.kv * params.context;
-    let eight = lane % lanes;
-    let lines = params.kv_heads * params.context;
+    let cache_start = heads.kv * params.context * lanes + lane % lanes;
     var mine_found = Found(PerHead(LOWEST), PerHead(0.0), OfHeads());
     for (var tile = split.begin + mine; tile - mine < split.end; tile += 4u * at_once) {
         // Positions beyond the last one repeat it and get no weight.
-        let at0 = kv_eight_place(cache_start + min(tile, split.end - 1u), eight, lanes, lines);
-        let at1 = kv_eight_place(cache_start + min(tile + at_once, split.end - 1u), eight, lanes, lines);
-        let at2 = kv_eight_place(cache_start + min(tile + 2u * at_once, split.end - 1u), eight, lanes, lines);
-        let at3 = kv_eight_place(cache_start + min(tile + 3u * at_once, split.end - 1u), eight, lanes, lines);
+        let at0 = cache_start + min(tile, split.end - 1u) * lanes;
+        let at1 = cache_start + min(tile + at_once, split.end - 1u) * lanes;
+        let at2 = cache_start + min(tile + 2u * at_once, split.end - 1u) * lanes;
+        let at3 = cache_start + min(tile + 3u * at_once, split.end - 1u) * lanes;
         let k0 = key(at0);
         let k1 = key(at1);
         let k2 = key(at2);

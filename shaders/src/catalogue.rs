@@ -1,7 +1,7 @@
 //! What naga reflects from every composed kernel; generated into `catalogue/entries.rs` and compared by a test.
 //!
 //! `AWQUA_BLESS=1 cargo test -p awqua-shaders` rewrites the entries. All variants of a kernel have the same bindings
-//! and workgroup size; the workgroup memory is that of the hungriest variant, and so are the smallest buffers.
+//! and workgroup size; the workgroup memory is that of the hungriest variant.
 
 use crate::Field;
 

@@ -38,7 +38,7 @@ params! {
 pub static KERNEL: Kernel = Kernel {
     name: "gemv_dense",
     body: include_str!("gemv_dense.wgsl"),
-    preludes: &[Prelude::Step, Prelude::Dense, Prelude::Reduce],
+    preludes: &[Prelude::Step, Prelude::Dense, Prelude::GemvDense, Prelude::Reduce],
     constants: &[("WG", WG), ("ROWS", ROWS)],
     sizes: &[],
     params: Params::FIELDS,

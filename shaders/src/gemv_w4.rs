@@ -56,7 +56,9 @@ pub static KERNEL: Kernel = Kernel {
         Prelude::W4,
         Prelude::Elem,
         Prelude::Stage,
+        Prelude::StageEight,
         Prelude::StageOut,
+        Prelude::GemvW4Chunk,
         Prelude::GemvW4,
         Prelude::GemvW4One,
     ],
@@ -216,7 +218,8 @@ impl Data {
     }
 }
 
-fn trial(case: Case, variant: Variant, rng: &mut Rng) -> Trial {
+/// A random run of a case; shared with the kernel for several rows.
+pub(crate) fn trial(case: Case, variant: Variant, rng: &mut Rng) -> Trial {
     let f16 = variant.elem == Elem::F16;
     let data = Data::random(case, case.n, 1.0, variant.elem, rng);
     let Data { params, step, rows, matrix, .. } = &data;

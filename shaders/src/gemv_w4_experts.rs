@@ -50,7 +50,15 @@ params! {
 pub static KERNEL: Kernel = Kernel {
     name: "gemv_w4_experts",
     body: include_str!("gemv_w4_experts.wgsl"),
-    preludes: &[Prelude::Step, Prelude::W4, Prelude::Elem, Prelude::Stage, Prelude::GemvW4, Prelude::GemvW4One],
+    preludes: &[
+        Prelude::Step,
+        Prelude::W4,
+        Prelude::Elem,
+        Prelude::Stage,
+        Prelude::GemvW4Chunk,
+        Prelude::GemvW4,
+        Prelude::GemvW4One,
+    ],
     constants: &[("WG", WG)],
     sizes: gemv_w4::SIZES,
     params: Params::FIELDS,

@@ -61,7 +61,8 @@ pub static KERNEL: Kernel = Kernel {
         Prelude::W4,
         Prelude::Elem,
         Prelude::Stage,
-        Prelude::KvPack,
+        Prelude::Kv,
+        Prelude::GemvW4Chunk,
         Prelude::GemvW4,
         Prelude::GemvW4Pair,
     ],
@@ -169,7 +170,7 @@ fn trials(variant: Variant, rng: &mut Rng) -> Vec<Trial> {
             .collect();
         let elements = (kv_heads * (context - params.prefix) * head_dim) as usize;
         let poison = if variant.kv == Kv::F16 { trial::POISON_F16 } else { trial::POISON };
-        let cache = vec![poison; if variant.kv == Kv::F16 { elements / 2 } else { elements }];
+        let cache = vec![poison; elements / variant.kv.per_word() as usize];
         let mut storage = data.storage();
         storage.extend([
             trial::words(&data.bias),

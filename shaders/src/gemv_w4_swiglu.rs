@@ -53,7 +53,9 @@ pub static KERNEL: Kernel = Kernel {
         Prelude::W4,
         Prelude::Elem,
         Prelude::Stage,
+        Prelude::StageEight,
         Prelude::StageOut,
+        Prelude::GemvW4Chunk,
         Prelude::GemvW4,
         Prelude::GemvW4Pair,
         Prelude::Activation,
@@ -95,6 +97,11 @@ pub fn cases() -> Vec<Case> {
 }
 
 fn trials(variant: Variant, rng: &mut Rng) -> Vec<Trial> {
+    trials_of(cases(), variant, rng)
+}
+
+/// Random runs of those cases that fit the variant; shared with the kernel for several rows.
+pub(crate) fn trials_of(cases: Vec<Case>, variant: Variant, rng: &mut Rng) -> Vec<Trial> {
     let f16 = variant.elem == Elem::F16;
     let one = |(case, activation): (Case, Activation), rng: &mut Rng| {
         let width = (case.n / 2) as usize;
@@ -149,5 +156,5 @@ fn trials(variant: Variant, rng: &mut Rng) -> Vec<Trial> {
     };
     let fits = |case: &Case| Groups::of(case.group_size, case.k) <= variant.groups;
     let activations = [Activation::Silu, Activation::GeluTanh, Activation::Gelu].into_iter().cycle();
-    cases().into_iter().zip(activations).filter(|(case, _)| fits(case)).map(|case| one(case, rng)).collect()
+    cases.into_iter().zip(activations).filter(|(case, _)| fits(case)).map(|case| one(case, rng)).collect()
 }

@@ -39,6 +39,7 @@ pub mod argmax_reduce;
 pub mod arrange;
 pub mod attention;
 pub mod attention_coop;
+pub mod attention_each;
 pub mod attention_few;
 pub mod attention_reduce;
 pub mod attention_subgroup;
@@ -57,11 +58,13 @@ pub mod gemm_w4;
 pub mod gemm_w4_coop;
 pub mod gemm_w4_experts;
 pub mod gemv_dense;
+pub mod gemv_dense_rows;
 pub mod gemv_packed;
 pub mod gemv_w4;
 pub mod gemv_w4_experts;
 pub mod gemv_w4_glu_experts;
 pub mod gemv_w4_rope;
+pub mod gemv_w4_rows;
 pub mod gemv_w4_swiglu;
 pub mod glu;
 pub mod group;
@@ -74,7 +77,7 @@ pub mod norm;
 pub mod packed;
 pub mod penalize;
 pub mod rope_append;
-pub mod rope_append_q8;
+pub mod rope_append_each;
 pub mod round_groups;
 pub mod route;
 pub mod sample;
@@ -93,6 +96,9 @@ pub const ENTRY_POINT: &str = "main";
 
 /// Most workgroups of one dispatch dimension.
 pub const MAX_GROUPS: u32 = 65_535;
+
+/// Storage buffers that the kernels over the caches of several sessions bind at most; others bind 8.
+pub const EACH_BUFFERS: usize = 24;
 
 /// Output `o += ...` instead of `o = ...` (bit of a matmul's `flags`).
 pub const FLAG_ACCUMULATE: u32 = 1;
@@ -123,6 +129,10 @@ pub const FLAG_FACTORS: u32 = 2048;
 pub const FLAG_BF16: u32 = 4096;
 /// Products of codes and scales are rounded, too, before a bias is added (bit of a matmul's `flags`).
 pub const FLAG_ROUND_PRODUCTS: u32 = 8192;
+/// Outputs are gates and ups, and staged as the activation of one times the other (bit of a matmul's `flags`).
+pub const FLAG_GLU: u32 = 16384;
+/// Rows are tokens of different sessions, at positions of their own (bit of `flags`).
+pub const FLAG_EACH: u32 = 32768;
 
 /// The flags by the names they have in shaders.
 const FLAGS: Constants = &[
@@ -140,6 +150,8 @@ const FLAGS: Constants = &[
     ("FLAG_ROUND_PRODUCTS", FLAG_ROUND_PRODUCTS),
     ("FLAG_ORDER", FLAG_ORDER),
     ("FLAG_FACTORS", FLAG_FACTORS),
+    ("FLAG_GLU", FLAG_GLU),
+    ("FLAG_EACH", FLAG_EACH),
 ];
 
 params! {
@@ -300,34 +312,14 @@ pub enum Kv {
     F16,
     /// Single precision bits.
     F32,
-    /// Signed bytes, and half-precision scales for 32 of them each behind all rows ([`rope_append_q8::pack`]).
-    Q8,
 }
 
 impl Kv {
-    /// Bytes of a row of `head_dim` elements.
-    pub const fn row_bytes(self, head_dim: u32) -> u64 {
+    /// Elements of one 32-bit word.
+    pub const fn per_word(self) -> u32 {
         match self {
-            Self::F16 => 2 * head_dim as u64,
-            Self::F32 => 4 * head_dim as u64,
-            Self::Q8 => rope_append_q8::row_bytes(head_dim),
-        }
-    }
-
-    /// Rows of `head_dim` values as the words of a cache, and what is left of them.
-    pub(crate) fn pack(self, values: &[f32], head_dim: usize) -> (Vec<u32>, Vec<f32>) {
-        match self {
-            Self::F16 => {
-                let words = trial::pack_halves(values);
-                let left = trial::unpack_halves(&words);
-                (words, left)
-            }
-            Self::F32 => (trial::words(values), values.to_vec()),
-            Self::Q8 => {
-                let words = rope_append_q8::pack(values, head_dim);
-                let left = rope_append_q8::unpack(&words, head_dim);
-                (words, left)
-            }
+            Self::F16 => 2,
+            Self::F32 => 1,
         }
     }
 }
@@ -474,12 +466,10 @@ pub enum Prelude {
     Reduce,
     /// Axis [`Dense`]: decoding of dense words.
     Dense,
-    /// Axis [`Kv`]: reading pairs and eights of cache elements.
+    /// Axis [`Kv`]: packing of cache words.
     Kv,
-    /// Axis [`Kv`] without [`Kv::Q8`]: packing of cache words.
-    KvPack,
-    /// Axis [`Kv`] without [`Kv::F32`]: reading quads of cache elements in half precision.
-    KvQuad,
+    /// Eight elements of the cache at a time.
+    KvEight,
     /// Group parameters of the canonical 4-bit layout.
     W4,
     /// Axis [`Packed`]: `weights8`, given the bindings codes and group_params.
@@ -496,7 +486,9 @@ pub enum Prelude {
     GemmRows,
     /// Rows of a tiled product: pairs of tokens and experts.
     GemmPairs,
-    /// What products of a packed matrix with one row of staged inputs are made of.
+    /// Products of a chunk of a packed matrix with staged inputs.
+    GemvW4Chunk,
+    /// What products of a packed matrix with one row of staged inputs are made of, with [`Self::GemvW4Chunk`].
     GemvW4,
     /// Such a product, one output an invocation.
     GemvW4One,
@@ -504,10 +496,18 @@ pub enum Prelude {
     GemvW4Pair,
     /// The layout of staged inputs.
     Stage,
-    /// Writing staged inputs to the binding `staged`.
+    /// Writing staged inputs to the binding `staged`, eight an invocation.
+    StageEight,
+    /// The same, a chunk a workgroup, with [`Self::StageEight`].
     StageOut,
     /// Rows in half precision for matrix units, given `inputs4`.
     Halve,
+    /// Products of dense words with their inputs.
+    GemvDense,
+    /// Rotation and the way to the cache.
+    RopeAppend,
+    /// Attention over one split of the positions, eight elements at a time.
+    AttentionEights,
     /// Half precision matrix units of 16x16x16 with sums in f32, in subgroups of 32.
     Coop,
     /// Total order of scores with their ids.
@@ -554,6 +554,11 @@ impl Kernel {
         self.preludes.contains(&Prelude::Coop)
     }
 
+    /// The largest size that it has.
+    pub fn largest(&self) -> Size {
+        [Size::Small, Size::Medium, Size::Large][self.sizes.len().min(2)]
+    }
+
     /// The variant with every axis this kernel does not have at its default, so that equal shaders compare equal.
     pub fn canonical(&self, variant: Variant) -> Variant {
         let has = |prelude| self.preludes.contains(&prelude);
@@ -562,14 +567,9 @@ impl Kernel {
             elem: if has(Prelude::Elem) { variant.elem } else { base.elem },
             reduce: if has(Prelude::Reduce) { variant.reduce } else { base.reduce },
             dense: if has(Prelude::Dense) { variant.dense } else { base.dense },
-            kv: match variant.kv {
-                Kv::F16 => Kv::F16,
-                Kv::F32 if has(Prelude::Kv) || has(Prelude::KvPack) => Kv::F32,
-                Kv::Q8 if has(Prelude::Kv) || has(Prelude::KvQuad) => Kv::Q8,
-                Kv::F32 | Kv::Q8 => base.kv,
-            },
-            size: if self.sizes.is_empty() { base.size } else { variant.size },
-            groups: if has(Prelude::GemvW4) { variant.groups } else { base.groups },
+            kv: if has(Prelude::Kv) { variant.kv } else { base.kv },
+            size: variant.size.min(self.largest()),
+            groups: if has(Prelude::GemvW4Chunk) { variant.groups } else { base.groups },
             packed: if has(Prelude::Packed) { variant.packed } else { base.packed },
             heads: if has(Prelude::Heads) { variant.heads } else { base.heads },
         }
@@ -581,7 +581,7 @@ impl Kernel {
         let all = each(&all, &[Elem::F32, Elem::F16], |elem, v| Variant { elem, ..v });
         let all = each(&all, &[Reduce::Workgroup, Reduce::Subgroup], |reduce, v| Variant { reduce, ..v });
         let all = each(&all, &[Dense::F16, Dense::BF16, Dense::F32], |dense, v| Variant { dense, ..v });
-        let all = each(&all, &[Kv::F16, Kv::F32, Kv::Q8], |kv, v| Variant { kv, ..v });
+        let all = each(&all, &[Kv::F16, Kv::F32], |kv, v| Variant { kv, ..v });
         let all = each(&all, &[Size::Small, Size::Medium, Size::Large], |size, v| Variant { size, ..v });
         let all = each(&all, &[Groups::Quads, Groups::Chunks, Groups::Any], |groups, v| Variant { groups, ..v });
         let all = each(&all, &Packed::ALL, |packed, v| Variant { packed, ..v });
@@ -604,12 +604,11 @@ impl Kernel {
                 (Prelude::Dense, Variant { dense: Dense::F16, .. }) => "-wf16",
                 (Prelude::Dense, Variant { dense: Dense::BF16, .. }) => "-wbf16",
                 (Prelude::Dense, Variant { dense: Dense::F32, .. }) => "-wf32",
-                (Prelude::Kv | Prelude::KvPack | Prelude::KvQuad, Variant { kv: Kv::F16, .. }) => "-kvf16",
-                (Prelude::Kv | Prelude::KvPack, Variant { kv: Kv::F32, .. }) => "-kvf32",
-                (Prelude::Kv | Prelude::KvQuad, Variant { kv: Kv::Q8, .. }) => "-kvq8",
+                (Prelude::Kv, Variant { kv: Kv::F16, .. }) => "-kvf16",
+                (Prelude::Kv, Variant { kv: Kv::F32, .. }) => "-kvf32",
                 (Prelude::Heads, Variant { heads: Heads::One, .. }) => "-one",
-                (Prelude::GemvW4, Variant { groups: Groups::Quads, .. }) => "-quads",
-                (Prelude::GemvW4, Variant { groups: Groups::Chunks, .. }) => "-chunks",
+                (Prelude::GemvW4Chunk, Variant { groups: Groups::Quads, .. }) => "-quads",
+                (Prelude::GemvW4Chunk, Variant { groups: Groups::Chunks, .. }) => "-chunks",
                 _ => "",
             };
             if *prelude == Prelude::Packed {
@@ -629,7 +628,7 @@ fn each<T: Copy>(all: &[Variant], choices: &[T], with: impl Fn(T, Variant) -> Va
 }
 
 /// Every kernel.
-pub static ALL: [&Kernel; 44] = [
+pub static ALL: [&Kernel; 47] = [
     &embed::KERNEL,
     &embed_packed::KERNEL,
     &arrange::KERNEL,
@@ -639,20 +638,23 @@ pub static ALL: [&Kernel; 44] = [
     &gemv_w4::KERNEL,
     &gemv_w4_rope::KERNEL,
     &gemv_w4_swiglu::KERNEL,
+    &gemv_w4_rows::KERNEL,
     &gemm_w4::KERNEL,
     &halve::KERNEL,
     &halve_glu::KERNEL,
     &halve_norm::KERNEL,
     &gemm_w4_coop::KERNEL,
     &gemv_dense::KERNEL,
+    &gemv_dense_rows::KERNEL,
     &gemm_dense::KERNEL,
     &gemv_packed::KERNEL,
     &gemm_packed::KERNEL,
     &rope_append::KERNEL,
-    &rope_append_q8::KERNEL,
+    &rope_append_each::KERNEL,
     &round_groups::KERNEL,
     &attention::KERNEL,
     &attention_few::KERNEL,
+    &attention_each::KERNEL,
     &attention_subgroup::KERNEL,
     &attention_coop::KERNEL,
     &attention_reduce::KERNEL,
@@ -694,7 +696,7 @@ pub fn compose(kernel: &Kernel, variant: Variant) -> String {
     for &(name, value) in FLAGS {
         source += &format!("const {name}: u32 = {value}u;\n");
     }
-    if kernel.preludes.contains(&Prelude::GemvW4) {
+    if kernel.preludes.contains(&Prelude::GemvW4Chunk) {
         source += &format!("const GROUPS: u32 = {}u;\n", variant.groups as u32);
     }
     if kernel.preludes.contains(&Prelude::Packed) {
@@ -714,19 +716,20 @@ pub fn compose(kernel: &Kernel, variant: Variant) -> String {
             (Prelude::Dense, Variant { dense: Dense::F32, .. }) => include_str!("prelude/dense_f32.wgsl"),
             (Prelude::Kv, Variant { kv: Kv::F16, .. }) => include_str!("prelude/kv_f16.wgsl"),
             (Prelude::Kv, Variant { kv: Kv::F32, .. }) => include_str!("prelude/kv_f32.wgsl"),
-            (Prelude::Kv, Variant { kv: Kv::Q8, .. }) => include_str!("prelude/kv_q8.wgsl"),
-            (Prelude::KvPack, Variant { kv: Kv::F32, .. }) => include_str!("prelude/kv_pack_f32.wgsl"),
-            (Prelude::KvPack, _) => include_str!("prelude/kv_pack_f16.wgsl"),
-            (Prelude::KvQuad, Variant { kv: Kv::Q8, .. }) => include_str!("prelude/kv_quad_q8.wgsl"),
-            (Prelude::KvQuad, _) => include_str!("prelude/kv_quad_f16.wgsl"),
+            (Prelude::KvEight, _) => include_str!("prelude/kv_eight.wgsl"),
             (Prelude::W4, _) => include_str!("prelude/w4.wgsl"),
+            (Prelude::GemvW4Chunk, _) => include_str!("prelude/gemv_w4_chunk.wgsl"),
             (Prelude::GemvW4, _) => include_str!("prelude/gemv_w4.wgsl"),
             (Prelude::GemvW4One, _) => include_str!("prelude/gemv_w4_one.wgsl"),
             (Prelude::GemvW4Pair, _) => include_str!("prelude/gemv_w4_pair.wgsl"),
             (Prelude::Halve, _) => include_str!("prelude/halve.wgsl"),
             (Prelude::Coop, _) => "",
             (Prelude::Stage, _) => include_str!("prelude/stage.wgsl"),
+            (Prelude::StageEight, _) => include_str!("prelude/stage_eight.wgsl"),
             (Prelude::StageOut, _) => include_str!("prelude/stage_out.wgsl"),
+            (Prelude::GemvDense, _) => include_str!("prelude/gemv_dense.wgsl"),
+            (Prelude::RopeAppend, _) => include_str!("prelude/rope_append.wgsl"),
+            (Prelude::AttentionEights, _) => include_str!("prelude/attention_eights.wgsl"),
             (Prelude::Gemm, _) => include_str!("prelude/gemm.wgsl"),
             (Prelude::Weights8, _) => include_str!("prelude/weights8.wgsl"),
             (Prelude::Packed, Variant { packed: Packed::W4, .. }) => {

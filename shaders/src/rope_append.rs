@@ -32,7 +32,7 @@ params! {
 pub static KERNEL: Kernel = Kernel {
     name: "rope_append",
     body: include_str!("rope_append.wgsl"),
-    preludes: &[Prelude::Step, Prelude::KvPack],
+    preludes: &[Prelude::Step, Prelude::Kv, Prelude::RopeAppend],
     constants: &[("WG", WG)],
     sizes: &[],
     params: Params::FIELDS,
@@ -91,7 +91,7 @@ pub fn reference(
 pub fn cost(params: &Params, kv: Kv, rows: u32) -> Cost {
     let head = u64::from(params.head_dim) * u64::from(rows);
     let (q, kv_elements) = (head * u64::from(params.heads), 2 * head * u64::from(params.kv_heads));
-    let cached = kv.row_bytes(params.head_dim) * u64::from(rows) * 2 * u64::from(params.kv_heads);
+    let cached = trial::word_bytes(kv_elements / u64::from(kv.per_word()));
     Cost { bytes: trial::word_bytes(2 * q + kv_elements) + cached, flops: 3 * (q + kv_elements / 2) }
 }
 
@@ -100,60 +100,44 @@ pub fn cases() -> Vec<[u32; 6]> {
     vec![[1, 1, 2, 2, 0, 1], [4, 2, 64, 64, 5, 3], [3, 3, 80, 20, 1, 4], [2, 1, 12, 6, 3, 2], [8, 2, 128, 0, 7, 1]]
 }
 
-/// Random inputs of a case.
-pub(crate) struct Data {
-    pub(crate) params: Params,
-    pub(crate) step: Step,
-    pub(crate) qkv: Vec<f32>,
-    pub(crate) rope: Vec<[f32; 2]>,
-}
-
-pub(crate) fn data(case: [u32; 6], behind: bool, rng: &mut Rng) -> Data {
-    let [heads, kv_heads, head_dim, rotary_dim, position, n_tokens] = case;
-    let row = (heads + 2 * kv_heads) * head_dim;
-    let context = position + n_tokens + 2;
-    let prefix = if behind { position } else { 0 };
-    let params = Params { heads, kv_heads, head_dim, rotary_dim, qkv_stride: row + 4, context, prefix, pad: 0 };
-    let step = Step { n_tokens, position, ..Step::default() };
-    let qkv = rng.values((n_tokens * params.qkv_stride) as usize, 30.0);
-    let rope = (0..(context * rotary_dim / 2).max(1))
-        .map(|_| {
-            let (sin, cos) = rng.range(-3.0, 3.0).sin_cos();
-            [cos, sin]
-        })
-        .collect();
-    Data { params, step, qkv, rope }
-}
-
-pub(crate) fn label(params: &Params, step: &Step) -> String {
-    let Params { heads, kv_heads, head_dim, rotary_dim, prefix, .. } = params;
-    let Step { n_tokens, position, .. } = step;
-    format!("{heads}/{kv_heads} heads of {head_dim}, {rotary_dim} rotated, {n_tokens} at {position} behind {prefix}")
+/// Elements of a cache after rotation.
+pub(crate) fn cached(binding: u32, kv: Kv, values: Vec<f32>) -> Expected {
+    let rounding = if kv == Kv::F16 { F16_ROUNDING } else { 0.0 };
+    let tolerance = values.iter().map(|v| ROTATION * 60.0 + rounding * v.abs()).collect();
+    let values = if kv == Kv::F16 { Values::F16(values) } else { Values::F32(values) };
+    Expected { binding, start: None, values, tolerance, rms: 0.0 }
 }
 
 fn trials(variant: Variant, rng: &mut Rng) -> Vec<Trial> {
     let mut trials = Vec::new();
-    for (i, case) in cases().into_iter().enumerate() {
-        let Data { params, step, mut qkv, rope } = data(case, i % 2 == 1, rng);
-        let elements = (params.kv_heads * (params.context - params.prefix) * params.head_dim) as usize;
+    for (i, [heads, kv_heads, head_dim, rotary_dim, position, n_tokens]) in cases().into_iter().enumerate() {
+        let row = (heads + 2 * kv_heads) * head_dim;
+        let context = position + n_tokens + 2;
+        let prefix = if i % 2 == 1 { position } else { 0 };
+        let params = Params { heads, kv_heads, head_dim, rotary_dim, qkv_stride: row + 4, context, prefix, pad: 0 };
+        let step = Step { n_tokens, position, ..Step::default() };
+        let mut qkv = rng.values((n_tokens * params.qkv_stride) as usize, 30.0);
+        let rope: Vec<[f32; 2]> = (0..(context * rotary_dim / 2).max(1))
+            .map(|_| {
+                let (sin, cos) = rng.range(-3.0, 3.0).sin_cos();
+                [cos, sin]
+            })
+            .collect();
+        let elements = (kv_heads * (context - prefix) * head_dim) as usize;
         let poison = if variant.kv == Kv::F16 { trial::POISON_F16 } else { trial::POISON };
-        let cache = vec![poison; if variant.kv == Kv::F16 { elements / 2 } else { elements }];
+        let cache = vec![poison; elements / variant.kv.per_word() as usize];
         let storage = vec![trial::words(&qkv), trial::words(rope.as_flattened()), cache.clone(), cache];
         let (mut k, mut v) = (trial::poisoned(elements), trial::poisoned(elements));
         reference(&params, &step, &mut qkv, &rope, &mut k, &mut v);
-        let close = |binding, values: Vec<f32>| {
-            let rounding = if variant.kv == Kv::F16 { F16_ROUNDING } else { 0.0 };
-            let tolerance = values.iter().map(|v| ROTATION * 60.0 + rounding * v.abs()).collect();
-            let values = if variant.kv == Kv::F16 { Values::F16(values) } else { Values::F32(values) };
-            Expected { binding, start: None, values, tolerance, rms: 0.0 }
-        };
         trials.push(Trial {
-            label: label(&params, &step),
+            label: format!(
+                "{heads}/{kv_heads} heads of {head_dim}, {rotary_dim} rotated, {n_tokens} at {position} behind {prefix}"
+            ),
             params: bytemuck::bytes_of(&params).to_vec(),
             step,
             storage,
-            grid: grid(&params, step.n_tokens),
-            expected: vec![Expected::near(2, qkv, ROTATION), close(4, k), close(5, v)],
+            grid: grid(&params, n_tokens),
+            expected: vec![Expected::near(2, qkv, ROTATION), cached(4, variant.kv, k), cached(5, variant.kv, v)],
         });
     }
     trials

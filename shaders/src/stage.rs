@@ -32,7 +32,7 @@ params! {
 pub static KERNEL: Kernel = Kernel {
     name: "stage",
     body: include_str!("stage.wgsl"),
-    preludes: &[Prelude::Step, Prelude::Elem, Prelude::Stage, Prelude::StageOut],
+    preludes: &[Prelude::Step, Prelude::Elem, Prelude::Stage, Prelude::StageEight, Prelude::StageOut],
     constants: &[("WG", WG)],
     sizes: &[],
     params: Params::FIELDS,

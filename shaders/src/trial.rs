@@ -48,8 +48,6 @@ pub enum Values {
     F16(Vec<f32>),
     /// A word each.
     U32(Vec<u32>),
-    /// Rows of this many codes of 8 bits, then their scales ([`crate::rope_append_q8::pack`]).
-    Q8(Vec<f32>, usize),
 }
 
 /// A small xorshift generator: the same numbers for the same seed on every machine.
@@ -119,7 +117,6 @@ impl Expected {
             Values::F16(values) => values.len() / 2,
             Values::F32(values) => values.len(),
             Values::U32(values) => values.len(),
-            Values::Q8(values, dim) => values.len() / dim * crate::rope_append_q8::row_bytes(*dim as u32) as usize / 4,
         };
         let words = match self.start {
             None => words,
@@ -138,11 +135,8 @@ impl Expected {
             }
             Values::F32(_) => words.iter().map(|&word| f32::from_bits(word)).collect(),
             Values::F16(_) => unpack_halves(words),
-            Values::Q8(_, dim) => crate::rope_append_q8::unpack(words, *dim),
         };
-        let (Values::F32(expected) | Values::F16(expected) | Values::Q8(expected, _)) = &self.values else {
-            return None;
-        };
+        let (Values::F32(expected) | Values::F16(expected)) = &self.values else { return None };
         if found.len() != expected.len() {
             return Some(format!("binding {}: {} values, expected {}", self.binding, found.len(), expected.len()));
         }

@@ -148,21 +148,8 @@ fn programs_match_the_naive_interpretation() {
     for options in options() {
         for case in cases() {
             compare(&case, &options);
-            if case.shape.head_dim.is_multiple_of(8) {
-                compare(&Case { kv: KvType::Q8, ..case }, &options);
-            }
         }
     }
-}
-
-#[test]
-fn caches_of_8_bits_need_whole_eights() {
-    let Some(options) = options().into_iter().next() else { return };
-    let case = cases().into_iter().find(|case| !case.shape.head_dim.is_multiple_of(8)).expect("such a case");
-    let model = build(&case);
-    let config = RunnerConfig { kv_type: Some(KvType::Q8), ..config() };
-    let refused = upload(&options, &model).runner(&model.program, &config).err().expect("it is refused");
-    assert_eq!(refused.kind(), ErrorKind::Unsupported, "{refused}");
 }
 
 #[test]
@@ -171,8 +158,6 @@ fn weights_split_over_bindings_match() {
         for case in cases() {
             // The embedding and the head take several times the limit, activations and caches just fit it.
             let case = Case { vocab: 6007, ..case };
-            let kv = if case.shape.head_dim.is_multiple_of(16) { KvType::Q8 } else { case.kv };
-            let case = Case { kv, ..case };
             compare(&case, &WgpuOptions { limit_binding: Some(96 << 10), ..options.clone() });
         }
     }

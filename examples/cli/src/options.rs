@@ -10,6 +10,7 @@ use awqua_quantizer::device::Compute;
 use awqua_quantizer::math::Threads;
 use clap::{Args, ValueEnum};
 
+use crate::cache;
 use crate::output::{self, Failure, Outcome, Unit};
 
 /// Where and how big.
@@ -33,6 +34,9 @@ pub struct DeviceArgs {
     /// Use only the GPU kernels that run everywhere: no f16 arithmetic, no subgroups
     #[arg(long)]
     pub portable_kernels: bool,
+    /// Ignore what `awqua tune` found
+    #[arg(long)]
+    pub untuned: bool,
     /// Round an output head in half or single precision to so many bits while loading
     #[arg(long, value_enum, default_value_t = HeadBitsArg::B16)]
     pub head_bits: HeadBitsArg,
@@ -83,6 +87,7 @@ impl DeviceArgs {
             },
             device: self.device.clone(),
             portable_kernels: self.portable_kernels,
+            tuning: if self.untuned || self.backend == BackendArg::Cpu { None } else { cache::tuning() },
             head_bits: match self.head_bits {
                 HeadBitsArg::B16 => HeadBits::Sixteen,
                 HeadBitsArg::B8 => HeadBits::Eight,

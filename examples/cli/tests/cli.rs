@@ -6,8 +6,20 @@ use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
 
-const SUBCOMMANDS: [&str; 11] =
-    ["demo", "chat", "run", "inspect", "devices", "logits", "perplexity", "bench", "verify", "import", "quantize"];
+const SUBCOMMANDS: [&str; 12] = [
+    "demo",
+    "chat",
+    "run",
+    "inspect",
+    "devices",
+    "logits",
+    "perplexity",
+    "bench",
+    "tune",
+    "verify",
+    "import",
+    "quantize",
+];
 
 fn fixture(name: &str) -> String {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures").join(name).to_str().unwrap().to_owned()
@@ -366,6 +378,34 @@ fn eval_scores_texts_and_tasks_and_writes_a_page() {
 
 fn text_of(output: &std::process::Output) -> &str {
     text(&output.stdout)
+}
+
+#[test]
+fn tune_keeps_what_later_runs_use() {
+    let adapters = json(&["devices", "--json"])["adapters"].as_array().unwrap().clone();
+    if !adapters.iter().any(|adapter| !adapter["variant"].as_str().unwrap().starts_with("none")) {
+        assert!(std::env::var_os("AWQUA_REQUIRE_GPU").is_none_or(|v| v != "1"), "AWQUA_REQUIRE_GPU=1 and no adapter");
+        return;
+    }
+    let folder = scratch("tune");
+    let run = |args: &[&str]| {
+        let output = awqua(args).env("AWQUA_CACHE", &folder).output().unwrap();
+        assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+        (serde_json::from_slice::<Value>(&output.stdout).unwrap(), text(&output.stderr).to_owned())
+    };
+    let (report, _) = run(&["tune", &packed(), "--json"]);
+    let candidates = report["candidates"].as_array().unwrap();
+    assert!(candidates.iter().any(|candidate| candidate["chosen"] == true && candidate["seconds"].is_f64()));
+    let file = folder.join("tuning.txt");
+    assert_eq!(report["file"].as_str(), file.to_str());
+
+    let bench = ["bench", &packed(), "--backend", "wgpu", "-p", "8", "-n", "2", "-r", "1", "--ctx", "64", "--json"];
+    let variant = |report: &Value| report["variant"].as_str().unwrap().to_owned();
+    assert!(variant(&run(&bench).0).ends_with("; tuned"));
+    assert!(!variant(&run(&[&bench[..], &["--untuned"]].concat()).0).contains("tuned"));
+    // A damaged file is told of and does no harm.
+    std::fs::write(&file, "awqua tuning 1\nnonsense").unwrap();
+    assert!(variant(&run(&bench).0).contains("the tuning is ignored"));
 }
 
 #[test]

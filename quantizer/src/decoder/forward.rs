@@ -21,7 +21,7 @@ pub(super) fn inverse_rms(x: &[f32], eps: f32) -> f32 {
     (1.0 / (mean + f64::from(eps)).sqrt()) as f32
 }
 
-pub(super) fn silu(v: f32) -> f32 {
+pub(crate) fn silu(v: f32) -> f32 {
     v / (1.0 + (-v).exp())
 }
 

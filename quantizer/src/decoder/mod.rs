@@ -21,6 +21,7 @@ mod head;
 
 pub use backward::Gradients;
 pub(crate) use backward::Trace;
+pub(crate) use forward::silu;
 pub use head::Head;
 
 /// The linear modules of a block, in the order of [`Block::linears`].
@@ -167,6 +168,12 @@ impl Decoder {
             .map_err(|error| error.in_file(checkpoint.dir().join("config.json")))?;
         let rope = config.ropes[0].rows(0, length, length);
         Ok(Self { config, threads, device, rope })
+    }
+
+    /// The same without the device.
+    #[must_use]
+    pub fn without_device(self) -> Self {
+        Self { device: None, ..self }
     }
 
     /// Features of a query row: heads * head_dim.

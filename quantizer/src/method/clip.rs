@@ -1,24 +1,29 @@
 //! Ranges narrower than the extremes: a few large weights saturate and all others get finer steps.
 //!
-//! The error of a group for inputs x is `|(w - w') x|²`, summed over tokens `d G dᵀ` with the group's Gram matrix G: the
-//! objective of AutoAWQ's clip search, which multiplies with the tokens themselves, for the price of one small matrix.
+//! The objective is that of AutoAWQ's clip search, which multiplies with the tokens themselves, for the price of one
+//! small matrix a group; see [`super::weigh`].
 
 use super::Moments;
-use crate::grid::{Grid, Step, extremes};
-use crate::math::{Threads, View, dot, gemm, vectorized};
+use super::weigh::{Detail, Weigher};
+use crate::grid::{Grid, Step, extremes, half_scale};
+use crate::math::{Threads, vectorized};
 
-/// Groups wider than this are judged by the mean squares alone; the Gram matrix would cost its square.
-const MAX_GRAM: usize = 256;
+/// How often scales are fitted to their codes, which change with them.
+const FITS: usize = 2;
 
-/// Rows judged together.
-const ROWS: usize = 512;
+/// Rows judged together: their errors stay in a cache near the processor.
+const ROWS: usize = 128;
 
-/// Chooses the step of every group of the (n, k) matrix `w` among shrunk ranges; the full range is one of them.
-pub fn search(threads: Threads, w: &[f32], k: usize, grid: Grid, moments: &Moments) -> Vec<Step> {
+/// Chooses the step of every group of the (n, k) matrix `w` among shrunk ranges; the full range is one of them. With `fit`
+/// scales are then fitted to the codes that rounding to nearest gives, which pays if that is how it will be rounded.
+pub fn search(threads: Threads, w: &[f32], k: usize, grid: Grid, moments: &Moments, fit: bool) -> Vec<Step> {
     let group = grid.group(k);
     let (n, groups) = (w.len() / k, k / group);
     let columns = threads.map(groups, |g| {
-        let mut judge = Judge::new(moments, g * group, group);
+        // Few codes leave large errors, and more for correlations to decide.
+        let detail = if grid.bits <= 3 { Detail::Whole } else { Detail::Leading };
+        let weigher = Weigher::new(moments, g * group, group, detail);
+        let mut judge = Judge { group, weigher, errors: Vec::new(), scratch: Vec::new() };
         let mut steps = Vec::with_capacity(n);
         let mut rows = Vec::with_capacity(ROWS * group);
         for first in (0..n).step_by(ROWS) {
@@ -26,7 +31,7 @@ pub fn search(threads: Threads, w: &[f32], k: usize, grid: Grid, moments: &Momen
             for row in first..n.min(first + ROWS) {
                 rows.extend_from_slice(&w[row * k + g * group..][..group]);
             }
-            steps.extend(search_rows(&rows, grid, &mut judge));
+            steps.extend(search_rows(&rows, grid, fit, &mut judge));
         }
         steps
     });
@@ -47,7 +52,16 @@ fn shrinkage(bits: u32) -> (usize, f32) {
     }
 }
 
-fn search_rows(rows: &[f32], grid: Grid, judge: &mut Judge) -> Vec<Step> {
+/// The best step of a group so far.
+#[derive(Clone, Copy)]
+struct Best {
+    step: Step,
+    /// Shares of both ends of the range.
+    shares: (f32, f32),
+    cost: f64,
+}
+
+fn search_rows(rows: &[f32], grid: Grid, fit: bool, judge: &mut Judge) -> Vec<Step> {
     let ranges: Vec<(f32, f32)> = rows
         .chunks_exact(judge.group)
         .map(|row| {
@@ -55,84 +69,102 @@ fn search_rows(rows: &[f32], grid: Grid, judge: &mut Judge) -> Vec<Step> {
             (low.min(0.0), high.max(0.0))
         })
         .collect();
-    // Shares of both ends, and the best error with them.
-    let mut best: Vec<(f32, f32, f64)> = vec![(1.0, 1.0, f64::INFINITY); ranges.len()];
-    let mut consider = |shares: &dyn Fn(usize) -> (f32, f32), best: &mut Vec<(f32, f32, f64)>| {
+    let none = |range: &(f32, f32)| Best { step: grid.span(range.0, range.1), shares: (1.0, 1.0), cost: f64::INFINITY };
+    let mut best: Vec<Best> = ranges.iter().map(none).collect();
+    let consider = |shares: &dyn Fn(usize) -> (f32, f32), judge: &mut Judge, best: &mut [Best]| {
         let tried: Vec<(f32, f32)> = (0..ranges.len()).map(shares).collect();
         let steps: Vec<Step> = ranges.iter().zip(&tried).map(|(r, s)| grid.span(r.0 * s.0, r.1 * s.1)).collect();
-        let errors = judge.errors(rows, grid, &steps);
-        for ((best, &(low, high)), error) in best.iter_mut().zip(&tried).zip(errors) {
-            if error < best.2 {
-                *best = (low, high, error);
+        let costs = judge.costs(rows, grid, &steps);
+        for (((best, shares), step), cost) in best.iter_mut().zip(tried).zip(steps).zip(costs) {
+            if cost < best.cost {
+                *best = Best { step, shares, cost };
             }
         }
     };
     let (count, most) = shrinkage(grid.bits);
     for i in 0..count {
         let share = 1.0 - most * i as f32 / count as f32;
-        consider(&|_| (share, share), &mut best);
+        consider(&|_| (share, share), judge, &mut best);
     }
     if grid.bits <= 3 && !grid.symmetric {
         // Each end on its own, from the common best.
         let near = most / count as f32;
         for offset in [-2.0, -1.0, 1.0, 2.0] {
-            let common: Vec<(f32, f32, f64)> = best.clone();
+            let common = best.clone();
             let end = |share: f32| (share + offset * near).clamp(0.05, 1.1);
-            consider(&|i| (end(common[i].0), common[i].1), &mut best);
-            consider(&|i| (common[i].0, end(common[i].1)), &mut best);
+            consider(&|i| (end(common[i].shares.0), common[i].shares.1), judge, &mut best);
+            consider(&|i| (common[i].shares.0, end(common[i].shares.1)), judge, &mut best);
         }
     }
-    ranges.iter().zip(&best).map(|(r, b)| grid.span(r.0 * b.0, r.1 * b.1)).collect()
+    if fit {
+        for _ in 0..FITS {
+            let steps: Vec<Step> = best.iter().map(|best| best.step).collect();
+            let fitted = judge.fitted(rows, grid, &steps);
+            let costs = judge.costs(rows, grid, &fitted);
+            for ((best, step), cost) in best.iter_mut().zip(fitted).zip(costs) {
+                if cost < best.cost {
+                    *best = Best { step, cost, ..*best };
+                }
+            }
+        }
+    }
+    best.iter().map(|best| best.step).collect()
 }
 
-/// Weighs the errors of one group of columns.
+/// Errors of the rows of one group of columns.
 struct Judge {
     group: usize,
-    /// Gram matrix (group, group), or the mean squares (group) of wide groups.
-    gram: Vec<f32>,
-    delta: Vec<f32>,
-    product: Vec<f32>,
+    weigher: Weigher,
+    errors: Vec<f32>,
+    scratch: Vec<f32>,
 }
 
 impl Judge {
-    fn new(moments: &Moments, first: usize, group: usize) -> Self {
-        let gram = match group <= MAX_GRAM {
-            true => {
-                let mut gram = moments.diagonal_block(first, group);
-                // Directions the calibration never took still count a little.
-                let mean = (0..group).map(|i| gram[i * group + i]).sum::<f32>() / group as f32;
-                (0..group).for_each(|i| gram[i * group + i] += 0.01 * mean);
-                gram
-            }
-            false => (first..first + group).map(|i| moments.mean_square(i)).collect(),
-        };
-        Self { group, gram, delta: Vec::new(), product: Vec::new() }
+    /// Cost of every row's error with the given steps.
+    fn costs(&mut self, rows: &[f32], grid: Grid, steps: &[Step]) -> Vec<f64> {
+        self.round(rows, grid, steps);
+        let mut costs = vec![0.0; steps.len()];
+        self.weigher.add(&self.errors, self.group, &mut costs, &mut self.scratch);
+        costs
     }
 
-    /// Error of every row with the given steps.
-    fn errors(&mut self, rows: &[f32], grid: Grid, steps: &[Step]) -> Vec<f64> {
+    /// The steps with the scale that suits the codes they give best: with w' what the codes stand for, the cost of
+    /// w - c w' is smallest at c = (w G w') / (w' G w').
+    fn fitted(&mut self, rows: &[f32], grid: Grid, steps: &[Step]) -> Vec<Step> {
+        self.round(rows, grid, steps);
+        let mut sizes = vec![0.0; steps.len()];
+        let mut products = vec![0.0; steps.len()];
+        self.errors.iter_mut().zip(rows).for_each(|(error, w)| *error = w - *error);
+        self.weigher.add(&self.errors, self.group, &mut sizes, &mut self.scratch);
+        // From |w + w'|² = |w|² + |w'|² + 2 w w', with lengths as the weigher has them.
+        self.weigher.add(rows, self.group, &mut products, &mut self.scratch);
+        products.iter_mut().zip(&sizes).for_each(|(product, size)| *product = -*product - size);
+        self.errors.iter_mut().zip(rows).for_each(|(error, w)| *error += w);
+        self.weigher.add(&self.errors, self.group, &mut products, &mut self.scratch);
+        let fit = |((step, product), size): ((&Step, f64), f64)| {
+            let share = (0.5 * product / size) as f32;
+            // A group of zeros fits any scale.
+            let share = if share.is_finite() { share.clamp(0.8, 1.25) } else { 1.0 };
+            Step { scale: half_scale(step.scale * share), ..*step }
+        };
+        steps.iter().zip(products).zip(sizes).map(fit).collect()
+    }
+
+    /// Notes the error of every weight with the given steps.
+    fn round(&mut self, rows: &[f32], grid: Grid, steps: &[Step]) {
         let group = self.group;
-        self.delta.resize(rows.len(), 0.0);
-        let delta = &mut self.delta;
+        self.errors.resize(rows.len(), 0.0);
+        let errors = &mut self.errors;
         vectorized(|| {
             let max = grid.max_code();
-            for ((row, delta), &step) in rows.chunks_exact(group).zip(delta.chunks_exact_mut(group)).zip(steps) {
+            for ((row, errors), &step) in rows.chunks_exact(group).zip(errors.chunks_exact_mut(group)).zip(steps) {
                 let inverse = 1.0 / step.scale;
-                for (&w, delta) in row.iter().zip(delta) {
+                for (&w, error) in row.iter().zip(errors) {
                     let code = (crate::grid::round(w * inverse) + step.zero).clamp(0.0, max);
-                    *delta = w - (code - step.zero) * step.scale;
+                    *error = w - (code - step.zero) * step.scale;
                 }
             }
         });
-        if group > MAX_GRAM {
-            let weigh = |d: &[f32]| d.iter().zip(&self.gram).map(|(&d, &g)| f64::from(d * d * g)).sum();
-            return self.delta.chunks_exact(group).map(weigh).collect();
-        }
-        self.product.resize(self.delta.len(), 0.0);
-        let (d, g) = (View::new(&self.delta, group), View::new(&self.gram, group));
-        gemm(Threads::new(1), 1.0, d, g, 0.0, &mut self.product, group);
-        let pairs = self.delta.chunks_exact(group).zip(self.product.chunks_exact(group));
-        vectorized(|| pairs.map(|(d, p)| f64::from(dot(d, p))).collect())
     }
 }
 
@@ -159,16 +191,23 @@ mod tests {
             row[3] *= 6.0;
         }
         let x = random.normals(300 * k);
+        let mut gains = Vec::new();
         for group_size in [Some(32), Some(64), None] {
             for bits in [2, 3, 4] {
                 let grid = Grid { bits, group_size, symmetric: false };
                 let mut moments = Moments::new(k, k);
                 moments.add(Threads::new(1), &x);
-                let steps = search(Threads::new(2), &w, k, grid, &moments);
-                assert_eq!(steps, search(Threads::new(1), &w, k, grid, &moments));
+                let steps = search(Threads::new(2), &w, k, grid, &moments, false);
+                assert_eq!(steps, search(Threads::new(1), &w, k, grid, &moments, false));
                 let (found, full) = (error(&w, k, grid, &steps, &x), error(&w, k, grid, &grid.spans(&w, k), &x));
                 assert!(found < 0.99 * full, "{bits} bits, {group_size:?}: {found} against {full}");
+                let steps = search(Threads::new(2), &w, k, grid, &moments, true);
+                let fitted = error(&w, k, grid, &steps, &x);
+                // The search does not see what errors of different groups have to do with each other.
+                assert!(fitted < 1.01 * found, "{bits} bits, {group_size:?}: {fitted} against {found}");
+                gains.push(1.0 - fitted / found);
             }
         }
+        assert!(gains.iter().sum::<f64>() > 0.0, "{gains:?}");
     }
 }

@@ -15,6 +15,7 @@ pub mod learn;
 mod moments;
 pub mod refit;
 pub mod scale;
+pub mod weigh;
 
 pub use moments::Moments;
 

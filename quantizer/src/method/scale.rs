@@ -5,36 +5,48 @@
 //! error moves. s = x^a / w^(1-a), from the mean magnitudes of activations and of weights relative to their group, and
 //! a is searched against the output of the attention or MLP that follows. Beyond AutoAWQ: everything in f32, no scaling
 //! and a = 1 among the candidates, and grouped heads of v share the mean scale of the o columns they feed.
+//!
+//! Only attention is computed for every candidate. Elsewhere the output is linear in the rounding errors, or taken as
+//! such with the mean slope of silu(gate) * up, and the errors are weighed by second moments of the input
+//! ([`super::weigh`]): tokens need not be multiplied with every candidate's matrices.
 
 use serde::{Deserialize, Serialize};
 
-use crate::decoder::{Block, Decoder, Linear, Site, Slot};
+use super::Moments;
+use super::weigh::{self, Detail, Weigher};
+use crate::decoder::{Block, Decoder, Linear, Site, Slot, silu};
 use crate::grid::Grid;
 use crate::math::{Threads, vectorized};
 
 /// Tokens of each sequence that attention is judged on, and most sequences.
 const ATTENTION_TOKENS: usize = 192;
 const ATTENTION_SEQUENCES: usize = 2;
-/// Tokens that the other modules are judged on.
-const SAMPLE_TOKENS: usize = 256;
+/// Tokens that are taken through the MLP.
+const MLP_TOKENS: usize = 512;
+/// Most rows of a matrix that are rounded to judge scales of its columns.
+const JUDGED_ROWS: usize = 1024;
 
 /// What the search learns about a block from its unquantized pass.
 #[derive(Debug)]
 pub struct Sample {
     /// Residual streams at the start of a few sequences.
     sequences: Vec<Vec<f32>>,
-    /// For each [`Site`]: sums of magnitudes, and rows spread over all tokens.
+    /// For each [`Site`].
     sites: Vec<SiteSample>,
-    /// Every how manyth token is kept.
-    stride: usize,
+    /// How much an error of an output of gate and of up counts in what enters down: for each feature the sum over tokens
+    /// of the squared derivative of silu(gate) * up.
+    slopes: [Vec<f64>; 2],
+    /// Every how manyth token is taken through the MLP.
+    every: usize,
+    seen: usize,
 }
 
+/// Magnitudes of the features of a site, and their products inside groups.
 #[derive(Debug)]
 struct SiteSample {
-    width: usize,
-    tokens: usize,
     magnitudes: Vec<f64>,
-    rows: Vec<f32>,
+    tokens: usize,
+    moments: Moments,
 }
 
 /// Scales of the input of one site.
@@ -49,37 +61,70 @@ pub struct SiteScale {
 }
 
 impl Sample {
-    /// Nothing seen yet; `tokens` are expected.
-    pub fn new(decoder: &Decoder, tokens: usize) -> Self {
+    /// Nothing seen yet; `tokens` are expected. `grid` says how a slot will be rounded.
+    pub fn new(decoder: &Decoder, tokens: usize, grid: &dyn Fn(Slot) -> Option<Grid>) -> Self {
         let sites = Site::ALL.iter().map(|&site| {
-            let width = decoder.width(site);
-            SiteSample { width, tokens: 0, magnitudes: vec![0.0; width], rows: Vec::new() }
+            let k = decoder.width(site);
+            let group = site.slots().iter().filter_map(|&slot| grid(slot)).map(|grid| grid.group(k)).max();
+            let moments = Moments::new(k, group.map_or(8, weigh::block));
+            SiteSample { magnitudes: vec![0.0; k], tokens: 0, moments }
         });
-        Self { sequences: Vec::new(), sites: sites.collect(), stride: tokens.div_ceil(SAMPLE_TOKENS).max(1) }
+        Self {
+            sequences: Vec::new(),
+            sites: sites.collect(),
+            slopes: std::array::from_fn(|_| vec![0.0; decoder.width(Site::Activated)]),
+            every: tokens.div_ceil(MLP_TOKENS).max(1),
+            seen: 0,
+        }
     }
 
     /// Runs the unquantized `block` over the residual stream `x` (length, hidden) of a sequence and notes what it sees.
     pub fn add(&mut self, decoder: &Decoder, block: &Block, x: &[f32]) {
+        let (threads, hidden) = (decoder.threads, decoder.config.hidden_size);
         if self.sequences.len() < ATTENTION_SEQUENCES {
-            let kept = (ATTENTION_TOKENS * decoder.config.hidden_size).min(x.len());
-            self.sequences.push(x[..kept].to_vec());
+            self.sequences.push(x[..(ATTENTION_TOKENS * hidden).min(x.len())].to_vec());
         }
-        let (stride, sites) = (self.stride, &mut self.sites);
-        decoder.forward(block, &mut x.to_vec(), &mut |site, x| sites[site as usize].add(stride, x));
+        let mut x = x.to_vec();
+        let normed = decoder.attention_input(block, &x);
+        self.sites[Site::Attention as usize].add(threads, &normed);
+        let attended = decoder.attend(block, &normed);
+        self.sites[Site::Attended as usize].add(threads, &attended);
+        block.linear(Slot::O).accumulate(decoder, &attended, &mut x);
+        let normed = decoder.mlp_input(block, &x);
+        self.sites[Site::Mlp as usize].add(threads, &normed);
+
+        // Most of the work is in the MLP, where tokens do not depend on each other.
+        let (every, seen) = (self.every, self.seen);
+        let kept = normed.chunks_exact(hidden).enumerate().filter(|(i, _)| (seen + i).is_multiple_of(every));
+        let kept: Vec<f32> = kept.flat_map(|(_, row)| row).copied().collect();
+        self.seen += x.len() / hidden;
+        let mut gate = block.linear(Slot::Gate).forward(decoder, &kept);
+        let up = block.linear(Slot::Up).forward(decoder, &kept);
+        let width = decoder.width(Site::Activated);
+        let [of_gate, of_up] = &mut self.slopes;
+        for (gate, up) in gate.chunks_exact_mut(width).zip(up.chunks_exact(width)) {
+            for (((gate, &up), of_gate), of_up) in gate.iter_mut().zip(up).zip(&mut *of_gate).zip(&mut *of_up) {
+                let value = silu(*gate);
+                let sigmoid = 1.0 / (1.0 + (-*gate).exp());
+                *of_gate += f64::from(up * (sigmoid + value * (1.0 - sigmoid))).powi(2);
+                *of_up += f64::from(value).powi(2);
+                *gate = value * up;
+            }
+        }
+        self.sites[Site::Activated as usize].add(threads, &gate);
     }
 }
 
 impl SiteSample {
-    fn add(&mut self, stride: usize, x: &[f32]) {
-        for row in x.chunks_exact(self.width) {
-            if self.tokens.is_multiple_of(stride) {
-                self.rows.extend_from_slice(row);
+    fn add(&mut self, threads: Threads, x: &[f32]) {
+        let width = self.magnitudes.len();
+        self.tokens += x.len() / width;
+        vectorized(|| {
+            for row in x.chunks_exact(width) {
+                self.magnitudes.iter_mut().zip(row).for_each(|(sum, &x)| *sum += f64::from(x.abs()));
             }
-            self.tokens += 1;
-            for (sum, &x) in self.magnitudes.iter_mut().zip(row) {
-                *sum += f64::from(x.abs());
-            }
-        }
+        });
+        self.moments.add(threads, x);
     }
 }
 
@@ -166,6 +211,7 @@ fn share_heads(decoder: &Decoder, values: &mut [f64]) {
     }
 }
 
+/// Finds the scales of one site.
 struct Judge<'a> {
     decoder: &'a Decoder,
     block: &'a Block,
@@ -177,7 +223,6 @@ struct Judge<'a> {
 impl Judge<'_> {
     /// The best scales, or `None` if not scaling is best.
     fn best(&self) -> (Option<Vec<f32>>, SiteScale) {
-        let expected = self.output(self.block);
         let site = &self.sample.sites[self.site as usize];
         let mut x_mean: Vec<f64> = site.magnitudes.iter().map(|sum| sum / site.tokens.max(1) as f64).collect();
         let mut w_mean = self.weight_means();
@@ -185,28 +230,27 @@ impl Judge<'_> {
             share_heads(self.decoder, &mut x_mean);
             share_heads(self.decoder, &mut w_mean);
         }
-        let plain = self.error(None, &expected);
+        // What attention makes of errors of q and k depends on all tokens at once.
+        let expected = (self.site == Site::Attention).then(|| self.attention(self.block));
+        let judged = if expected.is_some() { Vec::new() } else { self.judged_rows() };
+        let error = |scales: Option<&[f32]>| match &expected {
+            Some(expected) => self.attention_error(scales, expected),
+            None => judged.iter().map(|rows| rows.error(self.decoder.threads, scales)).sum(),
+        };
+        let plain = error(None);
         let mut best: (f64, Option<(f32, Vec<f32>)>) = (plain, None);
-        let mut consider = |alpha: f32| {
+        let consider = |alpha: f32, best: &mut (f64, Option<(f32, Vec<f32>)>)| {
             let scales = scales(&x_mean, &w_mean, alpha);
-            let error = self.error(Some(&scales), &expected);
+            let error = error(Some(&scales));
             // Also refuses an error that is not a number.
             if error < best.0 {
-                best = (error, Some((alpha, scales)));
+                *best = (error, Some((alpha, scales)));
             }
         };
-        (0..=10).for_each(|i| consider(i as f32 / 10.0));
-        let near = best.1.as_ref().map(|found| found.0);
-        if let Some(alpha) = near {
-            for offset in [-0.05, 0.05] {
-                if (0.0..=1.0).contains(&(alpha + offset)) {
-                    let scales = scales(&x_mean, &w_mean, alpha + offset);
-                    let error = self.error(Some(&scales), &expected);
-                    if error < best.0 {
-                        best = (error, Some((alpha + offset, scales)));
-                    }
-                }
-            }
+        (0..=10).for_each(|i| consider(i as f32 / 10.0, &mut best));
+        if let Some(near) = best.1.as_ref().map(|found| found.0) {
+            let around = [near - 0.05, near + 0.05].into_iter().filter(|alpha| (0.0..=1.0).contains(alpha));
+            around.for_each(|alpha| consider(alpha, &mut best));
         }
         let (alpha, scales) = best.1.unzip();
         let relative_error = if plain > 0.0 { best.0 / plain } else { 1.0 };
@@ -215,7 +259,7 @@ impl Judge<'_> {
 
     /// For every input channel, the mean over rows of |w| relative to the largest of its group.
     fn weight_means(&self) -> Vec<f64> {
-        let width = self.sample.sites[self.site as usize].width;
+        let width = self.decoder.width(self.site);
         let mut sums = vec![0.0; width];
         let mut rows = 0;
         for &slot in self.site.slots() {
@@ -232,26 +276,55 @@ impl Judge<'_> {
         sums.iter().map(|sum| sum / rows.max(1) as f64).collect()
     }
 
-    /// Squared error of the output when the site's modules are rounded with these scales.
-    fn error(&self, scales: Option<&[f32]>, expected: &[f32]) -> f64 {
+    /// What is rounded of the modules that read the site, whose outputs count by a number each.
+    fn judged_rows(&self) -> Vec<JudgedRows<'_>> {
+        let k = self.decoder.width(self.site);
+        let site = &self.sample.sites[self.site as usize];
+        let of = |&slot: &Slot| {
+            let linear = self.block.linear(slot);
+            let grid = (self.grid)(slot)?;
+            let group = grid.group(k);
+            let weigher = |g: usize| Weigher::new(&site.moments, g * group, group, Detail::Leading);
+            let weighers = (0..k / group).map(weigher).collect();
+            let counts = match slot {
+                Slot::Gate => self.slopes(0),
+                Slot::Up => self.slopes(1),
+                _ => vec![1.0; linear.n],
+            };
+            Some(JudgedRows { linear, grid, weighers, counts, every: linear.n.div_ceil(JUDGED_ROWS) })
+        };
+        self.site.slots().iter().filter_map(of).collect()
+    }
+
+    /// How much the square of an error of each output of gate or of up counts in the output of the block.
+    fn slopes(&self, of: usize) -> Vec<f64> {
+        let down = self.block.linear(Slot::Down);
+        let mut squares = vec![0.0; down.k];
+        for row in down.weight.chunks_exact(down.k) {
+            squares.iter_mut().zip(row).for_each(|(sum, &w)| *sum += f64::from(w * w));
+        }
+        self.sample.slopes[of].iter().zip(squares).map(|(slope, square)| slope * square).collect()
+    }
+
+    /// Squared error of the output of attention when q, k and v are rounded with these scales.
+    fn attention_error(&self, scales: Option<&[f32]>, expected: &[f32]) -> f64 {
         let mut changed = Block { linears: Vec::new(), ..self.block.without_linears() };
         for slot in Slot::ALL {
             let linear = self.block.linear(slot);
-            let grid = (self.grid)(slot).filter(|_| self.site.slots().contains(&slot));
-            changed.linears.push(match (grid, self.reads(slot)) {
-                (Some(grid), _) => self.rounded(linear, grid, scales),
-                (None, true) => linear.clone(),
-                (None, false) => Linear::new(linear.n, linear.k, Vec::new(), None),
+            changed.linears.push(match ((self.grid)(slot), slot) {
+                (Some(grid), Slot::Q | Slot::K | Slot::V) => self.rounded(linear, grid, scales),
+                (_, Slot::Q | Slot::K | Slot::V | Slot::O) => linear.clone(),
+                _ => Linear::new(linear.n, linear.k, Vec::new(), None),
             });
         }
-        let output = self.output(&changed);
+        let output = self.attention(&changed);
         output.iter().zip(expected).map(|(a, b)| f64::from(a - b).powi(2)).sum()
     }
 
     /// The module with Q(W s) / s as its weight, on the device if that will compute with it.
     fn rounded(&self, linear: &Linear, grid: Grid, scales: Option<&[f32]>) -> Linear {
-        let rows = self.sample.sites[self.site as usize].rows.len() / linear.k;
-        let device = self.decoder.device.as_ref().filter(|device| device.takes(rows, linear.n, linear.k));
+        let tokens = self.sample.sequences.first().map_or(0, |x| x.len() / self.decoder.config.hidden_size);
+        let device = self.decoder.device.as_ref().filter(|device| device.takes(tokens, linear.n, linear.k));
         let ones;
         let scales = match scales {
             Some(scales) => scales,
@@ -267,30 +340,62 @@ impl Judge<'_> {
         }
     }
 
-    /// Whether the judged output depends on the module.
-    fn reads(&self, slot: Slot) -> bool {
-        match self.site {
-            Site::Attention => matches!(slot, Slot::Q | Slot::K | Slot::V | Slot::O),
-            Site::Mlp => matches!(slot, Slot::Gate | Slot::Up | Slot::Down),
-            Site::Attended | Site::Activated => self.site.slots().contains(&slot),
-        }
+    /// Output of attention for the sampled sequences.
+    fn attention(&self, block: &Block) -> Vec<f32> {
+        let of = |x: &Vec<f32>| {
+            let attended = self.decoder.attend(block, &self.decoder.attention_input(block, x));
+            block.linear(Slot::O).forward(self.decoder, &attended)
+        };
+        self.sample.sequences.iter().flat_map(of).collect()
     }
+}
 
-    /// The output that is judged: of attention, of the MLP, or of the module itself.
-    fn output(&self, block: &Block) -> Vec<f32> {
-        let rows = &self.sample.sites[self.site as usize].rows;
-        match self.site {
-            Site::Attention => {
-                let of = |x: &Vec<f32>| {
-                    let attended = self.decoder.attend(block, &self.decoder.attention_input(block, x));
-                    block.linear(Slot::O).forward(self.decoder, &attended)
-                };
-                self.sample.sequences.iter().flat_map(of).collect()
+/// Rows of one matrix that stand for all of it.
+struct JudgedRows<'a> {
+    linear: &'a Linear,
+    grid: Grid,
+    /// Of each group.
+    weighers: Vec<Weigher>,
+    /// How much the squared error of each output counts, (n).
+    counts: Vec<f64>,
+    /// Every how manyth row is judged.
+    every: usize,
+}
+
+impl JudgedRows<'_> {
+    /// Squared error of the outputs when the rows are rounded with these scales.
+    fn error(&self, threads: Threads, scales: Option<&[f32]>) -> f64 {
+        const TOGETHER: usize = 32;
+        let k = self.linear.k;
+        let group = self.grid.group(k);
+        let ones;
+        let scales = match scales {
+            Some(scales) => scales,
+            None => {
+                ones = vec![1.0; k];
+                &ones
             }
-            Site::Mlp => block.linear(Slot::Down).forward(self.decoder, &self.decoder.activate(block, rows)),
-            Site::Attended => block.linear(Slot::O).forward(self.decoder, rows),
-            Site::Activated => block.linear(Slot::Down).forward(self.decoder, rows),
-        }
+        };
+        let inverses: Vec<f32> = scales.iter().map(|s| 1.0 / s).collect();
+        let mut costs = vec![0.0; self.linear.n.div_ceil(self.every)];
+        threads.rows(&mut costs, 1, |first, costs| {
+            let mut errors = vec![0.0; TOGETHER * k];
+            let mut scratch = Vec::new();
+            for (i, costs) in costs.chunks_mut(TOGETHER).enumerate() {
+                let row = |j: usize| (first + i * TOGETHER + j) * self.every;
+                for (j, errors) in errors.chunks_exact_mut(k).enumerate().take(costs.len()) {
+                    let w = &self.linear.weight[row(j) * k..][..k];
+                    errors.copy_from_slice(w);
+                    round_row(errors, self.grid, scales, &inverses);
+                    errors.iter_mut().zip(w).for_each(|(error, w)| *error -= w);
+                }
+                for (g, weigher) in self.weighers.iter().enumerate() {
+                    weigher.add(&errors[g * group..], k, costs, &mut scratch);
+                }
+                costs.iter_mut().enumerate().for_each(|(j, cost)| *cost *= self.counts[row(j)]);
+            }
+        });
+        costs.iter().sum::<f64>() * self.every as f64
     }
 }
 
@@ -312,24 +417,43 @@ fn scales(x_mean: &[f64], w_mean: &[f64], alpha: f32) -> Vec<f32> {
 /// The module with Q(W s) / s as its weight.
 fn rounded(threads: Threads, linear: &Linear, grid: Grid, scales: &[f32]) -> Linear {
     let (n, k) = (linear.n, linear.k);
-    let group = grid.group(k);
     let inverses: Vec<f32> = scales.iter().map(|s| 1.0 / s).collect();
     let mut weight = vec![0.0; n * k];
     threads.rows(&mut weight, k, |first, rows| {
-        vectorized(|| {
-            for (row, w) in rows.chunks_exact_mut(k).zip(linear.weight[first * k..].chunks_exact(k)) {
-                row.iter_mut().zip(w).zip(scales).for_each(|((out, w), s)| *out = w * s);
-                for (row, inverses) in row.chunks_exact_mut(group).zip(inverses.chunks_exact(group)) {
-                    let (low, high) = row.iter().fold((0f32, 0f32), |(l, h), &w| (l.min(w), h.max(w)));
-                    let step = grid.span(low, high);
-                    let (inverse, max) = (1.0 / step.scale, grid.max_code());
-                    for (w, s) in row.iter_mut().zip(inverses) {
-                        let code = (crate::grid::round(*w * inverse) + step.zero).clamp(0.0, max);
-                        *w = (code - step.zero) * step.scale * s;
-                    }
-                }
-            }
-        })
+        for (row, w) in rows.chunks_exact_mut(k).zip(linear.weight[first * k..].chunks_exact(k)) {
+            row.copy_from_slice(w);
+            round_row(row, grid, scales, &inverses);
+        }
     });
     Linear::new(n, k, weight, linear.bias.clone())
+}
+
+/// w = Q(w s) / s for one row.
+fn round_row(row: &mut [f32], grid: Grid, scales: &[f32], inverses: &[f32]) {
+    let group = grid.group(row.len());
+    vectorized(|| {
+        row.iter_mut().zip(scales).for_each(|(w, s)| *w *= s);
+        for (row, inverses) in row.chunks_exact_mut(group).zip(inverses.chunks_exact(group)) {
+            let (low, high) = zero_and_extremes(row);
+            let step = grid.span(low, high);
+            let (inverse, max) = (1.0 / step.scale, grid.max_code());
+            for (w, s) in row.iter_mut().zip(inverses) {
+                let code = (crate::grid::round(*w * inverse) + step.zero).clamp(0.0, max);
+                *w = (code - step.zero) * step.scale * s;
+            }
+        }
+    });
+}
+
+/// The smallest and the largest of 0 and the elements, which are a multiple of 8; in eight interleaved parts.
+#[inline]
+fn zero_and_extremes(row: &[f32]) -> (f32, f32) {
+    let (mut low, mut high) = ([0f32; 8], [0f32; 8]);
+    for part in row.as_chunks::<8>().0 {
+        for i in 0..8 {
+            low[i] = if part[i] < low[i] { part[i] } else { low[i] };
+            high[i] = if part[i] > high[i] { part[i] } else { high[i] };
+        }
+    }
+    (low.iter().fold(0.0, |a, &b| a.min(b)), high.iter().fold(0.0, |a, &b| a.max(b)))
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use awqua::checkpoint::Checkpoint;
-use awqua::quant::{self, AffineMatrix, InputTransform, Quantization};
+use awqua::quant::{self, InputTransform, Quantization};
 use awqua::{Error, ErrorKind, Result};
 use half::f16;
 use serde_json::json;
@@ -37,11 +37,11 @@ pub(super) fn assemble(
         writer.copy_file(source.dir(), file)?;
     }
 
-    let mut blocks = Blocks { state, held: None };
+    let mut blocks = Blocks { plan, state, held: None };
     writer.write_tensors(&specs, plan.options.shard_bytes, &mut |spec, out| {
         let mut write = |bytes: &[u8]| out.write_all(bytes).map_err(|error| Error::io(writer.dir(), &error));
-        match blocks.packed(plan, &spec.name)? {
-            Some((matrix, suffix)) => write(&plan.options.format.encode(matrix, plan.options.symmetric, suffix)?),
+        match blocks.packed(&spec.name)? {
+            Some(bytes) => write(bytes),
             None => match blocks.vector(&spec.name)? {
                 Some(values) => write(&halves(&values, &spec.name)?),
                 None => copy_tensor(source.get(&spec.name)?, Elements::Halves, &mut write),
@@ -110,37 +110,55 @@ pub(super) fn layout(plan: &Plan) -> Layout {
 
 /// Finished blocks, one in memory at a time.
 struct Blocks<'a> {
+    plan: &'a Plan,
     state: &'a State,
-    held: Option<(usize, Stored)>,
+    held: Option<Held>,
+}
+
+struct Held {
+    layer: usize,
+    stored: Stored,
+    /// Tensors of each packed module by their suffixes, in the order of [`Slot::ALL`]; empty until one is asked for.
+    encoded: Vec<Vec<(&'static str, Vec<u8>)>>,
 }
 
 impl Blocks<'_> {
-    fn layer(&mut self, layer: usize) -> Result<&Stored> {
-        if self.held.as_ref().is_none_or(|(held, _)| *held != layer) {
-            self.held = Some((layer, self.state.load(layer)?));
+    fn layer(&mut self, layer: usize) -> Result<&mut Held> {
+        if self.held.as_ref().is_none_or(|held| held.layer != layer) {
+            self.held = None;
+            self.held = Some(Held { layer, stored: self.state.load(layer)?, encoded: Vec::new() });
         }
-        match &self.held {
-            Some((_, stored)) => Ok(stored),
-            None => Err(Error::new(ErrorKind::Io, "the finished block is gone")),
-        }
+        self.held.as_mut().ok_or_else(|| Error::new(ErrorKind::Io, "the finished block is gone"))
     }
 
-    /// The packed module that tensor `name` is a part of, and the suffix of the part.
-    fn packed<'n>(&mut self, plan: &Plan, name: &'n str) -> Result<Option<(&AffineMatrix, &'n str)>> {
+    /// The data of tensor `name`, if it is a part of a packed module.
+    fn packed(&mut self, name: &str) -> Result<Option<&[u8]>> {
+        let plan = self.plan;
         let Some((module, suffix)) = name.rsplit_once('.') else { return Ok(None) };
         let Some((layer, slot)) = plan.slot_of(module) else { return Ok(None) };
         // A bias has the name of a part, and is none.
         if matches!(suffix, "weight" | "bias") {
             return Ok(None);
         }
-        Ok(self.layer(layer)?.packed[slot as usize].as_ref().map(|matrix| (matrix, suffix)))
+        let Held { stored, encoded, .. } = self.layer(layer)?;
+        let Some(_) = &stored.packed[slot as usize] else { return Ok(None) };
+        if encoded.is_empty() {
+            let encode = |i: usize| match &stored.packed[i] {
+                Some(matrix) => plan.options.format.encode(matrix, plan.options.symmetric),
+                None => Ok(Vec::new()),
+            };
+            *encoded = plan.decoder.threads.map(stored.packed.len(), encode).into_iter().collect::<Result<_>>()?;
+        }
+        let part = encoded[slot as usize].iter().find(|(known, _)| *known == suffix);
+        let missing = || Error::new(ErrorKind::InvalidInput, format!("the dialect has no tensor `{suffix}`"));
+        part.map(|(_, bytes)| Some(bytes.as_slice())).ok_or_else(missing)
     }
 
     /// The changed norm or bias of this name.
     fn vector(&mut self, name: &str) -> Result<Option<Vec<f32>>> {
         let layer = name.strip_prefix("model.layers.").and_then(|rest| rest.split_once('.'));
         let Some((Ok(layer), rest)) = layer.map(|(layer, rest)| (layer.parse(), rest)) else { return Ok(None) };
-        let stored = self.layer(layer)?;
+        let stored = &self.layer(layer)?.stored;
         Ok(stored.vectors.iter().find(|(known, _)| known == rest).map(|(_, values)| values.clone()))
     }
 }
@@ -164,16 +182,15 @@ fn verify(plan: &Plan, written: &Checkpoint, blocks: &mut Blocks<'_>) -> Result<
     let quantization = Quantization::of(written)?;
     let mut changed = BTreeMap::new();
     for layer in 0..plan.decoder.config.num_hidden_layers {
-        let stored = blocks.layer(layer)?;
-        for (slot, matrix) in Slot::ALL.iter().zip(&stored.packed) {
-            let Some(matrix) = matrix else { continue };
-            let module = plan.decoder.name(layer, slot.module());
+        let stored = &blocks.layer(layer)?.stored;
+        let check = |i: usize| {
+            let Some(matrix) = &stored.packed[i] else { return Ok(()) };
+            let module = plan.decoder.name(layer, Slot::ALL[i].module());
             let found = quant::load_linear(written, quantization.as_ref(), &module, matrix.n, matrix.k)?;
             let same = found.weight == matrix.to_weight()? && found.input == InputTransform::default();
-            if !same {
-                return Err(differs(written, &module));
-            }
-        }
+            if same { Ok(()) } else { Err(differs(written, &module)) }
+        };
+        plan.decoder.threads.map(stored.packed.len(), check).into_iter().collect::<Result<()>>()?;
         for (rest, values) in &stored.vectors {
             changed.insert(plan.decoder.name(layer, rest), values.clone());
         }

@@ -9,7 +9,7 @@ use crate::math::Threads;
 use crate::method::correct::{self, Cross};
 use crate::method::gptq::{self, Factor};
 use crate::method::scale::{self, Sample, SiteScale};
-use crate::method::{Moments, Recipe, clip, learn, refit};
+use crate::method::{Moments, Recipe, clip, learn, refit, weigh};
 
 /// Most tokens that AWQ's scales are searched on; more tell it nothing new.
 const SCALE_TOKENS: usize = 1024;
@@ -134,15 +134,17 @@ impl Task<'_> {
                 name: self.decoder.name(block.layer, slot.module()),
                 shape: [matrix.n, matrix.k],
                 bits: matrix.bits,
-                relative_error: relative_error(meant, got),
+                relative_error: relative_error(self.decoder.threads, meant, got, matrix.k),
                 damp: damp[slot as usize],
             })
         });
         let linears = linears.collect();
         let output_error = probe.map(|inputs| {
+            // Few tokens are not worth the way of all weights to a device.
+            let here = Decoder::clone(self.decoder).without_device();
             let mut exact = inputs.clone();
-            self.advance(&scaled, &mut exact);
-            learn::output_error(self.decoder, &block, &inputs, &exact)
+            exact.iter_mut().for_each(|x| here.forward(&scaled, x, &mut |_, _| {}));
+            learn::output_error(&here, &block, &inputs, &exact)
         });
         Finished { report: BlockReport { layer: block.layer, output_error, scales, linears }, block, packed, spread }
     }
@@ -158,7 +160,7 @@ impl Task<'_> {
         let every = total.div_ceil(SCALE_TOKENS).max(1);
         let chosen: Vec<&Vec<f32>> = streams.iter().step_by(every).collect();
         let tokens = chosen.iter().map(|x| x.len() / hidden).sum();
-        let mut sample = Sample::new(self.decoder, tokens);
+        let mut sample = Sample::new(self.decoder, tokens, self.grid);
         chosen.iter().for_each(|x| sample.add(self.decoder, block, x));
         sample
     }
@@ -277,7 +279,8 @@ impl Rounding<'_> {
         let block = match self.task.recipe.compensate {
             Some(_) => k,
             None => {
-                site.slots().iter().filter_map(|&slot| (self.task.grid)(slot)).map(|g| g.group(k)).max().unwrap_or(8)
+                let widest = site.slots().iter().filter_map(|&slot| (self.task.grid)(slot)).map(|g| g.group(k)).max();
+                widest.map_or(8, weigh::block)
             }
         };
         let cross = corrects.then(|| match site {
@@ -325,7 +328,7 @@ impl Rounding<'_> {
         let linear = self.block.linear(slot);
         let (n, k) = (linear.n, linear.k);
         let steps = match moments.filter(|_| self.task.recipe.clip) {
-            Some(moments) => clip::search(threads, &linear.weight, k, grid, moments),
+            Some(moments) => clip::search(threads, &linear.weight, k, grid, moments, factor.is_none()),
             None => grid.spans(&linear.weight, k),
         };
         let (codes, steps) = match factor {
@@ -367,11 +370,16 @@ fn difference(a: &[f32], b: &[f32]) -> Vec<f32> {
     a.iter().zip(b).map(|(a, b)| a - b).collect()
 }
 
-fn relative_error(meant: &[f32], got: &[f32]) -> f64 {
-    let (mut error, mut norm) = (0.0, 0.0);
-    for (&a, &b) in meant.iter().zip(got) {
-        error += f64::from(a - b).powi(2);
-        norm += f64::from(a).powi(2);
-    }
+/// Root of sum((meant - got)²) / sum(meant²) over rows of `k`; 0 if nothing is meant.
+fn relative_error(threads: Threads, meant: &[f32], got: &[f32], k: usize) -> f64 {
+    let sums = threads.map(meant.len() / k, |row| {
+        let mut sums = [0.0f32; 2];
+        for (&a, &b) in meant[row * k..][..k].iter().zip(&got[row * k..]) {
+            sums[0] += (a - b) * (a - b);
+            sums[1] += a * a;
+        }
+        sums.map(f64::from)
+    });
+    let [error, norm] = sums.iter().fold([0.0, 0.0], |a, b| [a[0] + b[0], a[1] + b[1]]);
     if norm == 0.0 { 0.0 } else { (error / norm).sqrt() }
 }

@@ -74,41 +74,41 @@ impl Format {
         }
     }
 
-    /// The data of the tensor with this suffix.
-    pub(super) fn encode(self, matrix: &AffineMatrix, symmetric: bool, suffix: &str) -> Result<Vec<u8>> {
+    /// The data of every tensor of a packed module, by the suffixes of [`Format::specs`].
+    pub(super) fn encode(self, matrix: &AffineMatrix, symmetric: bool) -> Result<Vec<(&'static str, Vec<u8>)>> {
         let words = |words: &[u32]| words.iter().flat_map(|word| word.to_le_bytes()).collect();
         let halves = |halves: &[half::f16]| halves.iter().flat_map(|half| half.to_le_bytes()).collect();
-        let missing = || Error::new(ErrorKind::InvalidInput, format!("{self:?} has no tensor `{suffix}`"));
         Ok(match self {
             Self::AwqGemm => {
-                let Weight::W4(canonical) = matrix.to_weight()? else { return Err(missing()) };
+                let Weight::W4(canonical) = matrix.to_weight()? else {
+                    return Err(Error::new(ErrorKind::Unsupported, "awq gemm has 4 bits"));
+                };
                 let tensors = awq::encode_gemm(&canonical)?;
-                match suffix {
-                    "qweight" => words(&tensors.qweight),
-                    "qzeros" => words(&tensors.qzeros),
-                    "scales" => halves(&tensors.scales),
-                    _ => return Err(missing()),
-                }
+                vec![
+                    ("qweight", words(&tensors.qweight)),
+                    ("qzeros", words(&tensors.qzeros)),
+                    ("scales", halves(&tensors.scales)),
+                ]
             }
             Self::PackQuantized => {
                 let tensors = compressed::encode(matrix, symmetric)?;
-                match (suffix, &tensors.weight_zero_point) {
-                    ("weight_packed", _) => words(&tensors.weight_packed),
-                    ("weight_scale", _) => halves(&tensors.weight_scale),
-                    ("weight_shape", _) => tensors.weight_shape.iter().flat_map(|v| v.to_le_bytes()).collect(),
-                    ("weight_zero_point", Some(zeros)) => words(zeros),
-                    _ => return Err(missing()),
-                }
+                let shape = tensors.weight_shape.iter().flat_map(|v| v.to_le_bytes()).collect();
+                let mut all = vec![
+                    ("weight_packed", words(&tensors.weight_packed)),
+                    ("weight_scale", halves(&tensors.weight_scale)),
+                    ("weight_shape", shape),
+                ];
+                all.extend(tensors.weight_zero_point.map(|zeros| ("weight_zero_point", words(&zeros))));
+                all
             }
             Self::GptqV2 => {
                 let tensors = gptq::encode(matrix)?;
-                match suffix {
-                    "g_idx" => words(&tensors.g_idx),
-                    "qweight" => words(&tensors.qweight),
-                    "qzeros" => words(&tensors.qzeros),
-                    "scales" => halves(&tensors.scales),
-                    _ => return Err(missing()),
-                }
+                vec![
+                    ("g_idx", words(&tensors.g_idx)),
+                    ("qweight", words(&tensors.qweight)),
+                    ("qzeros", words(&tensors.qzeros)),
+                    ("scales", halves(&tensors.scales)),
+                ]
             }
         })
     }

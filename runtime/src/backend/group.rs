@@ -35,6 +35,11 @@ pub trait Group: Send {
     /// Most members of a pass.
     fn most(&self) -> usize;
 
+    /// Fewest members of a pass that is faster than their own steps.
+    fn least(&self) -> usize {
+        2
+    }
+
     /// Whether `runner` can take part: it is of this backend, with capacities that this group was made for.
     fn takes(&self, runner: &dyn Runner) -> bool;
 

@@ -61,6 +61,9 @@ pub struct EngineOptions {
     /// What [`Engine::pipeline_cache`] gave at an earlier start; shortens the first load. Trusted to come from there:
     /// damage is noticed, forgery is not.
     pub pipeline_cache: Option<Arc<Vec<u8>>>,
+    /// What [`crate::backend::wgpu::tune`] found on this device, here or elsewhere; ignored where it does not fit, which
+    /// [`crate::backend::BackendInfo::variant`] tells.
+    pub tuning: Option<Arc<Vec<u8>>>,
     /// Recover from the loss of a device without being asked, in the next tick.
     pub auto_recover: bool,
     /// CPU threads of a session, the caller's included, if it does not say; `None` makes no threads.

@@ -52,6 +52,7 @@ pub(super) fn begin(options: &EngineOptions, choice: &DeviceChoice) -> Result<Bo
             force_f32: options.portable_kernels,
             force_no_subgroup: options.portable_kernels,
             pipeline_cache: options.pipeline_cache.clone(),
+            tuning: options.tuning.clone(),
             ..WgpuOptions::default()
         })
     };

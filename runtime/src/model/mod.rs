@@ -44,6 +44,8 @@ pub struct LoadOptions {
     pub portable_kernels: bool,
     /// Bits of the output head.
     pub head_bits: HeadBits,
+    /// See [`EngineOptions::tuning`].
+    pub tuning: Option<Arc<Vec<u8>>>,
 }
 
 impl From<&LoadOptions> for EngineOptions {
@@ -52,6 +54,7 @@ impl From<&LoadOptions> for EngineOptions {
             backend: options.backend,
             device: options.device.clone().map_or(DeviceChoice::Best, DeviceChoice::Named),
             portable_kernels: options.portable_kernels,
+            tuning: options.tuning.clone(),
             ..Self::default()
         }
     }

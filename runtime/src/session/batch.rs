@@ -271,7 +271,7 @@ impl Batch {
             for index in (next..n).chain(0..next) {
                 let session = sessions[index].borrow();
                 let in_pass = self.is_here && !self.rows.is_empty() && session.part_of(&self.name, self.pass).is_some();
-                let shared = decoding > 1 && self.part(session) != Part::Never;
+                let shared = decoding >= self.least() && self.part(session) != Part::Never;
                 if self.slots[index].is_over || in_pass {
                     continue;
                 }
@@ -307,6 +307,11 @@ impl Batch {
                 return;
             }
         }
+    }
+
+    /// Fewest sessions that make tokens in passes.
+    fn least(&self) -> usize {
+        self.place.as_ref().and_then(|place| place.group.as_ref()).map_or(usize::MAX, |group| group.least())
     }
 
     /// What a session adds to passes.
@@ -371,11 +376,11 @@ impl Batch {
         }
     }
 
-    /// Gathers the members of the next pass; false if it has to wait for some of them, or there is only one.
+    /// Gathers the members of the next pass; false if it has to wait for some of them, or there are too few.
     fn gather<S: BorrowMut<Session>>(&mut self, sessions: &mut [S]) -> bool {
         let (decoding, ready) = self.count(sessions);
         // A pass without those whose tokens are about to arrive would cost as much as one with them.
-        if decoding < 2 || ready < decoding {
+        if decoding < self.least() || ready < decoding {
             return false;
         }
         self.pass += 1;

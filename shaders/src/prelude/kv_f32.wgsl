@@ -1,30 +1,13 @@
-// Axis kv = f32: a pair of cache elements is two words, eight are eight.
+// Axis kv = f32: a pair of cache elements is two words.
 
-alias KvEight = vec4<u32>;
+const KV_PAIR_WORDS: u32 = 2u;
 
-// Places of pair `pair` of row `row`, of `rows` with `pairs` each: of its first and its last word, and of nothing else.
-fn kv_pair_place(row: u32, pair: u32, pairs: u32, rows: u32) -> vec4<u32> {
-    let word = 2u * (row * pairs + pair);
-    return vec4<u32>(word, word + 1u, word, 0u);
-}
-
-// The pair that lies there.
-fn kv_pair(first: u32, last: u32, scales: u32, pick: u32) -> vec2<f32> {
+// The pair held by its first and its last word.
+fn kv_unpack(first: u32, last: u32) -> vec2<f32> {
     return vec2<f32>(bitcast<f32>(first), bitcast<f32>(last));
 }
 
-// The same for eight elements `lane` of rows with `lanes` such eights.
-fn kv_eight_place(row: u32, lane: u32, lanes: u32, rows: u32) -> vec4<u32> {
-    let at = 2u * (row * lanes + lane);
-    return vec4<u32>(at, at + 1u, at, 0u);
-}
-
-fn kv_eight(first: KvEight, last: KvEight, scales: KvEight, pick: u32) -> Eight {
-    return Eight(bitcast<vec4<f32>>(first), bitcast<vec4<f32>>(last));
-}
-
-// Eight elements of the cache.
-struct Eight {
-    lo: vec4<f32>,
-    hi: vec4<f32>,
+// First and last word of a pair.
+fn kv_pack(pair: vec2<f32>) -> vec2<u32> {
+    return bitcast<vec2<u32>>(pair);
 }

@@ -1,7 +1,5 @@
 //! Attention over a cache.
 
-use awqua_shaders::rope_append_q8::{pack, unpack};
-
 use super::*;
 
 /// The kernels for few tokens and for many.
@@ -121,6 +119,42 @@ impl Attention {
             })
             .collect()
     }
+}
+
+/// Rows of `head_dim` values, a multiple of 4, as the words of a cache: codes of all rows, then scales. A row with NaN has
+/// NaN for its scales.
+fn pack(values: &[f32], head_dim: usize) -> Vec<u32> {
+    let (mut codes, mut scales) = (Vec::new(), Vec::new());
+    for row in values.chunks(head_dim) {
+        let mut of_row = vec![0u16; 2 * (cuda::scale_bytes(head_dim as u32) / 4) as usize];
+        let unknown = row.iter().any(|v| v.is_nan());
+        for (group, bits) in row.chunks(cuda::KV_GROUP as usize).zip(&mut of_row) {
+            let most = group.iter().fold(0.0f32, |most, v| most.max(v.abs())).min(65504.0);
+            let scale = f16::from_f32(most / 127.0);
+            *bits = if unknown { f16::NAN } else { scale }.to_bits();
+            let wide = scale.to_f32();
+            let code = |v: f32| if wide > 0.0 { (v / wide).clamp(-127.0, 127.0).round_ties_even() as i8 } else { 0 };
+            codes.extend(group.iter().map(|&v| code(v) as u8));
+        }
+        scales.extend(of_row);
+    }
+    let codes = codes.chunks(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]));
+    codes.chain(scales.chunks(2).map(|pair| u32::from(pair[0]) | u32::from(pair[1]) << 16)).collect()
+}
+
+/// What [`pack`] made words of.
+fn unpack(words: &[u32], head_dim: usize) -> Vec<f32> {
+    let row_words = head_dim / 4 + (cuda::scale_bytes(head_dim as u32) / 4) as usize;
+    let (codes, scales) = words.split_at(words.len() / row_words * (head_dim / 4));
+    let scale = |row: usize, group: usize| {
+        let word = scales[row * (cuda::scale_bytes(head_dim as u32) / 4) as usize + group / 2];
+        f16::from_bits((word >> (16 * (group % 2))) as u16).to_f32()
+    };
+    let codes = codes.iter().flat_map(|word| word.to_le_bytes());
+    codes
+        .enumerate()
+        .map(|(i, code)| f32::from(code as i8) * scale(i / head_dim, i % head_dim / cuda::KV_GROUP as usize))
+        .collect()
 }
 
 /// Codes of all rows, then the scales of each line of `context` rows, with room for a multiple of four.

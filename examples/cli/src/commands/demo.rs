@@ -11,6 +11,7 @@ use awqua_quantizer::RtnOptions;
 use awqua_quantizer::import::{ImportOptions, ImportSource};
 
 use super::chat::Conversation;
+use crate::cache;
 use crate::options::DeviceArgs;
 use crate::output::{self, Outcome};
 
@@ -41,7 +42,7 @@ pub struct Args {
 }
 
 pub fn run(args: &Args) -> Outcome {
-    let cache = cache_folder()?;
+    let cache = cache::folder()?;
     let packed = cache.join(PACKED);
     let cached = packed.join("config.json").exists();
     if args.offline && !cached {
@@ -68,18 +69,6 @@ pub fn run(args: &Args) -> Outcome {
             output::note("note: `awqua demo --refresh` gets the model again");
         }
     })
-}
-
-/// Folder for what is kept between runs.
-fn cache_folder() -> Outcome<PathBuf> {
-    let folder = match std::env::var_os("AWQUA_CACHE") {
-        Some(folder) => PathBuf::from(folder),
-        None => directories::ProjectDirs::from("", "", "awqua")
-            .map(|dirs| dirs.cache_dir().to_path_buf())
-            .ok_or_else(|| Error::new(ErrorKind::Io, "this system has no cache folder; set AWQUA_CACHE"))?,
-    };
-    std::fs::create_dir_all(&folder).map_err(|e| Error::io(&folder, &e))?;
-    Ok(folder)
 }
 
 fn remove(folder: &Path) -> Outcome {

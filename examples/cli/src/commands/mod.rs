@@ -13,4 +13,9 @@ pub mod perplexity;
 pub mod quantize;
 pub mod run;
 pub mod synth;
+#[cfg(feature = "wgpu")]
+pub mod tune;
+#[cfg(not(feature = "wgpu"))]
+#[path = "no_tune.rs"]
+pub mod tune;
 pub mod verify;

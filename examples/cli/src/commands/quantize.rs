@@ -203,8 +203,10 @@ fn choose_bits(
         std::fs::write(file, chart.svg()).map_err(|e| Error::io(file, &e))?;
     }
     if !args.json {
+        let weights: u64 = sensitivity.units.iter().map(|unit| unit.weights).sum();
+        let packed = 8.0 * (total(&chosen) - fixed) / weights as f64;
         output::note(&format!(
-            "chose {:.3} bits a weight, {:.1} MB, predicted KL {:.4}",
+            "chose {:.3} bits a weight, {packed:.3} with scales and zero points, {:.1} MB, predicted KL {:.4}",
             chosen.mean_bits,
             total(&chosen) / 1e6,
             chosen.predicted_loss

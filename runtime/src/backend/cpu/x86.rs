@@ -268,9 +268,7 @@ impl Kernels for Avx512 {
     }
 
     fn outer(&self, a: (&[f32], usize), b: (&[f32], usize), c: (&mut [f32], usize), extents: Outer) {
-        extents.check(a, b, (c.0, c.1));
-        // SAFETY: `self` proves AVX-512F; the matrices were just checked.
-        unsafe { outer_avx512(a, b, c, extents) }
+        self.avx2.outer(a, b, c, extents);
     }
 
     fn round_span(&self, x: &[f32], codes: &mut [i16]) -> (f32, f32) {
@@ -633,66 +631,4 @@ unsafe fn outer_tile_avx2<const R: usize>(
             _mm256_storeu_ps(c.0.add(r * c.1 + 8), sums[1]);
         }
     }
-}
-
-/// # Safety
-/// Matrices of these extents.
-#[target_feature(enable = "avx512f")]
-unsafe fn outer_avx512(a: (&[f32], usize), b: (&[f32], usize), c: (&mut [f32], usize), extents: Outer) {
-    // Twelve sums hide the latency of two units; a row of `b` is one vector.
-    const ROWS: usize = 12;
-    let whole = extents.columns / 16 * 16;
-    for column in (0..whole).step_by(16) {
-        let mut first = 0;
-        while first < extents.rows {
-            // SAFETY: these rows and sixteen columns lie in the matrices by the caller's promise.
-            unsafe {
-                let a = (a.0.as_ptr().add(first * a.1), a.1);
-                let b = (b.0.as_ptr().add(column), b.1);
-                let c = (c.0.as_mut_ptr().add(first * c.1 + column), c.1);
-                first += match extents.rows - first {
-                    ROWS.. => outer_tile_avx512::<ROWS>(a, b, c, &extents),
-                    8..ROWS => outer_tile_avx512::<8>(a, b, c, &extents),
-                    4..8 => outer_tile_avx512::<4>(a, b, c, &extents),
-                    2..4 => outer_tile_avx512::<2>(a, b, c, &extents),
-                    _ => outer_tile_avx512::<1>(a, b, c, &extents),
-                };
-            }
-        }
-    }
-    if whole < extents.columns && extents.depth > 0 {
-        let extents = Outer { columns: extents.columns - whole, ..extents };
-        vector::outer(a.0, a.1, &b.0[whole..], b.1, &mut c.0[whole..], c.1, extents);
-    }
-}
-
-/// Returns R.
-///
-/// # Safety
-/// R rows of `a` and `c`, `extents.depth` columns of `a` and rows of `b`, 16 columns of `b` and `c`.
-#[inline]
-#[target_feature(enable = "avx512f")]
-unsafe fn outer_tile_avx512<const R: usize>(
-    a: (*const f32, usize),
-    b: (*const f32, usize),
-    c: (*mut f32, usize),
-    extents: &Outer,
-) -> usize {
-    // SAFETY: every access is to a row and column of the caller's promise.
-    unsafe {
-        let mut sums: [__m512; R] = match extents.add {
-            true => std::array::from_fn(|r| _mm512_loadu_ps(c.0.add(r * c.1))),
-            false => [_mm512_setzero_ps(); R],
-        };
-        for i in 0..extents.depth {
-            let row = _mm512_loadu_ps(b.0.add(i * b.1));
-            for (r, sum) in sums.iter_mut().enumerate() {
-                *sum = _mm512_fmadd_ps(_mm512_set1_ps(*a.0.add(r * a.1 + i)), row, *sum);
-            }
-        }
-        for (r, sum) in sums.iter().enumerate() {
-            _mm512_storeu_ps(c.0.add(r * c.1), *sum);
-        }
-    }
-    R
 }

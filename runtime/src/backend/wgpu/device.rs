@@ -38,6 +38,7 @@ pub(super) struct Gpu {
 }
 
 /// A submission that can be waited for.
+#[derive(Clone)]
 pub(super) struct Ticket {
     number: u64,
     index: wgpu::SubmissionIndex,
@@ -269,7 +270,7 @@ impl Gpu {
     }
 
     /// Submits the commands and returns the ticket to wait for.
-    pub(super) fn submit(&self, commands: Option<wgpu::CommandBuffer>) -> Ticket {
+    pub(super) fn submit(&self, commands: impl IntoIterator<Item = wgpu::CommandBuffer>) -> Ticket {
         // Held over both calls: the n-th callback has to stand for the n-th submission, whichever thread made it.
         let mut submitted = lock(&self.submitted);
         let index = self.queue.submit(commands);

@@ -6,6 +6,7 @@ use awqua_shaders::{attention, attention_coop};
 use wgpu::BufferUsages;
 
 use super::device::{Gpu, buffer_size};
+use super::plan::passes::Cache;
 use crate::backend::{BufferDesc, KvType, Op, Program, RunnerConfig};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -35,8 +36,7 @@ pub(super) struct Memory<B = wgpu::Buffer> {
     pub(super) dummy: B,
     /// Bound where a kernel writes nothing.
     pub(super) unread: B,
-    /// Keys and values by layer behind the prefix: (kv_heads, context - prefix, head_dim) each, then their scales if they
-    /// have any.
+    /// Keys and values by layer behind the prefix: (kv_heads, context - prefix, head_dim) each.
     caches: Vec<(B, B)>,
     /// The first positions, if they are shared.
     pub(super) prefix: Option<Arc<Prefix>>,
@@ -87,6 +87,16 @@ impl Prefix {
     }
 }
 
+impl Drop for Prefix {
+    /// As [`Memory::destroy_caches`].
+    fn drop(&mut self) {
+        self.caches.iter().for_each(|(keys, values)| {
+            keys.destroy();
+            values.destroy();
+        });
+    }
+}
+
 /// Bytes that [`Memory::new`] allocates.
 pub(super) fn bytes(program: &Program, config: &RunnerConfig) -> u64 {
     bytes_behind(program, config, 0)
@@ -107,13 +117,17 @@ impl Memory {
     /// Allocates for the capacities of `config`, behind the positions of `prefix`.
     ///
     /// # Errors
-    /// [`ErrorKind::OutOfMemory`] naming the buffer and its bytes, or a device error.
+    /// [`ErrorKind::OutOfMemory`] naming the buffer and its bytes, [`ErrorKind::Unsupported`] for a cache of 8 bits, or a
+    /// device error.
     pub(super) fn new(
         gpu: &Gpu,
         program: &Program,
         config: &RunnerConfig,
         prefix: Option<Arc<Prefix>>,
     ) -> Result<Self> {
+        if config.kv_type == Some(KvType::Q8) {
+            return Err(Error::new(ErrorKind::Unsupported, "wgpu keeps no keys and values in 8 bits"));
+        }
         let shared = prefix.as_ref().map_or(0, |prefix| prefix.len);
         let cache = cache_bytes(program, config, shared);
         gpu.has_room("the KV cache", cache.saturating_mul(2).saturating_mul(u64::from(program.layers)))?;
@@ -134,6 +148,25 @@ impl Memory {
     pub(super) fn placeholder(gpu: &Gpu, program: &Program, config: &RunnerConfig) -> Result<Self> {
         let dummy = gpu.buffer("a placeholder", 16, BufferUsages::STORAGE | BufferUsages::UNIFORM)?;
         Self::layout(program, config, 0, &mut |_, _, _| Ok(dummy.clone()))
+    }
+
+    /// Keys and values, for passes that work in them.
+    pub(super) fn to_join(&self) -> Cache {
+        Cache { layers: self.caches.clone(), prefix: self.prefix.clone() }
+    }
+
+    /// What tells this cache from others while both are there.
+    pub(super) fn identity(&self) -> Option<(wgpu::Buffer, usize)> {
+        let prefix = self.prefix.as_ref().map_or(0, |prefix| Arc::as_ptr(prefix) as usize);
+        self.caches.first().map(|(keys, _)| (keys.clone(), prefix))
+    }
+
+    /// Gives the memory of the caches back, though bind groups of passes may still name it.
+    pub(super) fn destroy_caches(&self) {
+        self.caches.iter().for_each(|(keys, values)| {
+            keys.destroy();
+            values.destroy();
+        });
     }
 
     /// Positions that are shared.

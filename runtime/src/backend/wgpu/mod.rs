@@ -1,20 +1,22 @@
 //! Any GPU through wgpu: Vulkan, Metal or Direct3D 12.
 //!
 //! `adapters` says what there is, `device` is an open one and turns its failures into errors, `selftest` decides which
-//! kernel variants can be trusted, `pipelines` compiles kernels, `weights` lays matrices out, `loader` brings them there,
+//! kernel variants can be trusted, `tune` measures which workgroups are fastest and `tuning` is what came of it,
+//! `pipelines` compiles kernels, `weights` lays matrices out, `loader` brings them there,
 //! `memory` is what a session holds there, `pace` estimates how long work takes, `plan` turns a program into bind groups
 //! and uniform blocks once, `run` encodes and submits one step of it, and `sampling` picks tokens without reading logits
 //! back.
 
 use std::fmt;
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use awqua_shaders::{Elem, Reduce, Size, Variant};
 
 use super::{
-    Backend, BackendInfo, Budget, DEFAULT_CHUNK, Device, KvType, Opening, Program, Runner, RunnerConfig, WeightId,
+    Backend, BackendInfo, Budget, DEFAULT_CHUNK, Device, Group, KvType, Opening, Program, Runner, RunnerConfig,
+    WeightId,
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::quant::awq::StoredGemm;
@@ -22,6 +24,7 @@ use crate::tensor::{Weight, WeightShape};
 
 mod adapters;
 mod device;
+mod group;
 mod loader;
 mod memory;
 mod pace;
@@ -33,6 +36,8 @@ mod readback;
 mod run;
 mod sampling;
 mod selftest;
+mod tune;
+mod tuning;
 #[cfg(any(windows, target_os = "linux", target_os = "android", target_os = "freebsd"))]
 mod vulkan;
 #[cfg(any(windows, target_os = "linux", target_os = "android", target_os = "freebsd"))]
@@ -41,11 +46,13 @@ mod weights;
 
 pub use adapters::{AdapterSummary, DeviceIds, adapters};
 pub use products::products;
+pub use tune::{Candidate, MatrixShape, Tuned, shapes_of, tune, usual_shapes};
 
 use device::Gpu;
 use loader::Loader;
 use pipelines::Pipelines;
 use selftest::SelfTest;
+use tuning::Tuning;
 use weights::GpuWeight;
 
 /// Which device is meant.
@@ -116,6 +123,9 @@ pub struct WgpuOptions {
     pub submission_flops: Option<u64>,
     /// What [`Device::pipeline_cache`] gave at an earlier start.
     pub pipeline_cache: Option<Arc<Vec<u8>>>,
+    /// What [`tune`] found at an earlier start; ignored where it is of another adapter, driver or set of kernels, or none
+    /// of ours, which [`BackendInfo::variant`] tells.
+    pub tuning: Option<Arc<Vec<u8>>>,
 }
 
 /// Opens the adapter that `options` name, or the preferred one, and checks its arithmetic.
@@ -170,8 +180,22 @@ impl WgpuOpening {
             return Ok(None);
         };
         let _watch = gpu.watch();
-        let choice = test.advance(gpu, pipelines)?;
-        Ok(choice.map(|choice| WgpuDevice { gpu: gpu.clone(), pipelines: pipelines.clone(), choice }))
+        let Some(mut choice) = test.advance(gpu, pipelines)? else { return Ok(None) };
+        let tuning = match self.options.tuning.as_deref() {
+            None => None,
+            Some(saved) => {
+                let most = gpu.limits.max_compute_invocations_per_workgroup;
+                Tuning::parse(saved, &gpu.summary, most).unwrap_or_else(|reason| {
+                    choice.reason += &format!("; the tuning is ignored: {reason}");
+                    None
+                })
+            }
+        };
+        if tuning.is_some() {
+            choice.reason += "; tuned";
+        }
+        let tuning = Arc::new(tuning.unwrap_or_default());
+        Ok(Some(WgpuDevice { gpu: gpu.clone(), pipelines: pipelines.clone(), choice, tuning }))
     }
 }
 
@@ -204,6 +228,7 @@ struct WgpuDevice {
     gpu: Arc<Gpu>,
     pipelines: Arc<Pipelines>,
     choice: selftest::Choice,
+    tuning: Arc<Tuning>,
 }
 
 impl WgpuDevice {
@@ -216,8 +241,10 @@ impl WgpuDevice {
             size: self.choice.size,
             coop: self.choice.coop,
             variant: self.choice.reason.clone(),
+            tuning: self.tuning.clone(),
             weights: Vec::new(),
             evicted: AtomicBool::new(false),
+            passes_work: OnceLock::new(),
             filled: 0,
             loader: None,
             stack: None,
@@ -261,8 +288,11 @@ pub struct WgpuBackend {
     size: Size,
     coop: bool,
     variant: String,
+    tuning: Arc<Tuning>,
     weights: Vec<GpuWeight>,
     evicted: AtomicBool,
+    /// Whether the kernels of passes over several sessions passed their trials.
+    passes_work: OnceLock<bool>,
     /// Rows of the last weight that came so far.
     filled: usize,
     /// Made when the first weight comes.
@@ -448,5 +478,9 @@ impl Backend for WgpuBackend {
 
     fn runner(self: Arc<Self>, program: &Arc<Program>, config: &RunnerConfig) -> Result<Box<dyn Runner>> {
         Ok(Box::new(run::WgpuRunner::new(self, program, config)?))
+    }
+
+    fn group(self: Arc<Self>, program: &Arc<Program>, config: &RunnerConfig) -> Result<Option<Box<dyn Group>>> {
+        Ok(group::WgpuGroup::new(self, program, config)?.map(|group| Box::new(group) as Box<dyn Group>))
     }
 }

@@ -5,8 +5,7 @@ use std::sync::Arc;
 
 use awqua_shaders::{
     Cost, Dense, FLAG_ACCUMULATE, FLAG_BIAS, FLAG_CENTER, FLAG_FACTORS, FLAG_ORDER, FLAG_SEGMENTS, Kernel, Kv, Packed,
-    RowMode, Step, Variant, arrange, embed, embed_packed, glu, head_norm, norm, rope_append, rope_append_q8, scale,
-    uniform_bytes,
+    RowMode, Step, Variant, arrange, embed, embed_packed, glu, head_norm, norm, rope_append, scale, uniform_bytes,
 };
 use bytemuck::Pod;
 use wgpu::BufferUsages;
@@ -16,6 +15,7 @@ mod experts;
 mod fuse;
 mod halve;
 mod linear;
+pub(super) mod passes;
 mod stage;
 
 use super::WgpuBackend;
@@ -27,6 +27,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::tensor::DenseType;
 use experts::Experts;
 use linear::{Linear, gemv_rows};
+pub(super) use linear::{matrix_params, rows_params, usual_size};
+use passes::{PassSites, Site};
 
 /// The dispatches of a program.
 pub(super) struct Plan {
@@ -34,6 +36,8 @@ pub(super) struct Plan {
     pub(super) ops: Vec<PlannedOp>,
     /// Bytes of the uniform blocks and of staged inputs.
     pub(super) bytes: u64,
+    /// Operations of a pass over several sessions that work in their caches, by [`Self::bind_members`].
+    sites: Vec<Site>,
 }
 
 /// The dispatches of one operation or of several.
@@ -96,8 +100,12 @@ impl Plan {
     /// [`ErrorKind::Unsupported`] or [`ErrorKind::InvalidTensor`] where weights do not fit the program, or a device
     /// error.
     pub(super) fn new(backend: &WgpuBackend, program: &Program, memory: &Memory, max_tokens: u32) -> Result<Self> {
-        let mut planner = Planner::new(backend, program, memory, max_tokens, false);
+        Self::of(Planner::new(backend, program, memory, max_tokens, false))
+    }
+
+    fn of(mut planner: Planner<'_>) -> Result<Self> {
         let drafts = planner.drafts()?;
+        let (backend, memory) = (planner.backend, planner.memory);
         let gpu = &backend.gpu;
         let uniform_bytes = planner.uniforms.len() as u64;
         let bytes = uniform_bytes + planner.staged_bytes;
@@ -112,7 +120,7 @@ impl Plan {
             Ok(PlannedOp { rows: draft.rows, levels: levels.collect::<Result<_>>()? })
         };
         let ops = gpu.scoped("bind groups", 0, || drafts.into_iter().map(finish_op).collect::<Result<_>>())??;
-        Ok(Self { ops, bytes })
+        Ok(Self { ops, bytes, sites: planner.pass.map_or_else(Vec::new, |pass| pass.sites) })
     }
 
     /// The kernels that a plan for sessions of this kind needs; nothing is compiled or allocated for them.
@@ -195,6 +203,8 @@ struct Planner<'a> {
     dry: bool,
     /// The buffer whose staged form the last operation left up to date, for few rows.
     ready: Option<BufferId>,
+    /// What there is to know of a pass, if the plan is for passes over several sessions.
+    pass: Option<PassSites>,
     /// The buffer that the last operation left in half precision, for many rows.
     halved: Option<BufferId>,
 }
@@ -214,6 +224,7 @@ impl<'a> Planner<'a> {
             staged_bytes: 0,
             dry,
             ready: None,
+            pass: None,
             halved: None,
         }
     }
@@ -223,6 +234,10 @@ impl<'a> Planner<'a> {
         let mut drafts = Vec::new();
         let mut ops = self.program.ops.as_slice();
         while let Some(op) = ops.first() {
+            if self.in_caches(op, &ops[1..], &mut drafts)? {
+                ops = &ops[1..];
+                continue;
+            }
             let (draft, count) = match self.fused(ops)? {
                 Some(fused) => fused,
                 None => (self.op(op, &ops[1..])?, 1),
@@ -501,20 +516,6 @@ impl<'a> Planner<'a> {
         let (keys, values) = self.memory.cache(layer)?;
         let storage = vec![self.buffer(qkv), table, keys.clone(), values.clone()];
         let kv = self.variant().kv;
-        if kv == Kv::Q8 {
-            if !rope_append_q8::handles(shape.head_dim) {
-                let dim = shape.head_dim;
-                return Err(unsupported(&format!(
-                    "a KV cache of 8 bits with heads of {dim} elements, not of whole eights"
-                )));
-            }
-            let launch = move |step: &Step| Launch {
-                grid: rope_append_q8::grid(&params, step.n_tokens),
-                cost: rope_append_q8::cost(&params, step.n_tokens),
-            };
-            let draft = self.draft(&rope_append_q8::KERNEL, self.variant(), &params, storage, launch)?;
-            return Ok(DraftOp::always(RowMode::All, vec![draft]));
-        }
         let launch = move |step: &Step| Launch {
             grid: rope_append::grid(&params, step.n_tokens),
             cost: rope_append::cost(&params, kv, step.n_tokens),
@@ -540,11 +541,7 @@ impl<'a> Planner<'a> {
     }
 
     fn variant(&self) -> Variant {
-        let kv = match self.memory.kv_type {
-            KvType::F16 => Kv::F16,
-            KvType::F32 => Kv::F32,
-            KvType::Q8 => Kv::Q8,
-        };
+        let kv = kv_of(self.memory.kv_type);
         let WgpuBackend { elem, reduce, size, .. } = *self.backend;
         Variant { elem, reduce, kv, size, ..Variant::default() }
     }
@@ -588,6 +585,15 @@ impl<'a> Planner<'a> {
             }
             _ => Err(unsupported("a norm weight or bias has to be a vector")),
         }
+    }
+}
+
+fn kv_of(kv_type: KvType) -> Kv {
+    match kv_type {
+        KvType::F16 => Kv::F16,
+        KvType::F32 => Kv::F32,
+        // Sessions are refused before they are planned; what only asks which kernels one would need may come here.
+        KvType::Q8 => Kv::F16,
     }
 }
 

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use wgpu::BufferUsages;
 
-use super::device::{Gpu, lock};
+use super::device::{Gpu, Ticket, lock};
 use crate::error::{Error, ErrorKind, Result};
 
 const PENDING: u32 = 0;
@@ -89,21 +89,33 @@ impl Readback {
         mut encoder: wgpu::CommandEncoder,
         sources: &[(&wgpu::Buffer, u64, u64)],
     ) -> Result<()> {
+        let bytes = self.bring(&mut encoder, sources);
+        let ticket = gpu.submit(Some(encoder.finish()));
+        gpu.check()?;
+        self.expect(&ticket, bytes);
+        Ok(())
+    }
+
+    /// Has the commands of `encoder` bring ranges as [`Self::begin`] does; the bytes in all. [`Self::expect`] has to follow
+    /// once the commands are submitted.
+    pub(super) fn bring(&self, encoder: &mut wgpu::CommandEncoder, sources: &[(&wgpu::Buffer, u64, u64)]) -> u64 {
         self.cancel();
         let mut at = 0;
         for &(source, offset, bytes) in sources {
             encoder.copy_buffer_to_buffer(source, offset, &self.staging, at, bytes);
             at += bytes;
         }
-        let index = gpu.submit(Some(encoder.finish())).index().clone();
-        gpu.check()?;
+        at
+    }
+
+    /// Asks for what the commands of the submission brought.
+    pub(super) fn expect(&self, ticket: &Ticket, bytes: u64) {
         let mut flight = lock(&self.flight);
         let state = Arc::new(AtomicU32::new(PENDING));
-        *flight = Some(Flight { state: state.clone(), bytes: at, index });
-        self.staging.map_async(wgpu::MapMode::Read, 0..at, move |result| {
+        *flight = Some(Flight { state: state.clone(), bytes, index: ticket.index().clone() });
+        self.staging.map_async(wgpu::MapMode::Read, 0..bytes, move |result| {
             state.store(if result.is_ok() { MAPPED } else { FAILED }, Ordering::Release);
         });
-        Ok(())
     }
 
     /// Whether the result of [`Self::begin`], good or bad, is there.

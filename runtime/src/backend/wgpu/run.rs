@@ -25,6 +25,8 @@ use crate::session::sampler::{KeptRequest, SampleRequest, pick_in};
 
 /// Bytes of logits read back at once, unless one row is larger.
 const READ_BYTES: u64 = 8 << 20;
+/// Bytes of a token.
+const TOKEN_BYTES: u64 = 4;
 
 /// Bytes of the readback buffer for logits of `row_bytes` a row and `all` bytes.
 fn readback_bytes(row_bytes: u64, all: u64) -> u64 {
@@ -61,11 +63,11 @@ const DISPATCHES_TIMED: u32 = 48;
 
 /// The session's side of the wgpu backend.
 pub(super) struct WgpuRunner {
-    backend: Arc<WgpuBackend>,
+    pub(super) backend: Arc<WgpuBackend>,
     program: Arc<Program>,
-    config: RunnerConfig,
-    memory: Memory,
-    plan: Plan,
+    pub(super) config: RunnerConfig,
+    pub(super) memory: Memory,
+    pub(super) plan: Plan,
     sampler: Sampler,
     readback: Readback,
     /// The step uniform of the last run.
@@ -80,6 +82,8 @@ pub(super) struct WgpuRunner {
     queued: bool,
     /// Whether the step computes hidden states and no logits.
     hidden_only: bool,
+    /// Whether the last step was one of several sessions, which leaves logits here and nothing else.
+    in_pass: bool,
     choice: Choice,
     /// Copy of the logits row for the sampler on the CPU, and its memory.
     row: Vec<f32>,
@@ -90,6 +94,9 @@ pub(super) struct WgpuRunner {
     ahead: VecDeque<usize>,
     /// Slot of the next one.
     next_slot: usize,
+    /// Whether a pass makes the last one, and its commands if it has not begun.
+    ahead_in_pass: bool,
+    choosing: Option<wgpu::CommandEncoder>,
     /// A copy of the first positions that forks share, as long as they are what it holds.
     lent: Weak<Prefix>,
 }
@@ -99,8 +106,6 @@ struct KvRange {
     layer: u32,
     values: bool,
     head: u32,
-    /// Their scales instead of their elements.
-    scales: bool,
     positions: std::ops::Range<u32>,
 }
 
@@ -109,6 +114,8 @@ enum Choice {
     None,
     /// By the kernels.
     Device,
+    /// By the kernels, ahead for a pass that did not come: the token is in this slot.
+    Ahead(usize),
     /// By the CPU, once the row has come.
     Host(Box<KeptRequest>),
     /// None: hidden states are on their way instead.
@@ -145,6 +152,35 @@ impl WgpuRunner {
         }
         let memory = Memory::new(gpu, program, &config, prefix)?;
         let plan = Plan::new(&backend, program, &memory, config.max_tokens)?;
+        Self::with(backend, program, config, memory, plan)
+    }
+
+    /// What computes rows of several sessions, whose caches are theirs; `places` as in [`Plan::for_passes`].
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub(super) fn for_passes(
+        backend: Arc<WgpuBackend>,
+        program: &Arc<Program>,
+        config: &RunnerConfig,
+        places: &wgpu::Buffer,
+    ) -> Result<Self> {
+        // Rotary tables hold the rows of the members' positions.
+        let own = RunnerConfig { context: config.max_tokens, ..config.clone() };
+        let without = Arc::new(Program { layers: 0, ..(**program).clone() });
+        let memory = Memory::new(&backend.gpu, &without, &own, None)?;
+        let plan = Plan::for_passes(&backend, program, &memory, config, places)?;
+        Self::with(backend, &without, own, memory, plan)
+    }
+
+    fn with(
+        backend: Arc<WgpuBackend>,
+        program: &Arc<Program>,
+        config: RunnerConfig,
+        memory: Memory,
+        plan: Plan,
+    ) -> Result<Self> {
+        let gpu = &backend.gpu;
         let logits = &memory.activations[program.logits.0 as usize];
         let sampler = Sampler::new(&backend, program.vocab_size, config.context)?;
         let hidden = program.last_hidden().map_or(0, |id| memory.activations[id.0 as usize].buffer.size());
@@ -164,12 +200,15 @@ impl WgpuRunner {
             plan,
             queued: true,
             hidden_only: false,
+            in_pass: false,
             choice: Choice::None,
             row: Vec::new(),
             candidates: Vec::new(),
             token_slots: [Readback::new(gpu, 16)?, Readback::new(gpu, 16)?],
             ahead: VecDeque::new(),
             next_slot: 0,
+            ahead_in_pass: false,
+            choosing: None,
             lent: Weak::new(),
             backend,
         })
@@ -253,52 +292,150 @@ impl WgpuRunner {
     fn forget(&mut self) {
         self.readback.cancel();
         self.choice = Choice::None;
+        (self.choosing, self.ahead_in_pass) = (None, false);
         self.token_slots.iter().for_each(Readback::cancel);
         self.ahead.clear();
+    }
+
+    /// Begins the step.
+    pub(super) fn start(&mut self, step: shaders::Step) {
+        self.step = step;
+        self.backend.gpu.queue.write_buffer(&self.memory.step, 0, shaders::uniform_bytes(&step));
+        self.previous = self.latest.take();
+        self.next = (0, 0);
+        self.queued = false;
+        (self.hidden_only, self.in_pass) = (false, false);
+    }
+
+    /// Seconds of work that may be queued now; `None` if nothing may.
+    pub(super) fn room(&mut self, budget: &Budget) -> Result<Option<f64>> {
+        let finished = self.backend.gpu.finished()?;
+        self.pace.settle(finished);
+        Ok(match budget.device {
+            Some(device) => {
+                let queued = self.pace.queued();
+                match device.checked_sub(queued) {
+                    Some(left) if !left.is_zero() => Some(left.as_secs_f64()),
+                    _ if queued.is_zero() => Some(0.0),
+                    _ => None,
+                }
+            }
+            // At most two steps of a prompt are queued, so that one that is abandoned ends soon.
+            None if self.ahead.is_empty()
+                && self.previous.as_ref().is_some_and(|previous| previous.number() > finished) =>
+            {
+                None
+            }
+            None => Some(f64::INFINITY),
+        })
+    }
+
+    /// Encodes the choice of a token from the last logits and its way to the host; `None` as [`Runner::begin_ahead`] says.
+    fn encode_ahead(&mut self, request: &SampleRequest<'_>, position: u32) -> Result<Option<wgpu::CommandEncoder>> {
+        let row = self.last_row()?;
+        if !self.sampler.handles(request) || self.ahead.len() == MAX_AHEAD || position >= self.config.context {
+            return Ok(None);
+        }
+        let (logits, row_bytes) = self.logits();
+        let logits = (logits, u64::from(row) * row_bytes);
+        let mut encoder = self.sampler.encode(&self.backend.gpu, request, logits);
+        self.token_slots[self.next_slot].bring(&mut encoder, &[(self.sampler.result(), 0, TOKEN_BYTES)]);
+        self.ahead.push_back(self.next_slot);
+        self.next_slot = (self.next_slot + 1) % MAX_AHEAD;
+        Ok(Some(encoder))
+    }
+
+    /// Takes note that the commands of the last choice ahead are submitted.
+    pub(super) fn went_ahead(&mut self, ticket: &Ticket) {
+        if let Some(&slot) = self.ahead.back() {
+            self.token_slots[slot].expect(ticket, TOKEN_BYTES);
+        }
+    }
+
+    /// Makes ready for a pass over the token at `position`, which the host knows.
+    ///
+    /// # Errors
+    /// As [`Self::overwrite`].
+    pub(super) fn join_pass(&mut self, position: u32) -> Result<()> {
+        self.overwrite(position)?;
+        self.abandon();
+        Ok(())
+    }
+
+    /// Has a pass choose the token, which its step at `position` looks for at the byte of `tokens`; false, with nothing
+    /// done, as [`Runner::begin_ahead`] says.
+    ///
+    /// # Errors
+    /// As [`Runner::begin_ahead`].
+    pub(super) fn choose_in_pass(
+        &mut self,
+        request: &SampleRequest<'_>,
+        position: u32,
+        tokens: (&wgpu::Buffer, u64),
+    ) -> Result<bool> {
+        let Some(mut encoder) = self.encode_ahead(request, position)? else { return Ok(false) };
+        encoder.copy_buffer_to_buffer(self.sampler.result(), 0, tokens.0, tokens.1, TOKEN_BYTES);
+        self.choosing = Some(encoder);
+        self.ahead_in_pass = true;
+        Ok(true)
+    }
+
+    /// The commands of [`Self::choose_in_pass`], to be submitted; [`Self::went_ahead`] has to follow.
+    pub(super) fn take_choosing(&mut self) -> Option<wgpu::CommandBuffer> {
+        self.choosing.take().map(wgpu::CommandEncoder::finish)
+    }
+
+    /// A pass over the token at `position` is submitted, the last of it with this ticket, and leaves its logits here.
+    pub(super) fn end_pass(&mut self, position: u32, ticket: &Ticket) {
+        self.step = shaders::Step { n_tokens: 1, position, logits_start: 0, logits_rows: 1 };
+        self.next = (self.plan.ops.len(), 0);
+        self.queued = true;
+        (self.hidden_only, self.in_pass, self.ahead_in_pass) = (false, true, false);
+        (self.previous, self.latest) = (None, Some(ticket.clone()));
+    }
+
+    /// The logits, and bytes from one row to the next.
+    pub(super) fn logits(&self) -> (&wgpu::Buffer, u64) {
+        let logits = &self.memory.activations[self.program.logits.0 as usize];
+        (&logits.buffer, u64::from(logits.stride) * 4)
+    }
+
+    /// Has the next step queued whatever became of the one before.
+    pub(super) fn forget_previous(&mut self) {
+        self.previous = None;
     }
 
     /// Positions `from..to` of keys and values of all layers and heads, in pieces that lie in one buffer, in order.
     fn kv_ranges(&self, from: u32, to: u32) -> impl Iterator<Item = KvRange> + use<> {
         let edge = self.memory.shared().clamp(from, to.max(from));
         let (layers, heads) = (self.program.layers, self.program.attention.kv_heads);
-        let parts: &[bool] = if self.memory.kv_type == KvType::Q8 { &[false, true] } else { &[false] };
         (0..layers).flat_map(move |layer| {
             [false, true].into_iter().flat_map(move |values| {
                 (0..heads).flat_map(move |head| {
-                    parts.iter().flat_map(move |&scales| {
-                        [from..edge, edge..to]
-                            .into_iter()
-                            .filter(|positions| !positions.is_empty())
-                            .map(move |positions| KvRange { layer, values, head, scales, positions })
-                    })
+                    [from..edge, edge..to]
+                        .into_iter()
+                        .filter(|positions| !positions.is_empty())
+                        .map(move |positions| KvRange { layer, values, head, positions })
                 })
             })
         })
     }
 
-    /// First byte and bytes of a piece in a buffer of `lines` positions a head, of which the first is `first`: elements of
-    /// all heads, then scales of all heads.
-    fn bytes_of(&self, range: &KvRange, first: u32, lines: u32) -> (u64, u64) {
-        let shape = self.program.attention;
-        let kv_type = self.memory.kv_type;
-        let codes = kv_type.code_bytes(shape.head_dim);
-        let (start, row) = match range.scales {
-            false => (0, codes),
-            true => (u64::from(shape.kv_heads) * u64::from(lines) * codes, kv_type.scale_bytes(shape.head_dim)),
-        };
-        let line = u64::from(range.head) * u64::from(lines) + u64::from(range.positions.start - first);
-        (start + line * row, range.positions.len() as u64 * row)
+    /// Bytes of a position of one head.
+    fn position_bytes(&self) -> u64 {
+        self.memory.kv_type.row_bytes(self.program.attention.head_dim)
     }
 
     /// Where a piece of the cache lies: buffer, byte and bytes.
     fn locate(&self, range: &KvRange) -> Result<(&wgpu::Buffer, u64, u64)> {
-        let shared = self.memory.shared();
+        let (position, shared) = (self.position_bytes(), self.memory.shared());
         let ((keys, values), first, lines) = match range.positions.start < shared {
             true => (self.memory.shared_cache(range.layer)?, 0, shared),
             false => (self.memory.cache(range.layer)?, shared, self.config.context - shared),
         };
-        let (offset, bytes) = self.bytes_of(range, first, lines);
-        Ok((if range.values { values } else { keys }, offset, bytes))
+        let line = u64::from(range.head) * u64::from(lines) + u64::from(range.positions.start - first);
+        let buffer = if range.values { values } else { keys };
+        Ok((buffer, line * position, range.positions.len() as u64 * position))
     }
 
     /// Positions of which a split of few tokens never has a part only.
@@ -331,8 +468,9 @@ impl WgpuRunner {
         for range in self.kv_ranges(0, len) {
             let (from, offset, bytes) = self.locate(&range)?;
             let (keys, values) = prefix.cache(range.layer)?;
+            let line = u64::from(range.head) * u64::from(len) + u64::from(range.positions.start);
             let to = if range.values { values } else { keys };
-            encoder.copy_buffer_to_buffer(from, offset, to, self.bytes_of(&range, 0, len).0, bytes);
+            encoder.copy_buffer_to_buffer(from, offset, to, line * self.position_bytes(), bytes);
         }
         gpu.submit(Some(encoder.finish()));
         Ok(prefix)
@@ -350,6 +488,12 @@ impl WgpuRunner {
             self.lent = Weak::new();
         }
         Ok(())
+    }
+}
+
+impl Drop for WgpuRunner {
+    fn drop(&mut self) {
+        self.memory.destroy_caches();
     }
 }
 
@@ -374,50 +518,27 @@ impl Runner for WgpuRunner {
         step.check(&self.program, &self.config)?;
         self.overwrite(step.position)?;
         self.forget();
-        let gpu = &self.backend.gpu;
         let logits = step.logits.range(step.tokens.len());
-        self.step = shaders::Step {
+        self.backend.gpu.queue.write_buffer(&self.memory.tokens, 0, bytemuck::cast_slice(step.tokens));
+        self.start(shaders::Step {
             n_tokens: step.tokens.len() as u32,
             position: step.position,
             logits_start: logits.start as u32,
             logits_rows: logits.len() as u32,
-        };
+        });
         self.hidden_only = step.logits == LogitsRows::Hidden;
-        gpu.queue.write_buffer(&self.memory.step, 0, shaders::uniform_bytes(&self.step));
-        gpu.queue.write_buffer(&self.memory.tokens, 0, bytemuck::cast_slice(step.tokens));
-        self.previous = self.latest.take();
-        self.next = (0, 0);
-        self.queued = false;
         Ok(())
     }
 
     fn advance(&mut self, budget: &Budget) -> Result<Progress> {
         let _watch = self.backend.gpu.watch();
         self.backend.check()?;
-        let finished = self.backend.gpu.finished()?;
-        self.pace.settle(finished);
         let mut begun = false;
         while self.next.0 < self.plan.ops.len() {
             if begun && budget.is_over() {
                 return Ok(Progress::Working);
             }
-            let most = match budget.device {
-                Some(device) => {
-                    let queued = self.pace.queued();
-                    match device.checked_sub(queued) {
-                        Some(left) if !left.is_zero() => left.as_secs_f64(),
-                        _ if queued.is_zero() => 0.0,
-                        _ => return Ok(Progress::Waiting),
-                    }
-                }
-                // At most two steps of a prompt are queued, so that one that is abandoned ends soon.
-                None if self.ahead.is_empty()
-                    && self.previous.as_ref().is_some_and(|previous| previous.number() > finished) =>
-                {
-                    return Ok(Progress::Waiting);
-                }
-                None => f64::INFINITY,
-            };
+            let Some(most) = self.room(budget)? else { return Ok(Progress::Waiting) };
             let dispatches = match budget.deadline {
                 Some(_) => DISPATCHES_TIMED,
                 None if self.ahead.is_empty() => DISPATCHES,
@@ -442,8 +563,10 @@ impl Runner for WgpuRunner {
         if let Some(&slot) = self.ahead.front() {
             return self.token_slots[slot].wait(gpu);
         }
-        if !matches!(self.choice, Choice::None) {
-            return self.readback.wait(gpu);
+        match self.choice {
+            Choice::None => {}
+            Choice::Ahead(slot) => return self.token_slots[slot].wait(gpu),
+            _ => return self.readback.wait(gpu),
         }
         // The previous step if it is still there, so that the device has the latest one to go on with.
         let finished = gpu.finished()?;
@@ -483,6 +606,9 @@ impl Runner for WgpuRunner {
         let _watch = gpu.watch();
         gpu.check()?;
         self.choice = Choice::None;
+        if self.in_pass {
+            return Err(Error::new(ErrorKind::InvalidInput, "a pass of several sessions leaves no hidden states"));
+        }
         let hidden = &self.memory.activations[self.program.last_hidden()?.0 as usize];
         let rows = if self.queued { self.step.logits_rows } else { 0 };
         let bytes = u64::from(rows) * u64::from(hidden.stride) * 4;
@@ -520,16 +646,15 @@ impl Runner for WgpuRunner {
         let gpu = &self.backend.gpu;
         gpu.check()?;
         let row = self.last_row()?;
-        let logits = &self.memory.activations[self.program.logits.0 as usize];
-        let row_bytes = u64::from(logits.stride) * 4;
+        let (logits, row_bytes) = self.logits();
         let offset = u64::from(row) * row_bytes;
         if self.sampler.handles(request) {
-            self.sampler.begin(gpu, request, (&logits.buffer, offset), &self.readback)?;
+            self.sampler.begin(gpu, request, (logits, offset), &self.readback)?;
             self.choice = Choice::Device;
             return Ok(());
         }
         let encoder = gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor { label: Some("logits") });
-        self.readback.begin(gpu, encoder, &[(&logits.buffer, offset, row_bytes)])?;
+        self.readback.begin(gpu, encoder, &[(logits, offset, row_bytes)])?;
         self.choice = Choice::Host(Box::new(request.kept()));
         Ok(())
     }
@@ -543,6 +668,7 @@ impl Runner for WgpuRunner {
                 return Err(Error::new(ErrorKind::InvalidInput, "no choice is under way"));
             }
             Choice::Device => self.sampler.poll(gpu, &self.readback),
+            Choice::Ahead(slot) => self.sampler.poll(gpu, &self.token_slots[*slot]),
             Choice::Host(choice) => {
                 let vocab = self.program.vocab_size as usize;
                 let row = &mut self.row;
@@ -563,24 +689,13 @@ impl Runner for WgpuRunner {
         let gpu = &self.backend.gpu;
         let _watch = gpu.watch();
         self.backend.check()?;
-        let row = self.last_row()?;
-        if !self.sampler.handles(request) || self.ahead.len() == MAX_AHEAD || position >= self.config.context {
-            return Ok(false);
-        }
-        let logits = &self.memory.activations[self.program.logits.0 as usize];
-        let offset = u64::from(row) * u64::from(logits.stride) * 4;
-        let mut encoder = self.sampler.encode(gpu, request, (&logits.buffer, offset));
-        // The token goes where the step looks for it, and on its way to the host.
-        encoder.copy_buffer_to_buffer(self.sampler.result(), 0, &self.memory.tokens, 0, 4);
-        self.token_slots[self.next_slot].begin(gpu, encoder, &[(self.sampler.result(), 0, 4)])?;
-        self.ahead.push_back(self.next_slot);
-        self.next_slot = (self.next_slot + 1) % MAX_AHEAD;
-
-        self.step = shaders::Step { n_tokens: 1, position, logits_start: 0, logits_rows: 1 };
-        gpu.queue.write_buffer(&self.memory.step, 0, shaders::uniform_bytes(&self.step));
-        self.previous = self.latest.take();
-        self.next = (0, 0);
-        self.queued = false;
+        let Some(mut encoder) = self.encode_ahead(request, position)? else { return Ok(false) };
+        // The token goes where the step looks for it, too.
+        encoder.copy_buffer_to_buffer(self.sampler.result(), 0, &self.memory.tokens, 0, TOKEN_BYTES);
+        let ticket = self.backend.gpu.submit(Some(encoder.finish()));
+        self.backend.gpu.check()?;
+        self.went_ahead(&ticket);
+        self.start(shaders::Step { n_tokens: 1, position, logits_start: 0, logits_rows: 1 });
         Ok(true)
     }
 
@@ -591,11 +706,31 @@ impl Runner for WgpuRunner {
             return Err(Error::new(ErrorKind::InvalidInput, "no token was chosen ahead"));
         };
         self.pace.settle(gpu.finished()?);
+        if self.ahead.len() == 1 && self.choosing.is_some() {
+            return Ok(None);
+        }
         let token = self.sampler.poll(gpu, &self.token_slots[slot])?;
         if token.is_some() {
             self.ahead.pop_front();
         }
         Ok(token)
+    }
+
+    fn retract_ahead(&mut self) -> Result<()> {
+        let gpu = self.backend.gpu.clone();
+        let _watch = gpu.watch();
+        if !std::mem::take(&mut self.ahead_in_pass) {
+            return Err(Error::new(ErrorKind::InvalidInput, "no token was chosen ahead in a pass"));
+        }
+        if let Some(commands) = self.take_choosing() {
+            let ticket = gpu.submit(Some(commands));
+            gpu.check()?;
+            self.went_ahead(&ticket);
+        }
+        if let Some(slot) = self.ahead.pop_back() {
+            self.choice = Choice::Ahead(slot);
+        }
+        Ok(())
     }
 
     fn profile(&mut self, step: &Step<'_>) -> Result<Vec<OpTime>> {

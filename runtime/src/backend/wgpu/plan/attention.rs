@@ -36,7 +36,7 @@ impl Planner<'_> {
         let prefix = self.memory.shared();
         // The kernels on matrix units and in subgroups read one cache.
         let one_cache = prefix == 0 && !self.memory.share_forks;
-        let coop = self.backend.coop && kv != Kv::F32 && attention_coop::handles(shape.head_dim) && one_cache;
+        let coop = self.backend.coop && kv == Kv::F16 && attention_coop::handles(shape.head_dim) && one_cache;
         for (most, staged) in [(few_tokens, true), (self.few_rows, true), (u32::MAX, false)] {
             if coop && !staged {
                 levels.push((most, vec![self.attention_coop(qkv, out, layer, (scale, cap), window)?]));
@@ -114,7 +114,8 @@ impl Planner<'_> {
                 flags: if target.is_some() { FLAG_STAGE } else { 0 },
                 stage_quads: target.map_or(0, |target| target.quads),
             };
-            let storage = vec![partial_out.clone(), partial_ml.clone(), self.buffer(out), staged_out];
+            let storage =
+                vec![partial_out.clone(), partial_ml.clone(), self.buffer(out), staged_out, self.memory.dummy.clone()];
             let launch = move |step: &Step| Launch {
                 // Nothing is left to do for tokens with one split each.
                 grid: match subgroups && attention_subgroup::is_whole(window, split_len, step) {
@@ -151,7 +152,6 @@ impl Planner<'_> {
     ) -> Result<Draft> {
         let shape = self.program.attention;
         let window = window.unwrap_or(0);
-        let kv = self.variant().kv;
         let params = attention_coop::Params {
             heads: shape.heads,
             kv_heads: shape.kv_heads,
@@ -170,7 +170,7 @@ impl Planner<'_> {
             let seen = (step.position + step.n_tokens).min(if window == 0 { u32::MAX } else { window });
             Launch {
                 grid: attention_coop::grid(&params, step.n_tokens),
-                cost: attention_coop::cost(&params, kv, seen, step.n_tokens),
+                cost: attention_coop::cost(&params, seen, step.n_tokens),
             }
         };
         self.draft(&attention_coop::KERNEL, self.variant(), &params, storage, launch)

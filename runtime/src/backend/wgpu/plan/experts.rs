@@ -5,6 +5,7 @@ use awqua_shaders::{
     gemv_w4_experts, gemv_w4_glu_experts, group, route, w4,
 };
 
+use super::super::tuning::Form;
 use super::super::weights::{GpuDense, GpuW4, GpuWeight};
 use super::fuse::reads_before_write;
 use super::{Draft, DraftOp, Launch, Planner, activation_of, dense, unsupported};
@@ -140,7 +141,7 @@ impl<'a> Planner<'a> {
                 grid: gemv_w4_glu_experts::grid(&params, step.n_tokens),
                 cost: gemv_w4_glu_experts::cost(&params, step.n_tokens),
             };
-            let variant = self.sized(matrix, (n / 2).div_ceil(32).saturating_mul(top_k));
+            let variant = self.sized(matrix, Form::Pair, (n / 2).div_ceil(32).saturating_mul(top_k));
             few.push(self.draft(&gemv_w4_glu_experts::KERNEL, variant, &params, storage, launch)?);
         }
         let mut many = self.experts_many(matrix, &op, top_k, true)?;
@@ -229,7 +230,10 @@ impl<'a> Planner<'a> {
                 cost: gemv_w4_experts::cost(&params, step.n_tokens),
             };
             let workgroups = n.div_ceil(w4::TILE_N as u32).saturating_mul(top_k);
-            let variant = Variant { groups: Groups::of(matrix.group_size, matrix.k), ..self.sized(matrix, workgroups) };
+            let variant = Variant {
+                groups: Groups::of(matrix.group_size, matrix.k),
+                ..self.sized(matrix, Form::One, workgroups)
+            };
             drafts.push(self.draft(&gemv_w4_experts::KERNEL, variant, &params, storage, launch)?);
         }
         Ok(drafts)

@@ -1,11 +1,12 @@
 //! Runs of operations that one kernel computes for few rows: a launch costs as much time as reading megabytes of weights.
 
-use awqua_shaders::{FLAG_BIAS, FLAG_NORM, RowMode, Step, gemv_w4_rope, gemv_w4_swiglu};
+use awqua_shaders::{FLAG_BIAS, FLAG_GLU, FLAG_NORM, RowMode, Step, gemv_w4_rope, gemv_w4_rows, gemv_w4_swiglu};
 
+use super::super::tuning::Form;
 use super::super::weights::{GpuW4, GpuWeight};
-use super::linear::{Gemv, matrix_params};
+use super::linear::{Gemv, matrix_params, rows_params};
 use super::{Draft, DraftOp, Launch, Planner, activation_of};
-use crate::backend::{Activation, BufferId, KvType, NormKind, Op, Rows, WeightId};
+use crate::backend::{Activation, BufferId, NormKind, Op, Rows, WeightId};
 use crate::error::Result;
 
 /// A norm over whole rows and where its result goes.
@@ -60,7 +61,7 @@ impl<'a> Planner<'a> {
             return Ok(None);
         }
         let fused = match ops {
-            [_, linear, Op::RopeAppend { qkv, layer, rope }, ..] => {
+            [_, linear, Op::RopeAppend { qkv, layer, rope }, ..] if self.pass.is_none() => {
                 let draft = self.linear_rope(norm, linear, *qkv, *layer, *rope)?;
                 draft.map(|draft| Fused { few: vec![draft], count: 3, ready: None })
             }
@@ -80,7 +81,11 @@ impl<'a> Planner<'a> {
         if self.ready != Some(norm.out) {
             few.insert(0, self.stage(norm.x, Some(norm.weight), norm.out, RowMode::All)?);
         }
-        let many = self.many(norm, &ops[..count], &ops[count..])?;
+        // Passes have few rows.
+        let many = match self.pass.is_none() {
+            true => self.many(norm, &ops[..count], &ops[count..])?,
+            false => Vec::new(),
+        };
         self.ready = ready;
         Ok(Some((DraftOp { rows: RowMode::All, levels: vec![(self.few_rows, few), (u32::MAX, many)] }, count)))
     }
@@ -122,8 +127,6 @@ impl<'a> Planner<'a> {
         if matrix.n != (shape.heads + 2 * shape.kv_heads) * shape.head_dim
             || self.width(qkv)? != matrix.n
             || !gemv_w4_rope::handles(shape.head_dim, rotary_dim)
-            // Its workgroups have parts of heads, whose largest elements they do not know.
-            || self.memory.kv_type == KvType::Q8
         {
             return Ok(None);
         }
@@ -166,7 +169,7 @@ impl<'a> Planner<'a> {
             grid: gemv_w4_rope::grid(&params, step.n_tokens),
             cost: gemv_w4_rope::cost(&params, step.n_tokens),
         };
-        let variant = self.sized(matrix, (matrix.n / 2).div_ceil(32));
+        let variant = self.sized(matrix, Form::Pair, (matrix.n / 2).div_ceil(32));
         self.draft(&gemv_w4_rope::KERNEL, variant, &params, storage, launch).map(Some)
     }
 
@@ -187,6 +190,22 @@ impl<'a> Planner<'a> {
             return Ok(None);
         };
         let base = matrix_params(matrix);
+        let flags = base.flags | FLAG_NORM | if bias.is_some() { FLAG_BIAS } else { 0 };
+        if self.pass.is_some() {
+            let params = gemv_w4_rows::Params {
+                flags: flags | FLAG_GLU,
+                row_mode: RowMode::All as u32,
+                eps: norm.eps,
+                stage_quads: target.quads,
+                activation: activation_of(activation) as u32,
+                ..rows_params(&base)
+            };
+            let vectors = self.bias(bias, matrix.n)?;
+            let unwritten = self.memory.unread.clone();
+            let draft =
+                self.gemv_rows(matrix, &matrix.parts[0], params, norm.out, [vectors, unwritten, target.buffer])?;
+            return Ok(Some(Fused { few: vec![draft], count: 3, ready: Some(target.of) }));
+        }
         let params = gemv_w4_swiglu::Params {
             n: base.n,
             k: base.k,
@@ -194,7 +213,7 @@ impl<'a> Planner<'a> {
             group_size: base.group_size,
             group_shift: base.group_shift,
             groups: base.groups,
-            flags: base.flags | FLAG_NORM | if bias.is_some() { FLAG_BIAS } else { 0 },
+            flags,
             row_mode: RowMode::All as u32,
             eps: norm.eps,
             stage_quads: target.quads,
@@ -213,7 +232,7 @@ impl<'a> Planner<'a> {
             grid: gemv_w4_swiglu::grid(&params, step.n_tokens),
             cost: gemv_w4_swiglu::cost(&params, step.n_tokens),
         };
-        let variant = self.sized(matrix, (matrix.n / 2).div_ceil(32));
+        let variant = self.sized(matrix, Form::Pair, (matrix.n / 2).div_ceil(32));
         let draft = self.draft(&gemv_w4_swiglu::KERNEL, variant, &params, storage, launch)?;
         Ok(Some(Fused { few: vec![draft], count: 3, ready: Some(target.of) }))
     }

@@ -2,9 +2,10 @@
 
 use awqua_shaders::{
     Elem, FLAG_ACCUMULATE, FLAG_BIAS, FLAG_NORM, FLAG_STAGE, FLAG_STAGE_NORM, Groups, RowMode, Size, Step, Variant,
-    gemm_dense, gemm_packed, gemm_w4, gemm_w4_coop, gemv_dense, gemv_packed, gemv_w4,
+    gemm_dense, gemm_packed, gemm_w4, gemm_w4_coop, gemv_dense, gemv_dense_rows, gemv_packed, gemv_w4, gemv_w4_rows,
 };
 
+use super::super::tuning::{Form, Site};
 use super::super::weights::{GpuDense, GpuPacked, GpuW4, GpuWeight, W4Part};
 use super::stage::Target;
 use super::{Draft, DraftOp, Launch, Planner, dense, unsupported};
@@ -24,6 +25,12 @@ pub(super) fn gemv_rows(device_kind: &str) -> u32 {
 
 /// Subgroups of 32 that keep an H100 busy; matrices of fewer outputs get more slices of K.
 const BUSY_SUBGROUPS: u32 = 2560;
+
+/// The size for a product of one row with so many workgroups where nothing was tuned, at most `largest`.
+pub(in super::super) fn usual_size(largest: Size, workgroups: u32) -> Size {
+    let busy = |size: &Size| workgroups.saturating_mul(size.invocations() / 32) >= BUSY_SUBGROUPS;
+    [Size::Small, Size::Medium].into_iter().filter(|size| *size < largest).find(busy).unwrap_or(largest)
+}
 
 /// A linear layer of the program.
 pub(super) struct Linear {
@@ -97,12 +104,13 @@ impl<'a> Planner<'a> {
                 target: target.as_ref(),
             })?);
         }
-        let many = self.gemm(matrix, op)?;
+        // Passes have few rows.
+        let many = if self.pass.is_none() { self.gemm(matrix, op)? } else { Vec::new() };
         self.ready = target.map(|target| target.of);
         Ok(DraftOp { rows: op.rows, levels: vec![(self.few_rows, few), (u32::MAX, many)] })
     }
 
-    /// One row at a time from staged inputs.
+    /// One row at a time from staged inputs, or all of a pass.
     pub(super) fn gemv(&mut self, site: &Gemv<'_>) -> Result<Draft> {
         let Gemv { matrix, part, rows, .. } = *site;
         let norm = site.target.and_then(|target| target.norm);
@@ -133,6 +141,10 @@ impl<'a> Planner<'a> {
             ..matrix_params(matrix)
         };
         let staged_out = site.target.map_or(&self.memory.unread, |target| &target.buffer).clone();
+        if self.pass.is_some() {
+            let out = self.buffer(site.out.buffer);
+            return self.gemv_rows(matrix, part, rows_params(&params), site.input, [vectors, out, staged_out]);
+        }
         let storage = vec![
             self.staged(site.input)?,
             part.qweight.clone(),
@@ -145,15 +157,38 @@ impl<'a> Planner<'a> {
             grid: gemv_w4::grid(&params, rows.count(step)),
             cost: gemv_w4::cost(&params, rows.count(step)),
         };
-        let variant = self.sized(matrix, part.rows.div_ceil(32));
+        let variant = self.sized(matrix, Form::One, part.rows.div_ceil(32));
         self.draft(&gemv_w4::KERNEL, variant, &params, storage, launch)
     }
 
-    /// The variant of a gemv_w4 kernel for a matrix that takes so many workgroups.
-    pub(super) fn sized(&self, matrix: &GpuW4, workgroups: u32) -> Variant {
-        let busy = |size: &Size| workgroups.saturating_mul(size.invocations() / 32) >= BUSY_SUBGROUPS;
-        let largest = self.backend.size;
-        let size = [Size::Small, Size::Medium].into_iter().filter(|size| *size < largest).find(busy).unwrap_or(largest);
+    /// Several rows at once from the staged form of `input`; `rest` are the bindings behind those of the matrix.
+    pub(super) fn gemv_rows(
+        &mut self,
+        matrix: &GpuW4,
+        part: &W4Part,
+        params: gemv_w4_rows::Params,
+        input: BufferId,
+        [vectors, out, staged_out]: [wgpu::Buffer; 3],
+    ) -> Result<Draft> {
+        let rows = RowMode::from_u32(params.row_mode);
+        let storage =
+            vec![self.staged(input)?, part.qweight.clone(), part.group_params.clone(), vectors, out, staged_out];
+        let launch = move |step: &Step| Launch {
+            grid: gemv_w4_rows::grid(&params, rows.count(step)),
+            cost: gemv_w4_rows::cost(&params, rows.count(step)),
+        };
+        let variant = self.sized(matrix, Form::Rows, u32::MAX);
+        self.draft(&gemv_w4_rows::KERNEL, variant, &params, storage, launch)
+    }
+
+    /// The variant of a gemv_w4 kernel of this form for a matrix that takes so many workgroups.
+    pub(super) fn sized(&self, matrix: &GpuW4, form: Form, workgroups: u32) -> Variant {
+        let site = Site { form, n: matrix.n, k: matrix.k, group_size: matrix.group_size };
+        let usual = || match form {
+            Form::Rows => self.backend.size,
+            Form::One | Form::Pair => usual_size(self.backend.size, workgroups),
+        };
+        let size = self.backend.tuning.size(&site).unwrap_or_else(usual);
         Variant { size, groups: Groups::of(matrix.group_size, matrix.k), ..self.variant() }
     }
 
@@ -270,6 +305,14 @@ impl<'a> Planner<'a> {
                 ..Default::default()
             };
             let storage = vec![self.buffer(op.x), part.words.clone(), bias.clone(), self.buffer(op.out.buffer)];
+            if self.pass.is_some() {
+                let gemv = move |step: &Step| Launch {
+                    grid: gemv_dense_rows::grid(&params, rows.count(step)),
+                    cost: gemv_dense::cost(&params, rows.count(step)),
+                };
+                many.push(self.draft(&gemv_dense_rows::KERNEL, variant, &params, storage, gemv)?);
+                continue;
+            }
             let gemv = move |step: &Step| Launch {
                 grid: gemv_dense::grid(&params, rows.count(step)),
                 cost: gemv_dense::cost(&params, rows.count(step)),
@@ -281,7 +324,8 @@ impl<'a> Planner<'a> {
             one_by_one.push(self.draft(&gemv_dense::KERNEL, variant, &params, storage.clone(), gemv)?);
             many.push(self.draft(&gemm_dense::KERNEL, variant, &params, storage, gemm)?);
         }
-        Ok(DraftOp { rows, levels: vec![(gemv_rows(self.backend.gpu.summary.kind), one_by_one), (u32::MAX, many)] })
+        let few_rows = if self.pass.is_some() { 0 } else { gemv_rows(self.backend.gpu.summary.kind) };
+        Ok(DraftOp { rows, levels: vec![(few_rows, one_by_one), (u32::MAX, many)] })
     }
 
     /// A buffer with the first `bytes` of two others, one behind the other.
@@ -306,8 +350,29 @@ impl Linear {
     }
 }
 
+/// The same for several rows at once.
+pub(in super::super) fn rows_params(params: &gemv_w4::Params) -> gemv_w4_rows::Params {
+    gemv_w4_rows::Params {
+        n: params.n,
+        k: params.k,
+        chunks: params.chunks,
+        group_size: params.group_size,
+        group_shift: params.group_shift,
+        groups: params.groups,
+        out_stride: params.out_stride,
+        out_offset: params.out_offset,
+        bias_offset: params.bias_offset,
+        flags: params.flags,
+        row_mode: params.row_mode,
+        eps: params.eps,
+        norm_offset: params.norm_offset,
+        stage_quads: params.stage_quads,
+        ..Default::default()
+    }
+}
+
 /// What every gemv_w4 kernel has to know of a matrix; the rest is zero.
-pub(super) fn matrix_params(matrix: &GpuW4) -> gemv_w4::Params {
+pub(in super::super) fn matrix_params(matrix: &GpuW4) -> gemv_w4::Params {
     gemv_w4::Params {
         n: matrix.n,
         k: matrix.k,
