@@ -176,7 +176,7 @@ fn each_answers_as_alone(model: &Arc<Model>) {
     // Numbers on GPUs depend on the number of rows a little: only greedy choices can be judged there.
     let asked: &dyn Fn(usize) -> GenerateOptions = if is_exact(model) { &request } else { &|i| greedy(9 + 4 * i) };
     let expected = alone(model, n, asked);
-    let exact = [(8, TickBudget::UNLIMITED), (8, micros(20, 0)), (2, TickBudget::UNLIMITED), (3, micros(300, 5000))];
+    let exact = [(8, micros(20, 0)), (2, TickBudget::UNLIMITED), (8, TickBudget::UNLIMITED), (3, micros(300, 5000))];
     for &(most, budget) in if is_exact(model) { &exact[..] } else { &exact[2..] } {
         let mut batch = Batch::new(model, most, &options(false)).unwrap();
         let mut sessions = sessions(model, n);
@@ -192,8 +192,8 @@ fn each_answers_as_alone(model: &Arc<Model>) {
             assert!(before == prompt(model, i) && after.len() >= asked(i).max_tokens - 1);
             assert!(is_exact(model) || is_greedy(model, before, after), "session {i}, at most {most}, {budget:?}");
         }
-        // Nobody makes more tokens in fewer passes than one a token.
-        if batch.shares_passes() {
+        // Nobody makes more tokens in fewer passes than one a token; sessions that a budget keeps apart may meet in few.
+        if batch.shares_passes() && most == 8 {
             assert!(batch.passes() > 8, "{} passes", batch.passes());
         }
     }
@@ -437,7 +437,9 @@ fn passes_match(open: &dyn Fn() -> Box<dyn Backend>, case: &Case, allowed: f32) 
     const MEMBERS: usize = 11;
     let model = build(case);
     let backend = upload(open(), &model);
-    let config = RunnerConfig { kv_type: Some(case.kv), ..config() };
+    // The less the last bits of keys and values differ, the fewer elements of an 8-bit cache are rounded to the other
+    // neighbour.
+    let config = RunnerConfig { kv_type: Some(case.kv), exact: case.kv == KvType::Q8, ..config() };
     let most = RunnerConfig { max_tokens: MEMBERS as u32, ..config.clone() };
     let Some(mut group) = backend.clone().group(&model.program, &most).expect("the group fits") else {
         return false;
@@ -491,7 +493,7 @@ fn passes_match(open: &dyn Fn() -> Box<dyn Backend>, case: &Case, allowed: f32) 
             lengths[i] += 1;
             runner.read_logits(&mut logits).expect("the logits come back");
             let found = error(&logits, &expected);
-            assert!(found <= allowed, "{}, pass {pass}, session {i}: error {found}", case.name);
+            assert!(found <= allowed, "{}, {:?}, pass {pass}, session {i}: error {found}", case.name, case.kv);
         }
         // One goes on alone.
         let (runner, oracle) = &mut members[pass];
@@ -501,7 +503,8 @@ fn passes_match(open: &dyn Fn() -> Box<dyn Backend>, case: &Case, allowed: f32) 
         runner.run(&step).expect("the step runs");
         lengths[pass] += 2;
         runner.read_logits(&mut logits).expect("the logits come back");
-        assert!(error(&logits, &expected) <= allowed, "{}, session {pass} alone", case.name);
+        let found = error(&logits, &expected);
+        assert!(found <= allowed, "{}, {:?}, session {pass} alone: error {found}", case.name, case.kv);
     }
     let mut stranger = upload(open(), &model).runner(&model.program, &config).expect("the runner fits");
     assert!(!group.takes(&*stranger));
@@ -518,7 +521,6 @@ fn passes_match(open: &dyn Fn() -> Box<dyn Backend>, case: &Case, allowed: f32) 
 fn passes_on_the_cpu_match_the_naive_interpretation() {
     for case in cases() {
         assert!(passes_match(&awqua::backend::cpu::open, &case, 2e-3));
-        // Products of half precision or integers may round an element of the cache to the other neighbour.
         assert!(passes_match(&awqua::backend::cpu::open, &Case { kv: KvType::Q8, ..case }, 1e-2));
     }
 }
