@@ -29,6 +29,8 @@ const LOWEST: f32 = -3.0e38;
 // Weights are at most exp(SLACK), which half precision holds.
 const SLACK: f32 = 8.0;
 const SUBGROUPS: u32 = WG / 32u;
+// As many votes are looked at.
+const_assert SUBGROUPS == 4u;
 // vec4s of keys, or of values, that an invocation fetches for a span; the largest heads need them all.
 const FETCHES: u32 = SPAN * HEAD_DIM_MAX / 4u / WG;
 // vec4s from one row to the next, so that the rows that a subgroup reads at once lie in different banks.

@@ -23,11 +23,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         return;
     }
     let row = input_row(params.row_mode, group.z);
-    var largest = 0.0;
-    for (var i = local_index; i < params.k / 4u; i += WG) {
-        largest = max(largest, largest_in(inputs4(row, i)));
-    }
-    let scale = row_scale(largest, local_index);
+    let scale = scale_of(row, local_index);
     if (local_index == 0u) {
         scales[group.z] = scale;
     }

@@ -30,11 +30,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     if (row >= step.n_tokens) {
         return;
     }
-    var largest = 0.0;
-    for (var i = local_index; i < params.k / 4u; i += WG) {
-        largest = max(largest, largest_in(inputs4(row, i)));
-    }
-    let scale = row_scale(largest, local_index);
+    let scale = scale_of(row, local_index);
     if (local_index == 0u) {
         scales[row] = scale;
     }

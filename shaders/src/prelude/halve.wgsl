@@ -31,6 +31,15 @@ fn row_scale(own: f32, local_index: u32) -> f32 {
     return max(largest_of[0], 1.2e-38);
 }
 
+// The scale of the inputs of row `row`. Call in uniform control flow.
+fn scale_of(row: u32, local_index: u32) -> f32 {
+    var largest = 0.0;
+    for (var i = local_index; i < params.k / 4u; i += WG) {
+        largest = max(largest, largest_in(inputs4(row, i)));
+    }
+    return row_scale(largest, local_index);
+}
+
 fn pair(a: f32, b: f32) -> u32 {
     return pack2x16float(vec2<f32>(a, b));
 }

@@ -90,10 +90,14 @@ impl Prefix {
 impl Drop for Prefix {
     /// As [`Memory::destroy_caches`].
     fn drop(&mut self) {
-        self.caches.iter().for_each(|(keys, values)| {
-            keys.destroy();
-            values.destroy();
-        });
+        destroy(&self.caches);
+    }
+}
+
+fn destroy(caches: &[(wgpu::Buffer, wgpu::Buffer)]) {
+    for (keys, values) in caches {
+        keys.destroy();
+        values.destroy();
     }
 }
 
@@ -163,10 +167,7 @@ impl Memory {
 
     /// Gives the memory of the caches back, though bind groups of passes may still name it.
     pub(super) fn destroy_caches(&self) {
-        self.caches.iter().for_each(|(keys, values)| {
-            keys.destroy();
-            values.destroy();
-        });
+        destroy(&self.caches);
     }
 
     /// Positions that are shared.

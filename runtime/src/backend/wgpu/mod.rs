@@ -2,10 +2,10 @@
 //!
 //! `adapters` says what there is, `device` is an open one and turns its failures into errors, `selftest` decides which
 //! kernel variants can be trusted, `tune` measures which workgroups are fastest and `tuning` is what came of it,
-//! `pipelines` compiles kernels, `weights` lays matrices out, `loader` brings them there,
-//! `memory` is what a session holds there, `pace` estimates how long work takes, `plan` turns a program into bind groups
-//! and uniform blocks once, `run` encodes and submits one step of it, and `sampling` picks tokens without reading logits
-//! back.
+//! `pipelines` compiles kernels, `weights` lays matrices out, `loader` brings them there, `memory` is what a session
+//! holds there, `pace` estimates how long work takes, `plan` turns a program into bind groups and uniform blocks once,
+//! `run` encodes and submits one step of it, `group` one of several sessions, and `sampling` picks tokens without reading
+//! logits back.
 
 use std::fmt;
 use std::ops::Range;

@@ -4,7 +4,7 @@
 //! `size`, the form of the product, outputs, inputs and group size of the matrix, and the invocations of a workgroup.
 //! Only a section for this very adapter, driver and set of kernels counts.
 
-use awqua_shaders::{ALL, Size, Variant, compose};
+use awqua_shaders::{ALL, Elem, Reduce, Size, Variant, compose};
 
 use super::adapters::AdapterSummary;
 use crate::checksum::Checksum;
@@ -137,8 +137,10 @@ fn choice_of(words: &[&str]) -> Option<(Site, Size)> {
 /// What tells the kernels, the adapter and its driver from others.
 fn key(adapter: &AdapterSummary) -> String {
     let mut sum = Checksum::default();
-    for kernel in ALL {
-        sum.add(compose(kernel, Variant::default()).as_bytes());
+    // Both preludes of the axes that products have.
+    let other = Variant { elem: Elem::F16, reduce: Reduce::Subgroup, ..Variant::default() };
+    for (kernel, variant) in ALL.iter().flat_map(|kernel| [(kernel, Variant::default()), (kernel, other)]) {
+        sum.add(compose(kernel, variant).as_bytes());
     }
     let AdapterSummary { name, api, driver, .. } = adapter;
     format!("{:016x} {api} {name} / {driver}", sum.finish()).replace(['\n', '\r'], " ")

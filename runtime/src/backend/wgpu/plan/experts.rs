@@ -1,8 +1,8 @@
 //! Mixtures of experts: the choice, the products with the chosen experts' matrices, and their sum.
 
 use awqua_shaders::{
-    FLAG_NORM, Groups, RowMode, Step, Variant, combine, gate, gemm_dense_experts, gemm_w4_experts, gemv_w4,
-    gemv_w4_experts, gemv_w4_glu_experts, group, route, w4,
+    FLAG_NORM, RowMode, Step, Variant, combine, gate, gemm_dense_experts, gemm_w4_experts, gemv_w4, gemv_w4_experts,
+    gemv_w4_glu_experts, group, route, w4,
 };
 
 use super::super::tuning::Form;
@@ -230,10 +230,7 @@ impl<'a> Planner<'a> {
                 cost: gemv_w4_experts::cost(&params, step.n_tokens),
             };
             let workgroups = n.div_ceil(w4::TILE_N as u32).saturating_mul(top_k);
-            let variant = Variant {
-                groups: Groups::of(matrix.group_size, matrix.k),
-                ..self.sized(matrix, Form::One, workgroups)
-            };
+            let variant = self.sized(matrix, Form::One, workgroups);
             drafts.push(self.draft(&gemv_w4_experts::KERNEL, variant, &params, storage, launch)?);
         }
         Ok(drafts)

@@ -82,10 +82,7 @@ impl<'a> Planner<'a> {
             few.insert(0, self.stage(norm.x, Some(norm.weight), norm.out, RowMode::All)?);
         }
         // Passes have few rows.
-        let many = match self.pass.is_none() {
-            true => self.many(norm, &ops[..count], &ops[count..])?,
-            false => Vec::new(),
-        };
+        let many = if self.pass.is_none() { self.many(norm, &ops[..count], &ops[count..])? } else { Vec::new() };
         self.ready = ready;
         Ok(Some((DraftOp { rows: RowMode::All, levels: vec![(self.few_rows, few), (u32::MAX, many)] }, count)))
     }
