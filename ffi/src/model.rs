@@ -75,7 +75,7 @@ impl awqua_budget {
 
     fn load(&self) -> LoadBudget {
         let bytes = Some(self.load_bytes).filter(|&bytes| bytes != AWQUA_NO_LIMIT);
-        LoadBudget { host: micros(self.cpu_us), bytes, kernels: Some(self.load_kernels) }
+        LoadBudget { host: micros(self.cpu_us), bytes, kernels: Some(self.load_kernels), on_threads: false }
     }
 }
 
@@ -410,7 +410,7 @@ pub unsafe extern "C" fn awqua_model_run(model: *mut awqua_model) -> awqua_statu
     unsafe {
         handle::exclusive("awqua_model_run", model.cast::<Handle<Model>>(), |model, cancel| {
             // Short enough to notice a cancel soon.
-            let budget = LoadBudget { host: Some(Duration::from_millis(20)), bytes: None, kernels: None };
+            let budget = LoadBudget { host: Some(Duration::from_millis(20)), ..LoadBudget::default() };
             while !model.tick(cancel, &budget)? {
                 match &model.loaded {
                     Some(loaded) => loaded.wait()?,

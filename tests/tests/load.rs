@@ -32,7 +32,8 @@ fn go_on(_: awqua::LoadProgress) -> ControlFlow<()> {
 }
 
 /// The smallest steps there are.
-const SMALLEST: LoadBudget = LoadBudget { host: Some(std::time::Duration::ZERO), bytes: Some(1), kernels: Some(1) };
+const SMALLEST: LoadBudget =
+    LoadBudget { host: Some(std::time::Duration::ZERO), bytes: Some(1), kernels: Some(1), on_threads: false };
 
 fn loaded(engine: &Arc<Engine>) -> Arc<Model> {
     Load::path(engine, folder()).run(&mut go_on).unwrap()

@@ -42,7 +42,7 @@ enum Stage {
     Open,
     Tokenizer(Box<Files>),
     Plan(Box<Files>),
-    Bring(Box<Model>, Option<JoinHandle<Result<Tokenizer>>>),
+    Bring(Box<Model>, Option<Aside>),
 }
 
 /// Memory that something will take.
@@ -67,7 +67,24 @@ struct Files {
 /// A tokenizer, or the thread that reads it while weights are brought.
 enum Reading {
     Here(Option<Box<Tokenizer>>),
-    Aside(JoinHandle<Result<Tokenizer>>),
+    Aside(Aside),
+}
+
+/// The thread that reads a tokenizer; it does not outlive this.
+struct Aside(Option<JoinHandle<Result<Tokenizer>>>);
+
+impl Aside {
+    fn join(mut self) -> Result<Option<Tokenizer>> {
+        let Some(thread) = self.0.take() else { return Ok(None) };
+        thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)).map(Some)
+    }
+}
+
+impl Drop for Aside {
+    fn drop(&mut self) {
+        // Nobody wants what it has read.
+        let _ = self.0.take().map(JoinHandle::join);
+    }
 }
 
 impl std::fmt::Debug for Load {
@@ -124,9 +141,8 @@ impl Load {
                         self.stage = Stage::Bring(model, aside);
                         return Ok(None);
                     }
-                    if let Some(thread) = aside {
-                        let tokenizer = thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-                        model.tokenizer = Some(tokenizer?);
+                    if let Some(aside) = aside {
+                        model.tokenizer = aside.join()?;
                     }
                     return Ok(Some(Arc::from(model)));
                 }
@@ -204,22 +220,24 @@ impl Load {
     }
 
     fn tokenizer(&self, files: &Files) -> Result<Reading> {
-        let Some(read) = Tokenizer::reader(&files.checkpoint, files.config.vocab_size)? else {
-            return Ok(Reading::Here(None));
-        };
-        if !self.aside {
-            return read().map(|tokenizer| Reading::Here(Some(Box::new(tokenizer))));
+        let reader = || Tokenizer::reader(&files.checkpoint, files.config.vocab_size);
+        let Some(read) = reader()? else { return Ok(Reading::Here(None)) };
+        if self.aside
+            && let Ok(thread) = std::thread::Builder::new().name("awqua-tokenizer".into()).spawn(read)
+        {
+            return Ok(Reading::Aside(Aside(Some(thread))));
         }
-        let thread = std::thread::Builder::new().name("awqua-tokenizer".into()).spawn(read);
-        thread.map(Reading::Aside).map_err(|e| Error::new(ErrorKind::OutOfMemory, format!("no thread: {e}")))
+        // Here, where the system refuses a thread, with which `read` went.
+        let tokenizer = reader()?.map(|read| read()).transpose()?;
+        Ok(Reading::Here(tokenizer.map(Box::new)))
     }
 
     /// The model without weights, and the thread that reads its tokenizer.
-    fn plan(&self, files: Files) -> Result<(Model, Option<JoinHandle<Result<Tokenizer>>>)> {
+    fn plan(&self, files: Files) -> Result<(Model, Option<Aside>)> {
         let Files { checkpoint, config, generation, tokenizer, chat_template } = files;
         let (tokenizer, aside) = match tokenizer {
             Reading::Here(tokenizer) => (tokenizer.map(|tokenizer| *tokenizer), None),
-            Reading::Aside(thread) => (None, Some(thread)),
+            Reading::Aside(aside) => (None, Some(aside)),
         };
         let (plan, weights) = weights::plan(&checkpoint, &config, self.head_bits)?;
         let program = Arc::new(program_of(&config, &weights)?);
@@ -266,7 +284,7 @@ impl Load {
             // On a host, of large models enough at a time to share it among processors, which lay weights out.
             let bytes = if host { (self.progress().total / 64).clamp(LEAST, 32 * LEAST) } else { LEAST };
             let kernels = if host { None } else { Some(1) };
-            let budget = LoadBudget { bytes: Some(bytes), kernels, ..LoadBudget::default() };
+            let budget = LoadBudget { bytes: Some(bytes), kernels, on_threads: true, ..LoadBudget::default() };
             if let Some(model) = self.tick(&budget)? {
                 return Ok(model);
             }

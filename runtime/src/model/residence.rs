@@ -12,8 +12,8 @@ use crate::tensor::WeightShape;
 
 /// Bytes handed over between two looks at the clock.
 const SLICE: u64 = 512 << 10;
-/// The same where nobody looks at it.
-const UNTIMED_SLICE: u64 = 16 << 20;
+/// The same where threads share what is handed over.
+const SHARED_SLICE: u64 = 16 << 20;
 /// Bytes that may be on their way to the device: more than any bus needs to be busy.
 const ON_THE_WAY: u64 = 32 << 20;
 
@@ -26,6 +26,8 @@ pub struct LoadBudget {
     pub bytes: Option<u64>,
     /// GPU kernels to compile; `None` is no limit.
     pub kernels: Option<u32>,
+    /// Whether pieces may be so large that threads for their time share them. Without it no call makes a thread.
+    pub on_threads: bool,
 }
 
 impl LoadBudget {
@@ -83,7 +85,7 @@ impl Bring {
     /// waited for.
     fn advance(&mut self, cargo: &Cargo, budget: &LoadBudget) -> Result<Option<(Arc<dyn Backend>, Lease)>> {
         let time = budget.deadline();
-        let slice = if budget.host.is_some() { SLICE } else { UNTIMED_SLICE };
+        let slice = if budget.on_threads { SHARED_SLICE } else { SLICE };
         let (mut bytes, mut kernels) = (0, 0);
         loop {
             match self {
@@ -123,12 +125,19 @@ impl Bring {
                     *self = Self::Kernels { backend: backend.into(), lease };
                 }
                 Self::Kernels { backend, .. } => {
-                    if budget.kernels.is_some_and(|most| kernels >= most.max(1)) {
+                    // What a host prepares are no kernels: a part counts as a slice of weights.
+                    let is_host = backend.is_host();
+                    let (done, most, at_once) = if is_host {
+                        (&mut bytes, budget.bytes, budget.on_threads)
+                    } else {
+                        let most = budget.kernels.map(u64::from);
+                        (&mut kernels, most, budget.host.is_none() && most.is_none())
+                    };
+                    if most.is_some_and(|most| *done >= most.max(1)) {
                         return Ok(None);
                     }
-                    kernels += 1;
-                    let unlimited = budget.host.is_none() && budget.kernels.is_none();
-                    if backend.prepare(&cargo.program, &cargo.config, if unlimited { u32::MAX } else { 1 })? == 0 {
+                    *done += if is_host { SLICE } else { 1 };
+                    if backend.prepare(&cargo.program, &cargo.config, if at_once { u32::MAX } else { 1 })? == 0 {
                         let Self::Kernels { backend, lease } = std::mem::replace(self, Self::Device) else {
                             return Ok(None);
                         };

@@ -740,7 +740,7 @@ impl Session {
             Some(backend) => backend,
             None => {
                 let left = budget.deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
-                let load = LoadBudget { host: left, bytes: None, kernels: left.map(|_| 1) };
+                let load = LoadBudget { host: left, kernels: left.map(|_| 1), ..LoadBudget::default() };
                 if !self.model.tick(&load)? {
                     return Ok(false);
                 }

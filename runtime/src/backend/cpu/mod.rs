@@ -27,6 +27,7 @@ pub mod measure;
 mod pool;
 mod rounding;
 mod runner;
+mod share;
 mod vector;
 mod weights;
 #[cfg(target_arch = "x86_64")]

@@ -1,12 +1,12 @@
 //! Blocks straight from AutoAWQ's `gemm` layout, without a matrix in between.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
 
 use half::f16;
 
 use super::rows::{LANES, OCTET, Shape};
+use crate::backend::INPUT_STEP;
+use crate::backend::cpu::share::{processors, share_out};
 use crate::error::Result;
 use crate::quant::awq::{GEMM_ORDER, StoredGemm, transpose_nibbles};
 
@@ -14,8 +14,6 @@ use crate::quant::awq::{GEMM_ORDER, StoredGemm, transpose_nibbles};
 const TILE: usize = 16;
 /// Codes that are worth a thread.
 const SHARE: usize = 2 << 20;
-/// Most threads.
-const THREADS: usize = 16;
 
 /// What is stored for some inputs.
 pub(super) struct Pieces<'a> {
@@ -50,25 +48,12 @@ pub(in crate::backend::cpu) fn lay_out(
     let pieces = Pieces { inputs, codes: &codes, groups, scales: &scales, zeros: &zeros, words };
     let blocks = first / LANES..(first + stored.n).div_ceil(LANES);
     let bytes = &mut bytes[blocks.start * shape.block_bytes()..blocks.end * shape.block_bytes()];
-    let processors = std::thread::available_parallelism().map_or(1, usize::from).min(THREADS);
-    let threads = (stored.n * pieces.inputs.len() / SHARE).clamp(1, processors);
+    // The least that can be asked for is asked for where nothing may be shared.
+    let worth = if pieces.inputs.len() > INPUT_STEP { stored.n * pieces.inputs.len() / SHARE } else { 1 };
+    let threads = worth.clamp(1, processors());
     let share = blocks.len().div_ceil(threads);
     let shares = blocks.step_by(share).zip(bytes.chunks_mut(share * shape.block_bytes()));
-    let shares: Vec<_> = shares.map(Mutex::new).collect();
-    let next = AtomicUsize::new(0);
-    let work = || {
-        while let Some(share) = shares.get(next.fetch_add(1, Ordering::Relaxed)) {
-            let (block, bytes) = &mut *share.lock().unwrap_or_else(PoisonError::into_inner);
-            pieces.lay_out(*block * LANES, first, shape, bytes);
-        }
-    };
-    std::thread::scope(|scope| {
-        for _ in 1..threads {
-            // What a thread that the system refuses would have done, the others do.
-            let _ = std::thread::Builder::new().spawn_scoped(scope, work);
-        }
-        work();
-    });
+    share_out(shares, threads, |(block, bytes)| pieces.lay_out(*block * LANES, first, shape, bytes));
     Ok(())
 }
 
