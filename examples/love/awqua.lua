@@ -65,6 +65,7 @@ int32_t awqua_model_estimate(const awqua_model *model, const awqua_session_desc 
 int32_t awqua_model_evict(const awqua_model *model);
 int32_t awqua_model_restore(const awqua_model *model);
 int32_t awqua_session_desc_init(awqua_session_desc *desc);
+int32_t awqua_session_last_error(const awqua_session *session, char *buffer, uint64_t capacity, uint64_t *length);
 int32_t awqua_session_create(const awqua_model *model, const awqua_session_desc *desc, awqua_session **session);
 int32_t awqua_session_fork(awqua_session *session, awqua_session **forked);
 int32_t awqua_session_save(awqua_session *session, void *buffer, uint64_t capacity, uint64_t *length);
@@ -94,10 +95,15 @@ local awqua = {
     PROGRESS = 4, DEVICE_LOST = 5, MEMORY_PRESSURE = 6,
 }
 
-local function check(status)
+-- Raises a failed status with its text, the thread's or that of the answer of a session.
+local function check(status, session)
     if status < 0 then
         local buffer = ffi.new("char[512]")
-        C.awqua_last_error(buffer, 512, nil)
+        if session then
+            C.awqua_session_last_error(session, buffer, 512, nil)
+        else
+            C.awqua_last_error(buffer, 512, nil)
+        end
         error(ffi.string(C.awqua_status_name(status)) .. ": " .. ffi.string(buffer), 2)
     end
     return status
@@ -266,7 +272,7 @@ function awqua.poll(session, heard)
         elseif event.kind == DONE then
             done = true
         elseif event.kind == ERROR then
-            check(event.status)
+            check(event.status, session)
         elseif heard then
             heard(tonumber(event.kind), event.done, event.total)
         end

@@ -287,7 +287,7 @@ namespace Awqua
                     if (Native.Check(Native.awqua_session_poll(Handle, ref e)) == Native.Empty) return StopReason.None;
                     if (e.Kind == Native.EventText) to.Append(Encoding.UTF8.GetString(buffer, 0, (int)e.TextLen));
                     else if (e.Kind == Native.EventDone) return (StopReason)e.Reason;
-                    else if (e.Kind == Native.EventError) Native.Check(e.Status);
+                    else if (e.Kind == Native.EventError) throw Native.ErrorOf(e.Status, Handle);
                     else heard?.Invoke((EventKind)e.Kind, e.Done, e.Total);
                 }
             }
@@ -361,12 +361,23 @@ namespace Awqua
         public bool Tick(IList<Session> sessions, TimeSpan time)
         {
             if (pointers.Length < sessions.Count) pointers = new IntPtr[sessions.Count];
-            for (var i = 0; i < sessions.Count; i++) pointers[i] = sessions[i].Handle.DangerousGetHandle();
-            var budget = Native.BudgetOf(time);
-            var status = Native.awqua_batch_tick(handle, pointers, (uint)sessions.Count, ref budget, IntPtr.Zero);
-            // Not collected, and so not freed, before the call returned.
-            GC.KeepAlive(sessions);
-            return Native.Check(status) == Native.Pending;
+            var held = 0;
+            try
+            {
+                // Neither collected nor disposed before the call returned; one that was disposed throws.
+                for (var added = false; held < sessions.Count; held++, added = false)
+                {
+                    sessions[held].Handle.DangerousAddRef(ref added);
+                    pointers[held] = sessions[held].Handle.DangerousGetHandle();
+                }
+                var budget = Native.BudgetOf(time);
+                var status = Native.awqua_batch_tick(handle, pointers, (uint)held, ref budget, IntPtr.Zero);
+                return Native.Check(status) == Native.Pending;
+            }
+            finally
+            {
+                while (held > 0) sessions[--held].Handle.DangerousRelease();
+            }
         }
 
         public void Dispose() => handle.Dispose();

@@ -298,6 +298,7 @@ namespace Awqua
 
         [DllImport(Library)] private static extern IntPtr awqua_status_name(int status);
         [DllImport(Library)] private static extern int awqua_last_error(byte[] buffer, ulong capacity, out ulong length);
+        [DllImport(Library)] private static extern int awqua_session_last_error(SessionHandle session, byte[] buffer, ulong capacity, out ulong length);
         [DllImport(Library)] internal static extern int awqua_engine_desc_init(ref EngineDesc desc);
         [DllImport(Library)] internal static extern int awqua_engine_create(ref EngineDesc desc, out EngineHandle engine);
         [DllImport(Library)] internal static extern int awqua_engine_free(IntPtr engine);
@@ -339,9 +340,22 @@ namespace Awqua
             if (status >= 0) return status;
             var text = new byte[512];
             awqua_last_error(text, (ulong)text.Length, out _);
+            throw ErrorOf(status, text);
+        }
+
+        /// <summary>The failure that an answer of the session ended with.</summary>
+        internal static AwquaException ErrorOf(int status, SessionHandle session)
+        {
+            var text = new byte[512];
+            awqua_session_last_error(session, text, (ulong)text.Length, out _);
+            return ErrorOf(status, text);
+        }
+
+        private static AwquaException ErrorOf(int status, byte[] text)
+        {
             var end = Array.IndexOf(text, (byte)0);
             var name = Marshal.PtrToStringAnsi(awqua_status_name(status));
-            throw new AwquaException(status, name + ": " + Encoding.UTF8.GetString(text, 0, end));
+            return new AwquaException(status, name + ": " + Encoding.UTF8.GetString(text, 0, end));
         }
 
         internal static Budget BudgetOf(TimeSpan time)
