@@ -22,7 +22,7 @@ pub struct DeviceArgs {
     /// Use the first adapter whose name contains this
     #[arg(long, value_name = "SUBSTRING")]
     pub device: Option<String>,
-    /// CPU threads [default: all, at most 16]
+    /// CPU threads [default: all cores of the fastest kind, at most 16]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     pub threads: Option<u16>,
     /// Tokens of context [default: the model's, at most 4096]
@@ -60,7 +60,7 @@ pub enum BackendArg {
 pub enum KvArg {
     F16,
     F32,
-    /// A byte, with a scale for every 32 elements
+    /// A byte, with a scale for every 32 elements; not on wgpu
     Q8,
 }
 

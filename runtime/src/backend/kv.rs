@@ -23,7 +23,8 @@ pub enum KvType {
     /// A signed byte, and a half-precision scale for every [`Q8_GROUP`] elements of a key or a value: about half the
     /// memory of `F16`. A scale is the largest magnitude of its group over 127, a code the element over the scale,
     /// rounded to nearest. Keys are rounded behind their rotation. Models whose keys have a few elements far larger than
-    /// the others, such as Qwen2 with its biases, lose much accuracy by it.
+    /// the others, such as Qwen2 with its biases, lose much accuracy by it. wgpu refuses it, and on CUDA numbers from
+    /// 65,500 on overflow.
     Q8,
 }
 
@@ -46,7 +47,8 @@ impl KvType {
         u64::from(head_dim) * size
     }
 
-    /// Those of its scales, if it has any: whole words, since GPUs write nothing smaller; the rest is 0.
+    /// Those of its scales, if it has any: whole words, so that those of four positions are units that CUDA copies; the
+    /// rest is 0.
     pub(crate) fn scale_bytes(self, head_dim: u32) -> u64 {
         match self {
             Self::F16 | Self::F32 => 0,

@@ -53,8 +53,8 @@ impl Loader {
         self.halves.iter().try_fold(true, |all, half| Ok(all && half.end.as_ref().map_or(Ok(true), Event::is_reached)?))
     }
 
-    /// Brings `pieces` to the device, one behind the other at multiples of [`PIECE_ALIGN`] bytes, and queues what `use_them` makes of
-    /// their addresses. The pieces are at most [`Self::room`] bytes with their alignment.
+    /// Brings `pieces` to the device, one behind the other at multiples of [`PIECE_ALIGN`] bytes, and queues what
+    /// `use_them` makes of their addresses. The pieces are at most [`Self::room`] bytes with their alignment.
     ///
     /// # Errors
     /// Those of reading the pieces, or a device error.
