@@ -16,7 +16,7 @@ pub const MEMORY: u32 = 48 << 10;
 pub static KERNEL: Kernel = Kernel {
     name: "gemm_w4_coop",
     body: include_str!("gemm_w4_coop.wgsl"),
-    preludes: &[Prelude::Step, Prelude::W4, Prelude::Coop],
+    preludes: &[Prelude::Step, Prelude::W4, Prelude::Coop, Prelude::CoopWeights],
     constants: &[("WG", WG), ("TILE", TILE)],
     sizes: &[],
     params: Params::FIELDS,

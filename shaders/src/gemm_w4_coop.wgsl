@@ -37,17 +37,6 @@ var<workgroup> x_tile: array<vec4<f16>, 2u * TILE_VECS>;
 var<workgroup> w_tile: array<vec4<f16>, 2u * TILE_VECS>;
 var<workgroup> result: array<f32, WG / 32u * 256u>;
 
-// Weights of the codes in bits 0..4 and 16..20 of `bits`: 0x6400 | bits is the half precision number 1024 + bits.
-fn weights2(bits: u32, base: vec2<f16>, s: vec2<f16>, c: vec2<f16>) -> vec2<f16> {
-    return fma(vec2<f16>(unpack2x16float(0x64006400u | (bits & 0x000f000fu))) - base, s, c);
-}
-
-// Writes the eight weights of a word, in the order of the inputs.
-fn write_weights(at: u32, word: u32, base: vec2<f16>, s: vec2<f16>, c: vec2<f16>) {
-    w_tile[at] = vec4<f16>(weights2(word, base, s, c), weights2(word >> 4u, base, s, c));
-    w_tile[at + 1u] = vec4<f16>(weights2(word >> 8u, base, s, c), weights2(word >> 12u, base, s, c));
-}
-
 // Stores a 16x16 piece of the result that lies in the subgroup's part of `result`.
 fn store(subgroup: u32, lane: u32, token_start: u32, n_start: u32) {
     let n = n_start + lane % 16u;

@@ -100,12 +100,6 @@ pub fn glu_cases() -> Vec<gemv_w4::Case> {
     cases
 }
 
-fn of_plain(trial: &mut Trial, rows: u32) {
-    // The blocks differ in nothing but the padding, which is zero.
-    let params: Params = bytemuck::pod_read_unaligned(&trial.params);
-    trial.grid = grid(&params, rows);
-}
-
 fn of_glu(trial: &mut Trial) {
     let other: gemv_w4_swiglu::Params = bytemuck::pod_read_unaligned(&trial.params);
     let params = Params {
@@ -124,7 +118,6 @@ fn of_glu(trial: &mut Trial) {
         ..Params::default()
     };
     trial.params = bytemuck::bytes_of(&params).to_vec();
-    trial.grid = grid(&params, trial.step.n_tokens);
     // Nothing goes to `out`, which lies in front of what is staged.
     let out = vec![trial::POISON; 4];
     trial.storage.insert(4, out.clone());
@@ -132,18 +125,29 @@ fn of_glu(trial: &mut Trial) {
     trial.expected.push(trial::Expected::exact(6, out));
 }
 
-fn trials(variant: Variant, rng: &mut Rng) -> Vec<Trial> {
+/// Random runs of cases, plain ones and those with [`FLAG_GLU`], that fit the variant; shared with the kernel on matrix
+/// units.
+pub(crate) fn trials_of(
+    plain: Vec<gemv_w4::Case>,
+    glu: Vec<gemv_w4::Case>,
+    grid: fn(&Params, u32) -> [u32; 3],
+    variant: Variant,
+    rng: &mut Rng,
+) -> Vec<Trial> {
     let fits = |case: &gemv_w4::Case| Groups::of(case.group_size, case.k) <= variant.groups;
-    let plain = cases().into_iter().filter(fits).map(|case| {
-        let mut trial = gemv_w4::trial(case, variant, rng);
-        let rows = case.row_mode.count(&trial.step);
-        of_plain(&mut trial, rows);
-        trial
-    });
-    let mut trials: Vec<_> = plain.collect();
-    trials.extend(gemv_w4_swiglu::trials_of(glu_cases(), variant, rng).into_iter().map(|mut trial| {
+    let mut trials: Vec<_> = plain.into_iter().filter(fits).map(|case| gemv_w4::trial(case, variant, rng)).collect();
+    trials.extend(gemv_w4_swiglu::trials_of(glu, variant, rng).into_iter().map(|mut trial| {
         of_glu(&mut trial);
         trial
     }));
+    for trial in &mut trials {
+        // The blocks of plain ones differ from those of one row in nothing but the padding, which is zero.
+        let params: Params = bytemuck::pod_read_unaligned(&trial.params);
+        trial.grid = grid(&params, RowMode::from_u32(params.row_mode).count(&trial.step));
+    }
     trials
+}
+
+fn trials(variant: Variant, rng: &mut Rng) -> Vec<Trial> {
+    trials_of(cases(), glu_cases(), grid, variant, rng)
 }

@@ -65,6 +65,7 @@ pub mod gemv_w4_experts;
 pub mod gemv_w4_glu_experts;
 pub mod gemv_w4_rope;
 pub mod gemv_w4_rows;
+pub mod gemv_w4_rows_coop;
 pub mod gemv_w4_swiglu;
 pub mod glu;
 pub mod group;
@@ -510,6 +511,8 @@ pub enum Prelude {
     AttentionEights,
     /// Half precision matrix units of 16x16x16 with sums in f32, in subgroups of 32.
     Coop,
+    /// 4-bit weights in half precision, given `w_tile`.
+    CoopWeights,
     /// Total order of scores with their ids.
     Order,
     /// The function on the gate of a gated MLP.
@@ -564,7 +567,11 @@ impl Kernel {
         let has = |prelude| self.preludes.contains(&prelude);
         let base = Variant::default();
         Variant {
-            elem: if has(Prelude::Elem) { variant.elem } else { base.elem },
+            elem: match (has(Prelude::Elem), self.needs_coop()) {
+                (true, true) => Elem::F16,
+                (true, false) => variant.elem,
+                (false, _) => base.elem,
+            },
             reduce: if has(Prelude::Reduce) { variant.reduce } else { base.reduce },
             dense: if has(Prelude::Dense) { variant.dense } else { base.dense },
             kv: if has(Prelude::Kv) { variant.kv } else { base.kv },
@@ -628,7 +635,7 @@ fn each<T: Copy>(all: &[Variant], choices: &[T], with: impl Fn(T, Variant) -> Va
 }
 
 /// Every kernel.
-pub static ALL: [&Kernel; 47] = [
+pub static ALL: [&Kernel; 48] = [
     &embed::KERNEL,
     &embed_packed::KERNEL,
     &arrange::KERNEL,
@@ -639,6 +646,7 @@ pub static ALL: [&Kernel; 47] = [
     &gemv_w4_rope::KERNEL,
     &gemv_w4_swiglu::KERNEL,
     &gemv_w4_rows::KERNEL,
+    &gemv_w4_rows_coop::KERNEL,
     &gemm_w4::KERNEL,
     &halve::KERNEL,
     &halve_glu::KERNEL,
@@ -724,6 +732,7 @@ pub fn compose(kernel: &Kernel, variant: Variant) -> String {
             (Prelude::GemvW4Pair, _) => include_str!("prelude/gemv_w4_pair.wgsl"),
             (Prelude::Halve, _) => include_str!("prelude/halve.wgsl"),
             (Prelude::Coop, _) => "",
+            (Prelude::CoopWeights, _) => include_str!("prelude/coop_weights.wgsl"),
             (Prelude::Stage, _) => include_str!("prelude/stage.wgsl"),
             (Prelude::StageEight, _) => include_str!("prelude/stage_eight.wgsl"),
             (Prelude::StageOut, _) => include_str!("prelude/stage_out.wgsl"),

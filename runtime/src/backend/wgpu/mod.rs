@@ -12,7 +12,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use awqua_shaders::{Elem, Reduce, Size, Variant};
+use awqua_shaders::{Elem, Reduce, Size, Variant, gemv_w4_rows_coop};
 
 use super::{
     Backend, BackendInfo, Budget, DEFAULT_CHUNK, Device, Group, KvType, Opening, Program, Runner, RunnerConfig,
@@ -51,9 +51,10 @@ pub use tune::{Candidate, MatrixShape, Tuned, shapes_of, tune, usual_shapes};
 use device::Gpu;
 use loader::Loader;
 use pipelines::Pipelines;
+use plan::passes::{self, PassKernels};
 use selftest::SelfTest;
 use tuning::Tuning;
-use weights::GpuWeight;
+use weights::{GpuW4, GpuWeight};
 
 /// Which device is meant.
 #[derive(Debug, Clone, Default)]
@@ -244,7 +245,7 @@ impl WgpuDevice {
             tuning: self.tuning.clone(),
             weights: Vec::new(),
             evicted: AtomicBool::new(false),
-            passes_work: OnceLock::new(),
+            pass_kernels: OnceLock::new(),
             filled: 0,
             loader: None,
             stack: None,
@@ -291,8 +292,8 @@ pub struct WgpuBackend {
     tuning: Arc<Tuning>,
     weights: Vec<GpuWeight>,
     evicted: AtomicBool,
-    /// Whether the kernels of passes over several sessions passed their trials.
-    passes_work: OnceLock<bool>,
+    /// The kernels of passes over several sessions that passed their trials, once somebody needs them.
+    pass_kernels: OnceLock<Option<PassKernels>>,
     /// Rows of the last weight that came so far.
     filled: usize,
     /// Made when the first weight comes.
@@ -328,6 +329,17 @@ impl WgpuBackend {
             false => self.gpu.check(),
             true => Err(Error::new(ErrorKind::Evicted, "the weights were evicted")),
         }
+    }
+
+    /// What there is for passes over several sessions; the first call waits for trials of the kernels.
+    fn pass_kernels(&self) -> Option<PassKernels> {
+        *self.pass_kernels.get_or_init(|| passes::kernels(self))
+    }
+
+    /// Whether passes multiply their rows with this matrix on matrix units.
+    fn rows_on_units(&self, matrix: &GpuW4) -> bool {
+        gemv_w4_rows_coop::handles(matrix.group_size, matrix.k)
+            && self.pass_kernels().is_some_and(|kernels| kernels.coop)
     }
 
     /// The weight whose buffers the next `count` rows of weight `id` go to, and which of its rows is the first: experts

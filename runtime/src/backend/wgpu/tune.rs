@@ -150,7 +150,8 @@ pub fn tune(
             })
             .collect();
         if let Some(first) = matrices.first() {
-            for form in Form::ALL {
+            let has_sizes = |form: &Form| *form != Form::Rows || !backend.rows_on_units(first);
+            for form in Form::ALL.into_iter().filter(has_sizes) {
                 let bench = Bench::new(&backend, form, first, &matrix)?;
                 let Some(mut candidates) = bench.measure(&matrices, &mut passed)? else { continue };
                 let chosen = choose(&mut candidates);

@@ -3,6 +3,7 @@
 use awqua_shaders::{
     Elem, FLAG_ACCUMULATE, FLAG_BIAS, FLAG_NORM, FLAG_STAGE, FLAG_STAGE_NORM, Groups, RowMode, Size, Step, Variant,
     gemm_dense, gemm_packed, gemm_w4, gemm_w4_coop, gemv_dense, gemv_dense_rows, gemv_packed, gemv_w4, gemv_w4_rows,
+    gemv_w4_rows_coop,
 };
 
 use super::super::tuning::{Form, Site};
@@ -173,12 +174,16 @@ impl<'a> Planner<'a> {
         let rows = RowMode::from_u32(params.row_mode);
         let storage =
             vec![self.staged(input)?, part.qweight.clone(), part.group_params.clone(), vectors, out, staged_out];
+        let (kernel, grid): (_, fn(&_, _) -> _) = match self.backend.rows_on_units(matrix) {
+            true => (&gemv_w4_rows_coop::KERNEL, gemv_w4_rows_coop::grid),
+            false => (&gemv_w4_rows::KERNEL, gemv_w4_rows::grid),
+        };
         let launch = move |step: &Step| Launch {
-            grid: gemv_w4_rows::grid(&params, rows.count(step)),
+            grid: grid(&params, rows.count(step)),
             cost: gemv_w4_rows::cost(&params, rows.count(step)),
         };
         let variant = self.sized(matrix, Form::Rows, u32::MAX);
-        self.draft(&gemv_w4_rows::KERNEL, variant, &params, storage, launch)
+        self.draft(kernel, variant, &params, storage, launch)
     }
 
     /// The variant of a gemv_w4 kernel of this form for a matrix that takes so many workgroups.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use awqua_shaders::{
     FLAG_EACH, FLAG_STAGE, Kernel, RowMode, Step, Variant, attention, attention_each, attention_few, attention_reduce,
-    gemv_dense_rows, gemv_w4_rows, rope_append_each, uniform_bytes,
+    gemv_dense_rows, gemv_w4_rows, gemv_w4_rows_coop, rope_append_each, uniform_bytes,
 };
 use wgpu::BufferUsages;
 
@@ -25,13 +25,22 @@ pub(in super::super) fn handles(limits: &wgpu::Limits, shape: &AttentionShape) -
         && attention_few::handles(shape.head_dim, stride)
 }
 
-/// Whether the kernels that only passes use compute as their CPU twins do, as `selftest` asks of the others.
-pub(in super::super) fn kernels_work(backend: &WgpuBackend) -> bool {
+/// Kernels that only passes use and that compute as their CPU twins do.
+#[derive(Debug, Clone, Copy)]
+pub(in super::super) struct PassKernels {
+    /// Whether packed products on matrix units are among them.
+    pub(in super::super) coop: bool,
+}
+
+/// Tries the kernels that only passes use as `selftest` does the others; `None` if there can be no passes.
+pub(in super::super) fn kernels(backend: &WgpuBackend) -> Option<PassKernels> {
     let WgpuBackend { elem, reduce, size, .. } = *backend;
     let variant = Variant { elem, reduce, size, ..Variant::default() };
     let kernels: [&'static Kernel; 4] =
         [&gemv_w4_rows::KERNEL, &gemv_dense_rows::KERNEL, &rope_append_each::KERNEL, &attention_each::KERNEL];
-    kernels.iter().all(|kernel| selftest::pass(&backend.gpu, &backend.pipelines, kernel, variant).is_ok())
+    let works = |kernel: &&'static Kernel| selftest::pass(&backend.gpu, &backend.pipelines, kernel, variant).is_ok();
+    let coop = backend.coop && works(&&gemv_w4_rows_coop::KERNEL);
+    kernels.iter().all(works).then_some(PassKernels { coop })
 }
 
 /// What the plan of a pass knows besides the program.
