@@ -369,6 +369,36 @@ fn weights_may_go_and_come_back() {
 }
 
 #[test]
+fn a_timed_pass_leaves_sessions_as_they_were() {
+    on_gpu(|model| {
+        let (n, turns) = (TOPICS.len(), 2);
+        let talk = |profiled: bool| -> Vec<Vec<u32>> {
+            let mut batch = Batch::new(model, 8, &options(false)).unwrap();
+            let mut sessions = sessions(model, n);
+            for turn in 0..turns {
+                for (i, session) in sessions.iter_mut().enumerate() {
+                    let ids = [session.tokens(), &prompt(model, i)].concat();
+                    session.begin(&ids, greedy(6)).unwrap();
+                }
+                together(&mut batch, &mut sessions, &TickBudget::UNLIMITED);
+                if profiled && turn == 0 && batch.shares_passes() {
+                    let times = batch.profile(&mut sessions, 7).unwrap();
+                    assert!(!times.is_empty() && times.iter().all(|op| op.seconds.is_finite()));
+                    let too_few = batch.profile(&mut sessions[..1], 7).unwrap_err();
+                    assert_eq!(too_few.kind(), ErrorKind::Unsupported);
+                    assert_eq!(batch.profile(&mut sessions, u32::MAX).unwrap_err().kind(), ErrorKind::InvalidInput);
+                }
+            }
+            sessions.iter().map(|session| session.tokens().to_vec()).collect()
+        };
+        assert_eq!(talk(true), talk(false));
+    });
+    let mut sessions = sessions(&cpu(), 4);
+    let mut batch = Batch::new(&cpu(), 4, &options(false)).unwrap();
+    assert_eq!(batch.profile(&mut sessions, 7).unwrap_err().kind(), ErrorKind::Unsupported);
+}
+
+#[test]
 fn wrong_calls_are_refused() {
     let model = cpu();
     let other = load(BackendChoice::Cpu).unwrap();

@@ -7,7 +7,7 @@
 use std::any::Any;
 use std::time::Duration;
 
-use super::{Budget, Program, Progress, Runner, RunnerConfig};
+use super::{Budget, OpTime, Program, Progress, Runner, RunnerConfig};
 use crate::error::{Error, ErrorKind, Result};
 use crate::session::sampler::SampleRequest;
 
@@ -57,6 +57,16 @@ pub trait Group: Send {
     /// # Errors
     /// As [`Runner::advance`]; [`Self::abandon`] has to follow.
     fn advance(&mut self, members: &mut dyn Members, budget: &Budget) -> Result<Progress>;
+
+    /// Device time of every operation of a pass over those that joined, which it forgets: it neither moves on the members
+    /// nor leaves logits with them.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] where the device can not tell, or a device error; [`Self::abandon`] has to follow then.
+    fn profile(&mut self, members: &mut dyn Members) -> Result<Vec<OpTime>> {
+        let _ = members;
+        Err(Error::new(ErrorKind::Unsupported, "the operations of a pass are not timed on this backend"))
+    }
 
     /// Forgets the pass, as far as it is not queued, and who joined. Positions of the members' caches from their tokens
     /// on are undefined; choices are taken back by [`Runner::retract_ahead`].

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::tick::{Flow, Part, Pass, Tick, TickBudget};
 use super::{Session, SessionOptions, memory, no_runner};
-use crate::backend::{Backend, Budget, Group, Members, Progress, Runner, RunnerConfig};
+use crate::backend::{Backend, Budget, Group, Members, OpTime, Progress, Runner, RunnerConfig};
 use crate::engine::Lease;
 use crate::error::{Error, ErrorKind, Result};
 use crate::model::Model;
@@ -145,10 +145,7 @@ impl Batch {
         let started = Instant::now();
         ticks.clear();
         if sessions.iter().any(|session| !Arc::ptr_eq(session.borrow().model(), &self.model)) {
-            return Err(Error::new(
-                ErrorKind::InvalidInput,
-                "a session of another model is not ticked with this batch",
-            ));
+            return Err(of_another_model());
         }
         let deadline = budget.host.and_then(|host| started.checked_add(host));
         let inner = Budget { deadline, device: budget.device };
@@ -189,6 +186,35 @@ impl Batch {
             Some(session) => session.wait(),
             None => Ok(()),
         }
+    }
+
+    /// Device time of every operation of a pass that gives each of `sessions` the token `id` at the end of its cache, which
+    /// stays as it is.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] where the device can not tell or there are no passes over so many or such sessions,
+    /// [`ErrorKind::InvalidInput`] for a session of another model, a busy one or an id outside the vocabulary,
+    /// [`ErrorKind::ContextFull`], or a device error.
+    pub fn profile<S: BorrowMut<Session>>(&mut self, sessions: &mut [S], id: u32) -> Result<Vec<OpTime>> {
+        if sessions.iter().any(|session| !Arc::ptr_eq(session.borrow().model(), &self.model)) {
+            return Err(of_another_model());
+        }
+        self.attach(sessions)?;
+        let Some(Place { group: Some(group), .. }) = &mut self.place else {
+            return Err(Error::new(ErrorKind::Unsupported, "this backend computes no passes over several sessions"));
+        };
+        let rows: Vec<usize> = (0..sessions.len()).collect();
+        if !(group.least()..=group.most()).contains(&rows.len()) {
+            let message = format!("passes are over {} to {} sessions, not {}", group.least(), group.most(), rows.len());
+            return Err(Error::new(ErrorKind::Unsupported, message));
+        }
+        let mut joined = Ok(());
+        for session in sessions.iter_mut() {
+            joined = joined.and_then(|()| session.borrow_mut().join_profile(&mut **group, id));
+        }
+        let times = joined.and_then(|()| group.profile(&mut Rows { sessions, rows: &rows }));
+        group.abandon();
+        times
     }
 
     /// Has passes computed with the weights as they are now.
@@ -405,6 +431,10 @@ impl Batch {
         }
         true
     }
+}
+
+fn of_another_model() -> Error {
+    Error::new(ErrorKind::InvalidInput, "a session of another model is not ticked with this batch")
 }
 
 impl Place {

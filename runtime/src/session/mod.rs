@@ -6,7 +6,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 
-use crate::backend::{Backend, Budget, KvType, LogitsRows, OpTime, Runner, RunnerConfig, Sharing, Step};
+use crate::backend::{Backend, Budget, Group, KvType, LogitsRows, Next, OpTime, Runner, RunnerConfig, Sharing, Step};
 use crate::engine::{Bytes, Engine, Lease};
 use crate::error::{Error, ErrorKind, Result};
 use crate::model::{Model, ModelConfig};
@@ -445,6 +445,25 @@ impl Session {
             Some(place) => place.runner.profile(&step),
             None => Err(Error::new(ErrorKind::Evicted, "the session is not on a device")),
         }
+    }
+
+    /// Joins a pass that is timed with the token `id`, see [`Batch::profile`].
+    ///
+    /// # Errors
+    /// As [`Batch::profile`].
+    fn join_profile(&mut self, group: &mut dyn Group, id: u32) -> Result<()> {
+        self.require_idle()?;
+        self.check_ids(&[id], self.tokens.len())?;
+        self.has_logits = false;
+        self.own(self.tokens.len())?;
+        self.write_rope(1, self.tokens.len() + 1)?;
+        let Some(place) = &mut self.place else {
+            return Err(Error::new(ErrorKind::Evicted, "the session is not on a device"));
+        };
+        if !group.takes(&*place.runner) {
+            return Err(Error::new(ErrorKind::Unsupported, "the session takes part in no passes of this batch"));
+        }
+        group.join(&mut *place.runner, &Next::Token(id), self.tokens.len() as u32).map(drop)
     }
 
     /// Sees to the rotations of `n` tokens at the end of the cache of a sequence of `length` tokens.

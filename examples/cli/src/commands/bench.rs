@@ -25,7 +25,8 @@ pub struct Args {
     /// Tokens in the cache before those of the decode measurement
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     depth: u32,
-    /// Time every operation of a decode step at that depth and of a prefill step instead (GPU only)
+    /// Time every operation of a decode step at that depth and of a prefill step instead, and with `--sessions` of a
+    /// pass of so many (GPU only)
     #[arg(long)]
     per_op: bool,
     /// Also decode with this many sessions at once, in one batch
@@ -283,6 +284,9 @@ struct OpReport {
     variant: String,
     decode: Vec<OpRow>,
     prefill: Vec<OpRow>,
+    /// With `--sessions`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pass: Option<Vec<OpRow>>,
 }
 
 fn per_op(args: &Args) -> Outcome {
@@ -301,13 +305,15 @@ fn per_op(args: &Args) -> Outcome {
     };
     let decode = measure(args.depth, 1)?;
     let prefill = measure(0, step)?;
+    let pass = args.sessions.map(|n| per_op_of_pass(args, &model, n)).transpose()?;
     let info = model.backend_info();
-    let report = OpReport { device: info.device, variant: info.variant, decode, prefill };
+    let report = OpReport { device: info.device, variant: info.variant, decode, prefill, pass };
     if args.json {
         return output::json(&report);
     }
     output::line(&format!("{} [{}]", report.device, report.variant))?;
-    for (title, rows) in [("decode", &report.decode), ("prefill", &report.prefill)] {
+    let pass = report.pass.as_ref().map(|rows| ("pass", rows));
+    for (title, rows) in [("decode", &report.decode), ("prefill", &report.prefill)].into_iter().chain(pass) {
         let total: f64 = rows.iter().map(|row| row.seconds).sum();
         output::line(&format!("\n{title}: {:.1} us", total * 1e6))?;
         let head = ["us", "share", "launches", "us each", "GB/s", "TFLOP/s"];
@@ -330,6 +336,21 @@ fn per_op(args: &Args) -> Outcome {
         }
     }
     Ok(())
+}
+
+/// The same for a pass of `n` sessions.
+fn per_op_of_pass(args: &Args, model: &Arc<Model>, n: u32) -> Outcome<Vec<OpRow>> {
+    let made_with = args.device.session_options(model, args.depth as usize + 1);
+    let mut sessions = (0..n).map(|_| Session::new(model, &made_with)).collect::<Result<Vec<_>, _>>()?;
+    let vocab = model.config().vocab_size as u32;
+    for (s, session) in (0..).zip(&mut sessions) {
+        let prompt: Vec<u32> = (0..args.depth).map(|i| (i * 31 + s * 101 + 1) % vocab).collect();
+        session.set_prompt(&prompt, &CancelToken::default())?;
+        session.logits()?;
+    }
+    let mut batch = Batch::new(model, n as usize, &made_with)?;
+    let rounds = (0..=args.repeat).map(|_| batch.profile(&mut sessions, 1)).collect::<Result<Vec<_>, _>>()?;
+    Ok(rows(&rounds[1..]))
 }
 
 /// Operations of the same name added up, medians over the rounds, the longest first.

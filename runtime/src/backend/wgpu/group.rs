@@ -14,7 +14,7 @@ use super::device::Ticket;
 use super::plan::passes;
 use super::run::WgpuRunner;
 use crate::backend::group::{check_next, own};
-use crate::backend::{Budget, Group, Members, Next, Program, Progress, Runner, RunnerConfig};
+use crate::backend::{Budget, Group, Members, Next, OpTime, Program, Progress, Runner, RunnerConfig};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Most members of a pass: with more of them, products wait for arithmetic instead of weights.
@@ -227,6 +227,16 @@ impl Group for WgpuGroup {
             self.end(members)?;
         }
         Ok(progress)
+    }
+
+    fn profile(&mut self, members: &mut dyn Members) -> Result<Vec<OpTime>> {
+        let gpu = self.backend.gpu.clone();
+        let _watch = gpu.watch();
+        self.backend.check()?;
+        self.begin(members)?;
+        let times = self.rows.profile_plan();
+        self.abandon();
+        times
     }
 
     fn abandon(&mut self) {

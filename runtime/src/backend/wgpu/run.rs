@@ -400,6 +400,14 @@ impl WgpuRunner {
         (&logits.buffer, u64::from(logits.stride) * 4)
     }
 
+    /// Device time of the operations of the step that was begun.
+    ///
+    /// # Errors
+    /// As [`profile::run`].
+    pub(super) fn profile_plan(&self) -> Result<Vec<OpTime>> {
+        profile::run(&self.backend.gpu, &self.plan, &self.step)
+    }
+
     /// Has the next step queued whatever became of the one before.
     pub(super) fn forget_previous(&mut self) {
         self.previous = None;
@@ -736,7 +744,7 @@ impl Runner for WgpuRunner {
     fn profile(&mut self, step: &Step<'_>) -> Result<Vec<OpTime>> {
         self.begin(step)?;
         self.next = (self.plan.ops.len(), 0);
-        let times = profile::run(&self.backend.gpu, &self.plan, &self.step)?;
+        let times = self.profile_plan()?;
         self.queued = true;
         Ok(times)
     }
