@@ -61,24 +61,39 @@ var<workgroup> row_scales: array<vec2<f32>, ROWS>;
 // By row: outputs, or gates and then ups.
 var<workgroup> values: array<f32, ROWS * 2u * LANES>;
 
-// What a lane loads of the inputs of a chunk: a quarter of rows `lane / 4` and `lane / 4 + 8`, and their magnitudes.
+// What a lane loads of the inputs of a chunk: a quarter of rows `lane / 4` and `lane / 4 + 8`.
 struct Inputs {
     first: vec4<u32>,
     second: vec4<u32>,
-    magnitudes: vec2<f32>,
 }
 
-fn load_inputs(starts: vec2<u32>, quads: u32, chunk: u32, part: u32, rows: u32) -> Inputs {
-    let magnitude = magnitudes_at(quads, chunk / 4u);
-    let at = chunk * CHUNK_VECS + part;
+fn load_inputs(share: Share, chunk: u32) -> Inputs {
     var inputs: Inputs;
-    inputs.first = x[starts.x + at];
-    inputs.magnitudes.x = bitcast<f32>(x[starts.x + magnitude][chunk % 4u]);
-    if (rows > 8u) {
-        inputs.second = x[starts.y + at];
-        inputs.magnitudes.y = bitcast<f32>(x[starts.y + magnitude][chunk % 4u]);
+    inputs.first = x[share.starts.x + chunk * CHUNK_VECS];
+    if (share.rows > 8u) {
+        inputs.second = x[share.starts.y + chunk * CHUNK_VECS];
     }
     return inputs;
+}
+
+// What multiplies the inputs of those rows in the chunks of a quad: their magnitudes relative to their rows'. Quads beyond
+// the last one count nothing.
+struct Ratios {
+    first: vec4<f32>,
+    second: vec4<f32>,
+}
+
+fn load_ratios(share: Share, quads: u32, quad: u32) -> Ratios {
+    var ratios: Ratios;
+    if (quad >= quads) {
+        return ratios;
+    }
+    let at = magnitudes_at(quads, quad);
+    ratios.first = bitcast<vec4<f32>>(x[share.starts.z + at]) * share.inverse.x;
+    if (share.rows > 8u) {
+        ratios.second = bitcast<vec4<f32>>(x[share.starts.w + at]) * share.inverse.y;
+    }
+    return ratios;
 }
 
 // Writes eight inputs, which are relative to their chunk's magnitude, relative to their row's.
@@ -89,9 +104,58 @@ fn write_inputs(at: u32, words: vec4<u32>, ratio: f32) {
     x_tile[at + 1u] = inputs.x2637 * factors;
 }
 
-// Parameters of the group of chunk `chunk`.
-fn group_word(start: u32, chunk: u32) -> u32 {
-    return group_params[start + min((chunk * 32u) >> params.group_shift, params.groups - 1u) * TILE_N];
+// The chunks of a quad, of which those beyond the last one repeat it and meet a ratio of zero.
+fn chunks_of(quad: u32) -> vec4<u32> {
+    return min(4u * quad + vec4<u32>(0u, 1u, 2u, 3u), vec4<u32>(params.chunks - 1u));
+}
+
+// Parameters of the groups of chunks.
+fn group_words(start: u32, chunks: vec4<u32>) -> vec4<u32> {
+    let groups = (chunks * 32u) >> vec4<u32>(params.group_shift);
+    let at = start + min(groups, vec4<u32>(params.groups - 1u)) * TILE_N;
+    return vec4<u32>(group_params[at.x], group_params[at.y], group_params[at.z], group_params[at.w]);
+}
+
+// Where an invocation writes its share of a chunk, where its inputs of two rows and their magnitudes begin, and what the
+// latter are relative to.
+struct Share {
+    w_at: u32,
+    x_at: u32,
+    starts: vec4<u32>,
+    inverse: vec2<f32>,
+    rows: u32,
+}
+
+// Writes a lane's share of a chunk to the subgroup's tiles.
+fn write_chunk(share: Share, codes: vec4<u32>, word: u32, inputs: Inputs, ratios: vec2<f32>) {
+    let group = unpack_group(word, params.flags);
+    let base = vec2<f16>(f16(1024.0 + group.zero));
+    let s = vec2<f16>(f16(group.s));
+    let c = vec2<f16>(f16(group.c));
+    // Orders the reads of the chunk before.
+    subgroupBarrier();
+    write_weights(share.w_at, codes.x, base, s, c);
+    write_weights(share.w_at + 2u, codes.y, base, s, c);
+    write_weights(share.w_at + 4u, codes.z, base, s, c);
+    write_weights(share.w_at + 6u, codes.w, base, s, c);
+    write_inputs(share.x_at, inputs.first, ratios.x);
+    if (share.rows > 8u) {
+        write_inputs(share.x_at + 8u * ROW_VECS, inputs.second, ratios.y);
+    }
+    // Orders the subgroup's tiles before their reads.
+    subgroupBarrier();
+}
+
+// Adds the products of the subgroup's tiles: 16 outputs an accumulator.
+fn multiply(subgroup: u32, c0: ptr<function, coop_mat16x16<f32,C>>, c1: ptr<function, coop_mat16x16<f32,C>>) {
+    for (var half = 0u; half < 2u; half++) {
+        let w_at = subgroup * W_VECS + half * 4u;
+        let a = coopLoadT<coop_mat16x16<f16,A>>(&x_tile[subgroup * X_VECS + half * 4u], ROW_VECS);
+        let b0 = coopLoad<coop_mat16x16<f16,B>>(&w_tile[w_at], ROW_VECS);
+        *c0 = coopMultiplyAdd(a, b0, *c0);
+        let b1 = coopLoad<coop_mat16x16<f16,B>>(&w_tile[w_at + 16u * ROW_VECS], ROW_VECS);
+        *c1 = coopMultiplyAdd(a, b1, *c1);
+    }
 }
 
 // Adds up an accumulator of all subgroups; an invocation has element `local_index`. Call behind a barrier.
@@ -127,25 +191,25 @@ fn main(
     let first_row = block % blocks * ROWS;
     let block_rows = min(rows - first_row, ROWS);
 
-    // Subgroups that share a matrix have every `slices`th chunk each; chunks beyond the last one count nothing.
+    // Subgroups that share a matrix have every `slices`th quad of chunks each.
     let pairs = select(1u, 2u, is_glu);
     let slices = SUBGROUPS / pairs;
     let slice = subgroup / pairs;
-    let steps = (params.chunks + slices - 1u) / slices;
-    let last = params.chunks - 1u;
+    let quads = (params.chunks + 3u) / 4u;
+    let steps = (quads + slices - 1u) / slices;
 
     // Outputs beyond the last repeat one that is there, and are not stored.
     let n = min(tile * LANES + lane, width - 1u) + select(0u, width, is_glu && subgroup % 2u == 1u);
     let start = chunk_index(n, 0u, params.chunks);
     let group_start = group_index(n, 0u, params.groups);
-    // The next four chunks.
-    var q0 = qweight[start + min(slice, last) * TILE_N];
-    var q1 = qweight[start + min(slice + slices, last) * TILE_N];
-    var q2 = qweight[start + min(slice + 2u * slices, last) * TILE_N];
-    var q3 = qweight[start + min(slice + 3u * slices, last) * TILE_N];
+    // The next quad.
+    var at = chunks_of(slice);
+    var q0 = qweight[start + at.x * TILE_N];
+    var q1 = qweight[start + at.y * TILE_N];
+    var q2 = qweight[start + at.z * TILE_N];
+    var q3 = qweight[start + at.w * TILE_N];
 
     // Rows beyond the last repeat it.
-    let quads = (params.chunks + 3u) / 4u;
     let row_start = (first_row + input_row(params.row_mode, 0u)) * staged_row(quads);
     let scan_start = row_start + min(local_index / 16u, block_rows - 1u) * staged_row(quads);
     var largest = 0.0;
@@ -178,53 +242,44 @@ fn main(
 
     let x_row = lane / 4u;
     let x_part = lane % 4u;
-    let starts = row_start + min(vec2<u32>(x_row, x_row + 8u), vec2<u32>(block_rows - 1u)) * staged_row(quads);
-    let inverse = vec2<f32>(1.0 / row_scales[x_row].x, 1.0 / row_scales[x_row + 8u].x);
-    var x0 = load_inputs(starts, quads, min(slice, last), x_part, block_rows);
-    var x1 = load_inputs(starts, quads, min(slice + slices, last), x_part, block_rows);
-    var g0 = group_word(group_start, min(slice, last));
-    var g1 = group_word(group_start, min(slice + slices, last));
+    let rows_at = row_start + min(vec2<u32>(x_row, x_row + 8u), vec2<u32>(block_rows - 1u)) * staged_row(quads);
+    let share = Share(
+        subgroup * W_VECS + lane * ROW_VECS,
+        subgroup * X_VECS + x_row * ROW_VECS + x_part * 2u,
+        vec4<u32>(rows_at + x_part, rows_at),
+        vec2<f32>(1.0 / row_scales[x_row].x, 1.0 / row_scales[x_row + 8u].x),
+        block_rows,
+    );
+    var even = load_inputs(share, at.x);
+    var odd = load_inputs(share, at.y);
+    var ratios = load_ratios(share, quads, slice);
+    var words = group_words(group_start, at);
 
-    let w_at = subgroup * W_VECS + lane * ROW_VECS;
-    let x_at = subgroup * X_VECS + x_row * ROW_VECS + x_part * 2u;
     var c0 = coop_mat16x16<f32,C>();
     var c1 = coop_mat16x16<f32,C>();
+    // Four chunks written out, because a register that passes on what is on its way waits for it.
     for (var i = 0u; i < steps; i++) {
-        let chunk = slice + i * slices;
-        let group_values = unpack_group(g0, params.flags);
-        let base = vec2<f16>(f16(1024.0 + group_values.zero));
-        let s = vec2<f16>(f16(group_values.s));
-        let c = vec2<f16>(f16(group_values.c));
-        write_weights(w_at, q0.x, base, s, c);
-        write_weights(w_at + 2u, q0.y, base, s, c);
-        write_weights(w_at + 4u, q0.z, base, s, c);
-        write_weights(w_at + 6u, q0.w, base, s, c);
-        let ratios = select(vec2<f32>(0.0), x0.magnitudes * inverse, chunk <= last);
-        write_inputs(x_at, x0.first, ratios.x);
-        if (block_rows > 8u) {
-            write_inputs(x_at + 8u * ROW_VECS, x0.second, ratios.y);
-        }
-        // On their way while this chunk is multiplied.
-        q0 = q1;
-        q1 = q2;
-        q2 = q3;
-        q3 = qweight[start + min(chunk + 4u * slices, last) * TILE_N];
-        let soon = min(chunk + 2u * slices, last);
-        x0 = x1;
-        x1 = load_inputs(starts, quads, soon, x_part, block_rows);
-        g0 = g1;
-        g1 = group_word(group_start, soon);
-        // Orders the subgroup's tiles before their reads.
-        subgroupBarrier();
-        for (var half = 0u; half < 2u; half++) {
-            let a = coopLoadT<coop_mat16x16<f16,A>>(&x_tile[subgroup * X_VECS + half * 4u], ROW_VECS);
-            let b0 = coopLoad<coop_mat16x16<f16,B>>(&w_tile[subgroup * W_VECS + half * 4u], ROW_VECS);
-            c0 = coopMultiplyAdd(a, b0, c0);
-            let b1 = coopLoad<coop_mat16x16<f16,B>>(&w_tile[subgroup * W_VECS + 16u * ROW_VECS + half * 4u], ROW_VECS);
-            c1 = coopMultiplyAdd(a, b1, c1);
-        }
-        // Orders these reads before the next chunk's writes.
-        subgroupBarrier();
+        let quad = slice + i * slices;
+        let next = chunks_of(quad + slices);
+        write_chunk(share, q0, words.x, even, vec2<f32>(ratios.first.x, ratios.second.x));
+        q0 = qweight[start + next.x * TILE_N];
+        even = load_inputs(share, at.z);
+        multiply(subgroup, &c0, &c1);
+        write_chunk(share, q1, words.y, odd, vec2<f32>(ratios.first.y, ratios.second.y));
+        q1 = qweight[start + next.y * TILE_N];
+        odd = load_inputs(share, at.w);
+        multiply(subgroup, &c0, &c1);
+        write_chunk(share, q2, words.z, even, vec2<f32>(ratios.first.z, ratios.second.z));
+        q2 = qweight[start + next.z * TILE_N];
+        even = load_inputs(share, next.x);
+        multiply(subgroup, &c0, &c1);
+        write_chunk(share, q3, words.w, odd, vec2<f32>(ratios.first.w, ratios.second.w));
+        q3 = qweight[start + next.w * TILE_N];
+        odd = load_inputs(share, next.y);
+        at = next;
+        words = group_words(group_start, at);
+        ratios = load_ratios(share, quads, quad + slices);
+        multiply(subgroup, &c0, &c1);
     }
 
     // Accumulators have no addressable elements: they pass through workgroup memory, one of each subgroup at a time.
