@@ -83,6 +83,7 @@ namespace Awqua
         public Engine(EngineOptions how)
         {
             var device = new Utf8(how.Device);
+            var pinned = default(GCHandle);
             try
             {
                 var desc = new Native.EngineDesc { StructSize = (uint)Marshal.SizeOf(typeof(Native.EngineDesc)) };
@@ -95,14 +96,20 @@ namespace Awqua
                 desc.DeviceBudgetBytes = how.DeviceBudgetBytes;
                 if (how.ParallelFor != null)
                 {
-                    // Sessions may outlive the engine and still call it, so it is never freed.
+                    // Sessions may outlive the engine and still call it, so it is not freed once there is one.
                     var jobs = new Jobs { ParallelFor = how.ParallelFor, Threads = (int)Math.Max(how.Threads, 1) };
+                    pinned = GCHandle.Alloc(jobs);
                     desc.ParallelFor = Native.ParallelForCallback;
-                    desc.ParallelForUser = GCHandle.ToIntPtr(GCHandle.Alloc(jobs));
+                    desc.ParallelForUser = GCHandle.ToIntPtr(pinned);
                 }
                 Native.Check(Native.awqua_engine_create(ref desc, out Handle));
+                pinned = default(GCHandle);
             }
-            finally { device.Free(); }
+            finally
+            {
+                if (pinned.IsAllocated) pinned.Free();
+                device.Free();
+            }
         }
 
         /// <summary>Bytes that models and sessions hold, in host and device memory.</summary>

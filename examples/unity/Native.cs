@@ -234,16 +234,22 @@ namespace Awqua
         {
             file = IntPtr.Zero;
             size = 0;
+            Stream stream = null;
             try
             {
                 var open = (Func<string, Stream>)GCHandle.FromIntPtr(user).Target;
-                var stream = open(name.Text());
+                stream = open(name.Text());
                 if (stream == null) return Empty;
                 size = (ulong)stream.Length;
                 file = GCHandle.ToIntPtr(GCHandle.Alloc(stream));
                 return Ok;
             }
-            catch (Exception) { return ErrorIo; }
+            catch (Exception)
+            {
+                // A stream that cannot say its length is nobody's from here on.
+                stream?.Dispose();
+                return ErrorIo;
+            }
         }
 
         [MonoPInvokeCallback(typeof(ReadAtFn))]

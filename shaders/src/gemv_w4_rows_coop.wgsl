@@ -44,8 +44,8 @@ const X_VECS: u32 = ROWS * ROW_VECS;
 const PIECE: u32 = 256u;
 // Odd pairs of inputs are staged as a sixteenth (prelude/elem_f16.wgsl), because codes are left shifted elsewhere.
 const ODD: f32 = 16.0;
-// An invocation has element `local_index` of an accumulator.
-const_assert WG == PIECE;
+// Invocations that look at a row's magnitudes.
+const PER_ROW: u32 = WG / ROWS;
 const_assert ROWS == 16u;
 // One vec4 holds eight staged inputs.
 const_assert STAGED_VECS == 1u;
@@ -54,8 +54,8 @@ var<workgroup> w_tile: array<vec4<f16>, SUBGROUPS * W_VECS>;
 var<workgroup> x_tile: array<vec4<f16>, SUBGROUPS * X_VECS>;
 // An accumulator of each subgroup.
 var<workgroup> sums: array<f32, SUBGROUPS * PIECE>;
-// By row and sixteenth of it: the largest magnitude and the sum of squares.
-var<workgroup> parts: array<vec2<f32>, PIECE>;
+// By row and share of it: the largest magnitude and the sum of squares.
+var<workgroup> parts: array<vec2<f32>, WG>;
 // By row: the largest magnitude, and what the norm multiplies with.
 var<workgroup> row_scales: array<vec2<f32>, ROWS>;
 // By row: outputs, or gates and then ups.
@@ -158,17 +158,19 @@ fn multiply(subgroup: u32, c0: ptr<function, coop_mat16x16<f32,C>>, c1: ptr<func
     }
 }
 
-// Adds up an accumulator of all subgroups; an invocation has element `local_index`. Call behind a barrier.
+// Adds up an accumulator of all subgroups. Call behind a barrier.
 fn sum_pieces(local_index: u32, n_start: u32, pairs: u32) {
-    let at = local_index / 16u * 2u * LANES + n_start + local_index % 16u;
-    var first = 0.0;
-    var second = 0.0;
-    for (var i = 0u; i < SUBGROUPS; i += 2u) {
-        first += sums[i * PIECE + local_index];
-        second += sums[(i + 1u) * PIECE + local_index];
+    for (var element = local_index; element < PIECE; element += WG) {
+        let at = element / 16u * 2u * LANES + n_start + element % 16u;
+        var first = 0.0;
+        var second = 0.0;
+        for (var i = 0u; i < SUBGROUPS; i += 2u) {
+            first += sums[i * PIECE + element];
+            second += sums[(i + 1u) * PIECE + element];
+        }
+        values[at] = select(first + second, first, pairs == 2u);
+        values[at + LANES] = second;
     }
-    values[at] = select(first + second, first, pairs == 2u);
-    values[at + LANES] = second;
 }
 
 @compute @workgroup_size(WG)
@@ -211,10 +213,10 @@ fn main(
 
     // Rows beyond the last repeat it.
     let row_start = (first_row + input_row(params.row_mode, 0u)) * staged_row(quads);
-    let scan_start = row_start + min(local_index / 16u, block_rows - 1u) * staged_row(quads);
+    let scan_start = row_start + min(local_index / PER_ROW, block_rows - 1u) * staged_row(quads);
     var largest = 0.0;
     var squares = 0.0;
-    for (var quad = local_index % 16u; quad < quads; quad += 16u) {
+    for (var quad = local_index % PER_ROW; quad < quads; quad += PER_ROW) {
         let m = bitcast<vec4<f32>>(x[scan_start + magnitudes_at(quads, quad)]);
         largest = max(largest, max(max(m.x, m.y), max(m.z, m.w)));
         if ((params.flags & FLAG_NORM) != 0u) {
@@ -230,8 +232,8 @@ fn main(
     workgroupBarrier();
     if (local_index < ROWS) {
         var total = vec2<f32>(0.0);
-        for (var i = 0u; i < 16u; i++) {
-            let part = parts[local_index * 16u + i];
+        for (var i = 0u; i < PER_ROW; i++) {
+            let part = parts[local_index * PER_ROW + i];
             total = vec2<f32>(max(total.x, part.x), total.y + part.y);
         }
         let factor = inverseSqrt(total.y / f32(params.k) + params.eps);

@@ -440,7 +440,7 @@ pub const ENTRIES: &[Entry] = &[
             Binding { index: 5, name: "out", kind: BindingKind::StorageReadWrite, min_size: 4 },
         ],
         workgroup_size: [128, 1, 1],
-        workgroup_memory: 4096,
+        workgroup_memory: 1024,
         params: &[
             Field { name: "n", offset: 0 },
             Field { name: "k", offset: 4 },
