@@ -493,7 +493,6 @@ enum awqua_kv_type
   /**
    * A byte, and a half-precision scale for every 32 elements of a key or a value: about half the memory of
    * AWQUA_KV_F16. Models whose keys have a few elements far larger than the others, such as Qwen2, lose much accuracy.
-   * On the CPU and with CUDA; awqua_session_create fails with AWQUA_ERR_UNSUPPORTED elsewhere.
    */
   AWQUA_KV_Q8 = 3,
 };

@@ -145,7 +145,7 @@ pub fn cost(params: &Params, kv: Kv, positions: u32, rows: u32) -> Cost {
     let blocks = u64::from(params.kv_heads * (params.heads / params.kv_heads).div_ceil(HEADS));
     let row = u64::from(params.head_dim) * u64::from(positions) * u64::from(rows);
     Cost {
-        bytes: trial::word_bytes(2 * row * blocks / u64::from(kv.per_word())),
+        bytes: trial::word_bytes(2 * kv.row_words(params.head_dim) * u64::from(positions) * u64::from(rows) * blocks),
         flops: 4 * row * u64::from(params.heads),
     }
 }
@@ -207,7 +207,8 @@ pub fn cases() -> Vec<Case> {
 }
 
 fn trials(variant: Variant, rng: &mut Rng) -> Vec<Trial> {
-    cases().into_iter().map(|case| trial(case, 1, variant, rng)).collect()
+    let handled = cases().into_iter().filter(|case| variant.kv.handles(case.head_dim));
+    handled.map(|case| trial(case, 1, variant, rng)).collect()
 }
 
 /// Random data for a case; rows of qkv have `pad` elements more than needed.
@@ -240,24 +241,19 @@ pub(crate) fn trial(case: Case, pad: u32, variant: Variant, rng: &mut Rng) -> Tr
                 *value = rng.range(-2.0, 2.0);
             }
         }
-        let words = match variant.kv {
-            Kv::F16 => {
-                let words = trial::pack_halves(&values);
-                values = trial::unpack_halves(&words);
-                words
-            }
-            Kv::F32 => trial::words(&values),
-        };
-        let of_head = (context * head_dim / variant.kv.per_word()) as usize;
         let (mut own, mut shared) = (Vec::new(), Vec::new());
-        for head in words.chunks(of_head) {
-            let (first, rest) = head.split_at((prefix * head_dim / variant.kv.per_word()) as usize);
+        for head in values.chunks((context * head_dim) as usize) {
+            let (first, rest) = head.split_at((prefix * head_dim) as usize);
             shared.extend_from_slice(first);
             own.extend_from_slice(rest);
         }
-        // Bound, but not read.
-        shared.resize(shared.len().max(4), 0);
-        (own, shared, values)
+        // Whole vectors; an empty part is bound, but not read.
+        let packed = |values: &[f32]| {
+            let (mut words, _) = variant.kv.pack(values, head_dim);
+            words.resize(words.len().next_multiple_of(4).max(4), 0);
+            words
+        };
+        (packed(&own), packed(&shared), variant.kv.pack(&values, head_dim).1)
     };
     let ((k_words, k_shared, k), (v_words, v_shared, v)) = (cache(), cache());
     let rows = (tokens * heads * params.splits_max) as usize;

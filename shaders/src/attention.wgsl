@@ -42,19 +42,31 @@ var<workgroup> scratch: array<vec4<f32>, WG>;
 var<workgroup> scores: array<vec4<f32>, TILE>;
 var<workgroup> weights: array<vec4<f32>, TILE>;
 
-// Two elements of a key and of a value, in the shared part or the session's own.
-fn key(word: u32, is_shared: bool) -> vec2<f32> {
-    if (is_shared) {
-        return kv_unpack(k_prefix[word], k_prefix[word + KV_PAIR_WORDS - 1u]);
-    }
-    return kv_unpack(k_cache[word], k_cache[word + KV_PAIR_WORDS - 1u]);
+// A part of the cache: the shared one or the session's own, and how many rows it has.
+struct Lines {
+    are_shared: bool,
+    count: u32,
 }
 
-fn value(word: u32, is_shared: bool) -> vec2<f32> {
-    if (is_shared) {
-        return kv_unpack(v_prefix[word], v_prefix[word + KV_PAIR_WORDS - 1u]);
+// Two elements of a key and of a value, of row `row` of a part.
+fn key(row: u32, pair: u32, lines: Lines) -> vec2<f32> {
+    let pairs = params.head_dim / 2u;
+    let first = kv_first(row, pair, pairs);
+    let last = kv_last(row, pair, pairs, lines.count);
+    if (lines.are_shared) {
+        return kv_pair(k_prefix[first], k_prefix[last], pair, pairs);
     }
-    return kv_unpack(v_cache[word], v_cache[word + KV_PAIR_WORDS - 1u]);
+    return kv_pair(k_cache[first], k_cache[last], pair, pairs);
+}
+
+fn value(row: u32, pair: u32, lines: Lines) -> vec2<f32> {
+    let pairs = params.head_dim / 2u;
+    let first = kv_first(row, pair, pairs);
+    let last = kv_last(row, pair, pairs, lines.count);
+    if (lines.are_shared) {
+        return kv_pair(v_prefix[first], v_prefix[last], pair, pairs);
+    }
+    return kv_pair(v_cache[first], v_cache[last], pair, pairs);
 }
 
 @compute @workgroup_size(WG)
@@ -100,12 +112,11 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         count = min(TILE, select(split.end, min(split.end, params.prefix), is_shared) - tile);
         let own = heads.kv * (params.context - params.prefix) + tile - params.prefix;
         let cache_start = select(own, heads.kv * params.prefix + tile, is_shared);
+        let lines = Lines(is_shared, params.kv_heads * select(params.context - params.prefix, params.prefix, is_shared));
         var partial = vec4<f32>(0.0);
         if (score_slot < count) {
-            let row = (cache_start + score_slot) * pairs;
             for (var i = score_part; i < pairs; i += PARTS) {
-                let word = (row + i) * KV_PAIR_WORDS;
-                let k = key(word, is_shared);
+                let k = key(cache_start + score_slot, i, lines);
                 partial = fma(q_tile[2u * i], vec4<f32>(k.x), partial);
                 partial = fma(q_tile[2u * i + 1u], vec4<f32>(k.y), partial);
             }
@@ -142,8 +153,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         workgroupBarrier();
         if (slice < slices) {
             for (var i = slice; i < count; i += slices) {
-                let word = ((cache_start + i) * pairs + pair) * KV_PAIR_WORDS;
-                let v = value(word, is_shared);
+                let v = value(cache_start + i, pair, lines);
                 even = fma(weights[i], vec4<f32>(v.x), even);
                 odd = fma(weights[i], vec4<f32>(v.y), odd);
                 sum += weights[i];

@@ -38,20 +38,20 @@ params! {
     }
 }
 
-/// The kernel; the cache is in half precision.
+/// The kernel; the cache is in half precision or 8 bits.
 pub static KERNEL: Kernel = Kernel {
     name: "attention_coop",
     body: include_str!("attention_coop.wgsl"),
-    preludes: &[Prelude::Step, Prelude::Coop, Prelude::Softcap, Prelude::Window],
+    preludes: &[Prelude::Step, Prelude::Coop, Prelude::Kv, Prelude::KvCoop, Prelude::Softcap, Prelude::Window],
     constants: &[("WG", WG), ("TILE", TILE), ("SPAN", SPAN), ("HEAD_DIM_MAX", HEAD_DIM_MAX)],
     sizes: &[],
     params: Params::FIELDS,
     trials,
 };
 
-/// Whether the kernel takes heads of this size.
-pub fn handles(head_dim: u32) -> bool {
-    head_dim.is_multiple_of(16) && head_dim <= HEAD_DIM_MAX
+/// Whether the kernel takes heads of this size in a cache of this type.
+pub fn handles(head_dim: u32, kv: Kv) -> bool {
+    kv != Kv::F32 && head_dim.is_multiple_of(16) && head_dim <= HEAD_DIM_MAX
 }
 
 /// Dispatch for `rows` tokens.
@@ -63,9 +63,12 @@ pub fn grid(params: &Params, rows: u32) -> [u32; 3] {
 const TOLERANCE: f32 = 4e-3;
 
 /// Keys and values once per tile and head; four operations an element of head and position.
-pub fn cost(params: &Params, positions: u32, rows: u32) -> Cost {
-    let row = u64::from(params.head_dim) * u64::from(positions) * u64::from(params.heads);
-    Cost { bytes: 4 * row * u64::from(rows.div_ceil(TILE)), flops: 4 * row * u64::from(rows) }
+pub fn cost(params: &Params, kv: Kv, positions: u32, rows: u32) -> Cost {
+    let lines = u64::from(positions) * u64::from(params.heads);
+    Cost {
+        bytes: trial::word_bytes(2 * kv.row_words(params.head_dim) * lines * u64::from(rows.div_ceil(TILE))),
+        flops: 4 * u64::from(params.head_dim) * lines * u64::from(rows),
+    }
 }
 
 /// One tile and several, ragged ones, windows, grouped heads, every number of accumulators that differs.
@@ -91,11 +94,11 @@ pub fn cases() -> Vec<attention::Case> {
     ]
 }
 
-fn trials(_variant: Variant, rng: &mut Rng) -> Vec<Trial> {
-    cases().into_iter().map(|case| trial(case, rng)).collect()
+fn trials(variant: Variant, rng: &mut Rng) -> Vec<Trial> {
+    cases().into_iter().map(|case| trial(case, variant.kv, rng)).collect()
 }
 
-fn trial(case: attention::Case, rng: &mut Rng) -> Trial {
+fn trial(case: attention::Case, kv: Kv, rng: &mut Rng) -> Trial {
     let attention::Case { heads, kv_heads, head_dim, position, tokens, window, cap, .. } = case;
     let context = position + tokens + 3;
     let dim = head_dim as usize;
@@ -115,19 +118,22 @@ fn trial(case: attention::Case, rng: &mut Rng) -> Trial {
     let step = Step { n_tokens: tokens, position, ..Step::default() };
     let qkv = rng.values((tokens * params.qkv_stride) as usize, 3.0);
     // Positions that no token sees hold numbers that would show. Keys grow, so that the bounds of the scores rise.
-    let elements = ((kv_heads * context + SPAN) * head_dim) as usize;
+    let beyond = SPAN as usize * kv.row_words(head_dim) as usize;
     let mut cache = || {
-        let mut values = vec![1000.0; elements];
+        let mut values = vec![1000.0; (kv_heads * context * head_dim) as usize];
         for head in 0..kv_heads {
             for at in attention::visible(window, position).0..position + tokens {
                 let start = ((head * context + at) * head_dim) as usize;
                 values[start..start + dim].copy_from_slice(&rng.values(dim, 1.0 + 3.0 * at as f32 / context as f32));
             }
         }
-        trial::pack_halves(&values)
+        let (mut words, left) = kv.pack(&values, head_dim);
+        // Halves of 1000.0, or scales of 500.0 and codes.
+        let word = if kv == Kv::Q8 { 0x5fd0_5fd0 } else { 0x63d0_63d0 };
+        words.resize(words.len() + beyond, word);
+        (words, left)
     };
-    let (k_words, v_words) = (cache(), cache());
-    let (k, v) = (trial::unpack_halves(&k_words), trial::unpack_halves(&v_words));
+    let ((k_words, k), (v_words, v)) = (cache(), cache());
     let mut out = trial::poisoned((tokens * params.out_stride) as usize);
     let storage = vec![trial::words(&qkv), k_words, v_words, trial::words(&out)];
     for token in 0..tokens as usize {

@@ -1,5 +1,5 @@
 // out[t, h, :] = softmax(scale * q[t, h] k) v over the cached positions that token t sees, for many tokens, on matrix
-// units: 16x16x16 products of half precision, summed in f32.
+// units: 16x16x16 products of half precision, summed in f32. A cache of 8 bits is rounded to half precision.
 //
 // Mapping: a workgroup = (query head, tile of TILE tokens) on grid x, z; a subgroup of 32 has 16 of the tokens and goes over
 // their positions SPAN at a time. The weights of a span are exp(score - top); top, a bound that the subgroup keeps for each
@@ -21,8 +21,8 @@ struct Params {
 }
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(2) var<storage, read> qkv: array<f32>;              // (n_tokens, qkv_stride), q first
-@group(0) @binding(3) var<storage, read> k_cache: array<vec4<f16>>;    // (kv_heads, context, head_dim), then SPAN rows
-@group(0) @binding(4) var<storage, read> v_cache: array<vec4<f16>>;    // (kv_heads, context, head_dim), then SPAN rows
+@group(0) @binding(3) var<storage, read> k_cache: array<KvWords>;      // (kv_heads, context, head_dim), then SPAN rows
+@group(0) @binding(4) var<storage, read> v_cache: array<KvWords>;      // (kv_heads, context, head_dim), then SPAN rows
 @group(0) @binding(5) var<storage, read_write> out: array<f32>;        // (n_tokens, out_stride)
 
 const LOWEST: f32 = -3.0e38;
@@ -31,8 +31,8 @@ const SLACK: f32 = 8.0;
 const SUBGROUPS: u32 = WG / 32u;
 // As many votes are looked at.
 const_assert SUBGROUPS == 4u;
-// vec4s of keys, or of values, that an invocation fetches for a span; the largest heads need them all.
-const FETCHES: u32 = SPAN * HEAD_DIM_MAX / 4u / WG;
+// How often an invocation fetches keys, or values, for a span, FETCH_VECS vec4s at once; the largest heads need them all.
+const FETCHES: u32 = SPAN * HEAD_DIM_MAX / 4u / WG / FETCH_VECS;
 // vec4s from one row to the next, so that the rows that a subgroup reads at once lie in different banks.
 const Q_VECS: u32 = HEAD_DIM_MAX / 4u + 2u;
 const P_VECS: u32 = SPAN / 4u + 1u;
@@ -99,28 +99,31 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     var o7 = coop_mat16x16<f32,C>();
 
     // Fetches beyond a row's end, where heads are smaller, repeat the last one: branches would keep them apart.
-    let fetches = SPAN * vecs - 1u;
-    var keys: array<vec4<f16>, FETCHES>;
-    var values: array<vec4<f16>, FETCHES>;
+    let per_row = vecs / FETCH_VECS;
+    let fetches = SPAN * per_row - 1u;
+    var keys: array<Fetched, FETCHES>;
+    var values: array<Fetched, FETCHES>;
     for (var i = 0u; i < FETCHES; i++) {
-        let at = (k_start + begin) * vecs + min(i * WG + local_index, fetches);
-        keys[i] = k_cache[at];
-        values[i] = v_cache[at];
+        let index = min(i * WG + local_index, fetches);
+        keys[i] = fetch_key(k_start + begin, index, per_row);
+        values[i] = fetch_value(k_start + begin, index, per_row);
     }
     for (var span = begin; span <= last; span += SPAN) {
         for (var i = 0u; i < FETCHES; i++) {
             let index = min(i * WG + local_index, fetches);
-            let at = index / vecs * Q_VECS + index % vecs;
-            k_tile[at] = keys[i];
-            v_tile[at] = values[i];
+            let at = index / per_row * Q_VECS + index % per_row * FETCH_VECS;
+            for (var v = 0u; v < FETCH_VECS; v++) {
+                k_tile[at + v] = fetched(keys[i], v, index, per_row);
+                v_tile[at + v] = fetched(values[i], v, index, per_row);
+            }
         }
         // Orders the writes of keys and values before their reads.
         workgroupBarrier();
-        let next = (k_start + min(span + SPAN, last / SPAN * SPAN)) * vecs;
+        let next = k_start + min(span + SPAN, last / SPAN * SPAN);
         for (var i = 0u; i < FETCHES; i++) {
-            let at = next + min(i * WG + local_index, fetches);
-            keys[i] = k_cache[at];
-            values[i] = v_cache[at];
+            let index = min(i * WG + local_index, fetches);
+            keys[i] = fetch_key(next, index, per_row);
+            values[i] = fetch_value(next, index, per_row);
         }
         var s0 = coop_mat16x16<f32,C>();
         var s1 = coop_mat16x16<f32,C>();

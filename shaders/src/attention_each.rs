@@ -146,17 +146,12 @@ const CASES: &[Case] = &[
     },
 ];
 
-/// Random elements of a cache as words, and as the kernel sees them.
-fn elements(kv: Kv, n: u32, rng: &mut Rng) -> (Vec<u32>, Vec<f32>) {
-    let values = rng.values(n as usize, 2.0);
-    match kv {
-        Kv::F32 => (trial::words(&values), values),
-        Kv::F16 => {
-            let words = trial::pack_halves(&values);
-            let values = trial::unpack_halves(&words);
-            (words, values)
-        }
-    }
+/// A random cache of `rows` rows as words, and as the kernel sees it.
+fn random(kv: Kv, head_dim: u32, rows: u32, rng: &mut Rng) -> (Vec<u32>, Vec<f32>) {
+    let (mut words, values) = kv.pack(&rng.values((rows * head_dim) as usize, 2.0), head_dim);
+    // Whole vectors.
+    words.resize(words.len().next_multiple_of(4), 0);
+    (words, values)
 }
 
 /// The two parts of a cache, (kv_heads, positions, head_dim) each, as one.
@@ -188,9 +183,11 @@ fn trial(case: &Case, variant: Variant, rng: &mut Rng) -> Trial {
         pad: [0; 2],
     };
     let qkv = rng.values((rows * params.qkv_stride) as usize, 3.0);
-    let shared_elements = case.kv_heads * case.prefix * case.head_dim;
-    let ((k_prefix, k_shared), (v_prefix, v_shared)) =
-        (elements(variant.kv, shared_elements, rng), elements(variant.kv, shared_elements, rng));
+    let cache = |positions: u32, rng: &mut Rng| {
+        let rows = case.kv_heads * positions;
+        (random(variant.kv, case.head_dim, rows, rng), random(variant.kv, case.head_dim, rows, rng))
+    };
+    let ((k_prefix, k_shared), (v_prefix, v_shared)) = cache(case.prefix, rng);
     let partials = (rows * case.heads * params.splits_max) as usize;
     let mut out = trial::poisoned(partials * case.head_dim as usize);
     let mut ml = vec![[f32::from_bits(trial::POISON); 2]; partials];
@@ -200,9 +197,7 @@ fn trial(case: &Case, variant: Variant, rng: &mut Rng) -> Trial {
     for (row, &(position, begins_shared)) in (case.first_row..).zip(case.members) {
         let prefix = if begins_shared { case.prefix } else { 0 };
         let (context, rest) = (position.max(prefix) + 3, position.max(prefix) + 3 - prefix);
-        let own_elements = case.kv_heads * rest * case.head_dim;
-        let ((k_words, k), (v_words, v)) =
-            (elements(variant.kv, own_elements, rng), elements(variant.kv, own_elements, rng));
+        let ((k_words, k), (v_words, v)) = cache(rest, rng);
         caches.extend([k_words, v_words]);
         places.push([position, context, prefix, 0]);
         let (k_first, v_first): (&[f32], &[f32]) = if begins_shared { (&k_shared, &v_shared) } else { (&[], &[]) };

@@ -53,7 +53,7 @@ pub static KERNEL: Kernel = Kernel {
     preludes: &[
         Prelude::Step,
         Prelude::Kv,
-        Prelude::KvEight,
+        Prelude::KvLane,
         Prelude::Softcap,
         Prelude::Heads,
         Prelude::Window,
@@ -136,6 +136,7 @@ pub fn cases() -> Vec<Case> {
         case(2, 2, 64, 0, 1, 0, 256),
         case(4, 4, 64, 300, 1, 0, 512),
         case(8, 2, 32, 130, 1, 0, 32),
+        case(3, 3, 32, 77, 1, 0, 128),
         case(7, 1, 64, 66, 3, 0, 128),
         case(6, 1, 32, 40, 2, 24, 64),
         case(4, 2, 64, 200, 2, 90, 64),

@@ -2,10 +2,11 @@
 // m and sum l of exp(score - m) of one split for the query heads of one kv head. Where a token has one split only, the
 // result is whole: it goes to `out`, divided by l, and with FLAG_STAGE is staged (prelude/stage.wgsl), too.
 //
-// Mapping: a workgroup = (kv head and HEADS of its query heads, split, row) on grid x, y, z. head_dim / 8 lanes share a
-// position, eight elements each, and add up their parts of a score by shuffles, so that no invocation waits for another
-// before the very end; four positions are on their way at once. heads_one.wgsl or heads_four.wgsl hold what there is of
-// each query head. Traffic: the split's keys and values once for HEADS query heads. Online softmax in f32.
+// Mapping: a workgroup = (kv head and HEADS of its query heads, split, row) on grid x, y, z. Lanes share a position, eight
+// elements or sixteen codes each (lane_eight.wgsl, lane_sixteen.wgsl), and add up their parts of a score by shuffles, so
+// that no invocation waits for another before the very end (sweep_wide.wgsl, sweep_q8.wgsl). heads_one.wgsl or
+// heads_four.wgsl hold what there is of each query head. Traffic: the split's keys and values once for HEADS query heads.
+// Online softmax in f32.
 
 struct Params {
     heads: u32,
@@ -24,8 +25,8 @@ struct Params {
 }
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(2) var<storage, read> qkv: array<vec4<f32>>;              // (n_tokens, qkv_stride / 4), q first
-@group(0) @binding(3) var<storage, read> k_cache: array<vec4<u32>>;          // (kv_heads, context, head_dim)
-@group(0) @binding(4) var<storage, read> v_cache: array<vec4<u32>>;          // (kv_heads, context, head_dim)
+@group(0) @binding(3) var<storage, read> k_cache: array<KvWords>;            // (kv_heads, context, head_dim)
+@group(0) @binding(4) var<storage, read> v_cache: array<KvWords>;            // (kv_heads, context, head_dim)
 @group(0) @binding(5) var<storage, read_write> partial_out: array<f32>;      // (n_tokens, heads, splits_max, head_dim)
 @group(0) @binding(6) var<storage, read_write> partial_ml: array<vec2<f32>>; // (n_tokens, heads, splits_max): m, l
 @group(0) @binding(7) var<storage, read_write> out: array<f32>;              // (n_tokens, out_stride)
@@ -39,17 +40,17 @@ var<workgroup> found: array<vec2<f32>, HEADS * WG / 8u>;
 // The output of one query head.
 var<workgroup> head_out: array<vec4<f32>, HEAD_DIM_MAX / 4u>;
 
-fn key(at: u32) -> Eight {
-    return eight(k_cache[at * KV_PAIR_WORDS], k_cache[at * KV_PAIR_WORDS + KV_PAIR_WORDS - 1u]);
-}
-
-fn value(at: u32) -> Eight {
-    return eight(v_cache[at * KV_PAIR_WORDS], v_cache[at * KV_PAIR_WORDS + KV_PAIR_WORDS - 1u]);
-}
-
 // exp(score - top) without overflow of what counts as nothing.
 fn fade(score: PerHead, top: PerHead) -> PerHead {
     return exp(max(score - top, PerHead(-100.0)));
+}
+
+// An invocation among the subgroups of a workgroup, whose lanes hold `slots` positions at once.
+struct Spot {
+    subgroup: u32,
+    subgroups: u32,
+    slots: u32,
+    lane: u32,
 }
 
 // What an invocation found: largest scores, sums of weights, and weighted sums of its elements.
@@ -59,11 +60,14 @@ struct Found {
     sums: OfHeads,
 }
 
-// Scores of one position: the sum over the `lanes` lanes that share it, LOWEST where it is not seen.
-fn score_of(k: Eight, query: OfHeads, lanes: u32, is_seen: bool) -> PerHead {
-    var score = products(k, query);
+// Scores of one position with `scale` times the elements `k`: the sum over the lanes that share it, LOWEST where it is not
+// seen.
+fn score_of(k: Part, scale: f32, query: OfHeads, lanes: u32, is_seen: bool) -> PerHead {
+    var score = products(k, query) * scale;
     score += subgroupShuffleXor(score, 1u);
-    score += subgroupShuffleXor(score, 2u);
+    if (lanes > 2u) {
+        score += subgroupShuffleXor(score, 2u);
+    }
     if (lanes > 4u) {
         score += subgroupShuffleXor(score, 4u);
     }
@@ -76,13 +80,13 @@ fn score_of(k: Eight, query: OfHeads, lanes: u32, is_seen: bool) -> PerHead {
     return select(PerHead(LOWEST), capped(score, params.cap), is_seen);
 }
 
-// Adds the values of a position whose score is `score`, not above `found.top`.
-fn add(found: ptr<function, Found>, score: PerHead, v: Eight) {
+// Adds `scale` times the values `v` of a position whose score is `score`, not above `found.top`.
+fn add(found: ptr<function, Found>, score: PerHead, v: Part, scale: f32) {
     // Nothing seen yet leaves nothing: the difference would be 0.
     let weight = select(fade(score, (*found).top), PerHead(0.0), score == PerHead(LOWEST));
     (*found).weights += weight;
     var sums = (*found).sums;
-    add_weighted(&sums, weight, v);
+    add_weighted(&sums, weight * scale, v);
     (*found).sums = sums;
 }
 
@@ -112,47 +116,22 @@ fn main(
     }
     let is_whole = first_seen(position) / params.split_len == position / params.split_len;
 
-    let lanes = params.head_dim / 8u;
+    let lanes = params.head_dim / (4u * LANE_VECS);
     let slots = width / lanes;
     let subgroup = local_index / width;
     let subgroups = WG / width;
-    let at_once = subgroups * slots;
-    let mine = subgroup * slots + lane / lanes;
 
     // Query heads beyond the last repeat it.
     var query: OfHeads;
     for (var h = 0u; h < HEADS; h++) {
         let head = heads.first + min(h, heads.count - 1u);
-        let q_at = token * params.qkv_stride / 4u + (head * lanes + lane % lanes) * 2u;
-        set_query(&query, h, Eight(qkv[q_at] * params.scale, qkv[q_at + 1u] * params.scale));
+        let q_at = token * params.qkv_stride / 4u + (head * lanes + lane % lanes) * LANE_VECS;
+        set_query(&query, h, query_part(q_at));
     }
 
-    let cache_start = heads.kv * params.context * lanes + lane % lanes;
-    var mine_found = Found(PerHead(LOWEST), PerHead(0.0), OfHeads());
-    for (var tile = split.begin + mine; tile - mine < split.end; tile += 4u * at_once) {
-        // Positions beyond the last one repeat it and get no weight.
-        let at0 = cache_start + min(tile, split.end - 1u) * lanes;
-        let at1 = cache_start + min(tile + at_once, split.end - 1u) * lanes;
-        let at2 = cache_start + min(tile + 2u * at_once, split.end - 1u) * lanes;
-        let at3 = cache_start + min(tile + 3u * at_once, split.end - 1u) * lanes;
-        let k0 = key(at0);
-        let k1 = key(at1);
-        let k2 = key(at2);
-        let k3 = key(at3);
-        let v0 = value(at0);
-        let v1 = value(at1);
-        let v2 = value(at2);
-        let v3 = value(at3);
-        let s0 = score_of(k0, query, lanes, tile < split.end);
-        let s1 = score_of(k1, query, lanes, tile + at_once < split.end);
-        let s2 = score_of(k2, query, lanes, tile + 2u * at_once < split.end);
-        let s3 = score_of(k3, query, lanes, tile + 3u * at_once < split.end);
-        raise(&mine_found, max(mine_found.top, max(max(s0, s1), max(s2, s3))));
-        add(&mine_found, s0, v0);
-        add(&mine_found, s1, v1);
-        add(&mine_found, s2, v2);
-        add(&mine_found, s3, v3);
-    }
+    let place = lane_place(lane % lanes, lanes, params.kv_heads * params.context);
+    let spot = Spot(subgroup, subgroups, slots, lane);
+    var mine_found = sweep(split, heads.kv * params.context, spot, place, query);
 
     // The slots of a subgroup.
     for (var m = lanes; m < width; m *= 2u) {
@@ -170,13 +149,11 @@ fn main(
         let head = heads.first + h;
         let row = (token * params.heads + head) * params.splits_max + group.y;
         if (lane < lanes) {
-            let sums = of_head(mine_found.sums, h);
-            parts[2u * (subgroup * lanes + lane)] = sums.lo;
-            parts[2u * (subgroup * lanes + lane) + 1u] = sums.hi;
+            put_part(LANE_VECS * (subgroup * lanes + lane), of_head(mine_found.sums, h));
         }
         // Orders the parts before their sums.
         workgroupBarrier();
-        if (local_index < 2u * lanes) {
+        if (local_index < LANE_VECS * lanes) {
             var top = LOWEST;
             for (var s = 0u; s < subgroups; s++) {
                 top = max(top, found[h * subgroups + s].x);
@@ -186,7 +163,7 @@ fn main(
             for (var s = 0u; s < subgroups; s++) {
                 let factor = exp(max(found[h * subgroups + s].x - top, -100.0));
                 weights = fma(found[h * subgroups + s].y, factor, weights);
-                total = fma(parts[2u * s * lanes + local_index], vec4<f32>(factor), total);
+                total = fma(parts[s * LANE_VECS * lanes + local_index], vec4<f32>(factor), total);
             }
             if (is_whole) {
                 total /= weights;
@@ -205,7 +182,7 @@ fn main(
         }
         // Orders these reads before the next parts, and the output before it is staged.
         workgroupBarrier();
-        if (is_whole && (params.flags & FLAG_STAGE) != 0u && local_index < lanes) {
+        if (is_whole && (params.flags & FLAG_STAGE) != 0u && local_index < params.head_dim / 8u) {
             // An invocation stages eight elements of a chunk.
             let chunk_start = local_index / 4u * 8u;
             var tops = vec4<f32>(0.0);

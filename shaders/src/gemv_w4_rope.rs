@@ -1,7 +1,7 @@
 //! Twin of `gemv_w4_rope.wgsl`; the formula and the mapping are in its header.
 
 use crate::gemv_w4::{Case, Data};
-use crate::trial::{Expected, Values};
+use crate::trial::Expected;
 use crate::w4;
 use crate::*;
 
@@ -65,6 +65,7 @@ pub static KERNEL: Kernel = Kernel {
         Prelude::GemvW4Chunk,
         Prelude::GemvW4,
         Prelude::GemvW4Pair,
+        Prelude::Append,
     ],
     constants: &[("WG", WG)],
     sizes: gemv_w4::SIZES,
@@ -72,9 +73,13 @@ pub static KERNEL: Kernel = Kernel {
     trials,
 };
 
-/// Whether the kernel can rotate heads of this shape: neighbours of a cache word have to stay neighbours.
-pub fn handles(head_dim: u32, rotary_dim: u32) -> bool {
-    head_dim.is_multiple_of(4) && rotary_dim.is_multiple_of(4)
+/// Whether the kernel can rotate heads of this shape: neighbours of a cache word have to stay neighbours, and in 8 bits a
+/// workgroup has to have the two groups of a word of scales.
+pub fn handles(head_dim: u32, rotary_dim: u32, kv: Kv) -> bool {
+    match kv {
+        Kv::F16 | Kv::F32 => head_dim.is_multiple_of(4) && rotary_dim.is_multiple_of(4),
+        Kv::Q8 => head_dim.is_multiple_of(2 * kv::GROUP) && [0, head_dim].contains(&rotary_dim),
+    }
 }
 
 /// Dispatch for `rows` tokens.
@@ -118,7 +123,7 @@ pub fn cost(params: &Params, rows: u32) -> Cost {
 }
 
 /// (heads, kv_heads, head_dim, rotary_dim, k, group_size, position, tokens, flags): full, partial and no rotation, heads
-/// that end within a tile.
+/// that end within a tile, heads of one and of several pairs of groups that share a scale.
 pub fn cases() -> Vec<[u32; 9]> {
     vec![
         [1, 1, 4, 4, 8, 8, 0, 1, 0],
@@ -126,6 +131,7 @@ pub fn cases() -> Vec<[u32; 9]> {
         [3, 3, 80, 20, 72, 24, 1, 2, FLAG_BIAS | FLAG_OFFSET_IS_BIAS],
         [2, 1, 128, 128, 4352, 128, 3, 1, FLAG_NORM | FLAG_BIAS],
         [2, 2, 32, 0, 64, 32, 7, 1, FLAG_NORM],
+        [1, 1, 256, 0, 40, 40, 2, 2, FLAG_BIAS],
     ]
 }
 
@@ -134,7 +140,7 @@ fn trials(variant: Variant, rng: &mut Rng) -> Vec<Trial> {
     for (i, [heads, kv_heads, head_dim, rotary_dim, k, group_size, position, n_tokens, flags]) in
         cases().into_iter().enumerate()
     {
-        if Groups::of(group_size, k) > variant.groups {
+        if Groups::of(group_size, k) > variant.groups || !handles(head_dim, rotary_dim, variant.kv) {
             continue;
         }
         let n = (heads + 2 * kv_heads) * head_dim;
@@ -169,8 +175,8 @@ fn trials(variant: Variant, rng: &mut Rng) -> Vec<Trial> {
             })
             .collect();
         let elements = (kv_heads * (context - params.prefix) * head_dim) as usize;
-        let poison = if variant.kv == Kv::F16 { trial::POISON_F16 } else { trial::POISON };
-        let cache = vec![poison; elements / variant.kv.per_word() as usize];
+        let kv = variant.kv;
+        let cache = vec![kv.poison(); elements / head_dim as usize * kv.row_words(head_dim) as usize];
         let mut storage = data.storage();
         storage.extend([
             trial::words(&data.bias),
@@ -188,15 +194,13 @@ fn trials(variant: Variant, rng: &mut Rng) -> Vec<Trial> {
                 product = product.max(data.matrix.tolerance(n, &x, variant.elem == Elem::F16));
             }
         }
-        let bound = |values: &[f32], rounding: f32| -> Vec<f32> {
-            values.iter().map(|v| 1.5 * product + (rounding + 3e-6) * v.abs() + 1e-4).collect()
-        };
+        let bound =
+            |values: &[f32]| -> Vec<f32> { values.iter().map(|v| 1.5 * product + 3e-6 * v.abs() + 1e-4).collect() };
         let cached = |binding, values: Vec<f32>| {
-            let tolerance = bound(&values, if variant.kv == Kv::F16 { 6e-4 } else { 0.0 });
-            let values = if variant.kv == Kv::F16 { Values::F16(values) } else { Values::F32(values) };
-            Expected { binding, start: None, values, tolerance, rms: 0.0 }
+            let allowed = bound(&values);
+            rope_append::cached(binding, kv, head_dim, values, &allowed)
         };
-        let tolerance = bound(&out, 0.0);
+        let tolerance = bound(&out);
         trials.push(Trial {
             label: format!(
                 "{heads}/{kv_heads} heads of {head_dim}, {rotary_dim} rotated, {n_tokens} at {position}, {case:?}"

@@ -4,8 +4,9 @@
 // (i, i + rotary_dim / 2): (a, b) becomes (a cos - b sin, b cos + a sin).
 //
 // Mapping: see prelude/gemv_w4.wgsl, a lane holds the elements of a pair, or of v, and of k and q beyond rotary_dim, the
-// elements half of the rest apart; grid x, y number blocks of 32 pairs of all heads, z
-// rows. Traffic: every weight once a row, x once a workgroup (from cache after the first).
+// elements half of the rest apart; grid x, y number blocks of 32 pairs of all heads, z rows. What a workgroup has of k or v
+// goes to the cache by prelude/append_pairs.wgsl or append_groups.wgsl. Traffic: every weight once a row, x once a workgroup
+// (from cache after the first).
 
 struct Params {
     n: u32,
@@ -86,6 +87,7 @@ fn main(
     }
     // Orders the rotated elements before neighbours are packed into words.
     workgroupBarrier();
+    before_append(local_index);
     if (local_index >= 64u || block * 32u + lane >= all_pairs) {
         return;
     }
@@ -93,19 +95,16 @@ fn main(
         out[token * params.out_stride + params.out_offset + head * params.head_dim + element] = elements[local_index];
         return;
     }
-    // Pairs, halves and heads are even in number, so an even pair has its right neighbour in the same half.
-    if (lane % 2u == 1u) {
-        return;
-    }
-    let words = kv_pack(vec2<f32>(elements[local_index], elements[local_index + 1u]));
     let kv_head = (head - params.heads) % params.kv_heads;
-    let line = kv_head * (params.context - params.prefix) + position - params.prefix;
-    let word = (line * params.head_dim + element) / 2u * KV_PAIR_WORDS;
+    let lines = params.context - params.prefix;
+    append(local_index, element, kv_head * lines + position - params.prefix, params.kv_heads * lines, head);
+}
+
+// Stores a word of the cache that `head` belongs to.
+fn put(head: u32, at: u32, word: u32) {
     if (head < params.heads + params.kv_heads) {
-        k_cache[word] = words.x;
-        k_cache[word + KV_PAIR_WORDS - 1u] = words[KV_PAIR_WORDS - 1u];
+        k_cache[at] = word;
     } else {
-        v_cache[word] = words.x;
-        v_cache[word + KV_PAIR_WORDS - 1u] = words[KV_PAIR_WORDS - 1u];
+        v_cache[at] = word;
     }
 }

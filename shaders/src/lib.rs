@@ -73,6 +73,7 @@ pub mod halve;
 pub mod halve_glu;
 pub mod halve_norm;
 pub mod head_norm;
+pub mod kv;
 pub mod mask;
 pub mod norm;
 pub mod packed;
@@ -90,6 +91,7 @@ pub mod trial;
 pub mod w4;
 pub mod w4_stored;
 
+pub use kv::Kv;
 pub use trial::{Rng, Trial};
 
 /// Name of the entry point of every kernel.
@@ -306,25 +308,6 @@ impl Dense {
     }
 }
 
-/// Element type of the KV cache.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Kv {
-    /// Half precision, two to a word, the even element in the low half.
-    F16,
-    /// Single precision bits.
-    F32,
-}
-
-impl Kv {
-    /// Elements of one 32-bit word.
-    pub const fn per_word(self) -> u32 {
-        match self {
-            Self::F16 => 2,
-            Self::F32 => 1,
-        }
-    }
-}
-
 /// Query heads that a workgroup computes at once, over the same keys and values.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Heads {
@@ -469,8 +452,12 @@ pub enum Prelude {
     Dense,
     /// Axis [`Kv`]: packing of cache words.
     Kv,
-    /// Eight elements of the cache at a time.
+    /// Axis [`Kv`], with [`Self::Kv`]: eight elements of the cache at a time.
     KvEight,
+    /// Axes [`Kv`] and [`Heads`], with [`Self::Kv`]: what a lane of a subgroup reads of the cache.
+    KvLane,
+    /// Axis [`Kv`] without single precision, with [`Self::Kv`]: what goes to matrix units.
+    KvCoop,
     /// Group parameters of the canonical 4-bit layout.
     W4,
     /// Axis [`Packed`]: `weights8`, given the bindings codes and group_params.
@@ -505,8 +492,10 @@ pub enum Prelude {
     Halve,
     /// Products of dense words with their inputs.
     GemvDense,
-    /// Rotation and the way to the cache.
+    /// Axis [`Kv`], with [`Self::Kv`]: rotation and the way to the cache.
     RopeAppend,
+    /// Axis [`Kv`], with [`Self::Kv`]: the way of rotated outputs of a product to the cache.
+    Append,
     /// Attention over one split of the positions, eight elements at a time.
     AttentionEights,
     /// Half precision matrix units of 16x16x16 with sums in f32, in subgroups of 32.
@@ -574,7 +563,11 @@ impl Kernel {
             },
             reduce: if has(Prelude::Reduce) { variant.reduce } else { base.reduce },
             dense: if has(Prelude::Dense) { variant.dense } else { base.dense },
-            kv: if has(Prelude::Kv) { variant.kv } else { base.kv },
+            kv: match variant.kv {
+                Kv::F32 if has(Prelude::KvCoop) => base.kv,
+                kv if has(Prelude::Kv) => kv,
+                _ => base.kv,
+            },
             size: variant.size.min(self.largest()),
             groups: if has(Prelude::GemvW4Chunk) { variant.groups } else { base.groups },
             packed: if has(Prelude::Packed) { variant.packed } else { base.packed },
@@ -588,7 +581,7 @@ impl Kernel {
         let all = each(&all, &[Elem::F32, Elem::F16], |elem, v| Variant { elem, ..v });
         let all = each(&all, &[Reduce::Workgroup, Reduce::Subgroup], |reduce, v| Variant { reduce, ..v });
         let all = each(&all, &[Dense::F16, Dense::BF16, Dense::F32], |dense, v| Variant { dense, ..v });
-        let all = each(&all, &[Kv::F16, Kv::F32], |kv, v| Variant { kv, ..v });
+        let all = each(&all, &[Kv::F16, Kv::F32, Kv::Q8], |kv, v| Variant { kv, ..v });
         let all = each(&all, &[Size::Small, Size::Medium, Size::Large], |size, v| Variant { size, ..v });
         let all = each(&all, &[Groups::Quads, Groups::Chunks, Groups::Any], |groups, v| Variant { groups, ..v });
         let all = each(&all, &Packed::ALL, |packed, v| Variant { packed, ..v });
@@ -613,6 +606,7 @@ impl Kernel {
                 (Prelude::Dense, Variant { dense: Dense::F32, .. }) => "-wf32",
                 (Prelude::Kv, Variant { kv: Kv::F16, .. }) => "-kvf16",
                 (Prelude::Kv, Variant { kv: Kv::F32, .. }) => "-kvf32",
+                (Prelude::Kv, Variant { kv: Kv::Q8, .. }) => "-kvq8",
                 (Prelude::Heads, Variant { heads: Heads::One, .. }) => "-one",
                 (Prelude::GemvW4Chunk, Variant { groups: Groups::Quads, .. }) => "-quads",
                 (Prelude::GemvW4Chunk, Variant { groups: Groups::Chunks, .. }) => "-chunks",
@@ -710,6 +704,10 @@ pub fn compose(kernel: &Kernel, variant: Variant) -> String {
     if kernel.preludes.contains(&Prelude::Packed) {
         source += &format!("const BITS: u32 = {}u;\n", variant.packed.bits());
     }
+    if variant.kv == Kv::Q8 {
+        source += &format!("const KV_GROUP: u32 = {}u;\n", kv::GROUP);
+        source += &format!("const LARGEST_SCALE: f32 = {:?};\n", kv::LARGEST_SCALE);
+    }
     for prelude in kernel.preludes {
         source += match (prelude, variant) {
             (Prelude::Step, _) => include_str!("prelude/step.wgsl"),
@@ -724,7 +722,42 @@ pub fn compose(kernel: &Kernel, variant: Variant) -> String {
             (Prelude::Dense, Variant { dense: Dense::F32, .. }) => include_str!("prelude/dense_f32.wgsl"),
             (Prelude::Kv, Variant { kv: Kv::F16, .. }) => include_str!("prelude/kv_f16.wgsl"),
             (Prelude::Kv, Variant { kv: Kv::F32, .. }) => include_str!("prelude/kv_f32.wgsl"),
-            (Prelude::KvEight, _) => include_str!("prelude/kv_eight.wgsl"),
+            (Prelude::Kv, Variant { kv: Kv::Q8, .. }) => include_str!("prelude/kv_q8.wgsl"),
+            (Prelude::KvEight, Variant { kv: Kv::F16, .. }) => {
+                concat!(include_str!("prelude/eight.wgsl"), include_str!("prelude/kv_eight_f16.wgsl"))
+            }
+            (Prelude::KvEight, Variant { kv: Kv::F32, .. }) => {
+                concat!(include_str!("prelude/eight.wgsl"), include_str!("prelude/kv_eight_f32.wgsl"))
+            }
+            (Prelude::KvEight, Variant { kv: Kv::Q8, .. }) => {
+                concat!(include_str!("prelude/eight.wgsl"), include_str!("prelude/kv_eight_q8.wgsl"))
+            }
+            (Prelude::KvLane, Variant { kv: Kv::F16, .. }) => concat!(
+                include_str!("prelude/eight.wgsl"),
+                include_str!("prelude/lane_eight.wgsl"),
+                include_str!("prelude/lane_f16.wgsl"),
+                include_str!("prelude/sweep_wide.wgsl")
+            ),
+            (Prelude::KvLane, Variant { kv: Kv::F32, .. }) => concat!(
+                include_str!("prelude/eight.wgsl"),
+                include_str!("prelude/lane_eight.wgsl"),
+                include_str!("prelude/lane_f32.wgsl"),
+                include_str!("prelude/sweep_wide.wgsl")
+            ),
+            // Sixteen elements of four query heads do not fit the registers.
+            (Prelude::KvLane, Variant { kv: Kv::Q8, heads: Heads::Four, .. }) => concat!(
+                include_str!("prelude/eight.wgsl"),
+                include_str!("prelude/lane_eight.wgsl"),
+                include_str!("prelude/lane_q8_eight.wgsl"),
+                include_str!("prelude/sweep_q8.wgsl")
+            ),
+            (Prelude::KvLane, Variant { kv: Kv::Q8, heads: Heads::One, .. }) => concat!(
+                include_str!("prelude/lane_sixteen.wgsl"),
+                include_str!("prelude/lane_q8_sixteen.wgsl"),
+                include_str!("prelude/sweep_q8.wgsl")
+            ),
+            (Prelude::KvCoop, Variant { kv: Kv::Q8, .. }) => include_str!("prelude/coop_q8.wgsl"),
+            (Prelude::KvCoop, _) => include_str!("prelude/coop_f16.wgsl"),
             (Prelude::W4, _) => include_str!("prelude/w4.wgsl"),
             (Prelude::GemvW4Chunk, _) => include_str!("prelude/gemv_w4_chunk.wgsl"),
             (Prelude::GemvW4, _) => include_str!("prelude/gemv_w4.wgsl"),
@@ -737,7 +770,14 @@ pub fn compose(kernel: &Kernel, variant: Variant) -> String {
             (Prelude::StageEight, _) => include_str!("prelude/stage_eight.wgsl"),
             (Prelude::StageOut, _) => include_str!("prelude/stage_out.wgsl"),
             (Prelude::GemvDense, _) => include_str!("prelude/gemv_dense.wgsl"),
-            (Prelude::RopeAppend, _) => include_str!("prelude/rope_append.wgsl"),
+            (Prelude::RopeAppend, Variant { kv: Kv::Q8, .. }) => {
+                concat!(include_str!("prelude/rope_append.wgsl"), include_str!("prelude/rope_append_groups.wgsl"))
+            }
+            (Prelude::RopeAppend, _) => {
+                concat!(include_str!("prelude/rope_append.wgsl"), include_str!("prelude/rope_append_pairs.wgsl"))
+            }
+            (Prelude::Append, Variant { kv: Kv::Q8, .. }) => include_str!("prelude/append_groups.wgsl"),
+            (Prelude::Append, _) => include_str!("prelude/append_pairs.wgsl"),
             (Prelude::AttentionEights, _) => include_str!("prelude/attention_eights.wgsl"),
             (Prelude::Gemm, _) => include_str!("prelude/gemm.wgsl"),
             (Prelude::Weights8, _) => include_str!("prelude/weights8.wgsl"),

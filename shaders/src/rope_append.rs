@@ -1,6 +1,6 @@
 //! Twin of `rope_append.wgsl`; the formula and the mapping are in its header.
 
-use crate::trial::{Expected, Values};
+use crate::trial::Expected;
 use crate::*;
 
 /// Invocations of a workgroup.
@@ -40,15 +40,20 @@ pub static KERNEL: Kernel = Kernel {
 };
 
 /// Dispatch for `rows` tokens.
-pub fn grid(params: &Params, rows: u32) -> [u32; 3] {
-    let pairs = (params.heads + 2 * params.kv_heads) * (params.head_dim / 2);
-    [pairs.div_ceil(WG), 1, rows]
+pub fn grid(params: &Params, kv: Kv, rows: u32) -> [u32; 3] {
+    let per_head = match kv {
+        Kv::F16 | Kv::F32 => params.head_dim / 2,
+        Kv::Q8 => 16 * kv::scale_words(params.head_dim),
+    };
+    [((params.heads + 2 * params.kv_heads) * per_head).div_ceil(WG), 1, rows]
 }
 
 /// Two products of a rotation in single precision, relative to the largest element.
 pub(crate) const ROTATION: f32 = 1e-6;
 /// Rounding to half precision, relative to the element.
 const F16_ROUNDING: f32 = 6e-4;
+/// Rounding to 8 bits, relative to the step from one code to the next.
+const Q8_STEP: f32 = 0.57;
 
 /// Rotates q in place and writes k and v to the caches, before they are rounded to the type of the cache. `k_cache`
 /// and `v_cache` are elements, (kv_heads, context - prefix, head_dim).
@@ -91,32 +96,69 @@ pub fn reference(
 pub fn cost(params: &Params, kv: Kv, rows: u32) -> Cost {
     let head = u64::from(params.head_dim) * u64::from(rows);
     let (q, kv_elements) = (head * u64::from(params.heads), 2 * head * u64::from(params.kv_heads));
-    let cached = trial::word_bytes(kv_elements / u64::from(kv.per_word()));
+    let cached = trial::word_bytes(2 * kv.row_words(params.head_dim) * u64::from(params.kv_heads) * u64::from(rows));
     Cost { bytes: trial::word_bytes(2 * q + kv_elements) + cached, flops: 3 * (q + kv_elements / 2) }
 }
 
-/// (heads, kv_heads, head_dim, rotary_dim, position, tokens): full, partial, odd half and no rotation.
+/// (heads, kv_heads, head_dim, rotary_dim, position, tokens): full, partial, odd half and no rotation, parts of groups
+/// that share a scale, even and odd numbers of them.
 pub fn cases() -> Vec<[u32; 6]> {
-    vec![[1, 1, 2, 2, 0, 1], [4, 2, 64, 64, 5, 3], [3, 3, 80, 20, 1, 4], [2, 1, 12, 6, 3, 2], [8, 2, 128, 0, 7, 1]]
+    vec![
+        [1, 1, 2, 2, 0, 1],
+        [4, 2, 64, 64, 5, 3],
+        [3, 3, 80, 20, 1, 4],
+        [2, 1, 12, 6, 3, 2],
+        [8, 2, 128, 0, 7, 1],
+        [5, 1, 32, 16, 2, 1],
+        [3, 1, 96, 96, 4, 2],
+        [2, 2, 256, 64, 6, 1],
+    ]
 }
 
-/// Elements of a cache after rotation.
-pub(crate) fn cached(binding: u32, kv: Kv, values: Vec<f32>) -> Expected {
-    let rounding = if kv == Kv::F16 { F16_ROUNDING } else { 0.0 };
-    let tolerance = values.iter().map(|v| ROTATION * 60.0 + rounding * v.abs()).collect();
-    let values = if kv == Kv::F16 { Values::F16(values) } else { Values::F32(values) };
-    Expected { binding, start: None, values, tolerance, rms: 0.0 }
+/// The rows of a cache that were `values` before they were rounded, each within `tolerance`; NaN where nothing was
+/// written.
+pub(crate) fn cached(binding: u32, kv: Kv, head_dim: u32, mut values: Vec<f32>, tolerance: &[f32]) -> Expected {
+    if kv == Kv::Q8 {
+        let most = 127.0 * kv::LARGEST_SCALE;
+        values.iter_mut().for_each(|v| *v = v.clamp(-most, most));
+    }
+    let mut of_rounding = Vec::new();
+    for row in values.chunks(head_dim as usize) {
+        for group in row.chunks(kv::GROUP as usize) {
+            let largest = group.iter().filter(|v| v.is_finite()).fold(0.0f32, |most, v| most.max(v.abs()));
+            // Half a step, the largest one's more by what its scale was rounded by; a number can round to the
+            // neighbour of its code, as a scale can to its own.
+            let step = Q8_STEP * largest / 127.0;
+            of_rounding.extend(group.iter().map(|v| match kv {
+                Kv::F16 => F16_ROUNDING * v.abs(),
+                Kv::F32 => 0.0,
+                Kv::Q8 => step,
+            }));
+        }
+    }
+    let tolerance = of_rounding.iter().zip(tolerance).map(|(rounding, allowed)| rounding + allowed).collect();
+    Expected::cache(binding, kv, head_dim, values, tolerance)
 }
 
 fn trials(variant: Variant, rng: &mut Rng) -> Vec<Trial> {
     let mut trials = Vec::new();
+    let kv = variant.kv;
     for (i, [heads, kv_heads, head_dim, rotary_dim, position, n_tokens]) in cases().into_iter().enumerate() {
+        if !kv.handles(head_dim) {
+            continue;
+        }
         let row = (heads + 2 * kv_heads) * head_dim;
         let context = position + n_tokens + 2;
         let prefix = if i % 2 == 1 { position } else { 0 };
         let params = Params { heads, kv_heads, head_dim, rotary_dim, qkv_stride: row + 4, context, prefix, pad: 0 };
         let step = Step { n_tokens, position, ..Step::default() };
         let mut qkv = rng.values((n_tokens * params.qkv_stride) as usize, 30.0);
+        if kv == Kv::Q8 && rotary_dim == 0 {
+            // Keys and values that half precision does not hold.
+            let far = [65_500.0, -65_504.0, 7e4, -3e38];
+            let first = (heads * head_dim) as usize;
+            qkv[first..].iter_mut().step_by(3).zip(far.iter().cycle()).for_each(|(v, far)| *v = *far);
+        }
         let rope: Vec<[f32; 2]> = (0..(context * rotary_dim / 2).max(1))
             .map(|_| {
                 let (sin, cos) = rng.range(-3.0, 3.0).sin_cos();
@@ -124,11 +166,12 @@ fn trials(variant: Variant, rng: &mut Rng) -> Vec<Trial> {
             })
             .collect();
         let elements = (kv_heads * (context - prefix) * head_dim) as usize;
-        let poison = if variant.kv == Kv::F16 { trial::POISON_F16 } else { trial::POISON };
-        let cache = vec![poison; elements / variant.kv.per_word() as usize];
+        let rows = kv_heads as usize * (context - prefix) as usize;
+        let cache = vec![kv.poison(); rows * kv.row_words(head_dim) as usize];
         let storage = vec![trial::words(&qkv), trial::words(rope.as_flattened()), cache.clone(), cache];
         let (mut k, mut v) = (trial::poisoned(elements), trial::poisoned(elements));
         reference(&params, &step, &mut qkv, &rope, &mut k, &mut v);
+        let allowed = vec![ROTATION * 60.0; elements];
         trials.push(Trial {
             label: format!(
                 "{heads}/{kv_heads} heads of {head_dim}, {rotary_dim} rotated, {n_tokens} at {position} behind {prefix}"
@@ -136,8 +179,12 @@ fn trials(variant: Variant, rng: &mut Rng) -> Vec<Trial> {
             params: bytemuck::bytes_of(&params).to_vec(),
             step,
             storage,
-            grid: grid(&params, n_tokens),
-            expected: vec![Expected::near(2, qkv, ROTATION), cached(4, variant.kv, k), cached(5, variant.kv, v)],
+            grid: grid(&params, kv, n_tokens),
+            expected: vec![
+                Expected::near(2, qkv, ROTATION),
+                cached(4, kv, head_dim, k, &allowed),
+                cached(5, kv, head_dim, v, &allowed),
+            ],
         });
     }
     trials

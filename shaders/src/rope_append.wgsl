@@ -2,8 +2,8 @@
 // `prefix`. Pairs of a head are (i, i + rotary_dim / 2): (a, b) becomes (a cos - b sin, b cos + a sin) with the table's
 // row of the position.
 //
-// Mapping: an invocation handles one pair of q, or the elements 2i, 2i + 1 of k or v; grid x numbers blocks of WG over
-// all heads of a row, z rows. Traffic: every element of the row once or twice.
+// Mapping: see prelude/rope_append_pairs.wgsl, or rope_append_groups.wgsl for a cache of 8 bits; grid z numbers rows.
+// Traffic: every element of the row once or twice.
 
 struct Params {
     heads: u32,
@@ -26,13 +26,11 @@ fn place_of(z: u32) -> Place {
     return Place(z, position, position, params.context, params.prefix, z < step.n_tokens);
 }
 
-// First and last word of a pair of elements.
-fn put_key(z: u32, word: u32, words: vec2<u32>) {
-    k_cache[word] = words.x;
-    k_cache[word + KV_PAIR_WORDS - 1u] = words[KV_PAIR_WORDS - 1u];
+// Stores a word of the cache.
+fn put_key(z: u32, at: u32, word: u32) {
+    k_cache[at] = word;
 }
 
-fn put_value(z: u32, word: u32, words: vec2<u32>) {
-    v_cache[word] = words.x;
-    v_cache[word + KV_PAIR_WORDS - 1u] = words[KV_PAIR_WORDS - 1u];
+fn put_value(z: u32, at: u32, word: u32) {
+    v_cache[at] = word;
 }

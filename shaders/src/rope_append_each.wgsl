@@ -41,79 +41,29 @@ fn place_of(z: u32) -> Place {
     return Place(row, place.x, row, place.y, place.z, z < MEMBERS);
 }
 
-// First and last word of a pair of elements, of session `z`.
-fn put_key(z: u32, word: u32, words: vec2<u32>) {
-    let last = KV_PAIR_WORDS - 1u;
+// Stores a word of the cache of session `z`.
+fn put_key(z: u32, at: u32, word: u32) {
     switch z {
-        case 0u: {
-            k0[word] = words.x;
-            k0[word + last] = words[last];
-        }
-        case 1u: {
-            k1[word] = words.x;
-            k1[word + last] = words[last];
-        }
-        case 2u: {
-            k2[word] = words.x;
-            k2[word + last] = words[last];
-        }
-        case 3u: {
-            k3[word] = words.x;
-            k3[word + last] = words[last];
-        }
-        case 4u: {
-            k4[word] = words.x;
-            k4[word + last] = words[last];
-        }
-        case 5u: {
-            k5[word] = words.x;
-            k5[word + last] = words[last];
-        }
-        case 6u: {
-            k6[word] = words.x;
-            k6[word + last] = words[last];
-        }
-        default: {
-            k7[word] = words.x;
-            k7[word + last] = words[last];
-        }
+        case 0u: { k0[at] = word; }
+        case 1u: { k1[at] = word; }
+        case 2u: { k2[at] = word; }
+        case 3u: { k3[at] = word; }
+        case 4u: { k4[at] = word; }
+        case 5u: { k5[at] = word; }
+        case 6u: { k6[at] = word; }
+        default: { k7[at] = word; }
     }
 }
 
-fn put_value(z: u32, word: u32, words: vec2<u32>) {
-    let last = KV_PAIR_WORDS - 1u;
+fn put_value(z: u32, at: u32, word: u32) {
     switch z {
-        case 0u: {
-            v0[word] = words.x;
-            v0[word + last] = words[last];
-        }
-        case 1u: {
-            v1[word] = words.x;
-            v1[word + last] = words[last];
-        }
-        case 2u: {
-            v2[word] = words.x;
-            v2[word + last] = words[last];
-        }
-        case 3u: {
-            v3[word] = words.x;
-            v3[word + last] = words[last];
-        }
-        case 4u: {
-            v4[word] = words.x;
-            v4[word + last] = words[last];
-        }
-        case 5u: {
-            v5[word] = words.x;
-            v5[word + last] = words[last];
-        }
-        case 6u: {
-            v6[word] = words.x;
-            v6[word + last] = words[last];
-        }
-        default: {
-            v7[word] = words.x;
-            v7[word + last] = words[last];
-        }
+        case 0u: { v0[at] = word; }
+        case 1u: { v1[at] = word; }
+        case 2u: { v2[at] = word; }
+        case 3u: { v3[at] = word; }
+        case 4u: { v4[at] = word; }
+        case 5u: { v5[at] = word; }
+        case 6u: { v6[at] = word; }
+        default: { v7[at] = word; }
     }
 }

@@ -76,7 +76,12 @@ fn generated() -> String {
         for variant in variants {
             let other = reflect(kernel, variant);
             reflected.workgroup_memory = reflected.workgroup_memory.max(other.workgroup_memory);
-            let other = Reflected { workgroup_memory: reflected.workgroup_memory, ..other };
+            let mut other = Reflected { workgroup_memory: reflected.workgroup_memory, ..other };
+            // Kernels read caches in pieces of several sizes.
+            for (binding, other) in reflected.bindings.iter_mut().zip(&mut other.bindings) {
+                binding.3 = binding.3.max(other.3);
+                other.3 = binding.3;
+            }
             assert_eq!(reflected, other, "{}: variants differ in what they bind", kernel.label(variant));
         }
         let _ = writeln!(text, "    Entry {{\n        name: {:?},\n        bindings: &[", kernel.name);

@@ -1,6 +1,6 @@
 //! Random runs of kernels with the outcome their twins expect; what a test harness executes on a device.
 
-use crate::Step;
+use crate::{Kv, Step};
 
 /// Word that marks f32 and u32 outputs before a run: a NaN, so that a read of it shows.
 pub const POISON: u32 = 0x7fc0_dead;
@@ -48,6 +48,8 @@ pub enum Values {
     F16(Vec<f32>),
     /// A word each.
     U32(Vec<u32>),
+    /// Rows of so many elements of a cache.
+    Cache(Kv, u32, Vec<f32>),
 }
 
 /// A small xorshift generator: the same numbers for the same seed on every machine.
@@ -106,6 +108,11 @@ impl Expected {
         Self::close(binding, values, tolerance)
     }
 
+    /// The rows of a cache of `kv`, of `head_dim` elements each, within `tolerance`; NaN stands for NaN.
+    pub(crate) fn cache(binding: u32, kv: Kv, head_dim: u32, values: Vec<f32>, tolerance: Vec<f32>) -> Self {
+        Self { binding, start: None, values: Values::Cache(kv, head_dim, values), tolerance, rms: 0.0 }
+    }
+
     /// Words that have exactly these bits.
     pub fn exact(binding: u32, words: Vec<u32>) -> Self {
         Self { binding, start: None, values: Values::U32(words), tolerance: Vec::new(), rms: 0.0 }
@@ -117,6 +124,7 @@ impl Expected {
             Values::F16(values) => values.len() / 2,
             Values::F32(values) => values.len(),
             Values::U32(values) => values.len(),
+            Values::Cache(kv, dim, values) => values.len() / *dim as usize * kv.row_words(*dim) as usize,
         };
         let words = match self.start {
             None => words,
@@ -135,8 +143,11 @@ impl Expected {
             }
             Values::F32(_) => words.iter().map(|&word| f32::from_bits(word)).collect(),
             Values::F16(_) => unpack_halves(words),
+            Values::Cache(kv, dim, _) => kv.unpack(words, *dim),
         };
-        let (Values::F32(expected) | Values::F16(expected)) = &self.values else { return None };
+        let (Values::F32(expected) | Values::F16(expected) | Values::Cache(_, _, expected)) = &self.values else {
+            return None;
+        };
         if found.len() != expected.len() {
             return Some(format!("binding {}: {} values, expected {}", self.binding, found.len(), expected.len()));
         }

@@ -302,7 +302,7 @@ fn round(row: &mut [f32], kv: KvType) {
         KvType::Q8 => {
             for group in row.chunks_mut(32) {
                 let most = group.iter().fold(0.0f32, |most, value| most.max(value.abs()));
-                let scale = f16::from_f32(most / 127.0).to_f32();
+                let scale = f16::from_f32((most / 127.0).min(515.5)).to_f32();
                 for value in group.iter_mut().filter(|_| scale > 0.0) {
                     *value = (*value / scale).clamp(-127.0, 127.0).round_ties_even() * scale;
                 }

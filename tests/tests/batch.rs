@@ -604,7 +604,10 @@ fn passes_through_wgpu_match_the_naive_interpretation() {
                 case.shape.head_dim.is_multiple_of(8) && is_decided
             };
             for case in cases().iter().filter(handled) {
-                assert!(passes_match(&|| wgpu::open(&options).expect("the device opens"), case, 6e-3, false));
+                let open = || wgpu::open(&options).expect("the device opens");
+                assert!(passes_match(&open, case, 6e-3, false));
+                // As on the CPU.
+                assert!(passes_match(&open, &Case { kv: KvType::Q8, ..case.clone() }, 3e-2, false));
             }
         }
     }

@@ -1,6 +1,7 @@
 //! Every kernel, variant and case on every adapter of this machine, against the CPU twins, with fresh random data.
 //!
-//! `AWQUA_SEED` repeats a run, `AWQUA_REQUIRE_GPU=1` makes a machine without an adapter fail instead of skip.
+//! `AWQUA_SEED` repeats a run, `AWQUA_KERNELS=TEXT` keeps to labels with that text, `AWQUA_REQUIRE_GPU=1` makes a machine
+//! without an adapter fail instead of skip.
 #![cfg(feature = "wgpu")]
 #![allow(clippy::print_stderr, reason = "a skip must be seen, and a failure must name its seed")]
 
@@ -21,6 +22,7 @@ fn kernels_match_their_twins() {
         eprintln!("SKIPPED kernels_match_their_twins: no adapter");
         return;
     }
+    let asked = std::env::var("AWQUA_KERNELS").unwrap_or_default();
     let mut failures = Vec::new();
     for adapter in adapters {
         let harness = Harness::new(&adapter);
@@ -28,6 +30,9 @@ fn kernels_match_their_twins() {
         for kernel in ALL {
             for variant in kernel.variants() {
                 let label = kernel.label(variant);
+                if !label.contains(&asked) {
+                    continue;
+                }
                 if !harness.supports(kernel, variant) {
                     eprintln!("SKIPPED {label} on {}: the adapter lacks its features", harness.name);
                     continue;

@@ -5,6 +5,7 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use awqua::backend::KvType;
 use awqua::checkpoint::Source;
 use awqua::tensor::Bytes;
 use awqua::{
@@ -124,8 +125,9 @@ fn a_model_loads_from_memory() {
 
 #[test]
 fn caps_are_hard_and_estimates_exact() {
-    for backend in backends() {
-        let session = SessionOptions { context: Some(64), ..Default::default() };
+    let kinds = [None, Some(KvType::Q8)];
+    for (backend, kv_type) in backends().into_iter().flat_map(|backend| kinds.map(|kind| (backend, kind))) {
+        let session = SessionOptions { context: Some(64), kv_type, ..Default::default() };
         let unlimited = engine(backend);
         let estimate = Load::path(&unlimited, folder()).estimate(&session).unwrap();
         let model = loaded(&unlimited);

@@ -408,11 +408,6 @@ fn sessions_save_restore_and_fork() {
 #[test]
 fn caches_of_8_bits_are_kept_and_shared() {
     for model in models() {
-        if model.backend_info().backend == "wgpu" {
-            let options = SessionOptions { kv_type: Some(KvType::Q8), ..Default::default() };
-            assert_eq!(Session::new(model, &options).err().map(|error| error.kind()), Some(ErrorKind::Unsupported));
-            continue;
-        }
         let open = |kv_type| {
             let options = SessionOptions {
                 kv_type: Some(kv_type),
@@ -461,7 +456,8 @@ fn caches_of_8_bits_are_kept_and_shared() {
 fn forks_keep_their_start_once() {
     // Engines of their own, whose memory nobody else uses.
     let models: Vec<_> = [load(BackendChoice::Cpu).ok(), gpu()].into_iter().flatten().collect();
-    for (model, deterministic) in models.iter().flat_map(|model| [(model, false), (model, true)]) {
+    let kinds = [(false, None), (true, None), (true, Some(KvType::Q8))];
+    for (model, (deterministic, kv_type)) in models.iter().flat_map(|model| kinds.map(|kind| (model, kind))) {
         let name = model.backend_info().backend;
         let device = || model.engine().used().device;
         let options = SessionOptions {
@@ -470,6 +466,7 @@ fn forks_keep_their_start_once() {
             threads: Some(1),
             deterministic,
             share_forks: deterministic,
+            kv_type,
             ..Default::default()
         };
         let vocab = model.config().vocab_size as u32;

@@ -60,7 +60,7 @@ pub enum BackendArg {
 pub enum KvArg {
     F16,
     F32,
-    /// A byte, with a scale for every 32 elements; not on wgpu
+    /// A byte, with a scale for every 32 elements
     Q8,
 }
 

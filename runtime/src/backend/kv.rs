@@ -23,13 +23,13 @@ pub enum KvType {
     /// A signed byte, and a half-precision scale for every [`Q8_GROUP`] elements of a key or a value: about half the
     /// memory of `F16`. A scale is the largest magnitude of its group over 127, a code the element over the scale,
     /// rounded to nearest. Keys are rounded behind their rotation. Models whose keys have a few elements far larger than
-    /// the others, such as Qwen2 with its biases, lose much accuracy by it. wgpu refuses it, and on CUDA numbers from
-    /// 65,500 on overflow.
+    /// the others, such as Qwen2 with its biases, lose much accuracy by it. Scales end at 515.5, so that numbers beyond
+    /// 65,468 saturate. wgpu takes heads of a multiple of four elements.
     Q8,
 }
 
 /// Elements of a head that share a scale in [`KvType::Q8`]; the last group of a head may be shorter.
-pub const Q8_GROUP: usize = 32;
+pub const Q8_GROUP: usize = awqua_shaders::kv::GROUP as usize;
 
 impl KvType {
     /// Bytes of a key or of a value of `head_dim` elements.

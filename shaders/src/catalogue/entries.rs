@@ -179,7 +179,7 @@ pub const ENTRIES: &[Entry] = &[
             Binding { index: 9, name: "v_cache", kind: BindingKind::StorageReadWrite, min_size: 4 },
         ],
         workgroup_size: [256, 1, 1],
-        workgroup_memory: 2976,
+        workgroup_memory: 3040,
         params: &[
             Field { name: "n", offset: 0 },
             Field { name: "k", offset: 4 },
@@ -542,7 +542,7 @@ pub const ENTRIES: &[Entry] = &[
             Binding { index: 5, name: "v_cache", kind: BindingKind::StorageReadWrite, min_size: 4 },
         ],
         workgroup_size: [128, 1, 1],
-        workgroup_memory: 0,
+        workgroup_memory: 512,
         params: &[
             Field { name: "heads", offset: 0 },
             Field { name: "kv_heads", offset: 4 },
@@ -578,7 +578,7 @@ pub const ENTRIES: &[Entry] = &[
             Binding { index: 20, name: "v7", kind: BindingKind::StorageReadWrite, min_size: 4 },
         ],
         workgroup_size: [128, 1, 1],
-        workgroup_memory: 0,
+        workgroup_memory: 512,
         params: &[
             Field { name: "heads", offset: 0 },
             Field { name: "kv_heads", offset: 4 },

@@ -11,12 +11,12 @@ struct Place {
     is_there: bool,
 }
 
-// Words of four positions, PASSES of them.
+// What four positions hold, PASSES of them.
 struct Four {
-    a: vec4<u32>,
-    b: vec4<u32>,
-    c: vec4<u32>,
-    d: vec4<u32>,
+    a: KvWords,
+    b: KvWords,
+    c: KvWords,
+    d: KvWords,
 }
 
 const LOWEST: f32 = -3.0e38;
@@ -25,12 +25,12 @@ var<workgroup> scratch: array<vec4<f32>, PASSES * WG>;
 var<workgroup> scores: array<vec4<f32>, PASSES * WG / 2u>;
 
 // Of four positions.
-fn eights(first: Four, last: Four) -> array<Eight, PASSES> {
+fn eights(first: Four, last: Four, row: vec4<u32>, lane: u32, lanes: u32) -> array<Eight, PASSES> {
     return array<Eight, PASSES>(
-        eight(first.a, last.a),
-        eight(first.b, last.b),
-        eight(first.c, last.c),
-        eight(first.d, last.d),
+        kv_eight(first.a, last.a, row.x, lane, lanes),
+        kv_eight(first.b, last.b, row.y, lane, lanes),
+        kv_eight(first.c, last.c, row.z, lane, lanes),
+        kv_eight(first.d, last.d, row.w, lane, lanes),
     );
 }
 
@@ -85,9 +85,14 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         let cache_start = select(own, heads.kv * place.prefix + tile, is_shared);
         // Positions beyond the last one repeat it and get no weight.
         let slots = vec4<u32>(slot, at_once + slot, 2u * at_once + slot, 3u * at_once + slot);
-        let at = ((cache_start + min(slots, vec4<u32>(count - 1u))) * lanes + lane) * KV_PAIR_WORDS;
-        var keys = eights(four_keys(group.z, at, is_shared), four_keys(group.z, at + (KV_PAIR_WORDS - 1u), is_shared));
-        var values = eights(four_values(group.z, at, is_shared), four_values(group.z, at + (KV_PAIR_WORDS - 1u), is_shared));
+        let row = cache_start + min(slots, vec4<u32>(count - 1u));
+        let rows = params.kv_heads * select(place.context - place.prefix, place.prefix, is_shared);
+        let firsts = kv_firsts(row, lane, lanes);
+        let lasts = kv_lasts(row, lane, lanes, rows);
+        var keys =
+            eights(four_keys(group.z, firsts, is_shared), four_keys(group.z, lasts, is_shared), row, lane, lanes);
+        var values =
+            eights(four_values(group.z, firsts, is_shared), four_values(group.z, lasts, is_shared), row, lane, lanes);
         for (var pass_index = 0u; pass_index < PASSES; pass_index++) {
             scratch[pass_index * WG + local_index] = scores_of(keys[pass_index], q_lo, q_hi);
         }

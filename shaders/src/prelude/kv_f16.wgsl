@@ -2,8 +2,17 @@
 
 const KV_PAIR_WORDS: u32 = 1u;
 
-// The pair held by its first and its last word (here the same word).
-fn kv_unpack(first: u32, last: u32) -> vec2<f32> {
+// Words of pair `pair` of row `row`, in rows of `pairs`: the first and the last one, here the same.
+fn kv_first(row: u32, pair: u32, pairs: u32) -> u32 {
+    return row * pairs + pair;
+}
+
+fn kv_last(row: u32, pair: u32, pairs: u32, rows: u32) -> u32 {
+    return row * pairs + pair;
+}
+
+// The pair that lies in them.
+fn kv_pair(first: u32, last: u32, pair: u32, pairs: u32) -> vec2<f32> {
     return unpack2x16float(first);
 }
 

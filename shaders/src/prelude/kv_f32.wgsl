@@ -2,8 +2,17 @@
 
 const KV_PAIR_WORDS: u32 = 2u;
 
-// The pair held by its first and its last word.
-fn kv_unpack(first: u32, last: u32) -> vec2<f32> {
+// Words of pair `pair` of row `row`, in rows of `pairs`: the first and the last one.
+fn kv_first(row: u32, pair: u32, pairs: u32) -> u32 {
+    return 2u * (row * pairs + pair);
+}
+
+fn kv_last(row: u32, pair: u32, pairs: u32, rows: u32) -> u32 {
+    return 2u * (row * pairs + pair) + 1u;
+}
+
+// The pair that lies in them.
+fn kv_pair(first: u32, last: u32, pair: u32, pairs: u32) -> vec2<f32> {
     return vec2<f32>(bitcast<f32>(first), bitcast<f32>(last));
 }
 

@@ -1,5 +1,5 @@
-// The body of rope_append.wgsl and rope_append_each.wgsl, which say where keys and values go. They define `params` and the
-// bindings qkv and rope.
+// What rope_append_pairs.wgsl and rope_append_groups.wgsl have in common: the bodies of rope_append.wgsl and
+// rope_append_each.wgsl, which say where keys and values go. They define `params` and the bindings qkv and rope.
 
 // A token: its row, position, row of the rotary table, and cache, of which the first `prefix` positions lie elsewhere.
 struct Place {
@@ -25,39 +25,3 @@ fn rotated(start: u32, i: u32, rope_start: u32) -> f32 {
     return qkv[start + i] * turn.x + qkv[start + i - half] * turn.y;
 }
 
-@compute @workgroup_size(WG)
-fn main(@builtin(global_invocation_id) id: vec3<u32>) {
-    let pairs = params.head_dim / 2u;
-    let head = id.x / pairs;
-    let pair = id.x % pairs;
-    let place = place_of(id.z);
-    if (head >= params.heads + 2u * params.kv_heads || !place.is_there || place.position >= place.context) {
-        return;
-    }
-    let start = place.row * params.qkv_stride + head * params.head_dim;
-    let half = params.rotary_dim / 2u;
-    let rope_start = place.rope_row * half;
-
-    if (head < params.heads) {
-        if (pair < half) {
-            let turn = rope[rope_start + pair];
-            let a = qkv[start + pair];
-            let b = qkv[start + pair + half];
-            qkv[start + pair] = a * turn.x - b * turn.y;
-            qkv[start + pair + half] = b * turn.x + a * turn.y;
-        }
-        return;
-    }
-
-    let kv_head = (head - params.heads) % params.kv_heads;
-    let line = kv_head * (place.context - place.prefix) + place.position - place.prefix;
-    let word = (line * pairs + pair) * KV_PAIR_WORDS;
-    if (head < params.heads + params.kv_heads) {
-        let i = 2u * pair;
-        let words = kv_pack(vec2<f32>(rotated(start, i, rope_start), rotated(start, i + 1u, rope_start)));
-        put_key(id.z, word, words);
-    } else {
-        let words = kv_pack(vec2<f32>(qkv[start + 2u * pair], qkv[start + 2u * pair + 1u]));
-        put_value(id.z, word, words);
-    }
-}

@@ -1,5 +1,6 @@
 //! Loops over rows of numbers, written plainly: every instruction set inlines and so compiles them for itself.
 
+use awqua_shaders::kv::LARGEST_SCALE;
 use half::f16;
 
 use crate::backend::Q8_GROUP;
@@ -51,10 +52,11 @@ pub(super) fn exponentials(x: &mut [f32]) -> (f32, f32) {
     (most, sum)
 }
 
-/// Rounds a group of numbers to the codes of [`crate::backend::KvType::Q8`]; returns their scale. NaN becomes 0.
+/// Rounds a group of numbers to the codes of [`crate::backend::KvType::Q8`]; returns their scale. NaN becomes 0, and numbers
+/// beyond 127 of the largest scale the last code.
 pub(super) fn round_q8(x: &[f32], codes: &mut [i8]) -> f16 {
-    let most = x.iter().fold(0.0f32, |most, x| most.max(x.abs())).min(f16::MAX.to_f32());
-    let scale = f16::from_f32(most / 127.0);
+    let most = x.iter().fold(0.0f32, |most, x| most.max(x.abs()));
+    let scale = f16::from_f32((most / 127.0).min(LARGEST_SCALE));
     let wide = scale.to_f32();
     let inverse = if wide > 0.0 { 1.0 / wide } else { 0.0 };
     for (x, code) in x.iter().zip(codes) {
@@ -194,7 +196,12 @@ mod tests {
         let mut codes = [1; 4];
         assert_eq!(round_q8(&[0.0; 4], &mut codes), f16::ZERO);
         assert_eq!(codes, [0; 4]);
-        assert_eq!(round_q8(&[f32::NAN, 0.0, f32::INFINITY, -2.0], &mut codes).to_f32(), 516.0);
+        assert_eq!(round_q8(&[f32::NAN, 0.0, f32::INFINITY, -2.0], &mut codes).to_f32(), LARGEST_SCALE);
         assert_eq!(codes, [0, 0, 127, 0]);
+        for large in [65_500.0, 65_504.0, 1e5, 3e38, f32::MAX] {
+            let scale = round_q8(&[large, -large, 1.0, -600.0], &mut codes).to_f32();
+            assert_eq!((scale, codes), (LARGEST_SCALE, [127, -127, 0, -1]), "{large}");
+            assert!(f16::from_f32(127.0 * scale).is_finite());
+        }
     }
 }

@@ -36,7 +36,8 @@ pub(super) struct Memory<B = wgpu::Buffer> {
     pub(super) dummy: B,
     /// Bound where a kernel writes nothing.
     pub(super) unread: B,
-    /// Keys and values by layer behind the prefix: (kv_heads, context - prefix, head_dim) each.
+    /// Keys and values by layer behind the prefix: (kv_heads, context - prefix, head_dim) each, then their scales if they
+    /// have any.
     caches: Vec<(B, B)>,
     /// The first positions, if they are shared.
     pub(super) prefix: Option<Arc<Prefix>>,
@@ -52,7 +53,7 @@ pub(super) struct Memory<B = wgpu::Buffer> {
 
 /// Keys and values of positions that several sessions begin with; nobody writes them any more.
 pub(super) struct Prefix {
-    /// By layer: (kv_heads, len, head_dim) each.
+    /// By layer: (kv_heads, len, head_dim) each, then their scales if they have any.
     caches: Vec<(wgpu::Buffer, wgpu::Buffer)>,
     /// Positions.
     pub(super) len: u32,
@@ -121,17 +122,13 @@ impl Memory {
     /// Allocates for the capacities of `config`, behind the positions of `prefix`.
     ///
     /// # Errors
-    /// [`ErrorKind::OutOfMemory`] naming the buffer and its bytes, [`ErrorKind::Unsupported`] for a cache of 8 bits, or a
-    /// device error.
+    /// [`ErrorKind::OutOfMemory`] naming the buffer and its bytes, or a device error.
     pub(super) fn new(
         gpu: &Gpu,
         program: &Program,
         config: &RunnerConfig,
         prefix: Option<Arc<Prefix>>,
     ) -> Result<Self> {
-        if config.kv_type == Some(KvType::Q8) {
-            return Err(Error::new(ErrorKind::Unsupported, "wgpu keeps no keys and values in 8 bits"));
-        }
         let shared = prefix.as_ref().map_or(0, |prefix| prefix.len);
         let cache = cache_bytes(program, config, shared);
         gpu.has_room("the KV cache", cache.saturating_mul(2).saturating_mul(u64::from(program.layers)))?;

@@ -516,8 +516,12 @@ impl<'a> Planner<'a> {
         let (keys, values) = self.memory.cache(layer)?;
         let storage = vec![self.buffer(qkv), table, keys.clone(), values.clone()];
         let kv = self.variant().kv;
+        if !kv.handles(shape.head_dim) {
+            let message = format!("a KV cache of {:?} with heads of {} elements", self.memory.kv_type, shape.head_dim);
+            return Err(unsupported(&message));
+        }
         let launch = move |step: &Step| Launch {
-            grid: rope_append::grid(&params, step.n_tokens),
+            grid: rope_append::grid(&params, kv, step.n_tokens),
             cost: rope_append::cost(&params, kv, step.n_tokens),
         };
         let draft = self.draft(&rope_append::KERNEL, self.variant(), &params, storage, launch)?;
@@ -592,8 +596,7 @@ fn kv_of(kv_type: KvType) -> Kv {
     match kv_type {
         KvType::F16 => Kv::F16,
         KvType::F32 => Kv::F32,
-        // Sessions are refused before they are planned; what only asks which kernels one would need may come here.
-        KvType::Q8 => Kv::F16,
+        KvType::Q8 => Kv::Q8,
     }
 }
 
@@ -624,4 +627,22 @@ fn dense(dtype: DenseType) -> Dense {
 
 fn unsupported(message: &str) -> Error {
     Error::new(ErrorKind::Unsupported, message.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_take_the_bytes_that_kernels_read() {
+        for kv_type in [KvType::F16, KvType::F32, KvType::Q8] {
+            for head_dim in (4..=256).step_by(4) {
+                assert_eq!(
+                    kv_type.row_bytes(head_dim),
+                    4 * kv_of(kv_type).row_words(head_dim),
+                    "{kv_type:?} {head_dim}"
+                );
+            }
+        }
+    }
 }

@@ -106,6 +106,8 @@ struct KvRange {
     layer: u32,
     values: bool,
     head: u32,
+    /// The scales instead of the elements.
+    scales: bool,
     positions: std::ops::Range<u32>,
 }
 
@@ -417,33 +419,55 @@ impl WgpuRunner {
     fn kv_ranges(&self, from: u32, to: u32) -> impl Iterator<Item = KvRange> + use<> {
         let edge = self.memory.shared().clamp(from, to.max(from));
         let (layers, heads) = (self.program.layers, self.program.attention.kv_heads);
+        let parts: &[bool] = if self.memory.kv_type == KvType::Q8 { &[false, true] } else { &[false] };
         (0..layers).flat_map(move |layer| {
             [false, true].into_iter().flat_map(move |values| {
                 (0..heads).flat_map(move |head| {
-                    [from..edge, edge..to]
-                        .into_iter()
-                        .filter(|positions| !positions.is_empty())
-                        .map(move |positions| KvRange { layer, values, head, positions })
+                    parts.iter().flat_map(move |&scales| {
+                        [from..edge, edge..to]
+                            .into_iter()
+                            .filter(|positions| !positions.is_empty())
+                            .map(move |positions| KvRange { layer, values, head, scales, positions })
+                    })
                 })
             })
         })
     }
 
-    /// Bytes of a position of one head.
-    fn position_bytes(&self) -> u64 {
-        self.memory.kv_type.row_bytes(self.program.attention.head_dim)
+    /// First byte and bytes of a piece in a buffer of `lines` positions a head, of which the first is `first`: elements of
+    /// all heads, then scales of all heads.
+    fn bytes_of(&self, range: &KvRange, first: u32, lines: u32) -> (u64, u64) {
+        let (shape, kv_type) = (self.program.attention, self.memory.kv_type);
+        let (codes, scales) = (kv_type.code_bytes(shape.head_dim), kv_type.scale_bytes(shape.head_dim));
+        let (start, row) = match range.scales {
+            false => (0, codes),
+            true => (u64::from(shape.kv_heads) * u64::from(lines) * codes, scales),
+        };
+        let line = u64::from(range.head) * u64::from(lines) + u64::from(range.positions.start - first);
+        (start + line * row, range.positions.len() as u64 * row)
     }
 
     /// Where a piece of the cache lies: buffer, byte and bytes.
     fn locate(&self, range: &KvRange) -> Result<(&wgpu::Buffer, u64, u64)> {
-        let (position, shared) = (self.position_bytes(), self.memory.shared());
+        let shared = self.memory.shared();
         let ((keys, values), first, lines) = match range.positions.start < shared {
             true => (self.memory.shared_cache(range.layer)?, 0, shared),
             false => (self.memory.cache(range.layer)?, shared, self.config.context - shared),
         };
-        let line = u64::from(range.head) * u64::from(lines) + u64::from(range.positions.start - first);
-        let buffer = if range.values { values } else { keys };
-        Ok((buffer, line * position, range.positions.len() as u64 * position))
+        let (offset, bytes) = self.bytes_of(range, first, lines);
+        Ok((if range.values { values } else { keys }, offset, bytes))
+    }
+
+    /// Takes the rows of scales in `bytes`, all of a piece, from one order to another.
+    fn reorder(&self, bytes: &mut [u8], order: fn(&[u16], &mut [u16])) {
+        let row_bytes = self.memory.kv_type.scale_bytes(self.program.attention.head_dim) as usize;
+        let (mut before, mut after) = (vec![0; row_bytes / 2], vec![0; row_bytes / 2]);
+        for row in bytes.chunks_exact_mut(row_bytes) {
+            let scales = row.as_chunks_mut::<2>().0;
+            before.iter_mut().zip(&*scales).for_each(|(to, scale)| *to = u16::from_le_bytes(*scale));
+            order(&before, &mut after);
+            scales.iter_mut().zip(&after).for_each(|(to, scale)| *to = scale.to_le_bytes());
+        }
     }
 
     /// Positions of which a split of few tokens never has a part only.
@@ -476,9 +500,8 @@ impl WgpuRunner {
         for range in self.kv_ranges(0, len) {
             let (from, offset, bytes) = self.locate(&range)?;
             let (keys, values) = prefix.cache(range.layer)?;
-            let line = u64::from(range.head) * u64::from(len) + u64::from(range.positions.start);
             let to = if range.values { values } else { keys };
-            encoder.copy_buffer_to_buffer(from, offset, to, line * self.position_bytes(), bytes);
+            encoder.copy_buffer_to_buffer(from, offset, to, self.bytes_of(&range, 0, len).0, bytes);
         }
         gpu.submit(Some(encoder.finish()));
         Ok(prefix)
@@ -753,7 +776,7 @@ impl Runner for WgpuRunner {
         check_kv(&self.program, &self.config, self.memory.kv_type, n, out.len())?;
         let gpu = &self.backend.gpu;
         let ranges: Vec<_> = self.kv_ranges(0, n).collect();
-        let mut out = out;
+        let mut left = &mut *out;
         let capacity = self.readback.capacity();
         let mut at = (0, 0);
         while at.0 < ranges.len() {
@@ -768,9 +791,17 @@ impl Runner for WgpuRunner {
             let encoder = gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor { label: Some("KV") });
             self.readback.begin(gpu, encoder, &sources)?;
             self.readback.wait(gpu)?;
-            let (now, rest) = out.split_at_mut(total as usize);
+            let (now, rest) = left.split_at_mut(total as usize);
             self.readback.poll(gpu, |bytes| now.copy_from_slice(bytes))?;
-            out = rest;
+            left = rest;
+        }
+        let mut left = out;
+        for range in ranges {
+            let (now, rest) = left.split_at_mut(self.locate(&range)?.2 as usize);
+            if range.scales {
+                self.reorder(now, shaders::kv::scales_by_group);
+            }
+            left = rest;
         }
         Ok(())
     }
@@ -783,7 +814,13 @@ impl Runner for WgpuRunner {
         for range in self.kv_ranges(0, n) {
             let (buffer, offset, bytes) = self.locate(&range)?;
             let (now, later) = rest.split_at(bytes as usize);
-            self.backend.gpu.write(buffer, offset, now)?;
+            if range.scales {
+                let mut now = now.to_vec();
+                self.reorder(&mut now, shaders::kv::scales_by_word);
+                self.backend.gpu.write(buffer, offset, &now)?;
+            } else {
+                self.backend.gpu.write(buffer, offset, now)?;
+            }
             rest = later;
         }
         Ok(())

@@ -1,7 +1,7 @@
 //! Attention: splits of the positions, then their combination.
 
 use awqua_shaders::{
-    FLAG_STAGE, Heads, Kv, Reduce, RowMode, Step, Variant, attention, attention_coop, attention_few, attention_reduce,
+    FLAG_STAGE, Heads, Reduce, RowMode, Step, Variant, attention, attention_coop, attention_few, attention_reduce,
     attention_subgroup,
 };
 
@@ -36,7 +36,7 @@ impl Planner<'_> {
         let prefix = self.memory.shared();
         // The kernels on matrix units and in subgroups read one cache.
         let one_cache = prefix == 0 && !self.memory.share_forks;
-        let coop = self.backend.coop && kv == Kv::F16 && attention_coop::handles(shape.head_dim) && one_cache;
+        let coop = self.backend.coop && attention_coop::handles(shape.head_dim, kv) && one_cache;
         for (most, staged) in [(few_tokens, true), (self.few_rows, true), (u32::MAX, false)] {
             if coop && !staged {
                 levels.push((most, vec![self.attention_coop(qkv, out, layer, (scale, cap), window)?]));
@@ -166,11 +166,12 @@ impl Planner<'_> {
         };
         let (keys, values) = self.memory.cache(layer)?;
         let storage = vec![self.buffer(qkv), keys.clone(), values.clone(), self.buffer(out)];
+        let kv = self.variant().kv;
         let launch = move |step: &Step| {
             let seen = (step.position + step.n_tokens).min(if window == 0 { u32::MAX } else { window });
             Launch {
                 grid: attention_coop::grid(&params, step.n_tokens),
-                cost: attention_coop::cost(&params, seen, step.n_tokens),
+                cost: attention_coop::cost(&params, kv, seen, step.n_tokens),
             }
         };
         self.draft(&attention_coop::KERNEL, self.variant(), &params, storage, launch)

@@ -123,7 +123,7 @@ impl<'a> Planner<'a> {
         let Some((matrix, bias)) = self.whole_matrix(linear, norm.out, qkv)? else { return Ok(None) };
         if matrix.n != (shape.heads + 2 * shape.kv_heads) * shape.head_dim
             || self.width(qkv)? != matrix.n
-            || !gemv_w4_rope::handles(shape.head_dim, rotary_dim)
+            || !gemv_w4_rope::handles(shape.head_dim, rotary_dim, self.variant().kv)
         {
             return Ok(None);
         }

@@ -238,7 +238,7 @@ impl Form {
         let kv = super::kv_of(memory.kv_type);
         match self {
             Self::RopeAppend(params) => Box::new(move |_: &Step| Launch {
-                grid: rope_append_each::grid(&params, members),
+                grid: rope_append_each::grid(&params, kv, members),
                 cost: rope_append_each::cost(&params, kv, members),
             }),
             Self::Attention(params) => Box::new(move |step: &Step| {
