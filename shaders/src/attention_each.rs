@@ -91,15 +91,16 @@ pub fn cost(params: &Params, kv: Kv, positions: u32, members: u32) -> Cost {
 }
 
 /// Several sessions: first row, shared positions, and by session position and whether it begins with them.
-struct Case {
-    heads: u32,
-    kv_heads: u32,
-    head_dim: u32,
-    window: u32,
-    split_len: u32,
-    first_row: u32,
-    prefix: u32,
-    members: &'static [(u32, bool)],
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Case {
+    pub(crate) heads: u32,
+    pub(crate) kv_heads: u32,
+    pub(crate) head_dim: u32,
+    pub(crate) window: u32,
+    pub(crate) split_len: u32,
+    pub(crate) first_row: u32,
+    pub(crate) prefix: u32,
+    pub(crate) members: &'static [(u32, bool)],
 }
 
 /// One session, all of them, shared and own starts, windows, one and many splits.
@@ -165,7 +166,8 @@ fn joined(case: &Case, (shared, first): (&[f32], u32), (own, rest): (&[f32], u32
         .collect()
 }
 
-fn trial(case: &Case, variant: Variant, rng: &mut Rng) -> Trial {
+/// A random run of a case; shared with the kernel of subgroups.
+pub(crate) fn trial(case: &Case, variant: Variant, rng: &mut Rng) -> Trial {
     let row_len = (case.heads + 2 * case.kv_heads) * case.head_dim;
     let rows = case.first_row + case.members.len() as u32;
     let most = case.members.iter().map(|(position, _)| *position).max().unwrap_or(0);

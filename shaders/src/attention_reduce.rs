@@ -22,7 +22,7 @@ params! {
         splits_max: u32,
         /// As in [`crate::attention::Params`].
         split_len: u32,
-        /// Bits [`crate::FLAG_STAGE`], [`crate::FLAG_EACH`].
+        /// Bits [`crate::FLAG_STAGE`], [`crate::FLAG_EACH`], [`crate::FLAG_WHOLE`].
         flags: u32,
         /// Quads of a staged row.
         stage_quads: u32,
@@ -75,21 +75,23 @@ pub fn cost(params: &Params, splits: u32, rows: u32) -> Cost {
     Cost { bytes: trial::word_bytes(elements), flops: 2 * elements }
 }
 
-/// (heads, head_dim, position, tokens, window, split_len): one and many splits, a window. The last ones are tokens of
-/// different sessions at positions up to this one.
+/// (heads, head_dim, position, tokens, window, split_len): one and many splits, a window. From [`OF_ONE`] on, tokens are
+/// of different sessions at positions up to this one; in the last case of either kind, those of one split are left alone.
 pub fn cases() -> Vec<[u32; 6]> {
     vec![
         [1, 2, 0, 1, 0, 64],
         [3, 128, 200, 2, 0, 32],
         [2, 80, 90, 3, 0, 512],
         [2, 64, 300, 1, 70, 32],
+        [2, 64, 126, 4, 0, 128],
         [3, 64, 400, 5, 0, 32],
         [2, 32, 400, 5, 70, 32],
+        [2, 64, 60, 6, 0, 32],
     ]
 }
 
 /// How many of [`cases`] are of one session.
-const OF_ONE: usize = 4;
+const OF_ONE: usize = 5;
 
 fn trials(variant: Variant, rng: &mut Rng) -> Vec<Trial> {
     let mut trials = Vec::new();
@@ -98,7 +100,9 @@ fn trials(variant: Variant, rng: &mut Rng) -> Vec<Trial> {
         let columns = (heads * head_dim) as usize;
         let out_stride = columns as u32 + 1;
         let layout = Layout { k: columns, elem: variant.elem };
-        let flags = if i % 2 == 0 { FLAG_STAGE } else { 0 } | if i < OF_ONE { 0 } else { FLAG_EACH };
+        let leaves_whole = i + 1 == OF_ONE || i + 1 == cases().len();
+        let flag = |condition: bool, flag: u32| if condition { flag } else { 0 };
+        let flags = flag(i % 2 == 0, FLAG_STAGE) | flag(i >= OF_ONE, FLAG_EACH) | flag(leaves_whole, FLAG_WHOLE);
         let stage_quads = layout.quads() as u32;
         let params = Params { heads, head_dim, out_stride, window, splits_max, split_len, flags, stage_quads };
         let step = Step { n_tokens, position, ..Step::default() };
@@ -114,7 +118,11 @@ fn trials(variant: Variant, rng: &mut Rng) -> Vec<Trial> {
         let places: Vec<u32> = positions.iter().flat_map(|position| [*position, 0, 0, 0]).collect();
         let storage =
             vec![trial::words(&partial), trial::words(ml.as_flattened()), trial::words(&out), staged.clone(), places];
-        for (token, &position) in positions.iter().enumerate() {
+        let is_left = |position: u32| {
+            let (first, last) = attention::visible(window, position);
+            leaves_whole && first / split_len == last / split_len
+        };
+        for (token, &position) in positions.iter().enumerate().filter(|(_, position)| !is_left(**position)) {
             let of_row = |n: usize| token * n..(token + 1) * n;
             let splits = rows / n_tokens as usize;
             reference(
@@ -129,7 +137,8 @@ fn trials(variant: Variant, rng: &mut Rng) -> Vec<Trial> {
         if flags & FLAG_STAGE == 0 {
             expected.push(Expected::exact(5, staged));
         } else {
-            for (token, row) in out.chunks(out_stride as usize).enumerate() {
+            let rows = out.chunks(out_stride as usize).enumerate();
+            for (token, row) in rows.filter(|(token, _)| !is_left(positions[*token])) {
                 expected.extend(layout.expected(5, token, &row[..columns], None, TOLERANCE * 20.0));
             }
         }

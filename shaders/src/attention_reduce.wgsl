@@ -1,6 +1,6 @@
 // out[t, h, :] = sum_s exp(m_s - m) o_s / sum_s exp(m_s - m) l_s over the splits s that row t has, m = max_s m_s; with
 // FLAG_STAGE the row is staged (prelude/stage.wgsl) as the input of the next matrix, too. With FLAG_EACH rows are tokens of
-// different sessions, at positions of their own.
+// different sessions, at positions of their own, and with FLAG_WHOLE those of one split are left as they are.
 //
 // Mapping: a workgroup = (32 columns of out, row) on grid x, z; an invocation owns a column for every SLICES-th split.
 // Traffic: the partial results once.
@@ -48,6 +48,9 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     }
     let first = first_seen(position);
     let splits = min(position / params.split_len - first / params.split_len + 1u, params.splits_max);
+    if ((params.flags & FLAG_WHOLE) != 0u && splits == 1u) {
+        return;
+    }
     // Columns beyond the last one repeat it and are not stored.
     let column = chunk * 32u + local_index % 32u;
     let inside = column < columns;

@@ -61,7 +61,7 @@ pub static KERNEL: Kernel = Kernel {
         Prelude::Elem,
         Prelude::Stage,
         Prelude::StageEight,
-        Prelude::StageOut,
+        Prelude::AttentionLanes,
     ],
     constants: &[("WG", WG), ("HEAD_DIM_MAX", HEAD_DIM_MAX)],
     sizes: &[],

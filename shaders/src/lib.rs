@@ -43,6 +43,7 @@ pub mod attention_each;
 pub mod attention_few;
 pub mod attention_reduce;
 pub mod attention_subgroup;
+pub mod attention_subgroup_each;
 pub mod bias;
 pub mod catalogue;
 pub mod combine;
@@ -136,6 +137,8 @@ pub const FLAG_ROUND_PRODUCTS: u32 = 8192;
 pub const FLAG_GLU: u32 = 16384;
 /// Rows are tokens of different sessions, at positions of their own (bit of `flags`).
 pub const FLAG_EACH: u32 = 32768;
+/// Rows of one split were left whole by the kernel in front (bit of `flags`).
+pub const FLAG_WHOLE: u32 = 65536;
 
 /// The flags by the names they have in shaders.
 const FLAGS: Constants = &[
@@ -155,6 +158,7 @@ const FLAGS: Constants = &[
     ("FLAG_FACTORS", FLAG_FACTORS),
     ("FLAG_GLU", FLAG_GLU),
     ("FLAG_EACH", FLAG_EACH),
+    ("FLAG_WHOLE", FLAG_WHOLE),
 ];
 
 params! {
@@ -510,6 +514,8 @@ pub enum Prelude {
     Softcap,
     /// Positions that a token sees, by the field `window`.
     Window,
+    /// Attention by lanes of subgroups over the parts of a cache, given `place_of`, `key_words` and `value_words`.
+    AttentionLanes,
     /// A workgroup's share of heads and positions in attention.
     Split,
     /// Axis [`Heads`]: what there is of each query head of a workgroup.
@@ -629,7 +635,7 @@ fn each<T: Copy>(all: &[Variant], choices: &[T], with: impl Fn(T, Variant) -> Va
 }
 
 /// Every kernel.
-pub static ALL: [&Kernel; 48] = [
+pub static ALL: [&Kernel; 49] = [
     &embed::KERNEL,
     &embed_packed::KERNEL,
     &arrange::KERNEL,
@@ -658,6 +664,7 @@ pub static ALL: [&Kernel; 48] = [
     &attention_few::KERNEL,
     &attention_each::KERNEL,
     &attention_subgroup::KERNEL,
+    &attention_subgroup_each::KERNEL,
     &attention_coop::KERNEL,
     &attention_reduce::KERNEL,
     &glu::KERNEL,
@@ -778,6 +785,7 @@ pub fn compose(kernel: &Kernel, variant: Variant) -> String {
             }
             (Prelude::Append, Variant { kv: Kv::Q8, .. }) => include_str!("prelude/append_groups.wgsl"),
             (Prelude::Append, _) => include_str!("prelude/append_pairs.wgsl"),
+            (Prelude::AttentionLanes, _) => include_str!("prelude/attention_lanes.wgsl"),
             (Prelude::AttentionEights, _) => include_str!("prelude/attention_eights.wgsl"),
             (Prelude::Gemm, _) => include_str!("prelude/gemm.wgsl"),
             (Prelude::Weights8, _) => include_str!("prelude/weights8.wgsl"),

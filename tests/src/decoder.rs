@@ -576,7 +576,8 @@ pub fn error(found: &[f32], expected: &[f32]) -> f32 {
     worst / largest
 }
 
-/// Prefill in ragged chunks, with and without logits, decode, then go back in the cache: tokens, position, logits.
+/// Prefill in ragged chunks, with and without logits, decode, then go back in the cache, once to few tokens on both sides of
+/// a split of attention: tokens, position, logits.
 pub const STEPS: &[(usize, u32, LogitsRows)] = &[
     (7, 0, LogitsRows::None),
     (33, 7, LogitsRows::Last),
@@ -587,6 +588,7 @@ pub const STEPS: &[(usize, u32, LogitsRows)] = &[
     (5, 50, LogitsRows::All),
     (40, 55, LogitsRows::None),
     (40, 95, LogitsRows::None),
+    (4, 126, LogitsRows::All),
     (24, 135, LogitsRows::Last),
     (1, 159, LogitsRows::Last),
 ];

@@ -1,4 +1,4 @@
-// What a lane of attention_subgroup.wgsl has of a row: eight elements.
+// What a lane of attention_lanes.wgsl has of a row: eight elements.
 
 const LANE_VECS: u32 = 2u;
 

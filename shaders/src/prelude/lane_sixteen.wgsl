@@ -1,4 +1,4 @@
-// What a lane of attention_subgroup.wgsl has of a row: sixteen elements.
+// What a lane of attention_lanes.wgsl has of a row: sixteen elements.
 
 const LANE_VECS: u32 = 4u;
 

@@ -1,10 +1,10 @@
-// Axis kv = f16 or f32: the way of an invocation of attention_subgroup.wgsl over its positions, four at once.
+// Axis kv = f16 or f32: the way of an invocation of attention_lanes.wgsl over its positions, four at once.
 
-// Over the positions of `split`, which are rows from `start` on.
-fn sweep(split: Split, start: u32, spot: Spot, place: LanePlace, query: OfHeads) -> Found {
+// Over the positions of `split` with what was found before; position 0 would be row `start`.
+fn sweep(before: Found, split: Split, start: u32, spot: Spot, place: LanePlace, query: OfHeads) -> Found {
     let at_once = spot.subgroups * spot.slots;
     let mine = spot.subgroup * spot.slots + spot.lane / place.lanes;
-    var found = Found(PerHead(LOWEST), PerHead(0.0), OfHeads());
+    var found = before;
     for (var tile = split.begin + mine; tile - mine < split.end; tile += 4u * at_once) {
         // Positions beyond the last one repeat it and get no weight.
         let row0 = start + min(tile, split.end - 1u);

@@ -1,8 +1,8 @@
 //! Attention: splits of the positions, then their combination.
 
 use awqua_shaders::{
-    FLAG_STAGE, Heads, Reduce, RowMode, Step, Variant, attention, attention_coop, attention_few, attention_reduce,
-    attention_subgroup,
+    FLAG_STAGE, FLAG_WHOLE, Heads, Reduce, RowMode, Step, Variant, attention, attention_coop, attention_few,
+    attention_reduce, attention_subgroup,
 };
 
 use super::{Draft, DraftOp, Launch, Planner, unsupported};
@@ -111,7 +111,7 @@ impl Planner<'_> {
                 window,
                 splits_max,
                 split_len,
-                flags: if target.is_some() { FLAG_STAGE } else { 0 },
+                flags: if target.is_some() { FLAG_STAGE } else { 0 } | if subgroups { FLAG_WHOLE } else { 0 },
                 stage_quads: target.map_or(0, |target| target.quads),
             };
             let storage =
@@ -136,7 +136,7 @@ impl Planner<'_> {
     }
 
     /// Whether subgroups add up the scores of heads of `head_dim` elements in rows of `qkv_stride`.
-    fn has_subgroups_for(&self, head_dim: u32, qkv_stride: u32) -> bool {
+    pub(super) fn has_subgroups_for(&self, head_dim: u32, qkv_stride: u32) -> bool {
         let (least, _) = self.backend.gpu.summary.subgroup.unwrap_or_default();
         self.backend.reduce == Reduce::Subgroup && attention_subgroup::handles(head_dim, qkv_stride, least)
     }

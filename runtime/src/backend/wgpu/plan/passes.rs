@@ -3,8 +3,9 @@
 use std::sync::Arc;
 
 use awqua_shaders::{
-    FLAG_EACH, FLAG_STAGE, Kernel, RowMode, Step, Variant, attention, attention_each, attention_few, attention_reduce,
-    gemv_dense_rows, gemv_w4_rows, gemv_w4_rows_coop, rope_append_each, uniform_bytes,
+    FLAG_EACH, FLAG_STAGE, FLAG_WHOLE, Heads, Kernel, Reduce, RowMode, Step, Variant, attention, attention_each,
+    attention_few, attention_reduce, attention_subgroup, attention_subgroup_each, gemv_dense_rows, gemv_w4_rows,
+    gemv_w4_rows_coop, rope_append_each, uniform_bytes,
 };
 use wgpu::BufferUsages;
 
@@ -30,6 +31,8 @@ pub(in super::super) fn handles(limits: &wgpu::Limits, shape: &AttentionShape) -
 pub(in super::super) struct PassKernels {
     /// Whether packed products on matrix units are among them.
     pub(in super::super) coop: bool,
+    /// Whether attention by lanes of subgroups is among them.
+    lanes: bool,
 }
 
 /// Tries the kernels that only passes use as `selftest` does the others; `None` if there can be no passes.
@@ -40,7 +43,11 @@ pub(in super::super) fn kernels(backend: &WgpuBackend) -> Option<PassKernels> {
         [&gemv_w4_rows::KERNEL, &gemv_dense_rows::KERNEL, &rope_append_each::KERNEL, &attention_each::KERNEL];
     let works = |kernel: &&'static Kernel| selftest::pass(&backend.gpu, &backend.pipelines, kernel, variant).is_ok();
     let coop = backend.coop && works(&&gemv_w4_rows_coop::KERNEL);
-    kernels.iter().all(works).then_some(PassKernels { coop })
+    let (least, _) = backend.gpu.summary.subgroup.unwrap_or_default();
+    let lanes = reduce == Reduce::Subgroup
+        && least >= attention_subgroup::LEAST_SUBGROUP
+        && works(&&attention_subgroup_each::KERNEL);
+    kernels.iter().all(works).then_some(PassKernels { coop, lanes })
 }
 
 /// What the plan of a pass knows besides the program.
@@ -71,6 +78,7 @@ pub(super) struct Site {
 enum Form {
     RopeAppend(rope_append_each::Params),
     Attention(attention_each::Params),
+    AttentionLanes(attention_subgroup_each::Params),
 }
 
 /// The cache of a member.
@@ -171,6 +179,12 @@ impl Plan {
                     blocks
                         .extend_from_slice(uniform_bytes(&attention_each::Params { first_row: rows.first, ..params }));
                 }
+                Form::AttentionLanes(params) => {
+                    blocks.extend_from_slice(uniform_bytes(&attention_subgroup_each::Params {
+                        first_row: rows.first,
+                        ..params
+                    }));
+                }
             }
         }
         let usage = BufferUsages::UNIFORM | BufferUsages::COPY_DST;
@@ -207,7 +221,7 @@ impl Site {
     /// The bindings for these rows; those of members that are not there are the first one's, and not used.
     fn storage(&self, memory: &Memory, rows: &Rows<'_>) -> Result<Vec<wgpu::Buffer>> {
         let mut storage = self.storage.clone();
-        if let Form::Attention(_) = self.form {
+        if let Form::Attention(_) | Form::AttentionLanes(_) = self.form {
             let (keys, values) = match rows.prefix {
                 Some(prefix) => prefix.cache(self.layer)?,
                 None => (&memory.dummy, &memory.dummy),
@@ -230,23 +244,26 @@ impl Form {
         match self {
             Self::RopeAppend(params) => size_of_val(params) as u64,
             Self::Attention(params) => size_of_val(params) as u64,
+            Self::AttentionLanes(params) => size_of_val(params) as u64,
         }
     }
 
     /// Of so many members; the position of a step is that of the last of them.
     fn launch(self, memory: &Memory, members: u32) -> LaunchFn {
         let kv = super::kv_of(memory.kv_type);
+        let seen = |window: u32, step: &Step| (step.position + 1).min(if window == 0 { u32::MAX } else { window });
         match self {
             Self::RopeAppend(params) => Box::new(move |_: &Step| Launch {
                 grid: rope_append_each::grid(&params, kv, members),
                 cost: rope_append_each::cost(&params, kv, members),
             }),
-            Self::Attention(params) => Box::new(move |step: &Step| {
-                let seen = (step.position + 1).min(if params.window == 0 { u32::MAX } else { params.window });
-                Launch {
-                    grid: attention_each::grid(&params, step.position, members),
-                    cost: attention_each::cost(&params, kv, seen, members),
-                }
+            Self::Attention(params) => Box::new(move |step: &Step| Launch {
+                grid: attention_each::grid(&params, step.position, members),
+                cost: attention_each::cost(&params, kv, seen(params.window, step), members),
+            }),
+            Self::AttentionLanes(params) => Box::new(move |step: &Step| Launch {
+                grid: attention_subgroup_each::grid(&params, step.position, members),
+                cost: attention_subgroup_each::cost(&params, kv, seen(params.window, step), members),
             }),
         }
     }
@@ -281,7 +298,9 @@ impl Planner<'_> {
         form: Form,
         drafts: &mut Vec<DraftOp>,
     ) -> Result<()> {
-        let pipeline = self.backend.pipelines.get(&self.backend.gpu, kernel, self.variant())?;
+        let shape = self.program.attention;
+        let variant = Variant { heads: Heads::of(shape.heads, shape.kv_heads), ..self.variant() };
+        let pipeline = self.backend.pipelines.get(&self.backend.gpu, kernel, variant)?;
         if let Some(pass) = &mut self.pass {
             pass.sites.push(Site { op: drafts.len(), pipeline, layer, storage, form });
         }
@@ -342,6 +361,10 @@ impl Planner<'_> {
             cap,
             ..Default::default()
         };
+        let lanes = self.backend.pass_kernels().is_some_and(|kernels| kernels.lanes)
+            && self.has_subgroups_for(shape.head_dim, params.qkv_stride);
+        let stage = if target.is_some() { FLAG_STAGE } else { 0 };
+        let stage_quads = target.as_ref().map_or(0, |target| target.quads);
         let reduce = attention_reduce::Params {
             heads: shape.heads,
             head_dim: shape.head_dim,
@@ -349,19 +372,43 @@ impl Planner<'_> {
             window,
             splits_max: params.splits_max,
             split_len,
-            flags: FLAG_EACH | if target.is_some() { FLAG_STAGE } else { 0 },
-            stage_quads: target.as_ref().map_or(0, |target| target.quads),
+            flags: FLAG_EACH | stage | if lanes { FLAG_WHOLE } else { 0 },
+            stage_quads,
         };
         let partials = [pass.partial_out.clone(), pass.partial_ml.clone()];
         let places = pass.places.clone();
+        let staged_out = target.as_ref().map_or(&self.memory.unread, |target| &target.buffer).clone();
         let mut storage = vec![places.clone(), self.buffer(qkv)];
         storage.extend(partials.clone());
-        self.site(&attention_each::KERNEL, layer, storage, Form::Attention(params), drafts)?;
-        let staged_out = target.as_ref().map_or(&self.memory.unread, |target| &target.buffer).clone();
+        if lanes {
+            storage.extend([self.buffer(out), staged_out.clone()]);
+            let params = attention_subgroup_each::Params {
+                heads: params.heads,
+                kv_heads: params.kv_heads,
+                head_dim: params.head_dim,
+                qkv_stride: params.qkv_stride,
+                scale,
+                window,
+                splits_max: params.splits_max,
+                split_len,
+                cap,
+                out_stride: self.stride(out),
+                flags: stage,
+                stage_quads,
+                ..Default::default()
+            };
+            self.site(&attention_subgroup_each::KERNEL, layer, storage, Form::AttentionLanes(params), drafts)?;
+        } else {
+            self.site(&attention_each::KERNEL, layer, storage, Form::Attention(params), drafts)?;
+        }
         let mut storage = partials.to_vec();
         storage.extend([self.buffer(out), staged_out, places]);
         let launch = move |step: &Step| Launch {
-            grid: attention_reduce::grid(&reduce, step.n_tokens),
+            // The position is that of the last of the members, so nothing is left to do for any of them.
+            grid: match lanes && window == 0 && step.position < split_len {
+                true => [0; 3],
+                false => attention_reduce::grid(&reduce, step.n_tokens),
+            },
             cost: attention_reduce::cost(
                 &reduce,
                 attention::splits(window, split_len, step.position, 1),
