@@ -23,8 +23,7 @@ pub enum KvType {
     /// A signed byte, and a half-precision scale for every [`Q8_GROUP`] elements of a key or a value: about half the
     /// memory of `F16`. A scale is the largest magnitude of its group over 127, a code the element over the scale,
     /// rounded to nearest. Keys are rounded behind their rotation. Models whose keys have a few elements far larger than
-    /// the others, such as Qwen2 with its biases, lose much accuracy by it. wgpu refuses it, and on CUDA numbers from
-    /// 65,500 on overflow.
+    /// the others, such as Qwen2 with its biases, lose much accuracy by it. wgpu refuses it.
     Q8,
 }
 

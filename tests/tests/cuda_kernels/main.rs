@@ -4,6 +4,7 @@
 #![allow(clippy::print_stderr, reason = "a failure must name its seed")]
 
 mod attention;
+mod experts;
 #[path = "../machine/mod.rs"]
 mod machine;
 mod products;
