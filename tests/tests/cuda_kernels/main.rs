@@ -8,6 +8,7 @@ mod experts;
 #[path = "../machine/mod.rs"]
 mod machine;
 mod products;
+mod routing;
 mod rows;
 
 use awqua::backend::cuda::driver::Buffer;
