@@ -1,6 +1,5 @@
 // Every CUDA kernel, as one module.
 #include "attention.cu"
-#include "attention_any.cu"
 #include "attention_coop.cu"
 #include "combine.cu"
 #include "embed.cu"

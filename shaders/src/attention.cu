@@ -313,3 +313,6 @@ KERNEL(attention_q8_64, AttentionArgs, 128, 2) { attention<64, true>(args); }
 KERNEL(attention_q8_96, AttentionArgs, 128, 2) { attention<96, true>(args); }
 KERNEL(attention_q8_128, AttentionArgs, 128, 2) { attention<128, true>(args); }
 KERNEL(attention_q8_256, AttentionArgs, 128, 1) { attention<256, true>(args); }
+
+// Heads and caches that these do not know.
+#include "prelude/attention_any.cuh"

@@ -2,7 +2,8 @@
 //
 // Mapping: a warp a head and token, one position at a time; a block eight heads. Traffic: keys and values once a token and
 // head of queries.
-#include "prelude/kv.cuh"
+#pragma once
+#include "kv.cuh"
 
 struct AttentionAnyArgs {
     const float* qkv;  // (tokens, qkv_stride): queries first
