@@ -47,10 +47,39 @@ arguments! {
         x: u64, dense: u64,
         tokens: u32, pad: u32,
     }
+    /// The experts of the step's tokens (`prelude/rows.cuh`).
+    Experts {
+        routes: u64, tiles: u64, slots: u64,
+        row_tiles: u32, top_k: u32, share: u32, routes_stride: u32,
+    }
+    /// Arguments of `gemv_w4_*_experts_*`.
+    GemvW4ExpertsArgs { gemv: GemvW4Args, experts: Experts, }
+    /// Arguments of `gemm_*_experts*`.
+    GemmExpertsArgs { gemm: GemmArgs, experts: Experts, }
+    /// Arguments of `route`.
+    RouteArgs {
+        logits: u64, routes: u64,
+        tokens: u32, logits_stride: u32, routes_stride: u32, experts: u32, top_k: u32, renormalise: u32,
+    }
+    /// Arguments of `group`.
+    GroupArgs {
+        routes: u64, tiles: u64, slots: u64,
+        tokens: u32, top_k: u32, experts: u32, tile: u32, all_tiles: u32, routes_stride: u32,
+    }
+    /// Arguments of `combine`.
+    CombineArgs {
+        x: u64, routes: u64, out: u64,
+        width: u32, top_k: u32, x_stride: u32, routes_stride: u32, out_stride: u32, pad: u32,
+    }
+    /// Arguments of `gate`.
+    GateArgs {
+        x: u64, gate: u64,
+        width: u32, x_stride: u32, gate_stride: u32, pad: u32,
+    }
     /// Arguments of `stage`.
     StageArgs {
-        x: u64, norm: u64, out: u64,
-        eps: f32, k: u32, x_stride: u32, first_row: u32, out_stride: u32, out_tiled: u32,
+        x: u64, norm: u64, out: u64, slots: u64,
+        eps: f32, k: u32, x_stride: u32, first_row: u32, out_stride: u32, out_tiled: u32, share: u32, pad: u32,
     }
     /// Arguments of `embed`.
     EmbedArgs {
@@ -88,6 +117,8 @@ arguments! {
         eps: f32, n: u32, k: u32, stride: u32, x_stride: u32, out_stride: u32, out_offset: u32, tokens: u32, flags: u32,
         scale: f32,
     }
+    /// Arguments of `gemv_dense_1_experts`.
+    GemvDenseExpertsArgs { gemv: GemvDenseArgs, experts: Experts, }
     /// Arguments of `attention_*` for few tokens.
     AttentionArgs {
         q: u64, rows: u64, out: u64, partial: u64, weights: u64, arrived: u64,
@@ -179,6 +210,8 @@ numbers! {
     TO_GLU = 1;
     /// [`Product::target`]: rotated queries, keys and values.
     TO_ROPE = 2;
+    /// Warps of a block of `route`, each of which has a token.
+    ROUTE_WARPS = 8;
     /// Tokens of a block of `gemm_w4_*` and `gemm_dense_*`.
     GEMM_TOKENS = 64;
     /// Warps of one.
@@ -295,6 +328,29 @@ pub const fn attention_coop_shared(head_dim: u32) -> u32 {
     2 * 2 * SPAN * (head_dim + 8) * 2
 }
 
+/// Most experts of a layer.
+pub const EXPERTS_MAX: u32 = 1024;
+/// Most experts of a token: `route` has one in each lane of a warp.
+pub const TOP_K_MAX: u32 = 32;
+/// Slots of a tile of `gemv_w4_8_experts_*`, and of the kernels for many rows.
+pub const SLOTS_OF_TILES: [u32; 2] = [8, GEMM_TOKENS];
+
+/// Tiles of `tile` slots that `tokens` tokens can need, whichever experts they choose; `u32::MAX` where it is more.
+pub const fn expert_tiles(tile: u32, experts: u32, top_k: u32, tokens: u32) -> u32 {
+    let pairs = tokens.saturating_mul(top_k);
+    (pairs / tile).saturating_add(if experts < pairs { experts } else { pairs })
+}
+
+/// Bytes of shared memory of `route`.
+pub const fn route_shared(experts: u32) -> u32 {
+    ROUTE_WARPS * experts * 4
+}
+
+/// Bytes of shared memory of `group`.
+pub const fn group_shared(experts: u32) -> u32 {
+    (experts + 1) * 4
+}
+
 /// Bytes of shared memory of `stage` and `norm_rows`.
 pub const BLOCK_SUM_SHARED: u32 = 33 * 4;
 /// Bytes of shared memory of `sample_slices` and `sample_narrow`.
@@ -304,6 +360,22 @@ pub const DRAW_SHARED: u32 = MOST_LEFT * 12;
 
 /// Heads that `attention_*` and `attention_coop_*` are compiled for.
 pub const HEAD_DIMS: [u32; 4] = [64, 96, 128, 256];
+
+/// Names of the kernels for few and for many tokens over heads of one of [`HEAD_DIMS`], and a cache of [`KV_F16`] or
+/// [`KV_Q8`]; `None` for other heads.
+pub const fn attention_names(head_dim: u32, q8: bool) -> Option<[&'static str; 2]> {
+    Some(match (head_dim, q8) {
+        (64, false) => ["attention_64", "attention_coop_64"],
+        (96, false) => ["attention_96", "attention_coop_96"],
+        (128, false) => ["attention_128", "attention_coop_128"],
+        (256, false) => ["attention_256", "attention_coop_256"],
+        (64, true) => ["attention_q8_64", "attention_coop_q8_64"],
+        (96, true) => ["attention_q8_96", "attention_coop_q8_96"],
+        (128, true) => ["attention_q8_128", "attention_coop_q8_128"],
+        (256, true) => ["attention_q8_256", "attention_coop_q8_256"],
+        _ => return None,
+    })
+}
 
 /// Machine code or assembly of all kernels.
 #[derive(Clone, Copy)]

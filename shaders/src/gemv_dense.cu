@@ -2,14 +2,16 @@
 //
 // Mapping: a warp computes 16 outputs from its rows of w, up to 8 tokens at once on the matrix units; eight neighbouring
 // inputs are two registers of an operand, as in prelude/w4.cuh. Blocks go over the outputs in turns, with the inputs in
-// shared memory. One token: inputs are the sum of two half precision numbers, so that they lose nothing.
+// shared memory. One token: inputs are the sum of two half precision numbers, so that they lose nothing. Experts: y
+// numbers the pairs of a token and an expert, each as one token.
+// Few outputs, such as those of a router: a block has one of a token, in single precision.
 // Traffic: weights once, inputs once a block.
-#include "prelude/w4.cuh"
+#include "prelude/rows.cuh"
 
 struct GemvDenseArgs {
     const u16* w;         // (padded to 16 rows, stride)
     const float* bias;    // (n), padded as w
-    const float* x;       // (k) f32, a single token
+    const float* x;       // (rows, x_stride) f32, of which a single one is read
     const u16* half_x;    // (tokens, x_stride) where x is null
     const float* norm;    // (k) weights of the norm in front of x, null for none
     float* out;           // (tokens, out_stride)
@@ -22,11 +24,16 @@ struct GemvDenseArgs {
     float scale;          // WIDE if half_x is divided by it
 };
 
+struct GemvDenseExpertsArgs {
+    GemvDenseArgs gemv;
+    Experts experts;
+};
+
 // Half precision numbers of a row in shared memory, in 16-byte units that are exchanged within fours by odd rows.
 DEVICE u32 input_unit(u32 row, u32 unit) { return unit ^ row % 2 * 4; }
 
-template <bool ONE>
-DEVICE void gemv_dense(const GemvDenseArgs& args) {
+template <bool ONE, class Rows>
+DEVICE void gemv_dense(const GemvDenseArgs& args, const Rows& which) {
     const u32 lane = lane_id(), g = lane / 4, c = lane % 4, units = args.stride / 8;
     u8* const memory = shared_memory();
     // One token: two rows, the number and what rounding took of it.
@@ -39,7 +46,7 @@ DEVICE void gemv_dense(const GemvDenseArgs& args) {
     constexpr u32 AHEAD = 4;
     // Units of the rows g and g + 8, AHEAD steps of 32 inputs.
     auto row_of = [&](u32 tile, u32 r) {
-        return reinterpret_cast<const U4*>(args.w + u64(tile * TILE + g + r * 8) * args.stride) + c;
+        return reinterpret_cast<const U4*>(args.w + u64((which.first_tile() + tile) * TILE + g + r * 8) * args.stride) + c;
     };
     U4 w[AHEAD][2];
     if (first < tiles) {
@@ -49,7 +56,7 @@ DEVICE void gemv_dense(const GemvDenseArgs& args) {
     }
     wait_for_previous();
     if (ONE) {
-        const F4* const x = reinterpret_cast<const F4*>(args.x);
+        const F4* const x = reinterpret_cast<const F4*>(args.x + u64(which.input(0)) * args.x_stride);
         const F4* const norm = reinterpret_cast<const F4*>(args.norm);
         const float factor = norm ? norm_factor(x, args.k, args.eps, scratch) : 1.f;
         const u32 quads = (args.k + 3) / 4;
@@ -113,12 +120,33 @@ DEVICE void gemv_dense(const GemvDenseArgs& args) {
                 }
                 if (n >= args.n || token >= args.tokens) continue;
                 if (args.flags & HAS_BIAS) v += args.bias[n];
-                float* const out = args.out + u64(token) * args.out_stride + args.out_offset + n;
+                float* const out = args.out + u64(which.output(token)) * args.out_stride + args.out_offset + n;
                 *out = args.flags & ADD ? load_fresh(out) + v : v;
             }
         }
     }
 }
 
-KERNEL(gemv_dense_1, GemvDenseArgs, 256, 2) { gemv_dense<true>(args); }
-KERNEL(gemv_dense_8, GemvDenseArgs, 256, 2) { gemv_dense<false>(args); }
+// Grid: outputs, tokens. Without a norm.
+KERNEL(gemv_dense_narrow, GemvDenseArgs, 256, 4) {
+    wait_for_previous();
+    const u32 n = blockIdx.x, token = blockIdx.y;
+    const U2* const w = reinterpret_cast<const U2*>(args.w + u64(n) * args.stride);
+    float sum = 0;
+    each_quad(reinterpret_cast<const F4*>(args.x + u64(token) * args.x_stride), (args.k + 3) / 4, [&](u32 i, F4 x) {
+        const U2 h = load_weights(w + i);
+        sum += h2_low(h.x) * x.x + h2_high(h.x) * x.y + h2_low(h.y) * x.z + h2_high(h.y) * x.w;
+    });
+    sum = block_sum(sum, reinterpret_cast<float*>(shared_memory()));
+    if (threadIdx.x > 0) return;
+    if (args.flags & HAS_BIAS) sum += args.bias[n];
+    float* const out = args.out + u64(token) * args.out_stride + args.out_offset + n;
+    *out = args.flags & ADD ? load_fresh(out) + sum : sum;
+}
+
+KERNEL(gemv_dense_1, GemvDenseArgs, 256, 2) { gemv_dense<true>(args, AllRows{0, 1}); }
+KERNEL(gemv_dense_8, GemvDenseArgs, 256, 2) { gemv_dense<false>(args, AllRows{0, args.tokens}); }
+KERNEL(gemv_dense_1_experts, GemvDenseExpertsArgs, 256, 2) {
+    wait_for_previous();
+    gemv_dense<true>(args.gemv, OnePair(args.experts, blockIdx.y));
+}

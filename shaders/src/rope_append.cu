@@ -73,7 +73,7 @@ KERNEL(rope_append, RopeAppendArgs, 256, 4) {
     UNROLL_1 for (u32 group = 0; group * KV_GROUP < args.head_dim; group++) {
         const u32 i = group * KV_GROUP + lane;
         const float v = i < args.head_dim ? row[i] : 0.f;
-        const u16 scale = h_from_f32(fminf(warp_max(fabsf(v)), LARGEST_HALF) / 127.f);
+        const u16 scale = h_from_f32(fminf(warp_max(fabsf(v)) / 127.f, LARGEST_SCALE));
         const float wide = h_to_f32(scale);
         if (lane == 0) to[group] = scale;
         if (i < args.head_dim) {

@@ -371,12 +371,15 @@ impl Bench {
             x: x.address(),
             norm: norm.address(),
             out: out.address(),
+            slots: 0,
             eps: 1e-5,
             k: k as u32,
             x_stride: k as u32,
             first_row: 0,
             out_stride: k as u32 / CHUNK,
             out_tiled: 1,
+            share: 0,
+            pad: 0,
         };
         let function = self.device.function("stage");
         let launch = Launch::new(function, [tokens as u32, 1, 1], 256, cuda::BLOCK_SUM_SHARED, &arguments);

@@ -201,6 +201,12 @@ DEVICE u32 atomic_add(u32* p, u32 v) {
     *p += v;
     return old;
 }
+DEVICE u32 atomic_add_shared(u32* p, u32 v) {
+    machine::check_shared(p, 4);
+    const u32 old = *p;
+    *p += v;
+    return old;
+}
 
 template <class T>
 struct Shuffle {

@@ -430,7 +430,7 @@ fn sessions_decode_together_on_cuda() {
 #[cfg(all(feature = "cuda", target_os = "linux", target_arch = "x86_64"))]
 #[test]
 fn passes_on_cuda_match_the_naive_interpretation() {
-    use awqua_tests::decoder::cuda_cases;
+    use awqua_tests::decoder::{cuda_cases, q8_error};
     if machine::is_on_machine("passes_on_cuda_match_the_naive_interpretation", machine::ALL_CAPABILITIES) {
         for (i, case) in cuda_cases().iter().enumerate() {
             let options = awqua::backend::cuda::CudaOptions { force_no_graphs: i % 2 == 1, ..Default::default() };
@@ -444,7 +444,7 @@ fn passes_on_cuda_match_the_naive_interpretation() {
             assert!(passes_match(
                 &|| awqua::backend::cuda::open(&options).expect("the device opens"),
                 &case,
-                1e-2,
+                q8_error(6e-3),
                 false
             ));
         }
@@ -453,25 +453,14 @@ fn passes_on_cuda_match_the_naive_interpretation() {
 
 /// The weights of `model` on a backend.
 fn upload(mut backend: Box<dyn Backend>, model: &awqua_tests::decoder::Model) -> Arc<dyn Backend> {
-    for (i, weight) in model.weights.iter().enumerate() {
-        let name = format!("weight {i}");
-        let stack = model.stacks.iter().find(|(first, count)| (*first..first + count).contains(&(i as u32)));
-        match stack {
-            Some(&(first, count)) => {
-                let index = i - first as usize;
-                let id = backend.reserve_in_stack(&name, &weight.shape(), index, count as usize);
-                backend.fill(id.expect("the weight fits"), weight.clone()).expect("the rows fit");
-            }
-            None => {
-                backend.upload(&name, weight.clone()).expect("the weight fits");
-            }
-        }
-    }
+    model.upload(&mut *backend);
     backend.into()
 }
 
 /// Passes of a backend against the naive interpretation, with steps of the members alone in between, and with `is_exact`
-/// against runners that make the same steps alone, bit by bit; whether it computes passes.
+/// against runners that make the same steps alone, bit by bit; whether it computes passes. Half precision and caches of 8
+/// bits can prefer the other one of two experts that are nearly equal, and a session that went through it stays off: half of
+/// the steps of mixtures have to be within what is allowed then, all of them otherwise.
 fn passes_match(open: &dyn Fn() -> Box<dyn Backend>, case: &Case, allowed: f32, is_exact: bool) -> bool {
     // More than a dispatch of any backend takes.
     const MEMBERS: usize = 11;
@@ -507,6 +496,12 @@ fn passes_match(open: &dyn Fn() -> Box<dyn Backend>, case: &Case, allowed: f32, 
         }
         members.push((runner, oracle));
     }
+    let decides = (case.kv == KvType::Q8 || !is_exact) && matches!(case.style, Style::Experts(_));
+    let mut errors = Vec::new();
+    let mut check = |label: String, found: f32| match decides {
+        true => errors.push(found),
+        false => assert!(found <= allowed, "{}, {:?}, {label}: error {found}", case.name, case.kv),
+    };
     let mut logits = Vec::new();
     let mut twin_logits = Vec::new();
     for pass in 0..4 {
@@ -545,8 +540,7 @@ fn passes_match(open: &dyn Fn() -> Box<dyn Backend>, case: &Case, allowed: f32, 
                 assert!(logits == twin_logits, "{}, {:?}, pass {pass}, session {i}", case.name, case.kv);
             }
             lengths[i] += 1;
-            let found = error(&logits, &expected);
-            assert!(found <= allowed, "{}, {:?}, pass {pass}, session {i}: error {found}", case.name, case.kv);
+            check(format!("pass {pass}, session {i}"), error(&logits, &expected));
         }
         // One goes on alone.
         let (runner, oracle) = &mut members[pass];
@@ -559,8 +553,11 @@ fn passes_match(open: &dyn Fn() -> Box<dyn Backend>, case: &Case, allowed: f32, 
         }
         lengths[pass] += 2;
         runner.read_logits(&mut logits).expect("the logits come back");
-        let found = error(&logits, &expected);
-        assert!(found <= allowed, "{}, {:?}, session {pass} alone: error {found}", case.name, case.kv);
+        check(format!("session {pass} alone"), error(&logits, &expected));
+    }
+    errors.sort_by(f32::total_cmp);
+    if let Some(median) = errors.get(errors.len() / 2) {
+        assert!(*median <= allowed, "{}, {:?}: a median error of {median}", case.name, case.kv);
     }
     let mut stranger = upload(open(), &model).runner(&model.program, &config).expect("the runner fits");
     assert!(!group.takes(&*stranger));
@@ -578,9 +575,8 @@ fn passes_on_the_cpu_match_the_naive_interpretation() {
     for case in cases() {
         assert!(passes_match(&awqua::backend::cpu::open, &case, 2e-3, true));
         // Last bits round some elements of an 8-bit cache to the other neighbour, each of which moves the logits by some
-        // thousandths of the largest, and decides between experts that are nearly equal.
-        let allowed = if matches!(case.style, Style::Experts(_)) { f32::INFINITY } else { 3e-2 };
-        assert!(passes_match(&awqua::backend::cpu::open, &Case { kv: KvType::Q8, ..case }, allowed, true));
+        // thousandths of the largest.
+        assert!(passes_match(&awqua::backend::cpu::open, &Case { kv: KvType::Q8, ..case }, 3e-2, true));
     }
 }
 

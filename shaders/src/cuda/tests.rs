@@ -131,9 +131,14 @@ fn numbers_are_those_of_the_sources() {
 fn structures() -> HashMap<String, (usize, Vec<(String, u32)>)> {
     let mut all: HashMap<String, (usize, Vec<(String, u32)>)> = HashMap::new();
     let sources = sources();
-    // Product is used by others.
-    let is_base = |(name, _): &&(String, String)| Path::new(name).ends_with("w4.cuh");
-    for (_, text) in sources.iter().filter(is_base).chain(sources.iter().filter(|source| !is_base(source))) {
+    // Those of preludes are used by others, Product by all.
+    let mut ordered: Vec<_> = sources.iter().collect();
+    ordered.sort_by_key(|(name, _)| {
+        let name = Path::new(name);
+        let before = ["w4.cuh", "rows.cuh"].iter().position(|base| name.ends_with(base));
+        (before.unwrap_or(2), name.extension() != Some("cuh".as_ref()))
+    });
+    for (_, text) in ordered {
         let mut lines = text.lines();
         while let Some(line) = lines.next() {
             let name = line.strip_prefix("struct ").and_then(|line| line.strip_suffix(" {"));

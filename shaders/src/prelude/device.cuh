@@ -249,6 +249,8 @@ DEVICE void group_sync(u32 id, u32 threads) { asm volatile("bar.sync %0, %1;" : 
 DEVICE void warp_sync() { __syncwarp(); }
 DEVICE void fence_device() { __threadfence(); }
 DEVICE u32 atomic_add(u32* p, u32 v) { return atomicAdd(p, v); }
+// In shared memory.
+DEVICE u32 atomic_add_shared(u32* p, u32 v) { return atomicAdd(p, v); }
 
 DEVICE float shfl_xor(float v, u32 mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
 DEVICE u32 shfl_xor(u32 v, u32 mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }

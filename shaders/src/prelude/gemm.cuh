@@ -6,7 +6,7 @@
 // each barrier; weights go from memory to registers, a chunk ahead. Grid x
 // numbers tokens by 64, y pairs, so that blocks that run side by side share weights.
 #pragma once
-#include "w4.cuh"
+#include "rows.cuh"
 
 constexpr u32 GEMM_TOKENS = 64;
 constexpr u32 GEMM_WARPS = 8;
@@ -35,19 +35,22 @@ DEVICE void spill_sums(float* sums, u32 token, const float (&a)[4], const float 
     }
 }
 
-// Puts the sums of tokens `from` to `to` of the block, whose first token is `first`.
-DEVICE void put_sums(const Product& p, Tiles tiles, const float* sums, u32 first, u32 from, u32 to, u32 all_tokens) {
+// Puts the sums of the block's tokens `from` to `to`.
+template <class Rows>
+DEVICE void put_sums(const Product& p, Tiles tiles, const float* sums, u32 from, u32 to, const Rows& rows) {
     UNROLL_1 for (u32 i = lane_id(); i < (to - from) * (TILE / 4); i += 32) {
         const u32 quad = i % (TILE / 4), token = from + i / (TILE / 4);
-        if (first + token >= all_tokens) break;
+        const u32 row = rows.output(token);
+        // None follows one that is not there.
+        if (row == NONE) break;
         const F4 a = *reinterpret_cast<const F4*>(sums + sums_at(token, quad));
         const F4 b = *reinterpret_cast<const F4*>(sums + sums_at(token, quad + TILE / 4));
-        put(p, tiles, quad * 4, first + token, a, b);
+        put(p, tiles, quad * 4, row, a, b);
     }
 }
 
-template <u32 PAIRS, class Weights>
-DEVICE void gemm(const GemmArgs& args) {
+template <u32 PAIRS, class Weights, class Rows>
+DEVICE void gemm(const GemmArgs& args, const Rows& rows) {
     constexpr u32 SPLITS = GEMM_WARPS / PAIRS;
     const Product& p = args.product;
     const u32 warp = warp_id(), lane = lane_id();
@@ -70,7 +73,7 @@ DEVICE void gemm(const GemmArgs& args) {
         }
     };
 
-    Weights weights(args, tiles);
+    Weights weights(args, {tiles.a + rows.first_tile(), tiles.b + rows.first_tile()});
     weights.load(first);
     wait_for_previous();
     UNROLL for (u32 i = 0; i < GEMM_DEPTH - 1; i++) {
@@ -122,10 +125,31 @@ DEVICE void gemm(const GemmArgs& args) {
         }
         warp_sync();
         if (there) {
-            put_sums(p, tiles, of_pair, blockIdx.x * GEMM_TOKENS, split * SHARE, (split + 1) * SHARE, args.tokens);
+            put_sums(p, tiles, of_pair, split * SHARE, (split + 1) * SHARE, rows);
         }
     } else {
         warp_sync();
-        if (there) put_sums(p, tiles, mine, blockIdx.x * GEMM_TOKENS, 0, GEMM_TOKENS, args.tokens);
+        if (there) put_sums(p, tiles, mine, 0, GEMM_TOKENS, rows);
     }
+}
+
+// The block's tokens, through the whole matrix.
+template <u32 PAIRS, class Weights>
+DEVICE void gemm(const GemmArgs& args) {
+    gemm<PAIRS, Weights>(args, AllRows{blockIdx.x * GEMM_TOKENS, args.tokens});
+}
+
+// Arguments of the products of experts.
+struct GemmExpertsArgs {
+    GemmArgs gemm;
+    Experts experts;
+};
+
+// The block's tile of slots, through the matrix of their expert.
+template <class Weights>
+DEVICE void gemm_experts(const GemmExpertsArgs& args) {
+    wait_for_previous();
+    const u32 expert = load_fresh(args.experts.tiles + blockIdx.x);
+    if (expert == NONE) return;
+    gemm<GEMM_WARPS, Weights>(args.gemm, ManySlots(args.experts, args.gemm.product, blockIdx.x, expert));
 }

@@ -8,6 +8,11 @@
 constexpr u32 KV_F16 = 0, KV_F32 = 1, KV_Q8 = 2;
 // Elements that share a scale.
 constexpr u32 KV_GROUP = 32;
+// The largest scale whose largest code, 127 of it, is a number of half precision.
+constexpr float LARGEST_SCALE = 515.5f;
+
+// Less than every score of attention.
+constexpr float LEAST = -1e30f;
 
 // Bytes of the scales of a row.
 DEVICE constexpr u32 scale_bytes(u32 head_dim) { return (head_dim + 2 * KV_GROUP - 1) / (2 * KV_GROUP) * 4; }

@@ -4,16 +4,7 @@ use super::*;
 
 /// The kernels for few tokens and for many.
 fn names_of(kv_type: u32, head_dim: usize) -> [&'static str; 2] {
-    match (head_dim, kv_type == cuda::KV_Q8) {
-        (64, false) => ["attention_64", "attention_coop_64"],
-        (96, false) => ["attention_96", "attention_coop_96"],
-        (128, false) => ["attention_128", "attention_coop_128"],
-        (_, false) => ["attention_256", "attention_coop_256"],
-        (64, true) => ["attention_q8_64", "attention_coop_q8_64"],
-        (96, true) => ["attention_q8_96", "attention_coop_q8_96"],
-        (128, true) => ["attention_q8_128", "attention_coop_q8_128"],
-        (_, true) => ["attention_q8_256", "attention_coop_q8_256"],
-    }
+    cuda::attention_names(head_dim as u32, kv_type == cuda::KV_Q8).expect("a head that they are compiled for")
 }
 
 /// A cache with one session's keys and values of a layer, and what attention has to give.

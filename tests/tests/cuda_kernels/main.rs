@@ -4,9 +4,11 @@
 #![allow(clippy::print_stderr, reason = "a failure must name its seed")]
 
 mod attention;
+mod experts;
 #[path = "../machine/mod.rs"]
 mod machine;
 mod products;
+mod routing;
 mod rows;
 
 use awqua::backend::cuda::driver::Buffer;

@@ -412,6 +412,19 @@ fn dense_matrices() {
             let mut expected = multiply(&w, &seen);
             with_bias(&mut expected, &bias);
             out.check(&device, &format!("{n} x {k}, {tokens} tokens"), &expected, add, relative);
+            // In single precision, an output a block.
+            let out = Out::new(&device, tokens, n, add, &mut rng);
+            let single = device.upload(&x.iter().flat_map(|row| pad(row)).collect::<Vec<f32>>());
+            let arguments = GemvDenseArgs {
+                x: single.address(),
+                x_stride: k.next_multiple_of(4) as u32,
+                out: out.buffer.address(),
+                ..base
+            };
+            device.run("gemv_dense_narrow", [n as u32, tokens as u32, 1], 256, cuda::BLOCK_SUM_SHARED, &arguments);
+            let mut expected = multiply(&w, &x);
+            with_bias(&mut expected, &bias);
+            out.check(&device, &format!("narrow, {n} x {k}, {tokens} tokens"), &expected, add, 1e-6);
         }
         let x = rounded(&random_rows(70, k, &mut rng));
         let tiles = device.upload(&inputs(&x, true));

@@ -120,6 +120,57 @@ fn rotation_of_rows() {
     }
 }
 
+/// A cache of 8 bits takes numbers of any size: scales and what codes stand for are numbers of half precision.
+#[test]
+fn large_numbers_in_eight_bits() {
+    if !is_on_machine("rows::large_numbers_in_eight_bits", &ALL_CAPABILITIES[..1]) {
+        return;
+    }
+    const LARGEST_SCALE: f32 = 515.5;
+    let (device, mut rng) = (Device::open(), rng("large_numbers_in_eight_bits"));
+    let (head_dim, context) = (64usize, 8usize);
+    for largest in [1.0f32, 60_000.0, 65_468.0, 65_500.0, 65_504.0, 65_520.0, 70_000.0, 1e9, 3e38] {
+        // One head each of queries, keys and values; the largest number is a key, and minus it a value.
+        let mut qkv = rng.values(3 * head_dim, largest);
+        (qkv[head_dim + 5], qkv[2 * head_dim + 40]) = (largest, -largest);
+        let buffer = device.upload(&qkv);
+        let codes = 2 * context * head_dim;
+        let cache = device.zeros(codes + 2 * context * cuda::scale_bytes(head_dim as u32) as usize);
+        let row = Row { cache: cache.address(), rope: 0, context: context as u32, position: 3 };
+        let row_buffer = device.upload(&[row]);
+        let arguments = RopeAppendArgs {
+            qkv: buffer.address(),
+            rows: row_buffer.address(),
+            qkv_stride: 3 * head_dim as u32,
+            q_stride: head_dim as u32,
+            heads: 1,
+            kv_heads: 1,
+            head_dim: head_dim as u32,
+            kv: cuda::KV_Q8,
+            layers: 1,
+            ..Default::default()
+        };
+        device.run("rope_append", [1, 1, 1], 256, cuda::rope_append_shared(head_dim as u32, true), &arguments);
+        let bytes: Vec<u8> = device.download(&cache, cache.bytes() as usize);
+        for line in 0..2 {
+            for group in 0..2 {
+                let x = &qkv[(line + 1) * head_dim + group * 32..][..32];
+                let most = x.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+                let at = codes + (line * context + 3) * 4 + group * 2;
+                let found = f16::from_le_bytes([bytes[at], bytes[at + 1]]);
+                assert_eq!(found, f16::from_f32((most / 127.0).min(LARGEST_SCALE)), "largest {most}");
+                let scale = found.to_f32();
+                for (i, v) in x.iter().enumerate() {
+                    let code = f32::from(bytes[(line * context + 3) * head_dim + group * 32 + i] as i8);
+                    let expected = (v / scale).clamp(-127.0, 127.0);
+                    assert!((code - expected).abs() <= 0.501, "{v} became {code} of {scale}");
+                    assert!(f16::from_f32(code * scale).is_finite());
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn rows_of_all_kinds() {
     if !is_on_machine("rows::rows_of_all_kinds", ALL_CAPABILITIES) {
@@ -142,12 +193,15 @@ fn rows_of_all_kinds() {
                 x: x_buffer.address(),
                 norm: if normed { norm_buffer.address() } else { 0 },
                 out: out.address(),
+                slots: 0,
                 eps: 1e-5,
                 k: k as u32,
                 x_stride: stride as u32,
                 first_row: 1,
                 out_stride: (if tiled { padded / CHUNK as usize } else { padded }) as u32,
                 out_tiled: u32::from(tiled),
+                share: 0,
+                pad: 0,
             };
             device.run("stage", [tokens as u32, 1, 1], 256, cuda::BLOCK_SUM_SHARED, &arguments);
             let found: Vec<u16> = device.download(&out, room);

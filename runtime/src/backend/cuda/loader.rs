@@ -15,8 +15,9 @@ pub(super) const STAGING: usize = 16 << 20;
 pub(super) struct Loader {
     gpu: Arc<Gpu>,
     pub(super) stream: Stream,
-    /// Rows of the last weight that came so far.
+    /// The row that comes next of the last weight, or of the stack that it belongs to, and the end of its rows.
     pub(super) filled: usize,
+    pub(super) end: usize,
     /// Bytes of a half.
     pub(super) room: usize,
     halves: [Half; 2],
@@ -41,7 +42,15 @@ impl Loader {
             let device = gpu.buffer("the way of the weights", room as u64)?;
             Ok::<_, Error>(Half { host: gpu.pinned(room)?, device, end: None })
         };
-        Ok(Self { gpu: gpu.clone(), stream: gpu.stream()?, filled: 0, room, halves: [half()?, half()?], next: 0 })
+        Ok(Self {
+            gpu: gpu.clone(),
+            stream: gpu.stream()?,
+            filled: 0,
+            end: 0,
+            room,
+            halves: [half()?, half()?],
+            next: 0,
+        })
     }
 
     pub(super) fn gpu(&self) -> &Gpu {

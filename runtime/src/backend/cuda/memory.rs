@@ -3,14 +3,33 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use awqua_shaders::cuda::{CHUNK, COOP_TOKENS, MANY_HEADS, Place, Row, STAGE};
+use awqua_shaders::cuda::{CHUNK, COOP_TOKENS, MANY_HEADS, Place, Row, SLOTS_OF_TILES, STAGE, expert_tiles};
 
 use super::driver::{Buffer, Gpu, Stream};
-use crate::backend::{BufferId, KvType, Program, RunnerConfig, kv_bytes};
+use crate::backend::{BufferId, KvType, Op, Program, RunnerConfig, kv_bytes};
 use crate::error::{Error, ErrorKind, Result};
+
+const _: () = assert!(crate::backend::Q8_GROUP == awqua_shaders::cuda::KV_GROUP as usize);
 
 /// Most rows of a step whose products read inputs in rows instead of tiles.
 pub(super) const FEW: u32 = 16;
+
+/// How half precision inputs of a matrix lie.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum Form {
+    /// Rows, for few tokens.
+    Rows,
+    /// Tiles, for many.
+    Tiles,
+    /// Tiles of what goes through the same one of so many experts, so many of which a token goes through.
+    Slots { experts: u32, top_k: u32 },
+}
+
+impl Form {
+    pub(super) fn is_tiled(self) -> bool {
+        self != Self::Rows
+    }
+}
 
 /// Where inputs of a matrix lie: half precision rows of `stride` elements, or tiles of `stride` chunks a row.
 #[derive(Clone, Copy)]
@@ -18,6 +37,21 @@ pub(super) struct Staged {
     pub(super) address: u64,
     pub(super) stride: u32,
     pub(super) tiled: bool,
+}
+
+/// Addresses of the tiles of slots and of the slots that bring the rows of an expert together.
+#[derive(Clone, Copy)]
+pub(super) struct Slots {
+    pub(super) tiles: u64,
+    pub(super) slots: u64,
+}
+
+/// Tiles and slots that a step of `most` tokens can need.
+fn slots_of(experts: u32, top_k: u32, most: u32) -> (u64, u64) {
+    let [few, many] = SLOTS_OF_TILES;
+    let tiles = |of: u32, tokens: u32| u64::from(expert_tiles(of, experts, top_k, tokens));
+    let (of_few, of_many) = (tiles(few, most.min(FEW)), tiles(many, most));
+    (of_few.max(of_many), (of_few * u64::from(few)).max(of_many * u64::from(many)))
 }
 
 /// Room for the splits of attention over few tokens.
@@ -43,16 +77,31 @@ pub(super) fn runner_bytes(program: &Program, config: &RunnerConfig) -> u64 {
     let most = u64::from(config.max_tokens);
     let buffers = program.buffers.iter().map(|desc| {
         let rows = u64::from(desc.rows(config));
-        let staged = u64::from(desc.width.next_multiple_of(STAGE)) * 2 * (rows.next_multiple_of(128) + u64::from(FEW));
+        let few = u64::from(FEW) * u64::from(desc.per_token);
+        let staged = u64::from(desc.width.next_multiple_of(STAGE)) * 2 * (rows.next_multiple_of(128) + few);
         (rows * u64::from(desc.width.next_multiple_of(4)) * 4).saturating_add(staged)
     });
-    let buffers = buffers.fold(0u64, u64::saturating_add);
+    let buffers = buffers.fold(expert_bytes(program, config.max_tokens), u64::saturating_add);
     let queries = most * u64::from(shape.heads) * u64::from(shape.head_dim) * 2;
     // At most 64 splits of each token and head.
     let splits = u64::from(FEW) * u64::from(shape.heads) * 64 * (u64::from(shape.head_dim) * 4 + 8);
     let ropes = u64::from(program.rope_tables) * u64::from(config.context) * u64::from(shape.rotary_dim) * 4;
     let sampling = super::sampling::bytes(program.vocab_size, config.context);
     [kv, buffers, queries, splits, ropes, sampling, most * 32].into_iter().fold(0, u64::saturating_add)
+}
+
+/// Bytes of the slots of a mixture, and of the inputs of its experts in slots.
+fn expert_bytes(program: &Program, most: u32) -> u64 {
+    let mut inputs: HashMap<BufferId, u64> = HashMap::new();
+    let mut own = 0;
+    for op in &program.ops {
+        let Op::Experts { x, count, routes, .. } = *op else { continue };
+        let width = |id: BufferId| program.buffers.get(id.0 as usize).map_or(0, |desc| desc.width);
+        let (tiles, slots) = slots_of(count, width(routes) / 2, most);
+        own = own.max((tiles + slots) * 4);
+        inputs.insert(x, slots.saturating_mul(u64::from(width(x).next_multiple_of(STAGE)) * 2));
+    }
+    inputs.into_values().fold(own, u64::saturating_add)
 }
 
 /// The buffers of one session.
@@ -77,7 +126,9 @@ pub(super) struct Memory {
     /// By program buffer: f32 rows.
     activations: HashMap<BufferId, usize>,
     /// By program buffer and form.
-    staged: HashMap<(BufferId, bool), usize>,
+    staged: HashMap<(BufferId, Form), usize>,
+    /// Tiles and slots, by the experts of a layer and of a token.
+    slots: HashMap<(u32, u32), [usize; 2]>,
     queries: Option<usize>,
     splits: Option<Splits>,
 }
@@ -115,6 +166,7 @@ impl Memory {
             ropes: 0,
             activations: HashMap::new(),
             staged: HashMap::new(),
+            slots: HashMap::new(),
             queries: None,
             splits: None,
         };
@@ -182,24 +234,42 @@ impl Memory {
         self.activations.get(&id).map(|number| &self.buffers[*number])
     }
 
-    /// The half precision inputs that stand for a program buffer, in rows for few tokens or tiles for many.
-    pub(super) fn staged(&mut self, stream: &Stream, program: &Program, id: BufferId, tiled: bool) -> Result<Staged> {
+    /// The half precision inputs that stand for a program buffer.
+    pub(super) fn staged(&mut self, stream: &Stream, program: &Program, id: BufferId, form: Form) -> Result<Staged> {
         let desc = &program.buffers[id.0 as usize];
         let width = desc.width.next_multiple_of(STAGE);
-        let number = match self.staged.get(&(id, tiled)) {
+        let number = match self.staged.get(&(id, form)) {
             Some(number) => *number,
             None => {
-                let most = if desc.logits_rows { self.config.max_logits_rows } else { self.config.max_tokens };
-                let rows =
-                    if tiled { u64::from(most).next_multiple_of(u64::from(COOP_TOKENS)) } else { u64::from(FEW) };
+                let rows = match form {
+                    Form::Rows => u64::from(FEW) * u64::from(desc.per_token),
+                    Form::Tiles => u64::from(desc.rows(&self.config)).next_multiple_of(u64::from(COOP_TOKENS)),
+                    Form::Slots { experts, top_k } => slots_of(experts, top_k, self.config.max_tokens).1,
+                };
                 let what = format!("inputs `{}`", desc.name);
                 let number = self.make(stream, &what, rows.checked_mul(u64::from(width) * 2))?;
-                self.staged.insert((id, tiled), number);
+                self.staged.insert((id, form), number);
                 number
             }
         };
+        let tiled = form.is_tiled();
         let stride = if tiled { width / CHUNK } else { width };
         Ok(Staged { address: self.address(number), stride, tiled })
+    }
+
+    /// Room for bringing the rows of an expert together.
+    pub(super) fn slots(&mut self, stream: &Stream, experts: u32, top_k: u32) -> Result<Slots> {
+        let [tiles, slots] = match self.slots.get(&(experts, top_k)) {
+            Some(numbers) => *numbers,
+            None => {
+                let (tiles, slots) = slots_of(experts, top_k, self.config.max_tokens);
+                let tiles = self.make(stream, "tiles of rows by expert", tiles.checked_mul(4))?;
+                let slots = self.make(stream, "rows by expert", slots.checked_mul(4))?;
+                self.slots.insert((experts, top_k), [tiles, slots]);
+                [tiles, slots]
+            }
+        };
+        Ok(Slots { tiles: self.address(tiles), slots: self.address(slots) })
     }
 
     /// Half precision queries: (max_tokens, heads * head_dim).
@@ -238,5 +308,18 @@ impl Memory {
         };
         self.splits = Some(splits);
         Ok(splits)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn scales_take_what_the_kernels_expect() {
+        for head_dim in 1..=512 {
+            let kernels = u64::from(awqua_shaders::cuda::scale_bytes(head_dim));
+            assert_eq!(KvType::Q8.scale_bytes(head_dim), kernels, "heads of {head_dim}");
+        }
     }
 }

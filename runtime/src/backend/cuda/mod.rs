@@ -129,6 +129,7 @@ impl CudaDevice {
             choice: self.choice.clone(),
             weights: RwLock::new(Some(Vec::new())),
             loader: None,
+            stack: None,
             weight_bytes: 0,
         }
     }
@@ -165,6 +166,8 @@ pub struct CudaBackend {
     weights: RwLock<Option<Vec<CudaWeight>>>,
     /// Made when the first weight comes.
     loader: Option<Loader>,
+    /// The experts reserved last: the first one and the form of all.
+    stack: Option<(WeightId, WeightShape)>,
     weight_bytes: u64,
 }
 
@@ -203,6 +206,21 @@ impl CudaBackend {
         }
     }
 
+    /// Makes room for a weight, or for a stack of `experts` of them.
+    fn push(&mut self, name: &str, shape: &WeightShape, experts: u32) -> Result<WeightId> {
+        let loader = match &mut self.loader {
+            Some(loader) => loader,
+            none => none.insert(Loader::new(&self.gpu, STAGING)?),
+        };
+        let weight = CudaWeight::reserve_stack(&self.gpu, &loader.stream, name, shape, experts);
+        let weight = weight.map_err(|e| e.in_tensor(name))?;
+        (loader.filled, loader.end) = (0, shape.rows());
+        self.weight_bytes += weight.bytes();
+        let weights = self.weights.get_mut().unwrap_or_else(PoisonError::into_inner).get_or_insert_default();
+        weights.push(weight);
+        last_of(weights)
+    }
+
     /// Whether the kernels for the matrix units of compute capability 9.0 are used.
     fn has_group_products(&self) -> bool {
         self.choice.group_products
@@ -222,38 +240,50 @@ impl Backend for CudaBackend {
 
     fn reserve(&mut self, name: &str, shape: &WeightShape) -> Result<WeightId> {
         drop(self.hold()?);
-        let loader = match &mut self.loader {
-            Some(loader) => loader,
-            none => none.insert(Loader::new(&self.gpu, STAGING)?),
+        self.push(name, shape, 1)
+    }
+
+    fn reserve_in_stack(&mut self, name: &str, shape: &WeightShape, index: usize, count: usize) -> Result<WeightId> {
+        drop(self.hold()?);
+        let refused = |message: &str| Err(Error::new(ErrorKind::Unsupported, message).in_tensor(name));
+        let (Ok(count), false) = (u32::try_from(count), matches!(shape, WeightShape::Vector { .. })) else {
+            return refused("experts of this form on this device");
         };
-        let weight = CudaWeight::reserve(&self.gpu, &loader.stream, name, shape).map_err(|e| e.in_tensor(name))?;
-        loader.filled = 0;
-        self.weight_bytes += weight.bytes();
+        if index == 0 {
+            let first = self.push(name, shape, count)?;
+            self.stack = Some((first, *shape));
+            return Ok(first);
+        }
+        // The kernels know one form for all.
+        let Some((first, _)) = self.stack.filter(|(_, first)| first == shape) else {
+            return refused("experts of different forms on this device");
+        };
         let weights = self.weights.get_mut().unwrap_or_else(PoisonError::into_inner).get_or_insert_default();
-        weights.push(weight);
-        u32::try_from(weights.len() - 1)
-            .map(WeightId)
-            .map_err(|_| Error::new(ErrorKind::Unsupported, "too many weights".to_owned()))
+        let (Some(stack), Some(loader)) = (weights.get(first.0 as usize), &mut self.loader) else {
+            return refused("experts without a first one");
+        };
+        loader.filled = index * stack.stack_rows();
+        loader.end = loader.filled + shape.rows();
+        weights.push(CudaWeight::Expert { first: first.0 });
+        last_of(weights)
     }
 
     fn fill(&mut self, id: WeightId, rows: Weight) -> Result<()> {
         drop(self.hold()?);
         let count = rows.shape().rows();
         let weights = self.weights.get_mut().unwrap_or_else(PoisonError::into_inner).get_or_insert_default();
-        let last = weights.len().checked_sub(1);
-        match (weights.get_mut(id.0 as usize), &mut self.loader) {
-            (Some(weight), Some(loader)) if last == Some(id.0 as usize) && loader.filled + count <= weight.rows() => {
-                weight.fill(loader, &rows)
-            }
+        match (holder(weights, id), &mut self.loader) {
+            (Some(at), Some(loader)) if loader.filled + count <= loader.end => weights[at].fill(loader, &rows),
             _ => Err(Error::new(ErrorKind::InvalidInput, format!("weight {} takes no {count} rows", id.0))),
         }
     }
 
     fn takes_stored(&self, id: WeightId, stored: &StoredGemm) -> bool {
         let weights = self.weights.read().unwrap_or_else(PoisonError::into_inner);
-        let weight = weights.as_ref().and_then(|weights| weights.get(id.0 as usize));
-        match (weight, &self.loader) {
-            (Some(weight), Some(loader)) => weight.takes_stored(loader, stored),
+        match (weights.as_ref(), &self.loader) {
+            (Some(weights), Some(loader)) => {
+                holder(weights, id).is_some_and(|at| weights[at].takes_stored(loader, stored))
+            }
             _ => false,
         }
     }
@@ -261,12 +291,9 @@ impl Backend for CudaBackend {
     fn fill_stored(&mut self, id: WeightId, stored: &StoredGemm, inputs: Range<usize>) -> Result<()> {
         drop(self.hold()?);
         let weights = self.weights.get_mut().unwrap_or_else(PoisonError::into_inner).get_or_insert_default();
-        let last = weights.len().checked_sub(1);
-        match (weights.get_mut(id.0 as usize), &mut self.loader) {
-            (Some(weight), Some(loader))
-                if last == Some(id.0 as usize) && loader.filled + stored.n <= weight.rows() =>
-            {
-                weight.fill_stored(loader, stored, inputs)
+        match (holder(weights, id), &mut self.loader) {
+            (Some(at), Some(loader)) if loader.filled + stored.n <= loader.end => {
+                weights[at].fill_stored(loader, stored, inputs)
             }
             _ => Err(Error::new(ErrorKind::InvalidInput, format!("weight {} takes no {} rows", id.0, stored.n))),
         }
@@ -311,6 +338,26 @@ impl Backend for CudaBackend {
 
     fn group(self: Arc<Self>, program: &Arc<Program>, config: &RunnerConfig) -> Result<Option<Box<dyn Group>>> {
         Ok(Some(Box::new(group::CudaGroup::new(self, program, config)?)))
+    }
+}
+
+/// The number of the newest of `weights`.
+///
+/// # Errors
+/// [`ErrorKind::Unsupported`] beyond 32 bits.
+fn last_of(weights: &[CudaWeight]) -> Result<WeightId> {
+    u32::try_from(weights.len() - 1)
+        .map(WeightId)
+        .map_err(|_| Error::new(ErrorKind::Unsupported, "too many weights".to_owned()))
+}
+
+/// Index of what holds the rows of the newest of `weights`, if that is `id`.
+fn holder(weights: &[CudaWeight], id: WeightId) -> Option<usize> {
+    let at = id.0 as usize;
+    match weights.last() {
+        Some(CudaWeight::Expert { first }) if at + 1 == weights.len() => Some(*first as usize),
+        Some(_) if at + 1 == weights.len() => Some(at),
+        _ => None,
     }
 }
 

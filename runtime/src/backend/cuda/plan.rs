@@ -6,7 +6,9 @@ use awqua_shaders::cuda::{self, EmbedArgs, GluArgs, NormArgs, ScaleArgs};
 use awqua_shaders::{Cost, RowMode, Step};
 
 mod attention;
+mod experts;
 mod fuse;
+mod kernels;
 mod linear;
 
 use super::CudaBackend;
@@ -114,20 +116,19 @@ impl<'a> Planner<'a> {
             Op::Embed { table, out, scale } => self.embed(table, out, scale)?,
             Op::Norm { .. } => self.norm(&ops[0])?,
             Op::Linear { x, rows, .. } => {
-                let input = match ready {
-                    Some((buffer, scale)) if buffer == x => linear::Input::Ready { buffer, scale },
-                    _ => linear::Input::Rows { buffer: x, norm: None },
-                };
                 let site = self.site(&ops[0])?;
-                self.linears(input, row_mode(rows), &[site])?
+                self.linears(input_of(x, ready), row_mode(rows), &[site])?
             }
             Op::RopeAppend { qkv, layer, rope } => self.rope_append(qkv, layer, rope, [None, None], &ops[1..])?,
             Op::Attention { .. } => self.attention(&ops[0], &ops[1..])?,
             Op::Glu { x, out, activation } => self.glu(x, out, activation)?,
             Op::Scale { x, scale, cap, rows } => self.scale(x, scale, cap, row_mode(rows))?,
-            Op::Route { .. } | Op::Experts { .. } | Op::Combine { .. } | Op::Gate { .. } => {
-                return Err(unsupported(NO_MIXTURES));
+            Op::Route { logits, routes, top_k, renormalise } => {
+                self.route(logits, routes, top_k, renormalise, &ops[1..])?
             }
+            Op::Experts { x, .. } => self.experts(&ops[0], input_of(x, ready))?,
+            Op::Combine { x, routes, out } => self.combine(x, routes, out)?,
+            Op::Gate { x, gate } => self.gate(x, gate)?,
             Op::Arrange { .. } => return Err(unsupported(NO_ARRANGING)),
         };
         Ok((op, 1))
@@ -204,13 +205,22 @@ impl<'a> Planner<'a> {
     fn glu(&mut self, x: BufferId, out: BufferId, activation: Activation) -> Result<PlannedOp> {
         let width = self.width(out)?;
         self.fits(x.into(), width.saturating_mul(2))?;
+        let per_token = self.per_token(x);
+        if self.per_token(out) != per_token {
+            return Err(unsupported("a gated product of other rows than its input's"));
+        }
+        if self.memory.config.max_tokens.saturating_mul(per_token) > awqua_shaders::MAX_GROUPS {
+            let message = format!("{} tokens a step through {per_token} experts each", self.memory.config.max_tokens);
+            return Err(unsupported(&message));
+        }
         let ((x, x_stride), (out, out_stride)) = (self.rows(x)?, self.rows(out)?);
         let function = self.backend.gpu.function("glu")?;
         let arguments = GluArgs { x, out, width, x_stride, out_stride, activation: number(activation) };
         let call = call("glu", function, 256, 0, move |step| {
-            let elements = u64::from(step.n_tokens) * u64::from(width);
+            let rows = step.n_tokens * per_token;
+            let elements = u64::from(rows) * u64::from(width);
             let cost = Cost { bytes: elements * 12, flops: elements * 4 };
-            ([width.div_ceil(256), step.n_tokens, 1], arguments, cost)
+            ([width.div_ceil(256), rows, 1], arguments, cost)
         });
         Ok(PlannedOp::always(RowMode::All, vec![call]))
     }
@@ -249,6 +259,11 @@ impl<'a> Planner<'a> {
             Some(desc) => Ok(desc.width),
             None => Err(Error::new(ErrorKind::InvalidInput, format!("the program has no buffer {}", id.0))),
         }
+    }
+
+    /// Rows of a token in a buffer.
+    fn per_token(&self, id: BufferId) -> u32 {
+        self.program.buffers.get(id.0 as usize).map_or(1, |desc| desc.per_token)
     }
 
     /// Checks that `columns` columns from `span` on are there.
@@ -293,6 +308,14 @@ impl<'a> Planner<'a> {
     }
 }
 
+/// The inputs in `x`, which may be what the operation before left.
+fn input_of(x: BufferId, ready: Option<(BufferId, f32)>) -> linear::Input {
+    match ready {
+        Some((buffer, scale)) if buffer == x => linear::Input::Ready { buffer, scale },
+        _ => linear::Input::Rows { buffer: x, norm: None },
+    }
+}
+
 /// A call whose grid, arguments and cost follow from the step.
 fn call<A: bytemuck::Pod>(
     name: &'static str,
@@ -331,8 +354,9 @@ fn row_mode(rows: Rows) -> RowMode {
 pub(super) fn check(program: &Program, weights: &[WeightShape]) -> Result<()> {
     for op in &program.ops {
         match *op {
-            Op::Route { .. } | Op::Experts { .. } | Op::Combine { .. } | Op::Gate { .. } => {
-                return Err(unsupported(NO_MIXTURES));
+            Op::Route { logits, top_k, .. } => {
+                let experts = program.buffers.get(logits.0 as usize).map_or(0, |desc| desc.width);
+                experts::check_route(experts, top_k)?;
             }
             Op::Arrange { .. } => return Err(unsupported(NO_ARRANGING)),
             Op::Embed { table, .. } => match weights.get(table.0 as usize) {
@@ -348,7 +372,6 @@ pub(super) fn check(program: &Program, weights: &[WeightShape]) -> Result<()> {
     weights.iter().try_for_each(super::weights::check)
 }
 
-const NO_MIXTURES: &str = "the CUDA backend computes no mixtures of experts; use wgpu or the CPU";
 const NO_ARRANGING: &str = "the CUDA backend neither reorders nor scales the inputs of matrices; use wgpu or the CPU";
 const NO_PACKED_TABLES: &str = "the CUDA backend needs a dense embedding table; use wgpu or the CPU";
 

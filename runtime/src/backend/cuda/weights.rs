@@ -20,11 +20,20 @@ const MOST_ROWS: usize = 32768;
 pub(super) enum CudaWeight {
     W4(CudaW4),
     Dense(CudaDense),
-    Vector { len: u32, buffer: Buffer },
+    Vector {
+        len: u32,
+        buffer: Buffer,
+    },
+    /// One of the matrices behind the first one of a stack, which holds them all.
+    Expert {
+        first: u32,
+    },
 }
 
-/// A packed matrix in the tiles of `prelude/w4.cuh`.
+/// A packed matrix in the tiles of `prelude/w4.cuh`, or as many as there are experts, one behind the other.
 pub(super) struct CudaW4 {
+    pub(super) experts: u32,
+    /// Rows and inputs of one.
     pub(super) n: u32,
     pub(super) k: u32,
     pub(super) groups: u32,
@@ -42,20 +51,40 @@ impl CudaW4 {
         self.k.div_ceil(STAGE)
     }
 
-    /// Pairs of row tiles.
+    /// Pairs of row tiles of one matrix.
     pub(super) fn pairs(&self) -> u32 {
         self.n.div_ceil(2 * TILE)
     }
+
+    /// Bytes of one matrix.
+    pub(super) fn expert_bytes(&self) -> u64 {
+        (self.codes.bytes() + self.params.bytes()) / u64::from(self.experts)
+    }
 }
 
-/// A dense matrix: half precision rows of `stride` elements, padded with zeros to pairs of row tiles.
+/// A dense matrix: half precision rows of `stride` elements, padded with zeros to pairs of row tiles; or as many as there
+/// are experts, one behind the other.
 pub(super) struct CudaDense {
+    pub(super) experts: u32,
+    /// Rows and inputs of one.
     pub(super) n: u32,
     pub(super) k: u32,
     pub(super) stride: u32,
     pub(super) rows: Buffer,
     /// Element type on the way in; `None` where packed rows are dequantised for it.
     from: Option<DenseType>,
+}
+
+impl CudaDense {
+    /// Row tiles of one matrix, padding included.
+    pub(super) fn row_tiles(&self) -> u32 {
+        self.n.div_ceil(2 * TILE) * 2
+    }
+
+    /// Bytes of one matrix.
+    pub(super) fn expert_bytes(&self) -> u64 {
+        self.rows.bytes() / u64::from(self.experts)
+    }
 }
 
 /// How packed groups have to lie for the packed kernels: 32, 64, 128, ... inputs, or one a row. Others are dequantised.
@@ -128,22 +157,37 @@ impl CudaWeight {
     /// # Errors
     /// [`ErrorKind::OutOfMemory`], [`ErrorKind::Unsupported`] for shapes beyond 32 bits, or a device error.
     pub(super) fn reserve(gpu: &Arc<Gpu>, stream: &Stream, name: &str, shape: &WeightShape) -> Result<Self> {
+        Self::reserve_stack(gpu, stream, name, shape, 1)
+    }
+
+    /// As [`Self::reserve`], for `experts` matrices of that shape.
+    pub(super) fn reserve_stack(
+        gpu: &Arc<Gpu>,
+        stream: &Stream,
+        name: &str,
+        shape: &WeightShape,
+        experts: u32,
+    ) -> Result<Self> {
         check(shape)?;
-        let zeros = |bytes| {
-            let buffer = gpu.buffer(name, bytes)?;
+        let zeros = |bytes: u64| {
+            let all = bytes.checked_mul(u64::from(experts));
+            let all =
+                all.ok_or_else(|| Error::new(ErrorKind::OutOfMemory, format!("{experts} times {bytes} bytes")))?;
+            let buffer = gpu.buffer(name, all)?;
             stream.clear(&buffer)?;
             Ok::<_, Error>(buffer)
         };
         let dense = |n: usize, k: usize, from| {
             let stride = dimension(k.next_multiple_of(STAGE as usize))?;
             let rows = zeros(dense_bytes(n, k))?;
-            Ok::<_, Error>(Self::Dense(CudaDense { n: dimension(n)?, k: dimension(k)?, stride, rows, from }))
+            Ok::<_, Error>(Self::Dense(CudaDense { experts, n: dimension(n)?, k: dimension(k)?, stride, rows, from }))
         };
         match *shape {
             WeightShape::W4 { n, k, group_size, offset } => match group_shift(group_size, k) {
                 Some(group_shift) => {
                     let (codes, params) = w4_bytes(n, k, k / group_size);
                     Ok(Self::W4(CudaW4 {
+                        experts,
                         n: dimension(n)?,
                         k: dimension(k)?,
                         groups: dimension(k / group_size)?,
@@ -165,13 +209,14 @@ impl CudaWeight {
         }
     }
 
-    /// Rows of the whole weight.
-    pub(super) fn rows(&self) -> usize {
-        match self {
-            Self::W4(m) => m.n as usize,
-            Self::Dense(m) => m.n as usize,
-            Self::Vector { len, .. } => *len as usize,
-        }
+    /// Rows from the first one of a matrix of a stack to the first one of the next.
+    pub(super) fn stack_rows(&self) -> usize {
+        let n = match self {
+            Self::W4(m) => m.n,
+            Self::Dense(m) => m.n,
+            Self::Vector { .. } | Self::Expert { .. } => 0,
+        };
+        n.next_multiple_of(2 * TILE) as usize
     }
 
     /// Bytes on the device.
@@ -180,6 +225,7 @@ impl CudaWeight {
             Self::W4(m) => m.codes.bytes() + m.params.bytes(),
             Self::Dense(m) => m.rows.bytes(),
             Self::Vector { buffer, .. } => buffer.bytes(),
+            Self::Expert { .. } => 0,
         }
     }
 

@@ -3,7 +3,7 @@
 use awqua_shaders::cuda::{self, AttentionAnyArgs, AttentionArgs, AttentionCoopArgs, RopeAppendArgs};
 use awqua_shaders::{Cost, RowMode, Step};
 
-use super::super::memory::FEW;
+use super::super::memory::{FEW, Form};
 use super::fuse::feeds_matrix;
 use super::{PlannedOp, Planner, call, unsupported};
 use crate::backend::{BufferId, KvType, Op, WeightId};
@@ -143,21 +143,13 @@ impl Planner<'_> {
 
         let q = self.memory.queries(self.stream, self.program)?;
         let (few, many) = (
-            self.memory.staged(self.stream, self.program, out, false)?,
-            self.memory.staged(self.stream, self.program, out, true)?,
+            self.memory.staged(self.stream, self.program, out, Form::Rows)?,
+            self.memory.staged(self.stream, self.program, out, Form::Tiles)?,
         );
         let splits = self.memory.splits(self.stream, self.program)?;
         let q8 = self.memory.kv_type == KvType::Q8;
-        let [name, many_name] = match (shape.head_dim, q8) {
-            (64, false) => ["attention_64", "attention_coop_64"],
-            (96, false) => ["attention_96", "attention_coop_96"],
-            (128, false) => ["attention_128", "attention_coop_128"],
-            (_, false) => ["attention_256", "attention_coop_256"],
-            (64, true) => ["attention_q8_64", "attention_coop_q8_64"],
-            (96, true) => ["attention_q8_96", "attention_coop_q8_96"],
-            (128, true) => ["attention_q8_128", "attention_coop_q8_128"],
-            (_, true) => ["attention_q8_256", "attention_coop_q8_256"],
-        };
+        let [name, many_name] = cuda::attention_names(shape.head_dim, q8)
+            .ok_or_else(|| unsupported(&format!("heads of {} elements on the matrix units", shape.head_dim)))?;
         let arguments = AttentionArgs {
             q,
             rows,

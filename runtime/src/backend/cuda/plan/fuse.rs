@@ -29,6 +29,7 @@ impl Planner<'_> {
                 }
                 self.behind_norm(norm, input, rows, &ops[1..])
             }
+            [Op::Experts { .. }, Op::Glu { .. }, ..] => self.experts_glu(ops),
             _ => Ok(None),
         }
     }
@@ -194,7 +195,7 @@ pub(super) fn feeds_matrix(buffer: BufferId, rest: &[Op]) -> bool {
 }
 
 /// Whether one of `ops` reads `buffer` before another one writes it anew.
-fn reads_before_write(ops: &[Op], buffer: BufferId) -> bool {
+pub(super) fn reads_before_write(ops: &[Op], buffer: BufferId) -> bool {
     for op in ops {
         let (reads, writes) = match *op {
             Op::Embed { out, .. } => ([None; 2], out),
