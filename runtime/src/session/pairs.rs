@@ -7,26 +7,63 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use serde::de::{Deserialize, Deserializer, Error, MapAccess, SeqAccess, Visitor};
-use tokenizers::models::bpe::{BPE, BpeTrainer, Vocab};
+use serde::de::{Deserialize, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use tokenizers::models::bpe::{BPE, BpeBuilder, BpeTrainer, Vocab};
 use tokenizers::{
     DecoderWrapper, Model, ModelWrapper, NormalizerWrapper, PostProcessorWrapper, PreTokenizerWrapper, Result, Token,
     TokenizerImpl,
 };
 
-/// Reads a definition whose model is of byte pairs; an error for any other, or if anything is unusual.
-pub(super) fn parse(json: &[u8]) -> std::result::Result<tokenizers::Tokenizer, serde_json::Error> {
-    type OfPairs = TokenizerImpl<Pairs, NormalizerWrapper, PreTokenizerWrapper, PostProcessorWrapper, DecoderWrapper>;
-    serde_json::from_slice::<OfPairs>(json).map(Into::into)
+type OfPairs = TokenizerImpl<Pairs, NormalizerWrapper, PreTokenizerWrapper, PostProcessorWrapper, DecoderWrapper>;
+
+/// Reads a definition whose model is of byte pairs; an error for any other, or if anything is unusual. Where `aside`, a
+/// thread of its own reads the merges meanwhile, half of the text.
+pub(super) fn parse(json: &[u8], aside: bool) -> std::result::Result<tokenizers::Tokenizer, serde_json::Error> {
+    let merges = || serde_json::from_slice::<OnlyMerges>(json);
+    let (tokenizer, merges) = std::thread::scope(|scope| {
+        let thread = aside.then(|| std::thread::Builder::new().spawn_scoped(scope, merges).ok()).flatten();
+        let tokenizer = serde_json::from_slice::<OfPairs>(json);
+        match thread.map(std::thread::ScopedJoinHandle::join) {
+            Some(Ok(merges)) => Ok((tokenizer?, merges?)),
+            Some(Err(panic)) => std::panic::resume_unwind(panic),
+            // Nobody else was to read them, or the system refused a thread.
+            None => Ok::<_, serde_json::Error>((tokenizer?, merges()?)),
+        }
+    })?;
+    let merges = merges.model.merges.into_iter().map(|merge| merge.0).collect();
+    let (builder, vocab) = std::mem::take(&mut *tokenizer.get_model().lock());
+    let model = builder.vocab_and_merges(vocab, merges).build().map_err(serde_json::Error::custom)?;
+    let mut tokenizer = tokenizers::Tokenizer::from(tokenizer);
+    tokenizer.with_model(model);
+    Ok(tokenizer)
 }
 
-/// A byte-pair model.
-struct Pairs(BPE);
+/// The merges of a definition, whatever else is in it.
+#[derive(serde::Deserialize)]
+struct OnlyMerges {
+    model: Merges,
+}
 
+#[derive(serde::Deserialize)]
+struct Merges {
+    merges: Vec<Merge>,
+}
+
+/// A byte-pair model but for its merges, which the rest of a definition does not need.
+struct Pairs(Mutex<(BpeBuilder, Vocab)>);
+
+impl Pairs {
+    fn lock(&self) -> MutexGuard<'_, (BpeBuilder, Vocab)> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Nothing: the whole model takes its place.
 impl From<Pairs> for ModelWrapper {
-    fn from(pairs: Pairs) -> Self {
-        Self::BPE(pairs.0)
+    fn from(_: Pairs) -> Self {
+        Self::BPE(BPE::default())
     }
 }
 
@@ -47,7 +84,7 @@ impl<'de> Visitor<'de> for PairsVisitor {
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Pairs, A::Error> {
         let mut builder = BPE::builder();
-        let (mut vocab, mut merges) = (None, None);
+        let mut vocab = None;
         while let Some(key) = map.next_key::<String>()? {
             match key.as_str() {
                 "type" => {
@@ -65,15 +102,14 @@ impl<'de> Visitor<'de> for PairsVisitor {
                 "byte_fallback" => builder = set(builder, map.next_value()?, |b, v| b.byte_fallback(v)),
                 "ignore_merges" => builder = set(builder, map.next_value()?, |b, v| b.ignore_merges(v)),
                 "vocab" => vocab = Some(map.next_value::<Vocab>()?),
-                "merges" => merges = Some(map.next_value::<Vec<Merge>>()?),
+                "merges" => {
+                    map.next_value::<IgnoredAny>()?;
+                }
                 _ => return Err(A::Error::custom("an unknown part of a model")),
             }
         }
-        let (Some(vocab), Some(merges)) = (vocab, merges) else {
-            return Err(A::Error::custom("no vocabulary or no merges"));
-        };
-        let merges = merges.into_iter().map(|merge| merge.0).collect();
-        builder.vocab_and_merges(vocab, merges).build().map(Pairs).map_err(A::Error::custom)
+        let vocab = vocab.ok_or_else(|| A::Error::custom("no vocabulary"))?;
+        Ok(Pairs(Mutex::new((builder, vocab))))
     }
 }
 
@@ -115,43 +151,43 @@ impl<'de> Visitor<'de> for MergeVisitor {
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut pair: A) -> std::result::Result<Merge, A::Error> {
         let (first, second) = (pair.next_element()?, pair.next_element()?);
-        match (first, second, pair.next_element::<serde::de::IgnoredAny>()?) {
+        match (first, second, pair.next_element::<IgnoredAny>()?) {
             (Some(first), Some(second), None) => Ok(Merge((first, second))),
             _ => Err(A::Error::custom("no two tokens")),
         }
     }
 }
 
-/// As the library's own model, which this is but for how it is read.
+/// What reading the rest of a definition asks a model for, which is its tokens.
 impl Model for Pairs {
     type Trainer = BpeTrainer;
 
-    fn tokenize(&self, sequence: &str) -> Result<Vec<Token>> {
-        self.0.tokenize(sequence)
+    fn tokenize(&self, _: &str) -> Result<Vec<Token>> {
+        Err("a model without merges".into())
     }
 
     fn token_to_id(&self, token: &str) -> Option<u32> {
-        self.0.token_to_id(token)
+        self.lock().1.get(token).copied()
     }
 
     fn id_to_token(&self, id: u32) -> Option<String> {
-        self.0.id_to_token(id)
+        self.lock().1.iter().find(|(_, of)| **of == id).map(|(token, _)| token.clone())
     }
 
     fn get_vocab(&self) -> HashMap<String, u32> {
-        self.0.get_vocab()
+        self.lock().1.iter().map(|(token, id)| (token.clone(), *id)).collect()
     }
 
     fn get_vocab_size(&self) -> usize {
-        self.0.get_vocab_size()
+        self.lock().1.len()
     }
 
-    fn save(&self, folder: &Path, prefix: Option<&str>) -> Result<Vec<PathBuf>> {
-        self.0.save(folder, prefix)
+    fn save(&self, _: &Path, _: Option<&str>) -> Result<Vec<PathBuf>> {
+        Err("a model without merges".into())
     }
 
     fn get_trainer(&self) -> BpeTrainer {
-        self.0.get_trainer()
+        BpeTrainer::default()
     }
 }
 
@@ -175,13 +211,15 @@ mod tests {
         for merges in [r#"["a \u00e9"]"#, r#"[["a","\u00e9"]]"#, "[]"] {
             for kind in [r#""type":"BPE","#, ""] {
                 let json = definition(&format!(r#"{{{kind}{parts},"merges":{merges}}}"#));
-                let found = parse(json.as_bytes()).unwrap();
                 let expected = tokenizers::Tokenizer::from_bytes(&json).unwrap();
-                assert_eq!(found.to_string(false).unwrap(), expected.to_string(false).unwrap());
-                assert_eq!(
-                    found.encode("a\u{e9}b<s>", true).unwrap().get_ids(),
-                    expected.encode("a\u{e9}b<s>", true).unwrap().get_ids()
-                );
+                for aside in [false, true] {
+                    let found = parse(json.as_bytes(), aside).unwrap();
+                    assert_eq!(found.to_string(false).unwrap(), expected.to_string(false).unwrap());
+                    assert_eq!(
+                        found.encode("a\u{e9}b<s>", true).unwrap().get_ids(),
+                        expected.encode("a\u{e9}b<s>", true).unwrap().get_ids()
+                    );
+                }
             }
         }
     }
@@ -199,7 +237,7 @@ mod tests {
             format!(r#"{{"type":"BPE",{vocab},"merges":[],"more":1}}"#),
             "[]".into(),
         ] {
-            assert!(parse(definition(&model).as_bytes()).is_err(), "{model}");
+            assert!(parse(definition(&model).as_bytes(), true).is_err(), "{model}");
         }
     }
 }

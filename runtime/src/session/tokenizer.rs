@@ -42,9 +42,9 @@ fn guarded<T>(what: &str, f: impl FnOnce() -> tokenizers::Result<T>) -> Result<T
     }
 }
 
-/// Reads a definition.
-fn parse(json: &[u8]) -> tokenizers::Result<tokenizers::Tokenizer> {
-    pairs::parse(json).or_else(|_| tokenizers::Tokenizer::from_bytes(json))
+/// Reads a definition, where `aside` on two threads.
+fn parse(json: &[u8], aside: bool) -> tokenizers::Result<tokenizers::Tokenizer> {
+    pairs::parse(json, aside).or_else(|_| tokenizers::Tokenizer::from_bytes(json))
 }
 
 /// The number of tokens, added ones included, without the copies that the library makes to count them.
@@ -60,7 +60,11 @@ impl Tokenizer {
     /// # Errors
     /// [`ErrorKind::Tokenizer`] if it is malformed.
     pub fn from_json(json: &[u8]) -> Result<Self> {
-        let inner = guarded("reading it", || parse(json))?;
+        Self::read(json, false)
+    }
+
+    fn read(json: &[u8], aside: bool) -> Result<Self> {
+        let inner = guarded("reading it", || parse(json, aside))?;
         let vocab_size = count(&inner);
         let read = |ids| guarded("reading its vocabulary", || Ok(Vocabulary::of(&inner, ids)));
         let vocabulary = read(vocab_size)?.filter(|vocabulary| vocabulary.known() == vocab_size);
@@ -79,20 +83,21 @@ impl Tokenizer {
 
     /// Tokenizer of a folder, or `None` if it has no `tokenizer.json`.
     pub fn from_checkpoint(checkpoint: &Checkpoint, vocab_size: usize) -> Result<Option<Self>> {
-        Self::reader(checkpoint, vocab_size)?.map(|read| read()).transpose()
+        Self::reader(checkpoint, vocab_size)?.map(|read| read(false)).transpose()
     }
 
-    /// As [`Self::from_checkpoint`], with everything but the reading of the file left to a call, on any thread.
+    /// As [`Self::from_checkpoint`], with everything but the reading of the file left to a call, on any thread; which may
+    /// make another one where its argument says so.
     #[allow(clippy::type_complexity, reason = "a closure is all there is to it")]
     pub(crate) fn reader(
         checkpoint: &Checkpoint,
         vocab_size: usize,
-    ) -> Result<Option<impl FnOnce() -> Result<Self> + Send + use<>>> {
+    ) -> Result<Option<impl FnOnce(bool) -> Result<Self> + Send + use<>>> {
         let Some(json) = checkpoint.read("tokenizer.json", MAX_BYTES)? else { return Ok(None) };
         let file = checkpoint.dir().join("tokenizer.json");
-        Ok(Some(move || {
+        Ok(Some(move |aside| {
             let in_file = |e: Error| e.in_file(&file);
-            let tokenizer = Self::from_json(&json).map_err(in_file)?;
+            let tokenizer = Self::read(&json, aside).map_err(in_file)?;
             if tokenizer.largest as usize >= vocab_size {
                 return Err(in_file(error(format!(
                     "the largest token id is {}, but `vocab_size` of the model is {vocab_size}",

@@ -70,6 +70,20 @@ pub(super) trait Kernels: Send + Sync {
     /// computes the same numbers, in an order of its own.
     fn round_span(&self, x: &[f32], codes: &mut [i16]) -> (f32, f32);
 
+    /// Whether products of `together` rows with one matrix are faster with [`Inputs::planes`].
+    fn takes_planes(&self, together: usize) -> bool {
+        let _ = together;
+        false
+    }
+
+    /// Makes planes of the rounded columns of one span, where [`Self::takes_planes`].
+    ///
+    /// # Panics
+    /// Unless their number is a multiple of 32.
+    fn split(&self, codes: &mut [i16]) {
+        let _ = codes;
+    }
+
     /// Rounded activations in the order of [`portable`], for tests.
     #[cfg(test)]
     fn natural(&self, codes: &[i16]) -> Vec<i16> {
@@ -101,7 +115,8 @@ pub(super) trait Kernels: Send + Sync {
     /// If `x` is not one row for matrices of this shape.
     fn gemv(&self, w: &Rows<'_>, block: usize, x: &Inputs<'_>, out: &mut [[f32; LANES]]);
 
-    /// Brings out the codes of as many spans of a block as the panel says, from `first` on.
+    /// Brings out the codes of as many spans of as many blocks as the panel says, from `first` and `block` on, in the form
+    /// that it says.
     fn unpack(&self, w: &Rows<'_>, block: usize, first: usize, panel: &mut Panel);
 
     /// Adds to every row's sums its products with the panel, which holds the spans from `first` on: the same as
@@ -113,7 +128,7 @@ pub(super) trait Kernels: Send + Sync {
 pub(super) fn best() -> Box<dyn Kernels> {
     #[cfg(target_arch = "x86_64")]
     {
-        if let Some(kernels) = super::x86::Avx512::new() {
+        if let Some(kernels) = super::x86::Avx512::with_amx().or_else(super::x86::Avx512::new) {
             return Box::new(kernels);
         }
         if let Some(kernels) = super::x86::Avx2::with_vnni().or_else(super::x86::Avx2::new) {
@@ -135,6 +150,7 @@ pub(super) fn all() -> Vec<Box<dyn Kernels>> {
         all.extend(super::x86::Avx2::new().map(|k| Box::new(k) as _));
         all.extend(super::x86::Avx2::with_vnni().map(|k| Box::new(k) as _));
         all.extend(super::x86::Avx512::new().map(|k| Box::new(k) as _));
+        all.extend(super::x86::Avx512::with_amx().map(|k| Box::new(k) as _));
     }
     #[cfg(target_arch = "aarch64")]
     {

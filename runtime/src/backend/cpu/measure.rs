@@ -77,7 +77,7 @@ pub fn measure(case: Case, threads: usize, clock: &dyn Fn() -> f64) -> Result<Ve
         let mut activations = Activations::with(x.len(), x.len() / rows::BYTE_GROUP)?;
         // Seconds that products with `tokens` rows of all of `matrices` take.
         let mut seconds = |matrices: &[Rows<'_>], tokens: usize, blocks: usize| -> Result<f64> {
-            activations.round(&mut pool, &*kernels, &shape, &x[..tokens * k])?;
+            activations.round(&mut pool, &*kernels, &shape, &x[..tokens * k], tokens)?;
             let mut best = f64::INFINITY;
             for _ in 0..REPEAT {
                 let start = clock();
@@ -171,7 +171,7 @@ fn check(kernels: &dyn Kernels, matrix: &Rows<'_>, x: &[f32]) -> Result<()> {
     let mut products = [[[0.0; LANES]]; 2];
     for (kernels, products) in [kernels, &Portable as &dyn Kernels].into_iter().zip(&mut products) {
         let mut activations = Activations::with(x.len(), x.len() / rows::BYTE_GROUP)?;
-        activations.round(&mut Pool::new(1), kernels, matrix.shape(), &x[..matrix.shape().k])?;
+        activations.round(&mut Pool::new(1), kernels, matrix.shape(), &x[..matrix.shape().k], 1)?;
         kernels.gemv(matrix, 0, &activations.inputs(), products);
     }
     let [[found], [expected]] = products;

@@ -1,4 +1,4 @@
-//! x86-64 inner loops: AVX2 + FMA + F16C, and AVX-512F.
+//! x86-64 inner loops: AVX2 + FMA + F16C here, AVX-512 and AMX in [`wide`].
 //!
 //! A group of 4-bit codes holds at most 16 different weights, so both expand a group through a 16-entry table in
 //! registers: the rounding to f16 is paid once a group, and a weight costs a shift and a permutation.
@@ -6,10 +6,14 @@
 use std::arch::x86_64::*;
 
 use super::integer::rows::{LANES, OCTET, Rows};
-use super::integer::{Inputs, Panel, avx2, avx512};
+use super::integer::{Inputs, Panel, avx2};
 use super::kernels::{Kernels, Portable, TILE};
 use super::vector::{self, Outer};
 use crate::tensor::{DenseType, Offset};
+
+pub(super) use wide::Avx512;
+
+mod wide;
 
 /// AVX2 with FMA and F16C.
 pub(super) struct Avx2 {
@@ -165,150 +169,6 @@ impl Kernels for Avx2 {
     }
 }
 
-/// AVX-512F, which implies everything [`Avx2`] needs on every processor that has it; checked all the same.
-pub(super) struct Avx512 {
-    avx2: Avx2,
-    /// Whether there are products of 16-bit numbers (AVX-512 BW and VNNI).
-    vnni: bool,
-}
-
-impl Avx512 {
-    pub(super) fn new() -> Option<Self> {
-        let vnni = is_x86_feature_detected!("avx512bw") && is_x86_feature_detected!("avx512vnni");
-        is_x86_feature_detected!("avx512f").then(Avx2::new).flatten().map(|avx2| Self { avx2, vnni })
-    }
-}
-
-impl Kernels for Avx512 {
-    fn name(&self) -> &'static str {
-        if self.vnni { "avx512-vnni" } else { "avx512" }
-    }
-
-    fn expand_w4(&self, words: &[u32], params: &[u32], group_size: usize, offset: Offset, out: &mut [f32]) {
-        assert!(out.len() == words.len() * 8 && group_size.is_multiple_of(8));
-        if !group_size.is_multiple_of(16) {
-            return self.avx2.expand_w4(words, params, group_size, offset, out);
-        }
-        // SAFETY: `self` proves AVX-512F and F16C.
-        unsafe { expand_w4_avx512(words, params, group_size, offset, out) }
-    }
-
-    fn expand_f16(&self, bytes: &[u8], out: &mut [f32]) {
-        self.avx2.expand_f16(bytes, out);
-    }
-
-    fn narrow_f16(&self, values: &[f32], out: &mut [half::f16]) {
-        self.avx2.narrow_f16(values, out);
-    }
-
-    fn dot_tile(
-        &self,
-        w: &[f32],
-        stride_w: usize,
-        rows: usize,
-        x: &[f32],
-        stride_x: usize,
-        cols: usize,
-        k: usize,
-        acc: &mut [[f32; TILE]; TILE],
-    ) {
-        check_tile(w, stride_w, rows, x, stride_x, cols, k);
-        // SAFETY: `self` proves AVX-512F; `check_tile` proved that all rows of `k` lie in the slices.
-        unsafe {
-            match (rows, cols) {
-                (4, 4) => dot_tile_avx512::<4, 4>(w, stride_w, x, stride_x, k, acc),
-                (4, 1) => dot_tile_avx512::<4, 1>(w, stride_w, x, stride_x, k, acc),
-                (4, 2) => dot_tile_avx512::<4, 2>(w, stride_w, x, stride_x, k, acc),
-                (4, 3) => dot_tile_avx512::<4, 3>(w, stride_w, x, stride_x, k, acc),
-                _ => {
-                    for (r, acc) in acc.chunks_mut(1).enumerate().take(rows) {
-                        let w = &w[r * stride_w..];
-                        match cols {
-                            1 => dot_tile_avx512::<1, 1>(w, 0, x, stride_x, k, acc),
-                            2 => dot_tile_avx512::<1, 2>(w, 0, x, stride_x, k, acc),
-                            3 => dot_tile_avx512::<1, 3>(w, 0, x, stride_x, k, acc),
-                            _ => dot_tile_avx512::<1, 4>(w, 0, x, stride_x, k, acc),
-                        }
-                    }
-                }
-            }
-        }
-    }
-
-    fn dot(&self, a: &[f32], b: &[f32]) -> f32 {
-        assert!(a.len() == b.len());
-        let mut acc = [[0.0; TILE]];
-        // SAFETY: `self` proves AVX-512F; both slices hold `a.len()` elements.
-        unsafe { dot_tile_avx512::<1, 1>(a, 0, b, 0, a.len(), &mut acc) };
-        acc[0][0]
-    }
-
-    fn axpy(&self, a: f32, x: &[f32], y: &mut [f32]) {
-        self.avx2.axpy(a, x, y);
-    }
-
-    fn exponentials(&self, x: &mut [f32]) -> (f32, f32) {
-        self.avx2.exponentials(x)
-    }
-
-    fn expand_q8(&self, codes: &[i8], scales: &[f32], dim: usize, out: &mut [f32]) {
-        self.avx2.expand_q8(codes, scales, dim, out);
-    }
-
-    fn expand_q8_lanes(&self, codes: &[i8], scales: &[f32], out: &mut [f32]) {
-        self.avx2.expand_q8_lanes(codes, scales, out);
-    }
-
-    fn silu(&self, gate: &[f32], up: &[f32], out: &mut [f32]) {
-        self.avx2.silu(gate, up, out);
-    }
-
-    fn gelu_tanh(&self, gate: &[f32], up: &[f32], out: &mut [f32]) {
-        self.avx2.gelu_tanh(gate, up, out);
-    }
-
-    fn outer(&self, a: (&[f32], usize), b: (&[f32], usize), c: (&mut [f32], usize), extents: Outer) {
-        self.avx2.outer(a, b, c, extents);
-    }
-
-    fn round_span(&self, x: &[f32], codes: &mut [i16]) -> (f32, f32) {
-        self.avx2.round_span(x, codes)
-    }
-
-    fn round_group(&self, values: &[f32], stride: usize, bytes: &mut [u8]) {
-        self.avx2.round_group(values, stride, bytes);
-    }
-
-    fn expand_columns(&self, offset: Offset, params: &[u8], codes: &[u8], out: &mut [f32]) {
-        self.avx2.expand_columns(offset, params, codes, out);
-    }
-
-    fn gemv(&self, w: &Rows<'_>, block: usize, x: &Inputs<'_>, out: &mut [[f32; LANES]]) {
-        if !self.vnni {
-            return self.avx2.gemv(w, block, x, out);
-        }
-        x.check_row(w.shape());
-        // SAFETY: `vnni` proves AVX-512 F, BW and VNNI.
-        unsafe { avx512::gemv(w, block, x, out) }
-    }
-
-    fn unpack(&self, w: &Rows<'_>, block: usize, first: usize, panel: &mut Panel) {
-        if !self.vnni {
-            return self.avx2.unpack(w, block, first, panel);
-        }
-        // SAFETY: `vnni` proves AVX-512 F and BW.
-        unsafe { avx512::unpack(w, block, first, panel) }
-    }
-
-    fn gemm(&self, panel: &Panel, first: usize, x: &Inputs<'_>, sums: &mut [[f32; LANES]]) {
-        if !self.vnni {
-            return self.avx2.gemm(panel, first, x, sums);
-        }
-        // SAFETY: `vnni` proves AVX-512 F, BW and VNNI.
-        unsafe { avx512::gemm(panel, first, x, sums) }
-    }
-}
-
 fn check_tile(w: &[f32], stride_w: usize, rows: usize, x: &[f32], stride_x: usize, cols: usize, k: usize) {
     assert!((1..=TILE).contains(&rows) && (1..=TILE).contains(&cols));
     assert!((rows - 1) * stride_w + k <= w.len() && (cols - 1) * stride_x + k <= x.len());
@@ -401,28 +261,6 @@ fn expand_w4_avx2(words: &[u32], params: &[u32], group_size: usize, offset: Offs
     }
 }
 
-#[target_feature(enable = "avx512f,avx2,f16c")]
-fn expand_w4_avx512(words: &[u32], params: &[u32], group_size: usize, offset: Offset, out: &mut [f32]) {
-    let shifts = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
-    for ((words, &params), out) in words.chunks(group_size / 8).zip(params).zip(out.chunks_mut(group_size)) {
-        let (low, high) = table_avx2(params, offset);
-        let table = _mm512_castpd_ps(_mm512_insertf64x4::<1>(
-            _mm512_castpd256_pd512(_mm256_castps_pd(low)),
-            _mm256_castps_pd(high),
-        ));
-        for (pair, out) in words.as_chunks::<2>().0.iter().zip(out.as_chunks_mut::<16>().0) {
-            let words = _mm512_inserti64x4::<1>(
-                _mm512_castsi256_si512(_mm256_set1_epi32(pair[0] as i32)),
-                _mm256_set1_epi32(pair[1] as i32),
-            );
-            // The permutation reads the low 4 bits of each index only.
-            let w = _mm512_permutexvar_ps(_mm512_srlv_epi32(words, shifts), table);
-            // SAFETY: `out` is 16 floats.
-            unsafe { _mm512_storeu_ps(out.as_mut_ptr(), w) };
-        }
-    }
-}
-
 #[target_feature(enable = "f16c")]
 fn expand_f16_f16c(bytes: &[u8], out: &mut [f32]) {
     let (blocks, rest) = bytes.as_chunks::<16>();
@@ -481,47 +319,6 @@ unsafe fn dot_cols_avx2<const C: usize>(w: &[f32], x: &[f32], stride: usize, acc
     for c in 0..C {
         let tail: f32 = w[i..].iter().zip(&x[c * stride + i..]).map(|(w, x)| w * x).sum();
         acc[c] += sum_avx(_mm256_add_ps(sums[c][0], sums[c][1])) + tail;
-    }
-}
-
-/// acc[r][c] += w[r * stride_w ..][..k] . x[c * stride_x ..][..k] for r < R and c < C.
-///
-/// # Safety
-/// `(R - 1) * stride_w + k <= w.len()`, `(C - 1) * stride_x + k <= x.len()` and `R <= acc.len()`.
-#[target_feature(enable = "avx512f")]
-unsafe fn dot_tile_avx512<const R: usize, const C: usize>(
-    w: &[f32],
-    stride_w: usize,
-    x: &[f32],
-    stride_x: usize,
-    k: usize,
-    acc: &mut [[f32; TILE]],
-) {
-    let mut sums = [[_mm512_setzero_ps(); C]; R];
-    let mut i = 0;
-    while i < k {
-        // The last step masks off what lies past `k`.
-        let mask: __mmask16 = if k - i >= 16 { !0 } else { (1 << (k - i)) - 1 };
-        // SAFETY: masked lanes are not accessed, the others lie before `k` of rows that the caller promises.
-        unsafe {
-            // Not `array::from_fn`: a closure with vector features is not inlined into a function without them.
-            let mut xs = [_mm512_setzero_ps(); C];
-            for (c, xs) in xs.iter_mut().enumerate() {
-                *xs = _mm512_maskz_loadu_ps(mask, x.as_ptr().add(c * stride_x + i));
-            }
-            for r in 0..R {
-                let w = _mm512_maskz_loadu_ps(mask, w.as_ptr().add(r * stride_w + i));
-                for c in 0..C {
-                    sums[r][c] = _mm512_fmadd_ps(w, xs[c], sums[r][c]);
-                }
-            }
-        }
-        i += 16;
-    }
-    for r in 0..R {
-        for c in 0..C {
-            acc[r][c] += _mm512_reduce_add_ps(sums[r][c]);
-        }
     }
 }
 

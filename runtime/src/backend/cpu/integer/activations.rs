@@ -42,6 +42,8 @@ pub(in crate::backend::cpu) struct Inputs<'a> {
     pub(in crate::backend::cpu) span: usize,
     /// (rows, k); an octet's columns in the order 0, 4, 1, 5, 2, 6, 3, 7.
     pub(in crate::backend::cpu) codes: &'a [i16],
+    /// Whether [`Kernels::split`] made planes of bytes of each span's codes, for products of many rows.
+    pub(in crate::backend::cpu) planes: bool,
     /// (rows, k / span)
     pub(in crate::backend::cpu) scales: &'a [f32],
     /// The rounded activations of each span added up, in the same order.
@@ -63,16 +65,29 @@ impl Inputs<'_> {
     /// # Panics
     /// Unless this is one row for matrices of the shape.
     pub(in crate::backend::cpu) fn check_row(&self, shape: &Shape) {
-        assert!(self.k == shape.k && self.span == shape.span() && self.codes.len() == self.k);
+        assert!(self.k == shape.k && self.span == shape.span() && self.codes.len() == self.k && !self.planes);
         assert!(self.scales.len() * self.span == self.k && self.sums.len() == self.scales.len());
     }
 
     /// # Panics
     /// Unless these are `tokens` rows with the columns of the panel, whose first span is `first`.
     pub(super) fn check_panel(&self, panel: &Panel, first: usize, tokens: usize) {
+        assert!(!self.planes && !panel.planes && panel.blocks == 1 && panel.spans * panel.span <= PANEL);
+        self.check_spans(panel, first, tokens);
+    }
+
+    /// # Panics
+    /// Unless these are `tokens` rows in planes with the columns of the panel, whose first span is `first`.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn check_planes(&self, panel: &Panel, first: usize, tokens: usize) {
+        assert!(self.planes && panel.planes && panel.blocks * panel.spans * panel.span <= 2 * PANEL);
+        self.check_spans(panel, first, tokens);
+    }
+
+    fn check_spans(&self, panel: &Panel, first: usize, tokens: usize) {
         assert!(self.span == panel.span && (first + panel.spans) * self.span <= self.k);
-        assert!(panel.spans * panel.span <= PANEL && self.codes.len() == tokens * self.k);
-        assert!(self.scales.len() * self.span == self.codes.len() && self.sums.len() == self.scales.len());
+        assert!(self.codes.len() == tokens * self.k && self.sums.len() == self.scales.len());
+        assert!(self.scales.len() * self.span == self.codes.len());
     }
 }
 
@@ -81,6 +96,7 @@ pub(in crate::backend::cpu) struct Activations {
     rows: usize,
     k: usize,
     span: usize,
+    planes: bool,
     codes: Vec<i16>,
     scales: Vec<f32>,
     sums: Vec<f32>,
@@ -127,23 +143,25 @@ impl Activations {
         // `vec!` leaves fresh pages untouched but aborts where there are none; so ask first.
         Vec::<i16>::new().try_reserve_exact(codes).map_err(|_| out_of_memory(what, 2 * codes))?;
         let (scales, sums) = (zeros(Some(spans), what)?, zeros(Some(spans), what)?);
-        Ok(Self { rows: 0, k: 0, span: BYTE_GROUP, codes: vec![0; codes], scales, sums })
+        Ok(Self { rows: 0, k: 0, span: BYTE_GROUP, planes: false, codes: vec![0; codes], scales, sums })
     }
 
-    /// Rounds the rows of `x`, (rows, K), for products with matrices of `shape`.
+    /// Rounds the rows of `x`, (rows, K), for products with matrices of `shape`, each with at most `together` of them.
     pub(in crate::backend::cpu) fn round(
         &mut self,
         pool: &mut Pool,
         kernels: &dyn Kernels,
         shape: &Shape,
         x: &[f32],
+        together: usize,
     ) -> Result<()> {
         let (k, span) = (shape.k, shape.span());
         let (rows, spans) = (x.len() / k, k / span);
         if x.len() != rows * k || x.len() > self.codes.len() || rows * spans > self.scales.len() {
             return Err(mismatch(&format!("rows of {k} input features")));
         }
-        (self.rows, self.k, self.span) = (rows, k, span);
+        let planes = kernels.takes_planes(together);
+        (self.rows, self.k, self.span, self.planes) = (rows, k, span, planes);
         let (codes, scales, sums) =
             (Parts::new(&mut self.codes), Parts::new(&mut self.scales), Parts::new(&mut self.sums));
         let tasks = rows.min(pool.threads() * TASKS_PER_THREAD);
@@ -156,6 +174,9 @@ impl Activations {
                 let parts = x.zip(codes.chunks_exact_mut(span)).zip(scales.iter_mut().zip(sums));
                 for ((x, codes), (scale, sum)) in parts {
                     (*scale, *sum) = kernels.round_span(x, codes);
+                    if planes {
+                        kernels.split(codes);
+                    }
                 }
             }
         });
@@ -169,6 +190,7 @@ impl Activations {
             k: self.k,
             span: self.span,
             codes: &self.codes[..self.rows * self.k],
+            planes: self.planes,
             scales: &self.scales[..spans],
             sums: &self.sums[..spans],
         }

@@ -127,7 +127,7 @@ unsafe fn bring_out(codes: Codes, at: *const u8) -> [__m512i; 4] {
 /// The numbers of a group of `w` at `at`.
 #[inline]
 #[target_feature(enable = "avx512f")]
-unsafe fn params(w: &Rows<'_>, at: *const u8) -> (__m512, __m512) {
+pub(super) unsafe fn params(w: &Rows<'_>, at: *const u8) -> (__m512, __m512) {
     // SAFETY: by the caller's promise.
     let sixteen = |i: usize| _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(at.cast::<__m256i>().add(i)) });
     let s = sixteen(0);

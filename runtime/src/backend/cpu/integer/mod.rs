@@ -10,6 +10,7 @@
 //! largest one. 16 bits with a scale for a *span* of at most [`rows::MAX_SPAN`] columns are finer than the weights' own
 //! rounding to half precision, and with [`rows`]' layout a product reads the codes about as fast as memory brings them.
 
+use std::ops::Range;
 use std::sync::Mutex;
 
 use super::kernels::Kernels;
@@ -19,6 +20,8 @@ use crate::error::Result;
 use rows::{LANES, MAX_SPAN, Rows};
 
 mod activations;
+#[cfg(target_arch = "x86_64")]
+pub(super) mod amx;
 #[cfg(target_arch = "x86_64")]
 pub(super) mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -38,34 +41,46 @@ pub(super) use activations::{Activations, Inputs, bytes};
 
 /// Columns of a [`Panel`]: its codes then take half of a first-level cache of 32 KiB.
 const PANEL: usize = 512;
+/// Blocks of a panel that planes meet, of fewer columns each: a panel in bytes has half the size.
+const BLOCKS: usize = 4;
 /// Bytes of activations that stay in the second-level cache while all panels meet them.
 const TOKEN_BYTES: usize = 192 * 1024;
+/// The same in planes: processors with tiles have caches of 2 MiB.
+const PLANE_BYTES: usize = 768 * 1024;
 /// Blocks that [`Kernels::gemv`] reads side by side where that helps.
 const STREAMS: usize = 4;
 /// Most tokens that meet a panel before the next one is brought out.
 const MAX_TOKENS: usize = 240;
+/// Most spans of a panel: of all blocks, in bytes.
+const SPANS: usize = 2 * PANEL / rows::BYTE_GROUP;
 
-/// Spans of a block of rows as pairs of 16-bit numbers, which many tokens can meet.
+/// Spans of a block of rows as pairs of 16-bit numbers, which many tokens can meet; or of several blocks as bytes, for
+/// planes.
 #[repr(C, align(64))]
 pub(super) struct Panel {
-    /// (columns / 2, 16, 2), columns in the order of the activations.
+    /// (columns / 2, 16, 2), columns in the order of the activations; or bytes, (blocks, columns / 4, 16, 4).
     pub(super) codes: [i16; PANEL * LANES],
     /// Columns of a span.
     pub(super) span: usize,
+    /// Spans of a block.
     pub(super) spans: usize,
+    /// One, or for planes at most [`BLOCKS`].
+    pub(super) blocks: usize,
+    /// Whether codes are bytes, for [`Inputs::planes`].
+    pub(super) planes: bool,
     /// Whether `b` is anything but 0.
     pub(super) offsets: bool,
-    /// Scales, (spans, 16).
-    pub(super) s: [[f32; LANES]; PANEL / rows::BYTE_GROUP],
-    /// What is added to a weight, (spans, 16).
-    pub(super) b: [[f32; LANES]; PANEL / rows::BYTE_GROUP],
+    /// Scales, (blocks, spans, 16).
+    pub(super) s: [[f32; LANES]; SPANS],
+    /// What is added to a weight, (blocks, spans, 16).
+    pub(super) b: [[f32; LANES]; SPANS],
 }
 
 /// Memory of one worker.
 pub(super) struct Worker {
     panel: Panel,
-    /// Sums of the tokens that meet the panel.
-    sums: [[f32; LANES]; MAX_TOKENS],
+    /// Sums of the tokens that meet the panel, (blocks, tokens, 16).
+    sums: [[f32; LANES]; BLOCKS * MAX_TOKENS],
 }
 
 impl Worker {
@@ -73,27 +88,46 @@ impl Worker {
         let panel = Panel {
             span: MAX_SPAN,
             spans: 0,
+            blocks: 1,
+            planes: false,
             offsets: false,
             codes: [0; PANEL * LANES],
-            s: [[0.0; LANES]; PANEL / rows::BYTE_GROUP],
-            b: [[0.0; LANES]; PANEL / rows::BYTE_GROUP],
+            s: [[0.0; LANES]; SPANS],
+            b: [[0.0; LANES]; SPANS],
         };
-        Box::new(Self { panel, sums: [[0.0; LANES]; MAX_TOKENS] })
+        Box::new(Self { panel, sums: [[0.0; LANES]; BLOCKS * MAX_TOKENS] })
     }
 
-    /// The products of a block with all rows of `x`.
-    fn products(&mut self, kernels: &dyn Kernels, matrix: &Rows<'_>, block: usize, x: &Inputs<'_>) -> &[[f32; LANES]] {
+    /// The products of `blocks`, at most [`together`], with all rows of `x`: (blocks, rows, 16).
+    fn products(
+        &mut self,
+        kernels: &dyn Kernels,
+        matrix: &Rows<'_>,
+        blocks: Range<usize>,
+        x: &Inputs<'_>,
+    ) -> &[[f32; LANES]] {
         let Self { panel, sums } = self;
-        let sums = &mut sums[..x.codes.len() / x.k];
+        let sums = &mut sums[..blocks.len() * (x.codes.len() / x.k)];
         sums.fill([0.0; LANES]);
-        let (spans, most) = (x.k / x.span, PANEL / x.span);
+        let columns = if x.planes { 2 * PANEL / BLOCKS } else { PANEL };
+        let (spans, most) = (x.k / x.span, columns / x.span);
+        (panel.span, panel.blocks, panel.planes) = (x.span, blocks.len(), x.planes);
+        panel.offsets = matrix.shape().has_offsets();
         for first in (0..spans).step_by(most) {
-            (panel.span, panel.spans) = (x.span, most.min(spans - first));
-            panel.offsets = matrix.shape().has_offsets();
-            kernels.unpack(matrix, block, first, panel);
+            panel.spans = most.min(spans - first);
+            kernels.unpack(matrix, blocks.start, first, panel);
             kernels.gemm(panel, first, x, sums);
         }
         sums
+    }
+}
+
+/// Most blocks that meet activations at once, and most rows of them.
+fn together(x: &Inputs<'_>) -> (usize, usize) {
+    match x.planes {
+        // A multiple of what any tile has.
+        true => (BLOCKS, (PLANE_BYTES / (2 * x.k)).clamp(MAX_TOKENS / 10, MAX_TOKENS).next_multiple_of(16)),
+        false => (1, (TOKEN_BYTES / (2 * x.k)).clamp(MAX_TOKENS / 10, MAX_TOKENS)),
     }
 }
 
@@ -120,7 +154,7 @@ pub(super) fn matmul(
     x: &Inputs<'_>,
     matrices: &[Rows<'_>],
     groups: &[Group],
-    part: std::ops::Range<usize>,
+    part: Range<usize>,
     target: Target<'_>,
 ) -> Result<()> {
     let Some(shape) = matrices.first().map(|rows| *rows.shape()) else { return Ok(()) };
@@ -145,7 +179,7 @@ pub(super) fn matmul(
         let blocks = part.start + part.len() * task / tasks..part.start + part.len() * (task + 1) / tasks;
         for group in groups {
             let matrix = &matrices[group.expert];
-            if group.rows.len() == 1 {
+            if group.rows.len() == 1 && !x.planes {
                 let x = x.rows(group.rows.clone());
                 let mut sums = [[0.0; LANES]; STREAMS];
                 for first in blocks.clone().step_by(STREAMS) {
@@ -156,13 +190,16 @@ pub(super) fn matmul(
                 continue;
             }
             let mut worker = workers[worker].lock().unwrap_or_else(|e| e.into_inner());
-            let at_once = (TOKEN_BYTES / (2 * x.k)).clamp(MAX_TOKENS / 10, MAX_TOKENS);
-            for first in group.rows.clone().step_by(at_once) {
-                let tokens = first..group.rows.end.min(first + at_once);
-                for block in blocks.clone() {
-                    let sums = worker.products(kernels, matrix, block, &x.rows(tokens.clone()));
-                    for (t, sums) in tokens.clone().zip(sums) {
-                        write(t, block, sums);
+            let (most_blocks, most_tokens) = together(x);
+            for first in group.rows.clone().step_by(most_tokens) {
+                let tokens = first..group.rows.end.min(first + most_tokens);
+                for block in blocks.clone().step_by(most_blocks) {
+                    let blocks = block..blocks.end.min(block + most_blocks);
+                    let sums = worker.products(kernels, matrix, blocks.clone(), &x.rows(tokens.clone()));
+                    for (i, t) in tokens.clone().enumerate() {
+                        for (block, sums) in blocks.clone().zip(sums.iter().skip(i).step_by(tokens.len())) {
+                            write(t, block, sums);
+                        }
                     }
                 }
             }

@@ -120,7 +120,7 @@ fn inputs(rows: usize, k: usize, seed: &mut u64) -> Vec<f32> {
 
 fn rounded(kernels: &dyn Kernels, shape: &Shape, x: &[f32]) -> Activations {
     let mut activations = Activations::with(x.len(), x.len() / BYTE_GROUP).unwrap();
-    activations.round(&mut Pool::new(2), kernels, shape, x).unwrap();
+    activations.round(&mut Pool::new(2), kernels, shape, x, x.len() / shape.k).unwrap();
     activations
 }
 
@@ -269,24 +269,54 @@ fn integer_sums_are_exact() {
                 for pair in bytes[..2 * LANES].chunks_exact_mut(2) {
                     pair.copy_from_slice(&f16::ONE.to_bits().to_ne_bytes());
                 }
-                let x = vec![sign * 32639.0; span];
-                let activations = rounded(&*kernels, &shape, &x);
-                assert_eq!(activations.inputs().scales, [1.0]);
-                let mut found = [[0.0; LANES]];
-                kernels.gemv(&Rows::new(shape, &bytes), 0, &activations.inputs(), &mut found);
-                assert_eq!(found, [[sign * 32639.0 * 15.0 * span as f32; LANES]], "{}", kernels.name());
-                let mut worker = Worker::new();
-                let sums = worker.products(&*kernels, &Rows::new(shape, &bytes), 0, &activations.inputs());
-                assert_eq!(sums, found, "{}", kernels.name());
+                // One row, and as many as may be split into planes.
+                for rows in [1, 21] {
+                    let x = vec![sign * 32639.0; rows * span];
+                    let activations = rounded(&*kernels, &shape, &x);
+                    let x = activations.inputs();
+                    assert_eq!(x.scales, vec![1.0; rows]);
+                    let expected = [sign * 32639.0 * 15.0 * span as f32; LANES];
+                    let mut worker = Worker::new();
+                    let sums = worker.products(&*kernels, &Rows::new(shape, &bytes), 0..1, &x);
+                    assert_eq!(sums, vec![expected; rows], "{} {rows} rows", kernels.name());
+                    if rows == 1 {
+                        let mut found = [[0.0; LANES]];
+                        kernels.gemv(&Rows::new(shape, &bytes), 0, &x, &mut found);
+                        assert_eq!(found, [expected], "{}", kernels.name());
+                    }
+                }
             }
         }
     }
+}
+
+/// Rounded activations from their planes.
+fn joined(codes: &[i16], span: usize) -> Vec<i16> {
+    let columns = if span.is_multiple_of(64) { 64 } else { 32 };
+    let mut joined = Vec::new();
+    for codes in codes.chunks_exact(columns) {
+        let bytes: &[u8] = bytemuck::cast_slice(codes);
+        let mut columns = vec![0; columns];
+        for (i, column) in columns.iter_mut().enumerate() {
+            let octet = i / OCTET * OCTET;
+            let at = octet + [0, 4, 1, 5, 2, 6, 3, 7][i % OCTET];
+            let code = i16::from(bytes[at]) | i16::from(bytes[codes.len() + at]) << 8;
+            *column = code;
+        }
+        for octet in columns.as_chunks::<OCTET>().0 {
+            let mut pairs = [0; OCTET];
+            octet.iter().enumerate().for_each(|(column, code)| pairs[place(column)] = *code);
+            joined.extend(pairs);
+        }
+    }
+    joined
 }
 
 /// What the rounded activations stand for, times the unrounded weights, for each row of the matrix.
 fn expected(case: &Case, kernels: &dyn Kernels, x: &Inputs<'_>, t: usize) -> Vec<f64> {
     let k = case.shape.k;
     let codes = kernels.natural(&x.codes[t * k..][..k]);
+    let codes = if x.planes { joined(&codes, x.span) } else { codes };
     let value = |i: usize| {
         let code = codes[i / OCTET * OCTET + place(i % OCTET)];
         f64::from(x.scales[(t * k + i) / x.span]) * f64::from(code)
@@ -297,7 +327,7 @@ fn expected(case: &Case, kernels: &dyn Kernels, x: &Inputs<'_>, t: usize) -> Vec
 
 #[test]
 fn products_match_f64_whatever_is_computed_together() {
-    const ROWS: usize = 13;
+    const ROWS: usize = 37;
     let mut seed = 3;
     for case in cases(&mut seed) {
         let Shape { n, k, .. } = case.shape;
@@ -341,6 +371,20 @@ fn products_match_f64_whatever_is_computed_together() {
                 }
             }
         }
+    }
+}
+
+/// A thread that computed with tiles has no state of them afterwards, so that a host's thread is as it was.
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn no_tile_is_left_in_use() {
+    let mut seed = 4;
+    let case = Case::four(40, 192, 64, Offset::Zero, &mut seed);
+    let x = inputs(37, 192, &mut seed);
+    for kernels in kernels::all().into_iter().filter(|kernels| kernels.takes_planes(37)) {
+        let activations = rounded(&*kernels, &case.shape, &x);
+        Worker::new().products(&*kernels, &case.rows(), 0..3, &activations.inputs());
+        assert_eq!(amx::in_use(), Some(false), "{}", kernels.name());
     }
 }
 

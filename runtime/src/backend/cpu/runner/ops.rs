@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::super::integer::rows::Shape;
+use super::super::pool::Parts;
 use super::super::weights::{Matrix, Weights};
 use super::super::{attention, integer, matmul, mismatch, softcap};
 use super::CpuRunner;
@@ -106,7 +107,8 @@ impl CpuRunner {
                 });
                 if let Some(matrix) = blocks.as_ref().and_then(|blocks| blocks.first()).filter(|_| part.start == 0) {
                     let kernels = &*self.backend.kernels;
-                    self.rounded.round(&mut self.pool, kernels, matrix.shape(), &self.gathered.x)?;
+                    let together = self.gathered.groups.iter().map(|group| group.rows.len()).max().unwrap_or(0);
+                    self.rounded.round(&mut self.pool, kernels, matrix.shape(), &self.gathered.x, together)?;
                 }
                 let mut output = std::mem::take(&mut self.buffers[out.buffer.0 as usize]);
                 let to = &mut output[out.offset as usize..];
@@ -343,7 +345,7 @@ impl CpuRunner {
         let result = match blocks {
             Some(matrix) => {
                 let begun = match part.start {
-                    0 => self.rounded.round(&mut self.pool, kernels, matrix.shape(), input),
+                    0 => self.rounded.round(&mut self.pool, kernels, matrix.shape(), input, rows.len()),
                     _ => Ok(()),
                 };
                 begun.and_then(|()| {
@@ -419,19 +421,25 @@ impl CpuRunner {
         let width = self.width(out);
         let mut output = std::mem::take(&mut self.buffers[out.0 as usize]);
         let input = &self.buffers[x.0 as usize][part.start * 2 * width..part.end * 2 * width];
-        let rows = input.chunks_exact(2 * width).zip(output[part.start * width..].chunks_exact_mut(width));
-        for (x, out) in rows {
-            let (gate, up) = x.split_at(width);
-            match activation {
-                Activation::Silu => self.backend.kernels.silu(gate, up, out),
-                Activation::GeluTanh => self.backend.kernels.gelu_tanh(gate, up, out),
-                Activation::Gelu => {
-                    for ((&g, u), out) in gate.iter().zip(up).zip(out) {
-                        *out = 0.5 * g * (1.0 + erf(g * std::f32::consts::FRAC_1_SQRT_2)) * u;
+        let to = Parts::new(&mut output[part.start * width..part.end * width]);
+        let (rows, kernels) = (part.len(), &*self.backend.kernels);
+        let tasks = rows.min(self.pool.threads() * matmul::TASKS_PER_THREAD);
+        self.pool.run(tasks, &|task, _| {
+            for row in rows * task / tasks..rows * (task + 1) / tasks {
+                // SAFETY: rows are dealt to tasks without overlap.
+                let out = unsafe { to.part(row * width, width) };
+                let (gate, up) = input[row * 2 * width..][..2 * width].split_at(width);
+                match activation {
+                    Activation::Silu => kernels.silu(gate, up, out),
+                    Activation::GeluTanh => kernels.gelu_tanh(gate, up, out),
+                    Activation::Gelu => {
+                        for ((&g, u), out) in gate.iter().zip(up).zip(out) {
+                            *out = 0.5 * g * (1.0 + erf(g * std::f32::consts::FRAC_1_SQRT_2)) * u;
+                        }
                     }
                 }
             }
-        }
+        });
         self.buffers[out.0 as usize] = output;
     }
 }
