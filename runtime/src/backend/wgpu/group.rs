@@ -20,8 +20,10 @@ use crate::error::{Error, ErrorKind, Result};
 /// Most members of a pass: with more of them, products wait for arithmetic instead of weights.
 const MOST: u32 = 16;
 
-/// Fewest: two took 6.8 ms together on an H100, and 5.6 ms one behind the other (7B shape).
+/// Fewest without products on matrix units: two took 6.8 ms together on an H100, and 5.6 ms one behind the other (7B shape).
 const LEAST: u32 = 3;
+/// With them: three took 4.3 ms together, and one 2.6 ms.
+const LEAST_ON_UNITS: u32 = 2;
 
 /// A member of the pass that is gathered or under way.
 #[derive(Clone, Copy)]
@@ -44,6 +46,8 @@ pub(super) struct WgpuGroup {
     bound: Vec<(wgpu::Buffer, usize)>,
     members: Vec<Row>,
     has_begun: bool,
+    /// Fewest members of a pass.
+    least: u32,
     /// Ends of the choices and passes that somebody may wait for.
     marks: VecDeque<Ticket>,
 }
@@ -62,14 +66,18 @@ impl WgpuGroup {
         let gpu = &backend.gpu;
         let _watch = gpu.watch();
         gpu.check()?;
-        if !passes::handles(&gpu.limits, &program.attention) || config.max_tokens < LEAST {
+        if !passes::handles(&gpu.limits, &program.attention) || config.max_tokens < LEAST_ON_UNITS {
             return Ok(None);
         }
         let most = config.max_tokens.min(MOST);
         let config = RunnerConfig { max_tokens: most, max_logits_rows: most, ..config.clone() };
         // Kernels that bind as many buffers are not among those of the start-up test.
-        if backend.pass_kernels().is_none() {
+        let Some(kernels) = backend.pass_kernels() else {
             gpu.check()?;
+            return Ok(None);
+        };
+        let least = if kernels.coop { LEAST_ON_UNITS } else { LEAST };
+        if most < least {
             return Ok(None);
         }
         let usage = BufferUsages::STORAGE | BufferUsages::COPY_DST;
@@ -82,6 +90,7 @@ impl WgpuGroup {
             bound: Vec::new(),
             members: Vec::new(),
             has_begun: false,
+            least,
             marks: VecDeque::new(),
             backend,
         }))
@@ -170,7 +179,7 @@ impl Group for WgpuGroup {
     }
 
     fn least(&self) -> usize {
-        LEAST as usize
+        self.least as usize
     }
 
     fn takes(&self, runner: &dyn Runner) -> bool {
