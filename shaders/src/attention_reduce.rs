@@ -75,7 +75,7 @@ pub fn cost(params: &Params, splits: u32, rows: u32) -> Cost {
     Cost { bytes: trial::word_bytes(elements), flops: 2 * elements }
 }
 
-/// (heads, head_dim, position, tokens, window, split_len): one and many splits, a window. From [`OF_ONE`] on, tokens are
+/// (heads, head_dim, position, tokens, window, split_len): one and many splits, a window. From `OF_ONE` on, tokens are
 /// of different sessions at positions up to this one; in the last case of either kind, those of one split are left alone.
 pub fn cases() -> Vec<[u32; 6]> {
     vec![
