@@ -399,6 +399,40 @@ fn a_timed_pass_leaves_sessions_as_they_were() {
 }
 
 #[test]
+fn timing_leaves_a_pass_under_way_alone() {
+    on_gpu(|model| {
+        let mut batch = Batch::new(model, 8, &options(false)).unwrap();
+        let mut idle = sessions(model, 3);
+        for (i, session) in idle.iter_mut().enumerate() {
+            session.generate(&prompt(model, i), &greedy(1), &mut |_| ControlFlow::Continue(())).unwrap();
+        }
+        let mut busy = sessions(model, 3);
+        for (i, session) in busy.iter_mut().enumerate() {
+            session.begin(&prompt(model, i), greedy(30)).unwrap();
+        }
+        let (mut ticks, mut refused) = (Vec::new(), 0);
+        // All have to make tokens before little at a time is enough for a pass.
+        while batch.passes() == 0 && batch.shares_passes() {
+            batch.tick(&mut busy, &micros(2000, 20_000), &mut ticks).unwrap();
+        }
+        while refused < 3 && busy.iter().any(Session::is_busy) {
+            batch.tick(&mut busy, &micros(0, 1), &mut ticks).unwrap();
+            assert!(ticks.iter().all(Result::is_ok), "{ticks:?}");
+            if let Err(error) = batch.profile(&mut idle, 7) {
+                assert!(!batch.shares_passes() || error.message() == "a pass is under way", "{error}");
+                refused += 1;
+            }
+        }
+        assert!(refused > 0 || !batch.shares_passes(), "no pass was under way");
+        together(&mut batch, &mut busy, &TickBudget::UNLIMITED);
+        for (i, session) in busy.iter().enumerate() {
+            let (before, after) = session.tokens().split_at(prompt(model, i).len());
+            assert!(after.len() >= 29 && is_greedy(model, before, after), "session {i}");
+        }
+    });
+}
+
+#[test]
 fn wrong_calls_are_refused() {
     let model = cpu();
     let other = load(BackendChoice::Cpu).unwrap();

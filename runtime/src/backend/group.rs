@@ -58,11 +58,11 @@ pub trait Group: Send {
     /// As [`Runner::advance`]; [`Self::abandon`] has to follow.
     fn advance(&mut self, members: &mut dyn Members, budget: &Budget) -> Result<Progress>;
 
-    /// Device time of every operation of a pass over those that joined, which it forgets: it neither moves on the members
-    /// nor leaves logits with them.
+    /// Device time of every operation of a pass over those that joined, which neither moves the members on nor leaves
+    /// logits with them; [`Self::abandon`] has to follow.
     ///
     /// # Errors
-    /// [`ErrorKind::Unsupported`] where the device can not tell, or a device error; [`Self::abandon`] has to follow then.
+    /// [`ErrorKind::Unsupported`] where the device can not tell, or a device error.
     fn profile(&mut self, members: &mut dyn Members) -> Result<Vec<OpTime>> {
         let _ = members;
         Err(Error::new(ErrorKind::Unsupported, "the operations of a pass are not timed on this backend"))

@@ -193,11 +193,14 @@ impl Batch {
     ///
     /// # Errors
     /// [`ErrorKind::Unsupported`] where the device can not tell or there are no passes over so many or such sessions,
-    /// [`ErrorKind::InvalidInput`] for a session of another model, a busy one or an id outside the vocabulary,
-    /// [`ErrorKind::ContextFull`], or a device error.
+    /// [`ErrorKind::InvalidInput`] for a session of another model, a busy one, an id outside the vocabulary, or while a
+    /// pass of others is under way, [`ErrorKind::ContextFull`], or a device error.
     pub fn profile<S: BorrowMut<Session>>(&mut self, sessions: &mut [S], id: u32) -> Result<Vec<OpTime>> {
         if sessions.iter().any(|session| !Arc::ptr_eq(session.borrow().model(), &self.model)) {
             return Err(of_another_model());
+        }
+        if !self.rows.is_empty() {
+            return Err(Error::new(ErrorKind::InvalidInput, "a pass is under way"));
         }
         self.attach(sessions)?;
         let Some(Place { group: Some(group), .. }) = &mut self.place else {
@@ -208,10 +211,7 @@ impl Batch {
             let message = format!("passes are over {} to {} sessions, not {}", group.least(), group.most(), rows.len());
             return Err(Error::new(ErrorKind::Unsupported, message));
         }
-        let mut joined = Ok(());
-        for session in sessions.iter_mut() {
-            joined = joined.and_then(|()| session.borrow_mut().join_profile(&mut **group, id));
-        }
+        let joined = sessions.iter_mut().try_for_each(|session| session.borrow_mut().join_profile(&mut **group, id));
         let times = joined.and_then(|()| group.profile(&mut Rows { sessions, rows: &rows }));
         group.abandon();
         times

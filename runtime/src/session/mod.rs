@@ -435,14 +435,22 @@ impl Session {
     /// [`ErrorKind::Unsupported`] where the device can not tell, [`ErrorKind::InvalidInput`] for no ids, too many for
     /// one step or ids outside the vocabulary, [`ErrorKind::ContextFull`], or a device error.
     pub fn profile(&mut self, ids: &[u32]) -> Result<Vec<OpTime>> {
+        let position = self.tokens.len() as u32;
+        self.begin_profile(ids)?.profile(&Step { tokens: ids, position, logits: LogitsRows::Last })
+    }
+
+    /// The runner, ready for a step over `ids` at the end of the cache that is only timed.
+    ///
+    /// # Errors
+    /// As [`Self::profile`].
+    fn begin_profile(&mut self, ids: &[u32]) -> Result<&mut dyn Runner> {
         self.require_idle()?;
         self.check_ids(ids, self.tokens.len())?;
         self.has_logits = false;
         self.own(self.tokens.len())?;
         self.write_rope(ids.len(), self.tokens.len() + ids.len())?;
-        let step = Step { tokens: ids, position: self.tokens.len() as u32, logits: LogitsRows::Last };
         match &mut self.place {
-            Some(place) => place.runner.profile(&step),
+            Some(place) => Ok(&mut *place.runner),
             None => Err(Error::new(ErrorKind::Evicted, "the session is not on a device")),
         }
     }
@@ -452,18 +460,12 @@ impl Session {
     /// # Errors
     /// As [`Batch::profile`].
     fn join_profile(&mut self, group: &mut dyn Group, id: u32) -> Result<()> {
-        self.require_idle()?;
-        self.check_ids(&[id], self.tokens.len())?;
-        self.has_logits = false;
-        self.own(self.tokens.len())?;
-        self.write_rope(1, self.tokens.len() + 1)?;
-        let Some(place) = &mut self.place else {
-            return Err(Error::new(ErrorKind::Evicted, "the session is not on a device"));
-        };
-        if !group.takes(&*place.runner) {
+        let position = self.tokens.len() as u32;
+        let runner = self.begin_profile(&[id])?;
+        if !group.takes(runner) {
             return Err(Error::new(ErrorKind::Unsupported, "the session takes part in no passes of this batch"));
         }
-        group.join(&mut *place.runner, &Next::Token(id), self.tokens.len() as u32).map(drop)
+        group.join(runner, &Next::Token(id), position).map(drop)
     }
 
     /// Sees to the rotations of `n` tokens at the end of the cache of a sequence of `length` tokens.
