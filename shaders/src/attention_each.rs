@@ -46,6 +46,7 @@ pub static KERNEL: Kernel = Kernel {
         Prelude::Softcap,
         Prelude::Window,
         Prelude::Split,
+        Prelude::Members,
         Prelude::AttentionEights,
     ],
     constants: &[("WG", WG), ("HEADS", attention_few::HEADS), ("PASSES", attention_few::PASSES), ("MEMBERS", MEMBERS)],

@@ -152,12 +152,10 @@ fn trials(variant: Variant, rng: &mut Rng) -> Vec<Trial> {
     cases().into_iter().enumerate().map(|(i, case)| trial(of_variant(case), i % 2 == 0, variant, rng)).collect()
 }
 
-/// The run of the plain kernel with the combined rows in place of the splits of tokens that have one alone.
 fn trial(case: Case, stages: bool, variant: Variant, rng: &mut Rng) -> Trial {
     let mut trial = attention::trial(case, 4, variant, rng);
     let plain: attention::Params = bytemuck::pod_read_unaligned(&trial.params);
-    let columns = (plain.heads * plain.head_dim) as usize;
-    let layout = Layout { k: columns, elem: variant.elem };
+    let columns = plain.heads * plain.head_dim;
     let params = Params {
         heads: plain.heads,
         kv_heads: plain.kv_heads,
@@ -169,57 +167,71 @@ fn trial(case: Case, stages: bool, variant: Variant, rng: &mut Rng) -> Trial {
         splits_max: plain.splits_max,
         split_len: plain.split_len,
         cap: plain.cap,
-        out_stride: columns as u32 + 1,
+        out_stride: columns + 1,
         flags: if stages { FLAG_STAGE } else { 0 },
-        stage_quads: layout.quads() as u32,
+        stage_quads: Layout { k: columns as usize, elem: variant.elem }.quads() as u32,
         pad: [0; 3],
     };
-    let [Values::F32(partial), Values::F32(ml)] = [0, 1].map(|i| trial.expected[i].values.clone()) else {
-        unreachable!("attention leaves f32 numbers");
-    };
-    let pairs: Vec<[f32; 2]> = ml.as_chunks().0.to_vec();
     let reduce = attention_reduce::Params {
-        heads: plain.heads,
-        head_dim: plain.head_dim,
+        heads: params.heads,
+        head_dim: params.head_dim,
         out_stride: params.out_stride,
-        window: plain.window,
-        splits_max: plain.splits_max,
-        split_len: plain.split_len,
-        flags: 0,
-        stage_quads: 0,
+        window: params.window,
+        splits_max: params.splits_max,
+        split_len: params.split_len,
+        flags: params.flags,
+        stage_quads: params.stage_quads,
     };
-    let mut combined = vec![0.0; (case.tokens * params.out_stride) as usize];
-    attention_reduce::reference(&reduce, &trial.step, &partial, &pairs, &mut combined);
-
-    let poison = f32::from_bits(trial::POISON);
-    let mut out = trial::poisoned(combined.len());
-    let staged = layout.empty(case.tokens as usize);
-    let mut rows_staged = Vec::new();
-    let per_token = (plain.heads * plain.splits_max) as usize;
-    for token in 0..case.tokens {
-        let step = Step { position: case.position + token, n_tokens: 1, ..trial.step };
-        if !is_whole(case.window, case.split_len, &step) {
-            continue;
-        }
-        let row = (token * params.out_stride) as usize..(token * params.out_stride) as usize + columns;
-        out[row.clone()].copy_from_slice(&combined[row.clone()]);
-        if stages {
-            rows_staged.extend(layout.expected(8, token as usize, &combined[row], None, 1e-3));
-        }
-        let rows = token as usize * per_token..(token as usize + 1) * per_token;
-        for (of, width) in [(0, plain.head_dim as usize), (1, 2)] {
-            let Values::F32(values) = &mut trial.expected[of].values else { continue };
-            values[rows.start * width..rows.end * width].fill(poison);
-        }
-    }
     // This kernel has no shared part.
     trial.storage.truncate(5);
-    trial.storage.extend([trial::words(&trial::poisoned(out.len())), staged.clone()]);
-    trial.expected.push(Expected::near(7, out, 2e-4));
-    if rows_staged.is_empty() {
-        trial.expected.push(Expected::exact(8, staged));
-    }
-    trial.expected.extend(rows_staged);
+    let positions = (0..case.tokens).map(|token| (token, case.position + token));
+    leave_whole(&mut trial, &reduce, variant.elem, (case.tokens, positions));
     trial.params = bytemuck::bytes_of(&params).to_vec();
     trial
+}
+
+/// Makes of `trial`, which expects the splits of all rows first, one that expects the combined row of `reduce`, staged with
+/// its [`FLAG_STAGE`], instead of the split of a row that has one alone. There are so many rows, of which these have these
+/// positions; the rows and what is staged of them become the last two bindings.
+pub(crate) fn leave_whole(
+    trial: &mut Trial,
+    reduce: &attention_reduce::Params,
+    elem: Elem,
+    (rows, positions): (u32, impl Iterator<Item = (u32, u32)>),
+) {
+    let [Expected { values: Values::F32(partial), .. }, Expected { values: Values::F32(ml), .. }] =
+        &mut trial.expected[..]
+    else {
+        unreachable!("attention leaves f32 numbers");
+    };
+    let (dim, stride) = (reduce.head_dim as usize, reduce.out_stride as usize);
+    let (columns, per_row) = (reduce.heads as usize * dim, (reduce.heads * reduce.splits_max) as usize);
+    let layout = Layout { k: columns, elem };
+    let binding = trial.storage.len() as u32 + 2;
+    let poison = f32::from_bits(trial::POISON);
+    let mut out = trial::poisoned(rows as usize * stride);
+    let staged = layout.empty(rows as usize);
+    trial.storage.extend([trial::words(&out), staged.clone()]);
+    let mut rows_staged = Vec::new();
+    for (row, position) in positions {
+        let step = Step { n_tokens: 1, position, ..Step::default() };
+        if !is_whole(reduce.window, reduce.split_len, &step) {
+            continue;
+        }
+        let row = row as usize;
+        let partial = &mut partial[row * per_row * dim..(row + 1) * per_row * dim];
+        let ml = &mut ml[row * per_row * 2..(row + 1) * per_row * 2];
+        let out = &mut out[row * stride..(row + 1) * stride];
+        attention_reduce::reference(reduce, &step, partial, ml.as_chunks().0, out);
+        partial.fill(poison);
+        ml.fill(poison);
+        if reduce.flags & FLAG_STAGE != 0 {
+            rows_staged.extend(layout.expected(binding + 1, row, &out[..columns], None, 1e-3));
+        }
+    }
+    trial.expected.push(Expected::near(binding, out, 2e-4));
+    if rows_staged.is_empty() {
+        trial.expected.push(Expected::exact(binding + 1, staged));
+    }
+    trial.expected.extend(rows_staged);
 }

@@ -3,7 +3,6 @@
 use crate::attention_each::Case;
 use crate::attention_subgroup::{HEAD_DIM_MAX, WG};
 use crate::staged::Layout;
-use crate::trial::{Expected, Values};
 use crate::*;
 
 pub use crate::attention_each::MEMBERS;
@@ -56,6 +55,7 @@ pub static KERNEL: Kernel = Kernel {
         Prelude::Elem,
         Prelude::Stage,
         Prelude::StageEight,
+        Prelude::Members,
         Prelude::AttentionLanes,
     ],
     constants: &[("WG", WG), ("HEAD_DIM_MAX", HEAD_DIM_MAX), ("MEMBERS", MEMBERS)],
@@ -143,12 +143,10 @@ fn trials(variant: Variant, rng: &mut Rng) -> Vec<Trial> {
     CASES.iter().enumerate().map(|(i, case)| trial(&of_variant(case), i % 2 == 0, variant, rng)).collect()
 }
 
-/// The run of the plain kernel with the combined rows in place of the splits of tokens that have one alone.
 fn trial(case: &Case, stages: bool, variant: Variant, rng: &mut Rng) -> Trial {
     let mut trial = attention_each::trial(case, variant, rng);
     let plain: attention_each::Params = bytemuck::pod_read_unaligned(&trial.params);
-    let columns = (plain.heads * plain.head_dim) as usize;
-    let layout = Layout { k: columns, elem: variant.elem };
+    let columns = plain.heads * plain.head_dim;
     let params = Params {
         heads: plain.heads,
         kv_heads: plain.kv_heads,
@@ -160,55 +158,24 @@ fn trial(case: &Case, stages: bool, variant: Variant, rng: &mut Rng) -> Trial {
         splits_max: plain.splits_max,
         split_len: plain.split_len,
         cap: plain.cap,
-        out_stride: columns as u32 + 1,
+        out_stride: columns + 1,
         flags: if stages { FLAG_STAGE } else { 0 },
-        stage_quads: layout.quads() as u32,
+        stage_quads: Layout { k: columns as usize, elem: variant.elem }.quads() as u32,
         pad: [0; 3],
     };
-    let rows = case.first_row as usize + case.members.len();
-    let poison = f32::from_bits(trial::POISON);
-    let mut out = trial::poisoned(rows * params.out_stride as usize);
-    let out_words = trial::words(&out);
-    let staged = layout.empty(rows);
-    let mut rows_staged = Vec::new();
-    let per_row = (plain.heads * plain.splits_max) as usize;
-    for (row, &(position, _)) in (case.first_row as usize..).zip(case.members) {
-        let step = Step { n_tokens: 1, position, ..Step::default() };
-        if !attention_subgroup::is_whole(case.window, case.split_len, &step) {
-            continue;
-        }
-        let reduce = attention_reduce::Params {
-            heads: plain.heads,
-            head_dim: plain.head_dim,
-            out_stride: params.out_stride,
-            window: plain.window,
-            splits_max: plain.splits_max,
-            split_len: plain.split_len,
-            flags: 0,
-            stage_quads: 0,
-        };
-        let splits = row * per_row..(row + 1) * per_row;
-        let dim = plain.head_dim as usize;
-        let of_out = row * params.out_stride as usize..(row + 1) * params.out_stride as usize;
-        if let [Expected { values: Values::F32(partial), .. }, Expected { values: Values::F32(ml), .. }] =
-            &mut trial.expected[..]
-        {
-            let pairs: Vec<[f32; 2]> = ml[splits.start * 2..splits.end * 2].as_chunks().0.to_vec();
-            let partial = &mut partial[splits.start * dim..splits.end * dim];
-            attention_reduce::reference(&reduce, &step, partial, &pairs, &mut out[of_out.clone()]);
-            partial.fill(poison);
-            ml[splits.start * 2..splits.end * 2].fill(poison);
-        }
-        if stages {
-            rows_staged.extend(layout.expected(7, row, &out[of_out][..columns], None, 1e-3));
-        }
-    }
-    trial.storage.splice(4..4, [out_words, staged.clone()]);
-    trial.expected.push(Expected::near(6, out, 2e-4));
-    if rows_staged.is_empty() {
-        trial.expected.push(Expected::exact(7, staged));
-    }
-    trial.expected.extend(rows_staged);
+    let reduce = attention_reduce::Params {
+        heads: params.heads,
+        head_dim: params.head_dim,
+        out_stride: params.out_stride,
+        window: params.window,
+        splits_max: params.splits_max,
+        split_len: params.split_len,
+        flags: params.flags,
+        stage_quads: params.stage_quads,
+    };
+    let rows = case.first_row + case.members.len() as u32;
+    let positions = (case.first_row..).zip(case.members.iter().map(|(position, _)| *position));
+    attention_subgroup::leave_whole(&mut trial, &reduce, variant.elem, (rows, positions));
     trial.params = bytemuck::bytes_of(&params).to_vec();
     trial
 }

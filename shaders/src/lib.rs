@@ -514,6 +514,8 @@ pub enum Prelude {
     Softcap,
     /// Positions that a token sees, by the field `window`.
     Window,
+    /// The rows of the members of a pass and their caches.
+    Members,
     /// Attention by lanes of subgroups over the parts of a cache, given `place_of`, `key_words` and `value_words`.
     AttentionLanes,
     /// A workgroup's share of heads and positions in attention.
@@ -785,8 +787,13 @@ pub fn compose(kernel: &Kernel, variant: Variant) -> String {
             }
             (Prelude::Append, Variant { kv: Kv::Q8, .. }) => include_str!("prelude/append_groups.wgsl"),
             (Prelude::Append, _) => include_str!("prelude/append_pairs.wgsl"),
-            (Prelude::AttentionLanes, _) => include_str!("prelude/attention_lanes.wgsl"),
-            (Prelude::AttentionEights, _) => include_str!("prelude/attention_eights.wgsl"),
+            (Prelude::Members, _) => include_str!("prelude/members.wgsl"),
+            (Prelude::AttentionLanes, _) => {
+                concat!(include_str!("prelude/place.wgsl"), include_str!("prelude/attention_lanes.wgsl"))
+            }
+            (Prelude::AttentionEights, _) => {
+                concat!(include_str!("prelude/place.wgsl"), include_str!("prelude/attention_eights.wgsl"))
+            }
             (Prelude::Gemm, _) => include_str!("prelude/gemm.wgsl"),
             (Prelude::Weights8, _) => include_str!("prelude/weights8.wgsl"),
             (Prelude::Packed, Variant { packed: Packed::W4, .. }) => {

@@ -2,15 +2,6 @@
 // attention_each.wgsl, which say where keys and values lie. They define `params` and the bindings qkv, partial_out and
 // partial_ml.
 
-// A token: its row, position and cache, of which the first `prefix` positions lie in a shared part.
-struct Place {
-    row: u32,
-    position: u32,
-    context: u32,
-    prefix: u32,
-    is_there: bool,
-}
-
 // What four positions hold, PASSES of them.
 struct Four {
     a: KvWords,

@@ -3,15 +3,6 @@
 // partial_out, partial_ml, out and staged. lane_*.wgsl and sweep_*.wgsl read the cache, heads_*.wgsl hold what there is of
 // each query head.
 
-// A token: its row, position and cache, of which the first `prefix` positions lie in a shared part.
-struct Place {
-    row: u32,
-    position: u32,
-    context: u32,
-    prefix: u32,
-    is_there: bool,
-}
-
 const LOWEST: f32 = -3.0e38;
 
 // What the subgroups found: weighted sums of one query head, largest scores and sums of weights of all.

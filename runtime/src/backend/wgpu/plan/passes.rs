@@ -41,13 +41,16 @@ pub(in super::super) fn kernels(backend: &WgpuBackend) -> Option<PassKernels> {
     let variant = Variant { elem, reduce, size, ..Variant::default() };
     let kernels: [&'static Kernel; 4] =
         [&gemv_w4_rows::KERNEL, &gemv_dense_rows::KERNEL, &rope_append_each::KERNEL, &attention_each::KERNEL];
-    let works = |kernel: &&'static Kernel| selftest::pass(&backend.gpu, &backend.pipelines, kernel, variant).is_ok();
-    let coop = backend.coop && works(&&gemv_w4_rows_coop::KERNEL);
+    let works = |kernel: &'static Kernel| selftest::pass(&backend.gpu, &backend.pipelines, kernel, variant).is_ok();
+    if !kernels.into_iter().all(works) {
+        return None;
+    }
     let (least, _) = backend.gpu.summary.subgroup.unwrap_or_default();
-    let lanes = reduce == Reduce::Subgroup
-        && least >= attention_subgroup::LEAST_SUBGROUP
-        && works(&&attention_subgroup_each::KERNEL);
-    kernels.iter().all(works).then_some(PassKernels { coop, lanes })
+    let subgroups = reduce == Reduce::Subgroup && least >= attention_subgroup::LEAST_SUBGROUP;
+    Some(PassKernels {
+        coop: backend.coop && works(&gemv_w4_rows_coop::KERNEL),
+        lanes: subgroups && works(&attention_subgroup_each::KERNEL),
+    })
 }
 
 /// What the plan of a pass knows besides the program.
@@ -69,8 +72,8 @@ pub(super) struct Site {
     op: usize,
     pipeline: Arc<Pipeline>,
     layer: u32,
-    /// Bindings in front of the caches.
-    storage: Vec<wgpu::Buffer>,
+    /// Bindings in front of the caches, and behind them.
+    storage: [Vec<wgpu::Buffer>; 2],
     form: Form,
 }
 
@@ -168,24 +171,7 @@ impl Plan {
         for (site, rows) in self.sites.iter().flat_map(|site| rows.iter().map(move |rows| (site, rows))) {
             blocks.resize(blocks.len().next_multiple_of(align), 0);
             starts.push(blocks.len());
-            match site.form {
-                Form::RopeAppend(params) => {
-                    blocks.extend_from_slice(uniform_bytes(&rope_append_each::Params {
-                        first_row: rows.first,
-                        ..params
-                    }));
-                }
-                Form::Attention(params) => {
-                    blocks
-                        .extend_from_slice(uniform_bytes(&attention_each::Params { first_row: rows.first, ..params }));
-                }
-                Form::AttentionLanes(params) => {
-                    blocks.extend_from_slice(uniform_bytes(&attention_subgroup_each::Params {
-                        first_row: rows.first,
-                        ..params
-                    }));
-                }
-            }
+            blocks.extend_from_slice(site.form.at_row(rows.first).block());
         }
         let usage = BufferUsages::UNIFORM | BufferUsages::COPY_DST;
         let uniforms = gpu.buffer("uniform blocks of members", blocks.len() as u64, usage)?;
@@ -199,7 +185,7 @@ impl Plan {
                         let params = wgpu::BufferBinding {
                             buffer: &uniforms,
                             offset: start as u64,
-                            size: wgpu::BufferSize::new(site.form.bytes()),
+                            size: wgpu::BufferSize::new(site.form.block().len() as u64),
                         };
                         let storage = site.storage(memory, rows)?;
                         let bind_group = site.pipeline.bind(gpu, params, &memory.step, &storage);
@@ -220,7 +206,7 @@ impl Plan {
 impl Site {
     /// The bindings for these rows; those of members that are not there are the first one's, and not used.
     fn storage(&self, memory: &Memory, rows: &Rows<'_>) -> Result<Vec<wgpu::Buffer>> {
-        let mut storage = self.storage.clone();
+        let [mut storage, behind] = self.storage.clone();
         if let Form::Attention(_) | Form::AttentionLanes(_) = self.form {
             let (keys, values) = match rows.prefix {
                 Some(prefix) => prefix.cache(self.layer)?,
@@ -235,16 +221,28 @@ impl Site {
             let (keys, values) = layer.ok_or_else(none)?;
             storage.extend([keys.clone(), values.clone()]);
         }
+        storage.extend(behind);
         Ok(storage)
     }
 }
 
 impl Form {
-    fn bytes(&self) -> u64 {
+    /// The same for rows from `first` on.
+    fn at_row(mut self, first: u32) -> Self {
+        match &mut self {
+            Self::RopeAppend(params) => params.first_row = first,
+            Self::Attention(params) => params.first_row = first,
+            Self::AttentionLanes(params) => params.first_row = first,
+        }
+        self
+    }
+
+    /// The uniform block.
+    fn block(&self) -> &[u8] {
         match self {
-            Self::RopeAppend(params) => size_of_val(params) as u64,
-            Self::Attention(params) => size_of_val(params) as u64,
-            Self::AttentionLanes(params) => size_of_val(params) as u64,
+            Self::RopeAppend(params) => uniform_bytes(params),
+            Self::Attention(params) => uniform_bytes(params),
+            Self::AttentionLanes(params) => uniform_bytes(params),
         }
     }
 
@@ -294,7 +292,7 @@ impl Planner<'_> {
         &mut self,
         kernel: &'static Kernel,
         layer: u32,
-        storage: Vec<wgpu::Buffer>,
+        storage: [Vec<wgpu::Buffer>; 2],
         form: Form,
         drafts: &mut Vec<DraftOp>,
     ) -> Result<()> {
@@ -331,7 +329,7 @@ impl Planner<'_> {
         };
         let Some(pass) = &self.pass else { return Err(unsupported("no pass is planned")) };
         let storage = vec![pass.places.clone(), self.buffer(qkv), table];
-        self.site(&rope_append_each::KERNEL, layer, storage, Form::RopeAppend(params), drafts)
+        self.site(&rope_append_each::KERNEL, layer, [storage, Vec::new()], Form::RopeAppend(params), drafts)
     }
 
     fn attention_each(
@@ -381,7 +379,7 @@ impl Planner<'_> {
         let mut storage = vec![places.clone(), self.buffer(qkv)];
         storage.extend(partials.clone());
         if lanes {
-            storage.extend([self.buffer(out), staged_out.clone()]);
+            let outputs = vec![self.buffer(out), staged_out.clone()];
             let params = attention_subgroup_each::Params {
                 heads: params.heads,
                 kv_heads: params.kv_heads,
@@ -397,9 +395,10 @@ impl Planner<'_> {
                 stage_quads,
                 ..Default::default()
             };
-            self.site(&attention_subgroup_each::KERNEL, layer, storage, Form::AttentionLanes(params), drafts)?;
+            let form = Form::AttentionLanes(params);
+            self.site(&attention_subgroup_each::KERNEL, layer, [storage, outputs], form, drafts)?;
         } else {
-            self.site(&attention_each::KERNEL, layer, storage, Form::Attention(params), drafts)?;
+            self.site(&attention_each::KERNEL, layer, [storage, Vec::new()], Form::Attention(params), drafts)?;
         }
         let mut storage = partials.to_vec();
         storage.extend([self.buffer(out), staged_out, places]);
