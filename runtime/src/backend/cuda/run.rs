@@ -10,8 +10,8 @@ use awqua_shaders::RowMode;
 use awqua_shaders::cuda::{Place, SampleArgs};
 
 use super::CudaBackend;
-use super::cache::{self, Form, GRAIN, Prefix};
-use super::driver::{Event, Graph, Launch, OtherRows, Pinned, Rows, Stream};
+use super::cache::{self, Prefix};
+use super::driver::{Event, Graph, Launch, Pinned, Stream};
 use super::memory::Memory;
 use super::pace::{self, Pace};
 use super::plan::{Plan, Work};
@@ -22,6 +22,8 @@ use crate::backend::{
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::session::sampler::{KeptRequest, SampleRequest, pick_in};
+
+mod forks;
 
 /// Looks at a result before the device is asked whether all is well.
 const LOOKS: u32 = 512;
@@ -317,45 +319,6 @@ impl CudaRunner {
         Ok(())
     }
 
-    /// How the rows of its cache lie.
-    fn form(&self) -> Form {
-        Form::new(&self.program, self.memory.kv_type)
-    }
-
-    /// Positions that a fork with `n` of them shares, and the copy of them if there is one already.
-    fn to_share(&self, n: u32, sharing: Sharing) -> (u32, Option<Arc<Prefix>>) {
-        // Sums are the same either way, so that what has to be exact shares as well.
-        if sharing == Sharing::Never {
-            return (0, None);
-        }
-        let most = n / GRAIN * GRAIN;
-        let there = self.memory.prefix.clone().into_iter().chain(self.lent.upgrade());
-        // Much more than what is there is worth a copy of its own.
-        let there = there.filter(|prefix| prefix.len <= n && 2 * prefix.len > most).max_by_key(|prefix| prefix.len);
-        (there.as_ref().map_or(most, |prefix| prefix.len), there)
-    }
-
-    /// A copy of the first `len` positions, which is there once the stream has come there.
-    fn copy_prefix(&self, len: u32) -> Result<Prefix> {
-        let prefix = Prefix::new(&self.backend.gpu, &self.program, self.memory.kv_type, len)?;
-        self.memory.parts().try_for_each(|part| self.form().copy(&self.stream, &part, &prefix.part(), len))?;
-        Ok(prefix)
-    }
-
-    /// Forgets the copy that forks share if a step at `position` makes it another one's.
-    ///
-    /// # Errors
-    /// [`ErrorKind::InvalidInput`] where this session shares the position itself.
-    pub(super) fn overwrite(&mut self, position: u32) -> Result<()> {
-        if position < self.memory.shared() {
-            return Err(Error::new(ErrorKind::InvalidInput, format!("position {position} is shared with others")));
-        }
-        if self.lent.upgrade().is_some_and(|lent| position < lent.len) {
-            self.lent = Weak::new();
-        }
-        Ok(())
-    }
-
     /// Records the graph of a choice and a step.
     fn record(&mut self) -> Result<()> {
         let (scores, _) = self.logits_row(0)?;
@@ -638,25 +601,7 @@ impl Runner for CudaRunner {
     }
 
     fn fork(&mut self, n: u32, sharing: Sharing) -> Result<Box<dyn Runner>> {
-        let prefix = match self.to_share(n, sharing) {
-            (_, Some(prefix)) => Some(prefix),
-            (0, None) => None,
-            (len, None) => Some(Arc::new(self.copy_prefix(len)?)),
-        };
-        if let Some(prefix) = &prefix {
-            self.lent = Arc::downgrade(prefix);
-        }
-        let fork = Self::behind(Arc::clone(&self.backend), &self.program, &self.config, prefix)?;
-        // Its memory is cleared, then written here, then read there.
-        self.stream.follow(&super::mark(&self.backend.gpu, &fork.stream)?)?;
-        let own = fork.memory.own();
-        self.memory.parts().try_for_each(|part| self.form().copy(&self.stream, &part, &own, n))?;
-        let (from, to) = (self.memory.buffer(self.memory.ropes), fork.memory.buffer(fork.memory.ropes));
-        let bytes = from.bytes() as usize;
-        let whole = Rows { offset: 0, width: bytes, rows: 1, pitch: bytes, other_offset: 0, other_pitch: bytes };
-        self.stream.copy_rows(from, whole, OtherRows::Device(to))?;
-        fork.stream.follow(&super::mark(&self.backend.gpu, &self.stream)?)?;
-        Ok(Box::new(fork))
+        Ok(Box::new(self.forked(n, sharing)?))
     }
 
     fn fork_bytes(&self, n: u32, sharing: Sharing) -> u64 {
