@@ -211,9 +211,9 @@
 #define AWQUA_SESSION_EXACT 2
 
 /**
- * Have forks keep the memory of their common start once even if the session is deterministic and the GPU has matrix
- * units or subgroups: attention is then computed by kernels that read the start apart, which are slower. See
- * awqua_session_fork. The CPU and CUDA ignore it.
+ * Have forks keep the memory of their common start once even if the session is deterministic and the GPU, through wgpu,
+ * has matrix units or subgroups: attention is then computed by kernels that read the start apart, which are slower. See
+ * awqua_session_fork. The CPU and CUDA, where they share in any case, ignore it.
  */
 #define AWQUA_SESSION_SHARE_FORKS 4
 
@@ -2213,11 +2213,11 @@ awqua_status awqua_session_truncate(struct awqua_session *session,
  * forks of a session share one copy of their start, in multiples of 64 tokens or more, beside the session they came
  * from, and one that goes back behind it gets its own. Either goes on as if the other one did not exist.
  *
- * Where forks copy instead: on CUDA, whose kernels read the cache of a session from one place (heads lie one behind the
- * other in it, so that no page of the driver's holds nothing but a start); in deterministic sessions with matrix units or
- * subgroups, whose kernels add up in another order once the start lies apart, unless AWQUA_SESSION_SHARE_FORKS has them
- * do without these kernels; and in deterministic sessions of models with windows, whose sums begin anywhere. Fails with
- * AWQUA_ERR_STATE while an answer is being made.
+ * On CUDA and the CPU sums do not depend on where the start lies, so that deterministic sessions share it too. Where forks
+ * copy instead, through wgpu: in deterministic sessions with matrix units or subgroups, whose kernels add up in another
+ * order once the start lies apart, unless AWQUA_SESSION_SHARE_FORKS has them do without these kernels; and in
+ * deterministic sessions of models with windows, whose sums begin anywhere. Fails with AWQUA_ERR_STATE while an answer is
+ * being made.
  */
 AWQUA_API
 awqua_status awqua_session_fork(struct awqua_session *session,

@@ -130,6 +130,22 @@ namespace Awqua
             Native.Check(Native.awqua_set_log(callback, IntPtr.Zero, (uint)level));
         }
 
+        /// <summary>Has the library take its memory from <paramref name="alloc"/>, which is given bytes and their
+        /// alignment, a power of two, and returns zero if there are none; <paramref name="free"/> gets the same numbers
+        /// behind the address. Any thread calls them, and they must neither throw nor call the library. Before every
+        /// other call, once and for good.</summary>
+        public static void SetAllocator(Func<ulong, ulong, IntPtr> alloc, Action<IntPtr, ulong, ulong> free)
+        {
+            if (alloc == null || free == null) throw new ArgumentNullException();
+            var allocator = new Native.Allocator
+            {
+                StructSize = (uint)Marshal.SizeOf(typeof(Native.Allocator)),
+                Alloc = Native.AllocCallback,
+                Free = Native.FreeCallback,
+            };
+            Native.SetAllocator(alloc, free, ref allocator);
+        }
+
         /// <summary>Lets go of a lost device; models and sessions find another one in their next ticks.</summary>
         public void Recover() => Native.Check(Native.awqua_engine_recover(Handle));
 

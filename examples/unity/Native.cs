@@ -175,6 +175,21 @@ namespace Awqua
             internal uint Done, Total;
         }
 
+        [StructLayout(LayoutKind.Sequential)]
+        internal struct Allocator
+        {
+            internal uint StructSize, Flags;
+            internal IntPtr User;
+            internal AllocFn Alloc;
+            internal FreeFn Free;
+        }
+
+        [UnmanagedFunctionPointer(CallingConvention.Cdecl)]
+        internal delegate IntPtr AllocFn(IntPtr user, ulong size, ulong align);
+
+        [UnmanagedFunctionPointer(CallingConvention.Cdecl)]
+        internal delegate void FreeFn(IntPtr user, IntPtr memory, ulong size, ulong align);
+
         [UnmanagedFunctionPointer(CallingConvention.Cdecl)]
         internal delegate void LogFn(IntPtr user, uint level, Str text);
 
@@ -197,6 +212,8 @@ namespace Awqua
         internal delegate void ReleaseFn(IntPtr user);
 
         // Fields, so that the collector leaves them alone while the library may call them. No exception gets out of one.
+        internal static readonly AllocFn AllocCallback = OnAlloc;
+        internal static readonly FreeFn FreeCallback = OnFree;
         internal static readonly LogFn LogCallback = OnLog;
         internal static readonly ParallelForFn ParallelForCallback = OnParallelFor;
         private static readonly OpenFn OpenCallback = OnOpen;
@@ -204,6 +221,31 @@ namespace Awqua
         private static readonly CloseFn CloseCallback = OnClose;
         private static readonly ReleaseFn ReleaseCallback = OnRelease;
         internal static volatile Action<LogLevel, string> Heard;
+        private static Func<ulong, ulong, IntPtr> hostAlloc;
+        private static Action<IntPtr, ulong, ulong> hostFree;
+
+        internal static void SetAllocator(Func<ulong, ulong, IntPtr> alloc, Action<IntPtr, ulong, ulong> free,
+                                          ref Allocator allocator)
+        {
+            var alloced = hostAlloc;
+            var freed = hostFree;
+            hostAlloc = alloc;
+            hostFree = free;
+            var status = awqua_set_allocator(ref allocator);
+            if (status < 0)
+            {
+                // Refused: the functions of an earlier call stay.
+                hostAlloc = alloced;
+                hostFree = freed;
+            }
+            Check(status);
+        }
+
+        [MonoPInvokeCallback(typeof(AllocFn))]
+        private static IntPtr OnAlloc(IntPtr user, ulong size, ulong align) => hostAlloc(size, align);
+
+        [MonoPInvokeCallback(typeof(FreeFn))]
+        private static void OnFree(IntPtr user, IntPtr memory, ulong size, ulong align) => hostFree(memory, size, align);
 
         [MonoPInvokeCallback(typeof(LogFn))]
         private static void OnLog(IntPtr user, uint level, Str text)
@@ -315,6 +357,7 @@ namespace Awqua
         [DllImport(Library)] internal static extern int awqua_model_free(IntPtr model);
         [DllImport(Library)] private static extern int awqua_budget_init(ref Budget budget);
         [DllImport(Library)] private static extern int awqua_request_init(ref RequestDesc request);
+        [DllImport(Library)] private static extern int awqua_set_allocator(ref Allocator allocator);
         [DllImport(Library)] internal static extern int awqua_set_log(LogFn callback, IntPtr user, uint level);
         [DllImport(Library)] internal static extern int awqua_engine_get_info(EngineHandle engine, ref EngineInfo info);
         [DllImport(Library)] internal static extern int awqua_model_estimate(ModelHandle model, ref SessionDesc desc, ref EstimateDesc estimate);

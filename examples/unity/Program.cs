@@ -1,6 +1,7 @@
 // The same calls without Unity: mcs Awqua.cs Native.cs Program.cs -out:npc.exe && mono npc.exe MODEL_FOLDER
 using System;
 using System.IO;
+using System.Runtime.InteropServices;
 using System.Text;
 using System.Threading;
 using System.Threading.Tasks;
@@ -9,6 +10,25 @@ namespace Awqua
 {
     internal static class Program
     {
+        private static long held, taken;
+
+        // Memory of the program's own, which it counts.
+        private static IntPtr Alloc(ulong size, ulong align)
+        {
+            var all = Marshal.AllocHGlobal(new IntPtr((long)(size + align) + IntPtr.Size));
+            var address = (all.ToInt64() + IntPtr.Size + (long)align - 1) / (long)align * (long)align;
+            Marshal.WriteIntPtr(new IntPtr(address - IntPtr.Size), all);
+            Interlocked.Add(ref held, (long)size);
+            Interlocked.Increment(ref taken);
+            return new IntPtr(address);
+        }
+
+        private static void Free(IntPtr memory, ulong size, ulong align)
+        {
+            Interlocked.Add(ref held, -(long)size);
+            Marshal.FreeHGlobal(Marshal.ReadIntPtr(memory, -IntPtr.Size));
+        }
+
         // Two characters on one start, a saved game, weights that go and come back, and what texts are like.
         private static bool Remember(Model model, TimeSpan time)
         {
@@ -120,6 +140,7 @@ namespace Awqua
             var time = TimeSpan.FromMilliseconds(2);
             try
             {
+                Engine.SetAllocator(Alloc, Free);
                 using (var engine = new Engine(Backend.Cpu))
                 using (var model = new Model(engine, arguments[0]))
                 {
@@ -140,11 +161,20 @@ namespace Awqua
                 if (!Host(arguments[0], time)) return 1;
                 try
                 {
-                    new Model(new Engine(Backend.Cpu), "/nowhere").Tick(time, out _);
+                    using (var engine = new Engine(Backend.Cpu))
+                    using (var model = new Model(engine, "/nowhere")) model.Tick(time, out _);
                     return 1;
                 }
                 catch (AwquaException e) { Console.WriteLine("as expected: " + e.Message); }
-                return 0;
+                try
+                {
+                    Engine.SetAllocator(Alloc, Free);
+                    return 1;
+                }
+                catch (AwquaException e) { Console.WriteLine("as expected: " + e.Message); }
+                // What is left are tables that the library makes once.
+                Console.WriteLine("memory: taken " + (taken > 1000 ? "often" : "seldom") + ", " + held + " bytes left");
+                return taken > 1000 && held < 1 << 20 ? 0 : 1;
             }
             catch (AwquaException e)
             {

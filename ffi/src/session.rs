@@ -38,9 +38,9 @@ pub const AWQUA_SESSION_DETERMINISTIC: u32 = 1;
 /// have groups of 32 or its multiples, activations are rounded to 16 bits, and a half-precision output layer of 8 MiB or
 /// more beside such weights to 8, once for all sessions; both are faster. GPUs ignore it.
 pub const AWQUA_SESSION_EXACT: u32 = 2;
-/// Have forks keep the memory of their common start once even if the session is deterministic and the GPU has matrix
-/// units or subgroups: attention is then computed by kernels that read the start apart, which are slower. See
-/// awqua_session_fork. The CPU and CUDA ignore it.
+/// Have forks keep the memory of their common start once even if the session is deterministic and the GPU, through wgpu,
+/// has matrix units or subgroups: attention is then computed by kernels that read the start apart, which are slower. See
+/// awqua_session_fork. The CPU and CUDA, where they share in any case, ignore it.
 pub const AWQUA_SESSION_SHARE_FORKS: u32 = 4;
 
 /// Capacities of a session, fixed when it is made; all zero behind `struct_size` is the default.
@@ -286,11 +286,11 @@ pub unsafe extern "C" fn awqua_session_truncate(session: *mut awqua_session, n_t
 /// forks of a session share one copy of their start, in multiples of 64 tokens or more, beside the session they came
 /// from, and one that goes back behind it gets its own. Either goes on as if the other one did not exist.
 ///
-/// Where forks copy instead: on CUDA, whose kernels read the cache of a session from one place (heads lie one behind the
-/// other in it, so that no page of the driver's holds nothing but a start); in deterministic sessions with matrix units or
-/// subgroups, whose kernels add up in another order once the start lies apart, unless AWQUA_SESSION_SHARE_FORKS has them
-/// do without these kernels; and in deterministic sessions of models with windows, whose sums begin anywhere. Fails with
-/// AWQUA_ERR_STATE while an answer is being made.
+/// On CUDA and the CPU sums do not depend on where the start lies, so that deterministic sessions share it too. Where forks
+/// copy instead, through wgpu: in deterministic sessions with matrix units or subgroups, whose kernels add up in another
+/// order once the start lies apart, unless AWQUA_SESSION_SHARE_FORKS has them do without these kernels; and in
+/// deterministic sessions of models with windows, whose sums begin anywhere. Fails with AWQUA_ERR_STATE while an answer is
+/// being made.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn awqua_session_fork(
     session: *mut awqua_session,

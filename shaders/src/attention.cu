@@ -81,13 +81,7 @@ DEVICE void attention(const AttentionArgs& args) {
     }
     const u32 from = first_block + split * each, to = min(from + each, first_block + blocks);
 
-    const u64 line = (u64(args.layer) * 2 * args.kv_heads + kv_head) * place.context;
-    const u8* const keys = reinterpret_cast<const u8*>(place.cache) + line * ROW;
-    const u8* const values = keys + u64(args.kv_heads) * place.context * ROW;
-    const u64 of_head = u64(args.layer) * 2 * args.kv_heads + kv_head;
-    const u8* const key_scales = Q8 ? scales_of(place, args.layers, args.kv_heads, HEAD_DIM, of_head) : nullptr;
-    const u8* const value_scales =
-        Q8 ? scales_of(place, args.layers, args.kv_heads, HEAD_DIM, of_head + args.kv_heads) : nullptr;
+    const u64 of_keys = u64(args.layer) * 2 * args.kv_heads + kv_head, of_values = of_keys + args.kv_heads;
     u8* const memory = shared_memory();
     u8* const ring = memory + warp * (DEPTH * 2 * BYTES);
     // Tokens of a step have consecutive positions, or caches of their own.
@@ -95,12 +89,15 @@ DEVICE void attention(const AttentionArgs& args) {
     // Positions of a block that are below `end`, from `begin` on.
     auto copy_positions = [&](u32 block, u32 begin, u32 end) {
         u8* const slot = ring + (block - from) % DEPTH * 2 * BYTES;
-        const u32 first = block * BLOCK_POSITIONS + warp * 16;
+        const u32 start = block * BLOCK_POSITIONS, first = start + warp * 16;
+        // A block lies in one part of the cache.
+        const Part part = part_of(place, start);
+        const u8 *const keys = rows_of(part, of_keys, ROW), *const values = rows_of(part, of_values, ROW);
         UNROLL for (u32 i = 0; i < UNITS / 2; i++) {
             const u32 at = i * 32 + lane, row = at / UNITS, unit = at % UNITS, position = first + row;
             if (position < begin || position >= end) continue;
             const bool seen = position >= seen_from && position <= last;
-            const u32 offset = (seen ? position : last) * ROW + unit * 16;
+            const u32 offset = (seen ? position : start) * ROW + unit * 16;
             copy_async16(slot + row * PITCH + unit * 16, keys + offset, seen);
             copy_async16(slot + BYTES + row * PITCH + unit * 16, values + offset, seen);
         }
@@ -110,9 +107,10 @@ DEVICE void attention(const AttentionArgs& args) {
             const u32 unit = lane % SCALES, position = first + unit * EACH, end_of_unit = position + EACH - 1;
             if (end_of_unit < begin || end_of_unit >= end) return;
             const bool is_value = lane >= SCALES, seen = end_of_unit >= seen_from && position <= last;
-            const u8* const scales = is_value ? value_scales : key_scales;
+            const u8* const scales =
+                scales_of(part, args.layers, args.kv_heads, HEAD_DIM, is_value ? of_values : of_keys);
             copy_async16(slot + (is_value ? BYTES : 0) + SCALES_AT + unit * 16,
-                         scales + u64(seen ? position : 0) * SCALES, seen);
+                         scales + u64(seen ? position : start) * SCALES, seen);
         }
     };
     constexpr u32 ALL = 0xffffffff;

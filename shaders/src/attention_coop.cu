@@ -58,9 +58,7 @@ DEVICE void attention_coop(const AttentionCoopArgs& args) {
     const u32 mine = first_token + warp_id() * 16;
     const Row place = args.rows[0];
     const u32 kv_head = head / (args.heads / args.kv_heads);
-    const u64 line = (u64(args.layer) * 2 * args.kv_heads + kv_head) * place.context;
-    const u16* const keys = reinterpret_cast<const u16*>(place.cache) + line * HEAD_DIM;
-    const u16* const values = keys + u64(args.kv_heads) * place.context * HEAD_DIM;
+    const u64 of_keys = u64(args.layer) * 2 * args.kv_heads + kv_head;
     const u32 last = place.position + min(first_token + COOP_TOKENS, args.tokens) - 1;
     // What a token at a position sees begins here.
     auto begin = [&](u32 position) { return args.window && position + 1 > args.window ? position + 1 - args.window : 0; };
@@ -70,11 +68,12 @@ DEVICE void attention_coop(const AttentionCoopArgs& args) {
     Codes codes[2][Q8 ? EACH : 1];
     // Takes a tile to registers, and from there to shared memory.
     auto fetch = [&](u32 tile) {
-        const u8* const cache = reinterpret_cast<const u8*>(place.cache);
+        // A tile lies in one part of the cache.
+        const Part of_tile = part_of(place, tile * SPAN);
         UNROLL for (u32 part = 0; part < 2; part++) {
-            const u8* const rows = cache + (line + u64(part) * args.kv_heads * place.context) * HEAD_DIM;
-            const u64 of_head = (u64(args.layer) * 2 + part) * args.kv_heads + kv_head;
-            const u8* const scales = scales_of(place, args.layers, args.kv_heads, HEAD_DIM, of_head);
+            const u64 line = of_keys + part * args.kv_heads;
+            const u8* const rows = rows_of(of_tile, line, HEAD_DIM);
+            const u8* const scales = scales_of(of_tile, args.layers, args.kv_heads, HEAD_DIM, line);
             UNROLL for (u32 i = 0; i < EACH; i++) {
                 const u32 at = i * 256 + threadIdx.x, row = at / SIXTEENS, unit = at % SIXTEENS;
                 const u32 position = tile * SPAN + row;
@@ -95,10 +94,13 @@ DEVICE void attention_coop(const AttentionCoopArgs& args) {
     };
     auto copy_tile = [&](u32 tile) {
         u16* const to = memory + (tile - first_tile) % 2 * 2 * SIZE;
+        const Part part = part_of(place, tile * SPAN);
+        const u16* const keys = reinterpret_cast<const u16*>(rows_of(part, of_keys, HEAD_DIM * 2));
+        const u16* const values = reinterpret_cast<const u16*>(rows_of(part, of_keys + args.kv_heads, HEAD_DIM * 2));
         UNROLL for (u32 i = 0; i < SPAN * UNITS / 256; i++) {
             const u32 at = i * 256 + threadIdx.x, row = at / UNITS, unit = at % UNITS, position = tile * SPAN + row;
             const bool there = position <= last;
-            const u32 from = (there ? position : last) * HEAD_DIM + unit * 8;
+            const u32 from = (there ? position : tile * SPAN) * HEAD_DIM + unit * 8;
             copy_async16(to + row * PITCH + unit * 8, keys + from, there);
             copy_async16(to + SIZE + row * PITCH + unit * 8, values + from, there);
         }

@@ -166,9 +166,9 @@ arguments! {
         k: u32, stride: u32, r#type: u32, pad: u32,
     }
     /// A token's place in a KV cache.
-    Row { cache: u64, rope: u64, context: u32, position: u32, }
+    Row { cache: u64, prefix: u64, rope: u64, context: u32, position: u32, shared: u32, own: u32, }
     /// Where a step goes.
-    Place { cache: u64, rope: u64, context: u32, position: u32, }
+    Place { cache: u64, prefix: u64, rope: u64, context: u32, position: u32, shared: u32, own: u32, }
 }
 
 /// Declares numbers that the sources declare as well, and lists them for a test.

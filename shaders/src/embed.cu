@@ -3,12 +3,15 @@
 // Mapping: a block a token, a thread every so many eights of elements. Traffic: a row of the table and of out a token.
 #include "prelude/w4.cuh"
 
-// Where a step goes; several sessions have one each.
+// Where a step goes, as a Row says; several sessions have one each.
 struct Place {
     u64 cache;
+    u64 prefix;
     u64 rope;
     u32 context;
     u32 position;  // of the first token
+    u32 shared;
+    u32 own;
 };
 
 struct EmbedArgs {
@@ -29,7 +32,8 @@ KERNEL(embed, EmbedArgs, 256, 4) {
     const u32 token = blockIdx.x;
     if (threadIdx.x == 0) {
         const Place place = args.places[args.separate ? token : 0];
-        args.rows[token] = {place.cache, place.rope, place.context, place.position + (args.separate ? 0 : token)};
+        const u32 position = place.position + (args.separate ? 0 : token);
+        args.rows[token] = {place.cache, place.prefix, place.rope, place.context, position, place.shared, place.own};
     }
     const U4* const from = reinterpret_cast<const U4*>(args.table + u64(load_fresh(args.tokens + token)) * args.table_stride);
     float* const out = args.out + u64(token) * args.out_stride;

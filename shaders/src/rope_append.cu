@@ -37,7 +37,7 @@ KERNEL(rope_append, RopeAppendArgs, 256, 4) {
         factor = rsqrtf(warp_sum(sum) / args.head_dim + args.eps);
     }
     const Row place = args.rows[token];
-    const u64 line = (u64(args.layer) * 2 * args.kv_heads + (head - args.heads)) * place.context + place.position;
+    const u64 of_head = u64(args.layer) * 2 * args.kv_heads + (head - args.heads), line = row_of(place, of_head);
     auto store = [&](u32 i, float v) {
         if (is_q) {
             if (args.q) {
@@ -66,8 +66,8 @@ KERNEL(rope_append, RopeAppendArgs, 256, 4) {
     if (is_q || args.kv != KV_Q8) return;
     warp_sync();
     const float* const row = reinterpret_cast<const float*>(shared_memory()) + warp_id() * args.head_dim;
-    const u64 of_head = u64(args.layer) * 2 * args.kv_heads + (head - args.heads);
-    const u8* const scales = scales_of(place, args.layers, args.kv_heads, args.head_dim, of_head);
+    const Part part = part_of(place, place.position);
+    const u8* const scales = scales_of(part, args.layers, args.kv_heads, args.head_dim, of_head);
     const u64 scale_at = u64(place.position) * scale_bytes(args.head_dim);
     u16* const to = reinterpret_cast<u16*>(const_cast<u8*>(scales) + scale_at);
     UNROLL_1 for (u32 group = 0; group * KV_GROUP < args.head_dim; group++) {

@@ -7,7 +7,7 @@
 
 use std::time::Instant;
 
-use awqua::backend::cuda::driver::{Buffer, HostRows, Launch, Rows};
+use awqua::backend::cuda::driver::{Buffer, Launch, OtherRows, Rows};
 use awqua::backend::cuda::{CudaBackend, CudaOptions};
 use awqua::backend::{AttentionShape, Backend, Budget, LogitsRows, Progress, Runner, RunnerConfig, Step};
 use awqua::session::sampler::{SampleRequest, Sampling};
@@ -105,8 +105,8 @@ impl Bench {
                 self.device.stream.record(&begin).expect("recorded");
                 let mib = 1 << 20;
                 let rows =
-                    Rows { offset: 0, width: mib, rows: bytes >> 20, pitch: mib, host_offset: 0, host_pitch: mib };
-                self.device.stream.copy_rows(&from, rows, HostRows::Device(&to)).expect("copied");
+                    Rows { offset: 0, width: mib, rows: bytes >> 20, pitch: mib, other_offset: 0, other_pitch: mib };
+                self.device.stream.copy_rows(&from, rows, OtherRows::Device(&to)).expect("copied");
                 self.device.stream.record(&end).expect("recorded");
                 end.wait().expect("the device ends");
                 begin.seconds_to(&end).expect("times")
@@ -281,8 +281,8 @@ impl Bench {
                 let row_bytes = if q8 { 128 + cuda::scale_bytes(128) as usize } else { 256 };
                 let layers = (COLD / (kv_heads * context * 2 * row_bytes)).clamp(1, 32);
                 let cache = self.random_halves(layers * kv_heads * context * row_bytes);
-                let row =
-                    Row { cache: cache.address(), rope: 0, context: context as u32, position: context as u32 - 1 };
+                let (all, position) = (context as u32, context as u32 - 1);
+                let row = Row { cache: cache.address(), context: all, position, own: all, ..Default::default() };
                 let rows = self.device.upload(&[row]);
                 let q = self.random_halves(heads * 128);
                 let out = self.device.zeros(heads * 128 * 2);
@@ -328,9 +328,9 @@ impl Bench {
         for (heads, kv_heads, q8) in shapes {
             let tokens = 2048;
             let cache = self.random_halves(2 * kv_heads * tokens * 128);
-            let rows: Vec<Row> = (0..tokens as u32)
-                .map(|position| Row { cache: cache.address(), rope: 0, context: tokens as u32, position })
-                .collect();
+            let (cache, context) = (cache.address(), tokens as u32);
+            let row = |position| Row { cache, context, position, own: context, ..Default::default() };
+            let rows: Vec<Row> = (0..context).map(row).collect();
             let rows = self.device.upload(&rows);
             let q = self.random_halves(tokens * heads * 128);
             let out = self.device.zeros(tokens * heads * 128 * 2);

@@ -1,4 +1,5 @@
-/* Cancels at every tick of a load, a prefill, a decode and a batch, and after each the object works at once: cancels MODEL
+/* Cancels at every tick of a load, a prefill, a decode and a batch, and after each the object works at once:
+ * cancels MODEL [load|answer|batch]
  *
  * The ticks are the smallest there are, some thousands. Getting to one takes all those before it, so the model should be
  * small; prompt and answer are short. */
@@ -150,9 +151,16 @@ static void together(const char *path) {
 }
 
 int main(int argc, char **argv) {
-    CHECK(argc == 2);
-    load(argv[1]);
-    answer(argv[1]);
-    together(argv[1]);
+    const char *only = argc == 3 ? argv[2] : NULL;
+    CHECK(argc == 2 || argc == 3);
+    if (only == NULL || strcmp(only, "load") == 0) {
+        load(argv[1]);
+    }
+    if (only == NULL || strcmp(only, "answer") == 0) {
+        answer(argv[1]);
+    }
+    if (only == NULL || strcmp(only, "batch") == 0) {
+        together(argv[1]);
+    }
     return 0;
 }

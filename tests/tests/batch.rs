@@ -670,27 +670,38 @@ fn passes_through_wgpu_match_the_naive_interpretation() {
 }
 
 /// Forks keep the memory of their common start once, and go on together behind it, beside a session of another start.
+fn forks_go_on_together(model: &Arc<Model>) {
+    let options = SessionOptions { context: Some(256), ..options(false) };
+    let mut first = Session::new(model, &options).unwrap();
+    let start = prompt(model, 4).repeat(3);
+    first.set_prompt(&start, &CancelToken::default()).unwrap();
+    let mut members: Vec<Session> = (0..3).map(|_| first.fork().unwrap()).collect();
+    assert!(members.iter().all(|fork| fork.bytes() < first.bytes()));
+    members.insert(1, Session::new(model, &options).unwrap());
+    let mut prompts = vec![[&start[..], &prompt(model, 1)].concat(); 4];
+    prompts[1] = prompt(model, 0);
+    for (i, (session, prompt)) in members.iter_mut().zip(&mut prompts).enumerate() {
+        prompt.push(20 + i as u32);
+        session.begin(prompt, greedy(12)).unwrap();
+    }
+    let mut batch = Batch::new(model, 4, &options).unwrap();
+    together(&mut batch, &mut members, &TickBudget::UNLIMITED);
+    assert!(!batch.shares_passes() || batch.passes() > 8);
+    for (session, prompt) in members.iter().zip(&prompts) {
+        let (before, after) = session.tokens().split_at(prompt.len());
+        assert!(before == prompt && is_greedy(model, before, after));
+    }
+}
+
 #[test]
 fn forks_decode_together() {
-    on_gpu(|model| {
-        let options = SessionOptions { context: Some(256), ..options(false) };
-        let mut first = Session::new(model, &options).unwrap();
-        let start = prompt(model, 4).repeat(3);
-        first.set_prompt(&start, &CancelToken::default()).unwrap();
-        let mut members: Vec<Session> = (0..3).map(|_| first.fork().unwrap()).collect();
-        members.insert(1, Session::new(model, &options).unwrap());
-        let mut prompts = vec![[&start[..], &prompt(model, 1)].concat(); 4];
-        prompts[1] = prompt(model, 0);
-        for (i, (session, prompt)) in members.iter_mut().zip(&mut prompts).enumerate() {
-            prompt.push(20 + i as u32);
-            session.begin(prompt, greedy(12)).unwrap();
-        }
-        let mut batch = Batch::new(model, 4, &options).unwrap();
-        together(&mut batch, &mut members, &TickBudget::UNLIMITED);
-        assert!(!batch.shares_passes() || batch.passes() > 8);
-        for (session, prompt) in members.iter().zip(&prompts) {
-            let (before, after) = session.tokens().split_at(prompt.len());
-            assert!(before == prompt && is_greedy(model, before, after));
-        }
-    });
+    on_gpu(forks_go_on_together);
+}
+
+#[cfg(all(feature = "cuda", target_os = "linux", target_arch = "x86_64"))]
+#[test]
+fn forks_decode_together_on_cuda() {
+    if machine::is_on_machine("forks_decode_together_on_cuda", &machine::ALL_CAPABILITIES[..1]) {
+        forks_go_on_together(&load(BackendChoice::Cuda).expect("the fixture loads"));
+    }
 }

@@ -157,12 +157,16 @@ fn injected_panics_become_statuses() {
     }
 }
 
+/// A model of few ticks.
+fn small_model() -> PathBuf {
+    root().join("tests/fixtures/arch/llama-llama3rope-awq-gemm-g64")
+}
+
 #[test]
 fn cancelling_works_at_every_tick() {
     let Some(cancels) = sanitized("cancels") else { return };
     // The cost grows with the square of the ticks, of which the story model has five times as many.
-    let small = root().join("tests/fixtures/arch/llama-llama3rope-awq-gemm-g64");
-    let model = if std::env::var_os("AWQUA_LONG_TESTS").is_some() { model() } else { small };
+    let model = if std::env::var_os("AWQUA_LONG_TESTS").is_some() { model() } else { small_model() };
     run(Command::new(cancels).arg(model));
 }
 
@@ -269,7 +273,8 @@ fn memory_comes_from_the_host() {
     run(Command::new(allocator).arg(model()));
 }
 
-/// A subset: every instruction is interpreted.
+/// Random calls, a panic in every function, and cancels at every tick; a subset of the first, because every instruction
+/// is interpreted, and the last without batches, which take most of the time, unless there is time.
 #[test]
 fn valgrind_finds_nothing() {
     let Some(valgrind) = tool("valgrind") else { return };
@@ -282,5 +287,16 @@ fn valgrind_finds_nothing() {
     };
     if let Some(fuzz) = plain("fuzz") {
         memcheck(fuzz, &[&model_arg(), "1000", "7"]);
+    }
+    let small = small_model().display().to_string();
+    if let Some(panics) = plain("panics") {
+        memcheck(panics, &[&small]);
+    }
+    if let Some(cancels) = plain("cancels") {
+        memcheck(cancels.clone(), &[&small, "load"]);
+        memcheck(cancels.clone(), &[&small, "answer"]);
+        if std::env::var_os("AWQUA_LONG_TESTS").is_some() {
+            memcheck(cancels, &[&small, "batch"]);
+        }
     }
 }

@@ -223,27 +223,74 @@ fn caches_can_be_kept_and_shared() {
     if !is_on_machine("caches_can_be_kept_and_shared", &[&[]]) {
         return;
     }
-    for case in [fast_case(300), cases().swap_remove(1), Case { kv: KvType::Q8, ..fast_case(300) }] {
+    // Of matrix units and of any form, where the cache of 8 bits has room behind each line of scales.
+    let eight_bits = Case { kv: KvType::Q8, window: Some(90), ..fast_case(300) };
+    for (case, context) in [fast_case(300), cases().swap_remove(1), eight_bits].into_iter().zip([201, 200, 203]) {
         let model = build(&case);
-        let config = RunnerConfig { kv_type: Some(case.kv), ..config() };
+        let config = RunnerConfig { kv_type: Some(case.kv), context, ..config() };
         let (_backend, mut first) = runner(&model, &config);
-        let logits = |runner: &mut Box<dyn Runner>| {
+        let logits = |runner: &mut dyn Runner, position: u32| {
             let mut logits = Vec::new();
-            runner.run(&Step { tokens: &[3, 4], position: 20, logits: LogitsRows::Last }).expect("the step runs");
+            runner.run(&Step { tokens: &[3, 4], position, logits: LogitsRows::Last }).expect("the step runs");
             runner.read_logits(&mut logits).expect("the logits come back");
             logits
         };
-        let prompt: Vec<u32> = (0..20).collect();
-        first.run(&Step { tokens: &prompt, position: 0, logits: LogitsRows::None }).expect("the step runs");
-        let mut kept = vec![0; kv_bytes(&model.program, case.kv, 20) as usize];
-        first.save_kv(20, &mut kept).expect("the cache is saved");
-        let mut fork = first.fork(20, Sharing::Never).expect("a fork");
-        let expected = logits(&mut first);
-        assert_eq!(logits(&mut fork), expected);
+        let prompt = tokens(&mut Rng(71), 150, case.vocab);
+        let prefill = |runner: &mut dyn Runner, first: usize| {
+            for (i, tokens) in prompt[first..].chunks(config.max_tokens as usize).enumerate() {
+                let position = (first + i * config.max_tokens as usize) as u32;
+                runner.run(&Step { tokens, position, logits: LogitsRows::None }).expect("the step runs");
+            }
+        };
+        prefill(&mut *first, 0);
+        let snapshot = |runner: &mut dyn Runner, n: u32| {
+            let mut kept = vec![0; kv_bytes(&model.program, case.kv, n) as usize];
+            runner.save_kv(n, &mut kept).expect("the cache is saved");
+            kept
+        };
+        let kept = snapshot(&mut *first, 150);
+        let mut copy = first.fork(150, Sharing::Never).expect("a fork");
+        assert!(copy.shared().is_none() && copy.bytes() == first.bytes());
+        let promised = first.fork_bytes(150, Sharing::Exact);
+        let mut forks: Vec<_> = (0..2).map(|_| first.fork(150, Sharing::Exact).expect("a fork")).collect();
+        // 128 positions are whole blocks, and all have them in common.
+        let shared = forks[0].shared().expect("the start is shared");
+        assert_eq!((shared.positions, shared.bytes), (128, kv_bytes(&model.program, case.kv, 128)));
+        assert_eq!(forks[1].shared(), Some(shared));
+        assert_eq!(forks[0].bytes() + shared.bytes, first.bytes());
+        assert_eq!((promised, first.fork_bytes(150, Sharing::Exact)), (first.bytes(), forks[0].bytes()));
+        // A fork of a fork, and one of fewer positions than are shared.
+        let child = forks[1].fork(150, Sharing::Always).expect("a fork");
+        assert_eq!(child.shared(), Some(shared));
+        forks.push(child);
+        let short = forks[1].fork(100, Sharing::Never).expect("a fork");
+        assert!(short.shared().is_none());
+        let expected = logits(&mut *first, 150);
+        for fork in forks.iter_mut().chain([&mut copy]) {
+            assert_eq!(snapshot(&mut **fork, 150), kept);
+            assert_eq!(logits(&mut **fork, 150), expected);
+        }
+        // Nobody writes what is common.
+        let refused = forks[0].run(&Step { tokens: &[1], position: 127, logits: LogitsRows::None });
+        assert_eq!(refused.expect_err("it is shared").kind(), ErrorKind::InvalidInput);
+        assert_eq!(forks[0].load_kv(150, &kept).expect_err("it is shared").kind(), ErrorKind::InvalidInput);
+        // The runner they came from may, and lends another start from then on.
+        first.run(&Step { tokens: &[9, 8], position: 90, logits: LogitsRows::None }).expect("the step runs");
+        let other = first.fork(92, Sharing::Always).expect("a fork").shared().expect("the start is shared");
+        assert!(other.id != shared.id && other.positions == 64);
+        drop((copy, first));
+        assert_eq!(logits(&mut *forks[0], 150), expected);
+        assert_eq!(logits(&mut *forks[2], 150), expected);
+        // One that has its start for itself goes on from anywhere.
+        let mut short = short;
+        prefill(&mut *short, 100);
+        assert_eq!(snapshot(&mut *short, 100), snapshot(&mut *forks[1], 100));
         let (_other, mut second) = runner(&model, &config);
-        second.load_kv(20, &kept).expect("the cache is loaded");
-        assert_eq!(logits(&mut second), expected);
-        assert_eq!(first.save_kv(20, &mut kept[1..]).expect_err("too short").kind(), ErrorKind::InvalidInput);
+        second.load_kv(150, &kept).expect("the cache is loaded");
+        assert_eq!(logits(&mut *second, 150), expected);
+        let mut wrong = kept.clone();
+        wrong.pop();
+        assert_eq!(second.save_kv(150, &mut wrong).expect_err("too short").kind(), ErrorKind::InvalidInput);
     }
 }
 

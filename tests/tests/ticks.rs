@@ -1,5 +1,8 @@
 //! Answers made in ticks: whatever the budgets, whatever was computed before, and whatever is lost meanwhile.
 
+#[cfg(all(feature = "cuda", target_os = "linux", target_arch = "x86_64"))]
+mod machine;
+
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
@@ -450,14 +453,30 @@ fn caches_of_8_bits_are_kept_and_shared() {
     }
 }
 
-/// Forks of one session keep their common start once on a GPU through wgpu, and answer as a session that computed it;
-/// deterministic ones where they are to.
+/// Forks of one session keep their common start once on a GPU, and answer as a session that computed it; deterministic
+/// ones through wgpu where they are to.
 #[test]
 fn forks_keep_their_start_once() {
     // Engines of their own, whose memory nobody else uses.
-    let models: Vec<_> = [load(BackendChoice::Cpu).ok(), gpu()].into_iter().flatten().collect();
-    let kinds = [(false, None), (true, None), (true, Some(KvType::Q8))];
-    for (model, (deterministic, kv_type)) in models.iter().flat_map(|model| kinds.map(|kind| (model, kind))) {
+    for model in [load(BackendChoice::Cpu).ok(), gpu()].into_iter().flatten() {
+        forks_share(&model, &[(false, None), (true, None), (true, Some(KvType::Q8))], true);
+    }
+}
+
+/// Deterministic ones on CUDA in any case.
+#[cfg(all(feature = "cuda", target_os = "linux", target_arch = "x86_64"))]
+#[test]
+fn forks_keep_their_start_once_on_cuda() {
+    if machine::is_on_machine("forks_keep_their_start_once_on_cuda", &machine::ALL_CAPABILITIES[..1]) {
+        let model = load(BackendChoice::Cuda).expect("the fixture loads");
+        forks_share(&model, &[(true, None), (false, Some(KvType::Q8))], false);
+    }
+}
+
+/// For each of `kinds`, whether sessions are deterministic and their caches' type; `asks` for shared memory where it
+/// has to be asked for.
+fn forks_share(model: &Arc<Model>, kinds: &[(bool, Option<KvType>)], asks: bool) {
+    for &(deterministic, kv_type) in kinds {
         let name = model.backend_info().backend;
         let device = || model.engine().used().device;
         let options = SessionOptions {
@@ -465,7 +484,7 @@ fn forks_keep_their_start_once() {
             chunk: Some(64),
             threads: Some(1),
             deterministic,
-            share_forks: deterministic,
+            share_forks: deterministic && asks,
             kv_type,
             ..Default::default()
         };

@@ -97,8 +97,8 @@ pub struct SessionOptions {
     pub exact: bool,
     /// Have forks keep their common start once on wgpu even if the session is deterministic and the device has matrix
     /// units or subgroups, whose kernels for attention read one cache only: others compute attention, slower. Forks of
-    /// sessions that are not deterministic share in any case; deterministic ones in models with windows copy in any, and
-    /// so do all on CUDA.
+    /// sessions that are not deterministic share in any case, and so do all on CUDA and the CPU; deterministic ones on wgpu
+    /// in models with windows copy in any.
     pub share_forks: bool,
 }
 

@@ -168,11 +168,11 @@ impl Session {
     }
 
     /// A session of the same capacities that holds what this one does, without computing it again: many characters on
-    /// one system prompt compute it once, and keep its memory once: on the CPU what nobody writes to, on a GPU through
-    /// wgpu the part that all forks of one session begin with, in multiples of 64 tokens or more, beside the session they
-    /// came from. CUDA copies it, and so do deterministic sessions where shared memory would change the last bits (with
-    /// matrix units or subgroups unless the session has [`SessionOptions::share_forks`](super::SessionOptions), and in
-    /// models with windows). Does not wait.
+    /// one system prompt compute it once, and keep its memory once: on the CPU what nobody writes to, on a GPU the part
+    /// that all forks of one session begin with, in multiples of 64 tokens or more, beside the session they came from.
+    /// Through wgpu, deterministic sessions copy it where shared memory would change the last bits: with matrix units or
+    /// subgroups unless the session has [`SessionOptions::share_forks`](super::SessionOptions), and in models with
+    /// windows. Does not wait.
     ///
     /// # Errors
     /// [`ErrorKind::InvalidInput`] while an answer is being made, [`ErrorKind::OutOfMemory`], [`ErrorKind::DeviceLost`] or

@@ -27,17 +27,15 @@ KERNEL(attention_any, AttentionAnyArgs, 256, 2) {
     const Row place = args.rows[token];
     const u32 last = place.position, dim = args.head_dim;
     const u32 first = args.window && last + 1 > args.window ? last + 1 - args.window : 0;
-    const u64 line = (u64(args.layer) * 2 * args.kv_heads + head / (args.heads / args.kv_heads)) * place.context;
-    const u64 to_values = u64(args.kv_heads) * place.context;
     const u64 of_head = u64(args.layer) * 2 * args.kv_heads + head / (args.heads / args.kv_heads);
     // Element of a key, or of a value.
-    auto element = [&](u32 position, bool is_value, u32 i) {
-        const u64 at = (line + (is_value ? to_values : 0) + position) * dim + i;
-        if (args.kv == KV_F32) return load_fresh(reinterpret_cast<const float*>(place.cache) + at);
-        if (args.kv == KV_F16) return h_to_f32(load_fresh(reinterpret_cast<const u16*>(place.cache) + at));
-        const u64 scaled = of_head + (is_value ? args.kv_heads : 0);
-        const u8* const scales = scales_of(place, args.layers, args.kv_heads, dim, scaled) + u64(position) * scale_bytes(dim);
-        const u32 word = load_fresh(reinterpret_cast<const u32*>(reinterpret_cast<const u8*>(place.cache) + at / 4 * 4));
+    auto element = [&](const Part& part, u32 position, bool is_value, u32 i) {
+        const u64 line = of_head + (is_value ? args.kv_heads : 0);
+        const u64 at = (line * part.positions + (position - part.first)) * dim + i;
+        if (args.kv == KV_F32) return load_fresh(reinterpret_cast<const float*>(part.cache) + at);
+        if (args.kv == KV_F16) return h_to_f32(load_fresh(reinterpret_cast<const u16*>(part.cache) + at));
+        const u8* const scales = scales_of(part, args.layers, args.kv_heads, dim, line) + u64(position) * scale_bytes(dim);
+        const u32 word = load_fresh(reinterpret_cast<const u32*>(part.cache + at / 4 * 4));
         const float code = static_cast<signed char>(word >> (at % 4 * 8));
         return code * h_to_f32(load_fresh(reinterpret_cast<const u16*>(scales) + i / KV_GROUP));
     };
@@ -49,9 +47,10 @@ KERNEL(attention_any, AttentionAnyArgs, 256, 2) {
     }
     float top = LEAST, total = 0;
     UNROLL_1 for (u32 position = first; position <= last; position++) {
+        const Part part = part_of(place, position);
         float score = 0;
         UNROLL for (u32 i = 0; i < MOST; i++) {
-            if (i * 32 + lane < dim) score += q[i] * element(position, false, i * 32 + lane);
+            if (i * 32 + lane < dim) score += q[i] * element(part, position, false, i * 32 + lane);
         }
         score = bounded(warp_sum(score), args.cap);
         const float now = fmaxf(top, score), fade = exp2_approx(top - now), weight = exp2_approx(score - now);
@@ -59,7 +58,7 @@ KERNEL(attention_any, AttentionAnyArgs, 256, 2) {
         total = total * fade + weight;
         UNROLL for (u32 i = 0; i < MOST; i++) {
             if (i * 32 + lane < dim) {
-                sum[i] = sum[i] * fade + weight * element(position, true, i * 32 + lane);
+                sum[i] = sum[i] * fade + weight * element(part, position, true, i * 32 + lane);
             }
         }
     }

@@ -1,6 +1,7 @@
-// The KV cache: (layers, keys then values, kv_heads, context, head_dim) of its element type. In 8 bits an element is a
+// The KV cache: (layers, keys then values, kv_heads, positions, head_dim) of its element type. In 8 bits an element is a
 // signed byte, and KV_GROUP of them share a scale in half precision; the scales of all rows follow the codes of all rows,
-// with room for whole words of them, and for a multiple of four positions.
+// with room for whole words of them, and for a multiple of four positions. Its first positions may lie in a cache of
+// their own, of the same form: see Row.
 #pragma once
 #include "w4.cuh"
 
@@ -17,11 +18,27 @@ constexpr float LEAST = -1e30f;
 // Bytes of the scales of a row.
 DEVICE constexpr u32 scale_bytes(u32 head_dim) { return (head_dim + 2 * KV_GROUP - 1) / (2 * KV_GROUP) * 4; }
 
-// Scales of the first position of a line: a head of the keys or values of a layer.
-DEVICE const u8* scales_of(const Row& place, u32 layers, u32 kv_heads, u32 head_dim, u64 line) {
-    const u64 codes = u64(layers) * 2 * kv_heads * place.context * head_dim;
-    const u32 positions = (place.context + 3) / 4 * 4;
-    return reinterpret_cast<const u8*>(place.cache) + codes + line * positions * scale_bytes(head_dim);
+// The part of a cache that a position lies in.
+struct Part {
+    u64 cache;
+    u32 first, positions;
+};
+DEVICE Part part_of(const Row& place, u32 position) {
+    if (position < place.shared) return {place.prefix, 0, place.shared};
+    return {place.cache, place.shared, place.own};
+}
+
+// The rows of a line, a head of the keys or values of a layer: that of position p of the part begins p * row_bytes from
+// here.
+DEVICE const u8* rows_of(const Part& part, u64 line, u32 row_bytes) {
+    return reinterpret_cast<const u8*>(part.cache + (line * part.positions - part.first) * row_bytes);
+}
+
+// The scales of a line in the same way, scale_bytes() a position.
+DEVICE const u8* scales_of(const Part& part, u32 layers, u32 kv_heads, u32 head_dim, u64 line) {
+    const u64 codes = u64(layers) * 2 * kv_heads * part.positions * head_dim;
+    const u32 positions = (part.positions + 3) / 4 * 4;
+    return reinterpret_cast<const u8*>(part.cache + codes + (line * positions - part.first) * scale_bytes(head_dim));
 }
 
 // Four signed bytes in half precision.

@@ -28,13 +28,19 @@ constexpr u32 TO_ROWS = 0;    // f32 rows
 constexpr u32 TO_GLU = 1;     // activation(first) * second, half precision inputs of the next matrix
 constexpr u32 TO_ROPE = 2;    // rotated queries, and keys and values in the cache
 
-// A token's place in a KV cache of half precision: (layers, keys then values, kv_heads, context, head_dim).
+// A token's place in a KV cache, whose first positions may lie where several sessions read them and none writes.
 struct Row {
-    u64 cache;
-    u64 rope;  // of the session: (tables, context, rotary_dim / 2, 2) cosine, sine in f32
+    u64 cache;   // (layers, keys then values, kv_heads, own, head_dim): positions from `shared` on
+    u64 prefix;  // (layers, keys then values, kv_heads, shared, head_dim): those in front of them
+    u64 rope;    // of the session: (tables, context, rotary_dim / 2, 2) cosine, sine in f32
     u32 context;
     u32 position;
+    u32 shared;  // a multiple of the positions that attention takes at once; 0 for no prefix
+    u32 own;
 };
+
+// Where the token's own key or value goes: the row of the cache, for line `line` of (layers, keys then values, kv_heads).
+DEVICE u64 row_of(const Row& place, u64 line) { return line * place.own + (place.position - place.shared); }
 
 // Cosines and sines of a token's position in rotary table `table`.
 DEVICE const float* rotations(const Row& row, u32 table, u32 rotary_dim) {
@@ -191,8 +197,8 @@ DEVICE void put(const Product& p, Tiles tiles, u32 row, u32 token, F4 a, F4 b) {
             to = p.half_out + u64(token) * p.out_stride + head * p.head_dim;
         } else {
             // Keys of all heads, then values of all heads.
-            const u64 line = (u64(p.layer) * 2 * p.kv_heads + (head - p.heads)) * place.context + place.position;
-            to = reinterpret_cast<u16*>(place.cache) + line * p.head_dim;
+            const u64 line = u64(p.layer) * 2 * p.kv_heads + (head - p.heads);
+            to = reinterpret_cast<u16*>(place.cache) + row_of(place, line) * p.head_dim;
         }
         *reinterpret_cast<U2*>(to + i) = halves(a);
         *reinterpret_cast<U2*>(to + j) = halves(b);

@@ -15,6 +15,9 @@ struct Attention {
     context: usize,
     keys: Vec<f32>,
     values: Vec<f32>,
+    /// The first positions, which are shared, and what holds them; what holds the others.
+    shared: usize,
+    prefix: Option<Buffer>,
     cache: Buffer,
     scale: f32,
     /// Bound of scores, 0 for none.
@@ -26,7 +29,7 @@ impl Attention {
         device: &Device,
         (heads, kv_heads, head_dim): (usize, usize, usize),
         context: usize,
-        seen: usize,
+        (shared, seen): (usize, usize),
         kv: u32,
         rng: &mut Rng,
     ) -> Self {
@@ -50,14 +53,21 @@ impl Attention {
         }
         // Layer 1 of 2.
         let both: Vec<f32> = vec![f32::NAN; 2 * len].into_iter().chain(keys.clone()).chain(values.clone()).collect();
-        let cache = match kv {
-            cuda::KV_F32 => device.upload(&both),
-            cuda::KV_F16 => device.upload(&both.iter().map(|v| f16::from_f32(*v).to_bits()).collect::<Vec<_>>()),
-            _ => device.upload(&cache_of_8_bits(&both, head_dim, context)),
+        let cache_of = |positions: std::ops::Range<usize>| {
+            let lines = both.chunks(context * head_dim);
+            let part: Vec<f32> =
+                lines.flat_map(|line| &line[positions.start * head_dim..positions.end * head_dim]).copied().collect();
+            match kv {
+                cuda::KV_F32 => device.upload(&part),
+                cuda::KV_F16 => device.upload(&part.iter().map(|v| f16::from_f32(*v).to_bits()).collect::<Vec<_>>()),
+                _ => device.upload(&cache_of_8_bits(&part, head_dim, positions.len())),
+            }
         };
+        let prefix = (shared > 0).then(|| cache_of(0..shared));
+        let cache = cache_of(shared..context);
         let scale = 1.0 / (head_dim as f32).sqrt();
         let cap = if rng.below(3) == 0 { 2.5 } else { 0.0 };
-        Self { heads, kv_heads, head_dim, context, keys, values, cache, scale, cap }
+        Self { heads, kv_heads, head_dim, context, keys, values, shared, prefix, cache, scale, cap }
     }
 
     fn kernel_scale(&self) -> f32 {
@@ -72,9 +82,12 @@ impl Attention {
         let rows: Vec<Row> = (0..tokens)
             .map(|t| Row {
                 cache: self.cache.address(),
+                prefix: self.prefix.as_ref().map_or(0, |prefix| prefix.address()),
                 rope: 0,
                 context: self.context as u32,
                 position: (first + t) as u32,
+                shared: self.shared as u32,
+                own: (self.context - self.shared) as u32,
             })
             .collect();
         device.upload(&rows)
@@ -161,6 +174,15 @@ fn cache_of_8_bits(values: &[f32], head_dim: usize, context: usize) -> Vec<u8> {
     all.iter().flat_map(|word| word.to_le_bytes()).collect()
 }
 
+/// Positions in front of `first` that are shared in every other case of each type of cache.
+fn prefix(case: usize, first: usize, rng: &mut Rng) -> usize {
+    let grain = cuda::BLOCK_POSITIONS as usize;
+    match first / grain {
+        most if most > 0 && (case / 2 + case).is_multiple_of(2) => (1 + rng.below(most as u32) as usize) * grain,
+        _ => 0,
+    }
+}
+
 #[test]
 fn attention_for_few_tokens() {
     if !is_on_machine("attention::attention_for_few_tokens", ALL_CAPABILITIES) {
@@ -185,13 +207,14 @@ fn attention_for_few_tokens() {
         ]);
     }
     let cases = cases.into_iter().flat_map(|case| [(case, cuda::KV_F16), (case, cuda::KV_Q8)]);
-    for ((shape @ (heads, kv_heads, head_dim), first, tokens, window, splits), kv_type) in cases {
+    for (i, ((shape @ (heads, kv_heads, head_dim), first, tokens, window, splits), kv_type)) in cases.enumerate() {
         let shared = cuda::attention_shared(head_dim as u32, kv_type == cuda::KV_Q8);
         if shared > device.gpu.limits.shared {
             continue;
         }
         let context = first + tokens + 70;
-        let kv = Attention::new(&device, shape, context, first + tokens, kv_type, &mut rng);
+        let kv =
+            Attention::new(&device, shape, context, (prefix(i, first, &mut rng), first + tokens), kv_type, &mut rng);
         let width = heads * head_dim;
         let q = rounded(&(0..tokens).map(|_| rng.values(width, 2.0)).collect::<Vec<_>>());
         let q_buffer = device.upload(&q.concat().iter().map(|v| f16::from_f32(*v).to_bits()).collect::<Vec<_>>());
@@ -254,12 +277,13 @@ fn attention_for_many_tokens() {
         cases.extend([((8, 2, 128), 0, 1024, 0), ((8, 8, 64), 1000, 700, 300)]);
     }
     let cases = cases.into_iter().flat_map(|case| [(case, cuda::KV_F16), (case, cuda::KV_Q8)]);
-    for ((shape @ (heads, kv_heads, head_dim), first, tokens, window), kv_type) in cases {
+    for (i, ((shape @ (heads, kv_heads, head_dim), first, tokens, window), kv_type)) in cases.enumerate() {
         let shared = cuda::attention_coop_shared(head_dim as u32);
         if shared > device.gpu.limits.shared {
             continue;
         }
-        let kv = Attention::new(&device, shape, first + tokens + 9, first + tokens, kv_type, &mut rng);
+        let positions = (prefix(i, first, &mut rng), first + tokens);
+        let kv = Attention::new(&device, shape, first + tokens + 9, positions, kv_type, &mut rng);
         let width = heads * head_dim;
         let q = rounded(&(0..tokens).map(|_| rng.values(width, 2.0)).collect::<Vec<_>>());
         let q_buffer = device.upload(&q.concat().iter().map(|v| f16::from_f32(*v).to_bits()).collect::<Vec<_>>());
@@ -307,15 +331,16 @@ fn attention_of_any_form() {
         return;
     }
     let (device, mut rng) = (Device::open(), rng("attention_of_any_form"));
-    for (shape @ (heads, kv_heads, head_dim), kv_type) in [
-        ((6, 2, 12), cuda::KV_F32),
-        ((3, 1, 10), cuda::KV_F16),
-        ((2, 2, 300), cuda::KV_F32),
-        ((4, 2, 80), cuda::KV_Q8),
-        ((2, 2, 12), cuda::KV_Q8),
+    for (shape @ (heads, kv_heads, head_dim), kv_type, shared) in [
+        ((6, 2, 12), cuda::KV_F32, 12),
+        ((3, 1, 10), cuda::KV_F16, 0),
+        ((3, 1, 10), cuda::KV_F16, 20),
+        ((2, 2, 300), cuda::KV_F32, 0),
+        ((4, 2, 80), cuda::KV_Q8, 0),
+        ((2, 2, 12), cuda::KV_Q8, 16),
     ] {
         let (first, tokens, window) = (21, 3, 13);
-        let kv = Attention::new(&device, shape, 41, first + tokens, kv_type, &mut rng);
+        let kv = Attention::new(&device, shape, 41, (shared, first + tokens), kv_type, &mut rng);
         let width = heads * head_dim;
         let stride = width + 5;
         let q: Vec<Vec<f32>> = (0..tokens).map(|_| rng.values(stride, 2.0)).collect();

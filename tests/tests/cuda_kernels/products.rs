@@ -274,18 +274,24 @@ fn rotation_and_cache_behind_a_product() {
             let x: Vec<Vec<f32>> = (0..tokens).map(|_| rng.values(k, 1.0)).collect();
             let x = rounded(&x);
             let (context, first, layer) = (200, 40, 1);
+            // Positions that lie elsewhere.
+            let shared = 24 * rng.below(2) as usize;
+            let own = context - shared;
             // The second of two tables.
             let rope = rng.values(2 * context * rotary_dim.max(2), 1.0);
             let rope_buffer = device.upload(&rope);
-            let cache_len = 2 * 2 * kv_heads * context * head_dim;
+            let cache_len = 2 * 2 * kv_heads * own * head_dim;
             let cache = device.poisoned::<u16>(cache_len);
             let q = device.poisoned::<u16>(tokens * heads * head_dim);
             let rows: Vec<Row> = (0..tokens as u32)
                 .map(|t| Row {
                     cache: cache.address(),
+                    prefix: 0,
                     rope: rope_buffer.address(),
                     context: context as u32,
                     position: first + t,
+                    shared: shared as u32,
+                    own: own as u32,
                 })
                 .collect();
             let row_buffer = device.upload(&rows);
@@ -325,7 +331,7 @@ fn rotation_and_cache_behind_a_product() {
                             None => found_q[(token * heads + head) * head_dim + i],
                             Some(line) => {
                                 let line = layer as usize * 2 * kv_heads + line;
-                                let at = (line * context + position) * head_dim + i;
+                                let at = (line * own + position - shared) * head_dim + i;
                                 written[at] = true;
                                 found_kv[at]
                             }

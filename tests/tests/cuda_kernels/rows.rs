@@ -18,6 +18,9 @@ fn rotation_of_rows() {
         (1, 1, 12, 8, false, true, cuda::KV_Q8),
     ] {
         let (tokens, first, context, layer) = (3usize, 7u32, 20usize, 1u32);
+        // Positions that lie elsewhere.
+        let elsewhere = 4 * rng.below(2) as usize;
+        let own = context - elsewhere;
         let all = heads + 2 * kv_heads;
         let stride = all * head_dim + 3;
         let qkv = rng.values(tokens * stride, 1.0);
@@ -35,15 +38,18 @@ fn rotation_of_rows() {
         let lines = 2 * 2 * kv_heads;
         // Contexts of a multiple of four have no gap between the scales of lines.
         let scale_row = if kv == cuda::KV_Q8 { cuda::scale_bytes(head_dim as u32) as usize } else { 0 };
-        let cache_bytes = lines * context * (head_dim * size + scale_row);
+        let cache_bytes = lines * own * (head_dim * size + scale_row);
         let cache = device.zeros(cache_bytes);
         let q = device.poisoned::<u16>(tokens * heads * head_dim);
         let rows: Vec<Row> = (0..tokens as u32)
             .map(|t| Row {
                 cache: cache.address(),
+                prefix: 0,
                 rope: rope_buffer.address(),
                 context: context as u32,
                 position: first + t,
+                shared: elsewhere as u32,
+                own: own as u32,
             })
             .collect();
         let row_buffer = device.upload(&rows);
@@ -99,13 +105,13 @@ fn rotation_of_rows() {
                         None => after[t * stride + head * head_dim + i],
                         Some(line) => {
                             let line = layer as usize * 2 * kv_heads + line;
-                            let row = line * context + first as usize + t;
+                            let row = line * own + first as usize + t - elsewhere;
                             let at = (row * head_dim + i) * size;
                             match kv {
                                 cuda::KV_F32 => f32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes")),
                                 cuda::KV_F16 => f16::from_le_bytes([bytes[at], bytes[at + 1]]).to_f32(),
                                 _ => {
-                                    let scale_at = lines * context * head_dim + row * scale_row + i / 32 * 2;
+                                    let scale_at = lines * own * head_dim + row * scale_row + i / 32 * 2;
                                     let scale = f16::from_le_bytes([bytes[scale_at], bytes[scale_at + 1]]).to_f32();
                                     allowed = f64::from(scale) * 0.57 + 1e-5;
                                     f32::from(bytes[at] as i8) * scale
@@ -136,7 +142,9 @@ fn large_numbers_in_eight_bits() {
         let buffer = device.upload(&qkv);
         let codes = 2 * context * head_dim;
         let cache = device.zeros(codes + 2 * context * cuda::scale_bytes(head_dim as u32) as usize);
-        let row = Row { cache: cache.address(), rope: 0, context: context as u32, position: 3 };
+        let (context, position) = (context as u32, 3);
+        let row = Row { cache: cache.address(), context, position, own: context, ..Default::default() };
+        let context = context as usize;
         let row_buffer = device.upload(&[row]);
         let arguments = RopeAppendArgs {
             qkv: buffer.address(),
@@ -378,7 +386,11 @@ fn embedded_tokens() {
         let ids: Vec<u32> = (0..4).map(|_| rng.below(vocab as u32)).collect();
         let tokens = device.upload(&ids);
         for separate in [false, true] {
-            let place = |i: u64| Place { cache: 100 * i, rope: 7 * i, context: 9 + i as u32, position: 3 * i as u32 };
+            let place = |i: u64| {
+                let (context, position) = (9 + i as u32, 3 * i as u32);
+                let (shared, own) = (5 * i as u32, 11 * i as u32);
+                Place { cache: 100 * i, prefix: 13 * i, rope: 7 * i, context, position, shared, own }
+            };
             let places: Vec<Place> = (0..4).map(place).collect();
             let place_buffer = device.upload(&places);
             let (rows, out) = (device.poisoned::<Row>(4), device.poisoned::<f32>(4 * width));
@@ -406,12 +418,15 @@ fn embedded_tokens() {
             }
             let found: Vec<Row> = device.download(&rows, 4);
             for (t, row) in found.iter().enumerate() {
-                let expected = match separate {
-                    true => {
-                        let (cache, rope) = (100 * t as u64, 7 * t as u64);
-                        Row { cache, rope, context: 9 + t as u32, position: 3 * t as u32 }
-                    }
-                    false => Row { cache: 0, rope: 0, context: 9, position: t as u32 },
+                let place = places[if separate { t } else { 0 }];
+                let expected = Row {
+                    cache: place.cache,
+                    prefix: place.prefix,
+                    rope: place.rope,
+                    context: place.context,
+                    position: if separate { place.position } else { t as u32 },
+                    shared: place.shared,
+                    own: place.own,
                 };
                 assert_eq!(*row, expected);
             }

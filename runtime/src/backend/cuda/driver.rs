@@ -18,7 +18,7 @@ mod stream;
 
 pub use library::{CudaChoice, DeviceSummary, devices};
 use library::{Driver, OVERLAPPING_GRAPHS, attribute, check};
-pub use stream::{Event, Graph, HostRows, Launch, Rows, Stream};
+pub use stream::{Event, Graph, Launch, OtherRows, Rows, Stream};
 
 /// What the kernels have to know of a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

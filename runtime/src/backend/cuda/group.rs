@@ -78,7 +78,7 @@ impl CudaGroup {
         let stream = gpu.stream()?;
         // Caches and rotary tables are those of the members.
         let without = Program { layers: 0, rope_tables: 0, ..(**program).clone() };
-        let mut memory = Memory::new(gpu, &stream, &without, &config, true)?;
+        let mut memory = Memory::new(gpu, &stream, &without, &config, true, None)?;
         let plan = Plan::new(&backend, program, &mut memory, &stream)?;
         memory.activation(&stream, program, program.logits)?;
         let functions = ["sample_slices_each", "sample_narrow_each", "sample_draw_each"];
@@ -223,6 +223,7 @@ impl Group for CudaGroup {
             return invalid("the pass has begun or is full");
         }
         check_next(next, position, &self.program, &member.config)?;
+        member.overwrite(position)?;
         let row = self.n;
         let logits = member.logits_row(0)?.0;
         let tokens = self.memory.address(self.memory.tokens) + row as u64 * 4;
@@ -242,12 +243,7 @@ impl Group for CudaGroup {
         let is_chosen = choice.scores != 0;
         self.next_table.choices[row] = choice;
         self.next_table.logits[row] = logits;
-        self.next_places[row] = Place {
-            cache: member.memory.address(member.memory.kv),
-            rope: member.memory.address(member.memory.ropes),
-            context: member.config.context,
-            position: if is_chosen { 0 } else { position },
-        };
+        self.next_places[row] = member.memory.place_at(if is_chosen { 0 } else { position });
         self.rows[row] = Row { position, is_chosen };
         self.n += 1;
         Ok(true)

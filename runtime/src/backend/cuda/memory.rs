@@ -5,8 +5,9 @@ use std::sync::Arc;
 
 use awqua_shaders::cuda::{CHUNK, COOP_TOKENS, MANY_HEADS, Place, Row, SLOTS_OF_TILES, STAGE, expert_tiles};
 
+use super::cache::{self, Part, Prefix};
 use super::driver::{Buffer, Gpu, Stream};
-use crate::backend::{BufferId, KvType, Op, Program, RunnerConfig, kv_bytes};
+use crate::backend::{BufferId, KvType, Op, Program, RunnerConfig};
 use crate::error::{Error, ErrorKind, Result};
 
 const _: () = assert!(crate::backend::Q8_GROUP == awqua_shaders::cuda::KV_GROUP as usize);
@@ -63,17 +64,10 @@ pub(super) struct Splits {
     pub(super) arrived: u64,
 }
 
-/// Bytes of a cache; its scales, if it has any, have room for a multiple of four positions.
-fn cache_bytes(program: &Program, kv_type: KvType, context: u32) -> u64 {
-    let positions =
-        if kv_type == KvType::Q8 { context.checked_next_multiple_of(4).unwrap_or(context) } else { context };
-    kv_bytes(program, kv_type, positions)
-}
-
 /// Bytes of device memory that a session takes at most: which buffers are needed depends on the weights.
 pub(super) fn runner_bytes(program: &Program, config: &RunnerConfig) -> u64 {
     let shape = program.attention;
-    let kv = cache_bytes(program, config.kv_type.unwrap_or(KvType::F16), config.context);
+    let kv = cache::bytes(program, config.kv_type.unwrap_or(KvType::F16), config.context);
     let most = u64::from(config.max_tokens);
     let buffers = program.buffers.iter().map(|desc| {
         let rows = u64::from(desc.rows(config));
@@ -111,8 +105,10 @@ pub(super) struct Memory {
     pub(super) kv_type: KvType,
     /// Everything that was made, zeros at first.
     buffers: Vec<Buffer>,
-    /// (layers, keys then values, kv_heads, context, head_dim), then the scales if there are any.
-    pub(super) kv: usize,
+    /// The cache behind the shared positions, see [`Part`].
+    kv: usize,
+    /// The first positions, if they are shared.
+    pub(super) prefix: Option<Arc<Prefix>>,
     /// (max_tokens) u32.
     pub(super) tokens: usize,
     /// The step's [`Place`], or those of the members of a pass.
@@ -134,7 +130,8 @@ pub(super) struct Memory {
 }
 
 impl Memory {
-    /// Allocates what every session has; `separate` if tokens belong to sessions of their own.
+    /// Allocates what every session has, behind the positions of `prefix`; `separate` if tokens belong to sessions of
+    /// their own.
     ///
     /// # Errors
     /// [`ErrorKind::OutOfMemory`] naming what did not fit, or a device error.
@@ -144,13 +141,15 @@ impl Memory {
         program: &Program,
         config: &RunnerConfig,
         separate: bool,
+        prefix: Option<Arc<Prefix>>,
     ) -> Result<Self> {
         let kv_type = config.kv_type.unwrap_or(KvType::F16);
         let shape = program.attention;
-        let kv = cache_bytes(program, kv_type, config.context);
+        let own = config.context.saturating_sub(prefix.as_ref().map_or(0, |prefix| prefix.len));
+        let kv = cache::bytes(program, kv_type, own);
         let free = gpu.free_memory()?;
         if kv > free {
-            let message = format!("a KV cache of {} tokens needs {kv} bytes, {free} are free", config.context);
+            let message = format!("a KV cache of {own} tokens needs {kv} bytes, {free} are free");
             return Err(Error::new(ErrorKind::OutOfMemory, message));
         }
         let mut memory = Self {
@@ -159,6 +158,7 @@ impl Memory {
             kv_type,
             buffers: Vec::new(),
             kv: 0,
+            prefix,
             tokens: 0,
             place: 0,
             separate,
@@ -179,10 +179,37 @@ impl Memory {
         let rows = u64::from(config.context).checked_mul(u64::from(program.rope_tables));
         let rope_bytes = rows.and_then(|rows| rows.checked_mul(u64::from(shape.rotary_dim) * 4));
         memory.ropes = memory.make(stream, "the rotary tables", rope_bytes)?;
-        let (cache, rope) = (memory.address(memory.kv), memory.address(memory.ropes));
-        let place = Place { cache, rope, context: config.context, position: 0 };
-        stream.upload(memory.buffer(memory.place), 0, bytemuck::bytes_of(&place))?;
+        stream.upload(memory.buffer(memory.place), 0, bytemuck::bytes_of(&memory.place_at(0)))?;
         Ok(memory)
+    }
+
+    /// What kernels have to know for a step at `position`.
+    pub(super) fn place_at(&self, position: u32) -> Place {
+        let shared = self.shared();
+        Place {
+            cache: self.address(self.kv),
+            prefix: self.prefix.as_ref().map_or(0, |prefix| prefix.address()),
+            rope: self.address(self.ropes),
+            context: self.config.context,
+            position,
+            shared,
+            own: self.config.context - shared,
+        }
+    }
+
+    /// Positions that are shared.
+    pub(super) fn shared(&self) -> u32 {
+        self.prefix.as_ref().map_or(0, |prefix| prefix.len)
+    }
+
+    /// The positions behind them.
+    pub(super) fn own(&self) -> Part<'_> {
+        Part { buffer: self.buffer(self.kv), positions: self.shared()..self.config.context }
+    }
+
+    /// All positions.
+    pub(super) fn parts(&self) -> impl Iterator<Item = Part<'_>> {
+        self.prefix.as_ref().map(|prefix| prefix.part()).into_iter().chain([self.own()])
     }
 
     fn make(&mut self, stream: &Stream, what: &str, bytes: Option<u64>) -> Result<usize> {
@@ -194,6 +221,12 @@ impl Memory {
         Ok(self.buffers.len() - 1)
     }
 
+    /// Bytes of them if the first `shared` positions were not among them, in whatever way they are kept now.
+    pub(super) fn bytes_behind(&self, program: &Program, shared: u32) -> u64 {
+        let own = self.config.context.saturating_sub(shared);
+        self.bytes() - self.buffer(self.kv).bytes() + cache::bytes(program, self.kv_type, own)
+    }
+
     /// A buffer by its number.
     pub(super) fn buffer(&self, number: usize) -> &Buffer {
         &self.buffers[number]
@@ -203,7 +236,7 @@ impl Memory {
         self.buffers[number].address()
     }
 
-    /// Bytes of all of them.
+    /// Bytes of all of them, without what is shared.
     pub(super) fn bytes(&self) -> u64 {
         self.buffers.iter().map(Buffer::bytes).sum()
     }

@@ -1,9 +1,10 @@
 //! NVIDIA GPUs through CUDA: our own kernels, compiled ahead, and the driver alone.
 //!
 //! `driver` is the driver behind safe types, `selftest` decides which kernels can be trusted, `loader` brings weights to
-//! the device, `weights` lays them out there, `memory` is what a session holds there, `plan` turns a program into kernel
-//! calls once, `run` queues one step of it, `group` one of several sessions, `sampling` picks tokens and `pace` estimates
-//! how long work takes. A machine without a driver, or with an old one, is one without such a device.
+//! the device, `weights` lays them out there, `memory` is what a session holds there and `cache` the part of it that
+//! sessions can share, `plan` turns a program into kernel calls once, `run` queues one step of it, `group` one of several
+//! sessions, `sampling` picks tokens and `pace` estimates how long work takes. A machine without a driver, or with an old
+//! one, is one without such a device.
 
 use std::ops::Range;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
@@ -13,6 +14,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::quant::awq::StoredGemm;
 use crate::tensor::{Weight, WeightShape};
 
+mod cache;
 #[doc(hidden)]
 pub mod driver;
 mod group;

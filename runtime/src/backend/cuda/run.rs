@@ -2,7 +2,7 @@
 
 use std::any::Any;
 use std::collections::VecDeque;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use awqua_shaders as shaders;
@@ -10,17 +10,20 @@ use awqua_shaders::RowMode;
 use awqua_shaders::cuda::{Place, SampleArgs};
 
 use super::CudaBackend;
-use super::driver::{Event, Graph, HostRows, Launch, Pinned, Rows, Stream};
+use super::cache::{self, Prefix};
+use super::driver::{Event, Graph, Launch, Pinned, Stream};
 use super::memory::Memory;
 use super::pace::{self, Pace};
 use super::plan::{Plan, Work};
 use super::sampling::Sampler;
 use crate::backend::{
-    Backend, Budget, BufferId, KvType, LogitsRows, MAX_AHEAD, OpTime, Program, Progress, Runner, RunnerConfig, Sharing,
-    Step, check_kv,
+    Backend, Budget, BufferId, KvType, LogitsRows, MAX_AHEAD, OpTime, Program, Progress, Runner, RunnerConfig, Shared,
+    Sharing, Step, check_kv,
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::session::sampler::{KeptRequest, SampleRequest, pick_in};
+
+mod forks;
 
 /// Looks at a result before the device is asked whether all is well.
 const LOOKS: u32 = 512;
@@ -32,6 +35,8 @@ pub(super) struct CudaRunner {
     graph: Option<Graph>,
     pace: Pace,
     pub(super) memory: Memory,
+    /// A copy of the first positions that forks share, as long as they are what it holds.
+    lent: Weak<Prefix>,
     plan: Plan,
     sampler: Sampler,
     pub(super) backend: Arc<CudaBackend>,
@@ -91,6 +96,16 @@ impl CudaRunner {
     /// # Errors
     /// As [`crate::backend::Backend::runner`].
     pub(super) fn new(backend: Arc<CudaBackend>, program: &Arc<Program>, config: &RunnerConfig) -> Result<Self> {
+        Self::behind(backend, program, config, None)
+    }
+
+    /// As [`Self::new`], behind the positions of `prefix`.
+    fn behind(
+        backend: Arc<CudaBackend>,
+        program: &Arc<Program>,
+        config: &RunnerConfig,
+        prefix: Option<Arc<Prefix>>,
+    ) -> Result<Self> {
         let gpu = &backend.gpu;
         gpu.check_lost()?;
         if config.max_tokens > shaders::MAX_GROUPS || config.max_tokens == 0 || config.context == 0 {
@@ -102,7 +117,7 @@ impl CudaRunner {
             return Err(Error::new(ErrorKind::InvalidInput, "the logits buffer is not as wide as the vocabulary"));
         }
         let stream = gpu.stream()?;
-        let mut memory = Memory::new(gpu, &stream, program, &config, false)?;
+        let mut memory = Memory::new(gpu, &stream, program, &config, false, prefix)?;
         let plan = Plan::new(&backend, program, &mut memory, &stream)?;
         memory.activation(&stream, program, program.logits)?;
         let sampler = Sampler::new(gpu, &stream, program.vocab_size, config.context)?;
@@ -110,6 +125,7 @@ impl CudaRunner {
             graph: None,
             pace: Pace::new(gpu),
             memory,
+            lent: Weak::new(),
             plan,
             sampler,
             program: program.clone(),
@@ -303,27 +319,6 @@ impl CudaRunner {
         Ok(())
     }
 
-    /// The keys and values of the first `n` positions as rows, and their scales if they have any.
-    fn kv_rows(&self, n: u32) -> [Rows; 2] {
-        let shape = self.program.attention;
-        let (n, context) = (n as usize, self.config.context as usize);
-        let kv_type = self.memory.kv_type;
-        let codes = kv_type.code_bytes(shape.head_dim) as usize;
-        let scales = kv_type.scale_bytes(shape.head_dim) as usize;
-        let rows = 2 * (self.program.layers * shape.kv_heads) as usize;
-        let host_pitch = n * (codes + scales);
-        let elements = Rows { offset: 0, width: n * codes, rows, pitch: context * codes, host_offset: 0, host_pitch };
-        let scale_pitch = context.next_multiple_of(4) * scales;
-        let scales = Rows {
-            offset: rows * elements.pitch,
-            width: n * scales,
-            pitch: scale_pitch,
-            host_offset: elements.width,
-            ..elements
-        };
-        [elements, scales]
-    }
-
     /// Records the graph of a choice and a step.
     fn record(&mut self) -> Result<()> {
         let (scores, _) = self.logits_row(0)?;
@@ -361,6 +356,7 @@ impl Runner for CudaRunner {
     fn begin(&mut self, step: &Step<'_>) -> Result<()> {
         drop(self.backend.hold()?);
         step.check(&self.program, &self.config)?;
+        self.overwrite(step.position)?;
         self.forget();
         let logits = step.logits.range(step.tokens.len());
         self.step = shaders::Step {
@@ -594,29 +590,29 @@ impl Runner for CudaRunner {
 
     fn save_kv(&mut self, n: u32, out: &mut [u8]) -> Result<()> {
         check_kv(&self.program, &self.config, self.memory.kv_type, n, out.len())?;
-        let kv = self.memory.buffer(self.memory.kv);
-        self.kv_rows(n).into_iter().try_for_each(|rows| self.stream.copy_rows(kv, rows, HostRows::To(&mut *out)))
+        self.memory.parts().try_for_each(|part| self.form().save(&self.stream, &part, n, out))
     }
 
     fn load_kv(&mut self, n: u32, bytes: &[u8]) -> Result<()> {
         check_kv(&self.program, &self.config, self.memory.kv_type, n, bytes.len())?;
+        self.overwrite(0)?;
         self.abandon();
-        let kv = self.memory.buffer(self.memory.kv);
-        self.kv_rows(n).into_iter().try_for_each(|rows| self.stream.copy_rows(kv, rows, HostRows::From(bytes)))
+        self.form().load(&self.stream, &self.memory.own(), n, bytes)
     }
 
-    fn fork(&mut self, n: u32, _: Sharing) -> Result<Box<dyn Runner>> {
-        let fork = Self::new(Arc::clone(&self.backend), &self.program, &self.config)?;
-        fork.stream.wait()?;
-        for rows in self.kv_rows(n) {
-            let to = HostRows::Device(fork.memory.buffer(fork.memory.kv));
-            self.stream.copy_rows(self.memory.buffer(self.memory.kv), rows, to)?;
-        }
-        let (from, to) = (self.memory.buffer(self.memory.ropes), fork.memory.buffer(fork.memory.ropes));
-        let bytes = from.bytes() as usize;
-        let whole = Rows { offset: 0, width: bytes, rows: 1, pitch: bytes, host_offset: 0, host_pitch: bytes };
-        self.stream.copy_rows(from, whole, HostRows::Device(to))?;
-        Ok(Box::new(fork))
+    fn fork(&mut self, n: u32, sharing: Sharing) -> Result<Box<dyn Runner>> {
+        Ok(Box::new(self.forked(n, sharing)?))
+    }
+
+    fn fork_bytes(&self, n: u32, sharing: Sharing) -> u64 {
+        let (len, there) = self.to_share(n, sharing);
+        let copied = if there.is_some() { 0 } else { cache::bytes(&self.program, self.memory.kv_type, len) };
+        self.memory.bytes_behind(&self.program, len) + self.sampler.bytes() + copied
+    }
+
+    fn shared(&self) -> Option<Shared> {
+        let prefix = self.memory.prefix.as_ref()?;
+        Some(Shared { id: Arc::as_ptr(prefix) as usize, positions: prefix.len, bytes: prefix.bytes() })
     }
 
     fn rebind(&mut self, backend: Arc<dyn Backend>) -> Result<bool> {

@@ -61,9 +61,9 @@ pub struct Rows {
     pub rows: usize,
     /// Bytes from one row to the next on the device.
     pub pitch: usize,
-    /// The first byte and the bytes from one row to the next in host memory.
-    pub host_offset: usize,
-    pub host_pitch: usize,
+    /// The first byte and the bytes from one row to the next on the other side.
+    pub other_offset: usize,
+    pub other_pitch: usize,
 }
 
 impl Stream {
@@ -127,17 +127,19 @@ impl Stream {
         self.gpu.noting(check(code, "reading back"))
     }
 
-    /// Copies rows between `buffer` and host memory, or to the same place in another buffer. Waits for it.
+    /// Copies rows between `buffer` and host memory and waits for it, or queues a copy to another buffer.
     ///
     /// # Errors
     /// A device error.
-    pub fn copy_rows(&self, buffer: &Buffer, rows: Rows, host: HostRows<'_>) -> Result<()> {
+    pub fn copy_rows(&self, buffer: &Buffer, rows: Rows, other: OtherRows<'_>) -> Result<()> {
         if rows.width * rows.rows == 0 {
             return Ok(());
         }
         let end = rows.offset + (rows.rows - 1) * rows.pitch + rows.width;
         assert!(end as u64 <= buffer.bytes && rows.width <= rows.pitch, "the rows lie in the buffer");
-        let host_end = rows.host_offset + (rows.rows - 1) * rows.host_pitch + rows.width;
+        let other_end = rows.other_offset + (rows.rows - 1) * rows.other_pitch + rows.width;
+        assert!(rows.width <= rows.other_pitch, "the rows lie side by side");
+        let waits = !matches!(other, OtherRows::Device(_));
         let (device, memory) = (sys::CUmemorytype::CU_MEMORYTYPE_DEVICE, sys::CUmemorytype::CU_MEMORYTYPE_HOST);
         let mut copy = sys::CUDA_MEMCPY2D {
             srcXInBytes: 0,
@@ -157,27 +159,28 @@ impl Stream {
             WidthInBytes: rows.width,
             Height: rows.rows,
         };
-        match host {
-            HostRows::From(from) => {
-                assert!(host_end <= from.len() && rows.width <= rows.host_pitch, "the rows lie in the memory");
-                let from = from[rows.host_offset..].as_ptr().cast();
-                (copy.srcMemoryType, copy.srcHost, copy.srcPitch) = (memory, from, rows.host_pitch);
+        match other {
+            OtherRows::From(from) => {
+                assert!(other_end <= from.len(), "the rows lie in the memory");
+                let from = from[rows.other_offset..].as_ptr().cast();
+                (copy.srcMemoryType, copy.srcHost, copy.srcPitch) = (memory, from, rows.other_pitch);
             }
-            HostRows::To(to) => {
-                assert!(host_end <= to.len() && rows.width <= rows.host_pitch, "the rows lie in the memory");
-                let to = to[rows.host_offset..].as_mut_ptr().cast();
-                (copy.dstMemoryType, copy.dstHost, copy.dstPitch) = (memory, to, rows.host_pitch);
+            OtherRows::To(to) => {
+                assert!(other_end <= to.len(), "the rows lie in the memory");
+                let to = to[rows.other_offset..].as_mut_ptr().cast();
+                (copy.dstMemoryType, copy.dstHost, copy.dstPitch) = (memory, to, rows.other_pitch);
             }
-            HostRows::Device(to) => {
-                assert!(end as u64 <= to.bytes, "the rows lie in the buffer");
-                copy.dstDevice = to.address + rows.offset as u64;
+            OtherRows::Device(to) => {
+                assert!(other_end as u64 <= to.bytes, "the rows lie in the buffer");
+                (copy.dstDevice, copy.dstPitch) = (to.address + rows.other_offset as u64, rows.other_pitch);
             }
         }
         let current = self.enter()?;
-        // SAFETY: all ranges were checked, and borrows last until the stream has come there.
+        // SAFETY: all ranges were checked, and borrows of host memory last until the stream has come there; buffers are
+        // freed once the device has done what was queued.
         self.gpu.noting(check(unsafe { sys::cuMemcpy2DAsync_v2(&copy, self.stream) }, "copying rows"))?;
         drop(current);
-        self.wait()
+        if waits { self.wait() } else { Ok(()) }
     }
 
     /// Sets a whole buffer to zero.
@@ -305,12 +308,12 @@ impl Stream {
 }
 
 /// The other side of [`Stream::copy_rows`].
-pub enum HostRows<'a> {
+pub enum OtherRows<'a> {
     /// Read from the host.
     From(&'a [u8]),
     /// Written to the host.
     To(&'a mut [u8]),
-    /// Another buffer of the same form.
+    /// Another buffer, written.
     Device(&'a Buffer),
 }
 
