@@ -555,8 +555,8 @@ fn passes_match(open: &dyn Fn() -> Box<dyn Backend>, case: &Case, allowed: f32, 
                 let request = if row % 3 == 1 { greedy } else { SampleRequest { bias: &bias, ..greedy } };
                 runner.read_logits(&mut logits).expect("the logits come back");
                 let best = (0..logits.len()).rev().max_by(|&a, &b| logits[a].total_cmp(&logits[b])).unwrap_or(0);
-                *id = if row % 3 == 1 { best as u32 } else { *id };
                 if group.join(runner, &Next::Chosen(&request), position).expect("it joins") {
+                    *id = if row % 3 == 1 { best as u32 } else { *id };
                     chosen.push((i, *id));
                     continue;
                 }

@@ -233,15 +233,16 @@ impl Group for WgpuGroup {
             return invalid("the pass has begun or is full");
         }
         check_next(next, position, &self.program, &member.config)?;
+        if self.members.is_empty() {
+            // Members may still wait for the tokens of the pass before.
+            self.back = self.choices.way_back(&self.backend.gpu)?;
+        }
         let token = match *next {
             Next::Token(token) => {
                 member.join_pass(position)?;
                 Some(token)
             }
             Next::Chosen(request) => {
-                if self.members.is_empty() {
-                    self.back = self.choices.way_back(&self.backend.gpu)?;
-                }
                 let tokens = &self.rows.memory.tokens;
                 if !member.choose_in_pass(request, position, self.members.len(), tokens, &self.back)? {
                     return Ok(false);
