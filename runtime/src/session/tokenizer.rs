@@ -96,7 +96,9 @@ impl Inner {
         match self {
             Self::Pairs(tokenizer) => {
                 let pairs = tokenizer.get_model();
-                Vocabulary::of(decoder, added, size, |id| added_token(id).or_else(|| pairs.token(id).map(Cow::Borrowed)))
+                Vocabulary::of(decoder, added, size, |id| {
+                    added_token(id).or_else(|| pairs.token(id).map(Cow::Borrowed))
+                })
             }
             Self::Any(tokenizer) => {
                 let model = tokenizer.get_model();

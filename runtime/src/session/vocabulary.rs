@@ -103,7 +103,9 @@ impl Vocabulary {
 fn decode(mut token: Cow<'_, str>, stages: &[Stage], byte_of: &[Option<u8>], out: &mut Vec<u8>) {
     for stage in stages {
         match stage {
-            Stage::Replace(from, to) if token.contains(from.as_str()) => token = token.replace(from.as_str(), to).into(),
+            Stage::Replace(from, to) if token.contains(from.as_str()) => {
+                token = token.replace(from.as_str(), to).into()
+            }
             Stage::Replace(..) => {}
             Stage::ByteFallback => {
                 let digits = token.strip_prefix("<0x").and_then(|rest| rest.strip_suffix('>'));

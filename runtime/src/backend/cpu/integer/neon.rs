@@ -251,7 +251,8 @@ macro_rules! products {
                 let mut sums = [[[vdupq_n_s32(0); 2]; QUADS]; T];
                 for octet in 0..x.span / OCTET {
                     // SAFETY: sixteen bytes of every row of `x`, eight vectors of the panel for an octet.
-                    let x: [int8x16_t; T] = std::array::from_fn(|i| unsafe { vld1q_s8(rows[i].add(2 * OCTET * octet)) });
+                    let x: [int8x16_t; T] =
+                        std::array::from_fn(|i| unsafe { vld1q_s8(rows[i].add(2 * OCTET * octet)) });
                     for quad in 0..QUADS {
                         // SAFETY: as above.
                         let codes = unsafe { [vld1q_s8(weights), vld1q_s8(weights.add(16))] };
