@@ -24,7 +24,7 @@ params! {
 pub static KERNEL: Kernel = Kernel {
     name: "argmax",
     body: include_str!("argmax.wgsl"),
-    preludes: &[Prelude::Order],
+    preludes: &[Prelude::Order, Prelude::Best],
     constants: &[("WG", WG), ("BLOCK", BLOCK)],
     sizes: &[],
     params: Params::FIELDS,

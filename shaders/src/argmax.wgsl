@@ -10,8 +10,6 @@ struct Params {
 @group(0) @binding(2) var<storage, read> scores: array<u32>;                    // (offset + n): f32 bits
 @group(0) @binding(3) var<storage, read_write> candidates: array<vec2<u32>>;    // (blocks): key, id
 
-var<workgroup> best: array<vec2<u32>, WG>;
-
 @compute @workgroup_size(WG)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local_index: u32) {
     let start = group.x * BLOCK;
@@ -26,16 +24,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             mine = candidate;
         }
     }
-    best[local_index] = mine;
-    // Orders the writes before the tree, and below one level of the tree before the next.
-    workgroupBarrier();
-    for (var half = WG / 2u; half > 0u; half /= 2u) {
-        if (local_index < half && comes_before(best[local_index + half], best[local_index])) {
-            best[local_index] = best[local_index + half];
-        }
-        workgroupBarrier();
-    }
+    let first = best_of_all(local_index, mine);
     if (local_index == 0u) {
-        candidates[group.x] = best[0];
+        candidates[group.x] = first;
     }
 }

@@ -1,34 +1,28 @@
-// The id of the best of n candidates, written to result[0]; 0 if none of them can be chosen.
+// The id of the best of n candidates of every row, written to result[row] where bit `row` of `rows` is set; 0 if none of
+// them can be chosen.
 //
-// Mapping: one workgroup. Traffic: the candidates once.
+// Mapping: a workgroup a row. Traffic: the candidates once.
 
 struct Params {
     n: u32,
+    rows: u32,
 }
 @group(0) @binding(0) var<uniform> params: Params;
-@group(0) @binding(2) var<storage, read> candidates: array<vec2<u32>>;    // (n): key, id
-@group(0) @binding(3) var<storage, read_write> result: array<u32>;        // (1)
-
-var<workgroup> best: array<vec2<u32>, WG>;
+@group(0) @binding(2) var<storage, read> candidates: array<vec2<u32>>;    // (rows, n): key, id
+@group(0) @binding(3) var<storage, read_write> result: array<u32>;        // (rows)
 
 @compute @workgroup_size(WG)
-fn main(@builtin(local_invocation_index) local_index: u32) {
+fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local_index: u32) {
+    let start = group.x * params.n;
     var mine = vec2<u32>(0u, NO_ID);
     for (var i = local_index; i < params.n; i += WG) {
-        if (comes_before(candidates[i], mine)) {
-            mine = candidates[i];
+        let candidate = candidates[start + i];
+        if (comes_before(candidate, mine)) {
+            mine = candidate;
         }
     }
-    best[local_index] = mine;
-    // Orders the writes before the tree, and below one level of the tree before the next.
-    workgroupBarrier();
-    for (var half = WG / 2u; half > 0u; half /= 2u) {
-        if (local_index < half && comes_before(best[local_index + half], best[local_index])) {
-            best[local_index] = best[local_index + half];
-        }
-        workgroupBarrier();
-    }
-    if (local_index == 0u) {
-        result[0] = select(0u, best[0].y, best[0].x > NEVER_KEY);
+    let first = best_of_all(local_index, mine);
+    if (local_index == 0u && (params.rows >> min(group.x, 31u) & 1u) == 1u) {
+        result[group.x] = select(0u, first.y, first.x > NEVER_KEY);
     }
 }

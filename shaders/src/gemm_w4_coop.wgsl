@@ -37,21 +37,34 @@ var<workgroup> x_tile: array<vec4<f16>, 2u * TILE_VECS>;
 var<workgroup> w_tile: array<vec4<f16>, 2u * TILE_VECS>;
 var<workgroup> result: array<f32, WG / 32u * 256u>;
 
-// Stores a 16x16 piece of the result that lies in the subgroup's part of `result`.
-fn store(subgroup: u32, lane: u32, token_start: u32, n_start: u32) {
+// Stores a 16x16 piece of the result. What it reads comes first: behind a store, which the driver takes to change anything,
+// every read would be waited for by itself.
+fn store(piece: coop_mat16x16<f32,C>, subgroup: u32, lane: u32, token_start: u32, n_start: u32) {
+    // Orders the reads of the piece before.
+    subgroupBarrier();
+    coopStoreT(piece, &result[subgroup * 256u], 16u);
+    // Orders the subgroup's piece before its reads.
+    subgroupBarrier();
     let n = n_start + lane % 16u;
-    for (var i = lane / 16u; i < 16u; i += 2u) {
-        let token = token_start + i;
-        if (token < row_count(params.row_mode) && n < params.n) {
-            let index = token * params.out_stride + params.out_offset + n;
-            var value = result[subgroup * 256u + i * 16u + lane % 16u] * scales[token];
-            if ((params.flags & FLAG_BIAS) != 0u) {
-                value += bias[params.bias_offset + n];
-            }
-            if ((params.flags & FLAG_ACCUMULATE) != 0u) {
-                value += out[index];
-            }
-            out[index] = value;
+    let rows = row_count(params.row_mode);
+    let column = params.out_offset + min(n, params.n - 1u);
+    let first = token_start + lane / 16u;
+    var added = 0.0;
+    if ((params.flags & FLAG_BIAS) != 0u) {
+        added = bias[params.bias_offset + column - params.out_offset];
+    }
+    var values: array<f32, 8>;
+    for (var i = 0u; i < 8u; i++) {
+        let token = min(first + 2u * i, rows - 1u);
+        values[i] = fma(result[subgroup * 256u + 32u * i + lane], scales[token], added);
+        if ((params.flags & FLAG_ACCUMULATE) != 0u) {
+            values[i] += out[token * params.out_stride + column];
+        }
+    }
+    for (var i = 0u; i < 8u; i++) {
+        let token = first + 2u * i;
+        if (token < rows && n < params.n) {
+            out[token * params.out_stride + column] = values[i];
         }
     }
 }
@@ -138,37 +151,15 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         }
     }
 
-    // Accumulators have no addressable elements: they pass through workgroup memory, one of each subgroup at a time.
-    coopStoreT(c00, &result[subgroup * 256u], 16u);
-    workgroupBarrier();
-    store(subgroup, lane, token_start + token_part, n_start + n_part);
-    workgroupBarrier();
-    coopStoreT(c01, &result[subgroup * 256u], 16u);
-    workgroupBarrier();
-    store(subgroup, lane, token_start + token_part, n_start + n_part + 16u);
-    workgroupBarrier();
-    coopStoreT(c02, &result[subgroup * 256u], 16u);
-    workgroupBarrier();
-    store(subgroup, lane, token_start + token_part, n_start + n_part + 32u);
-    workgroupBarrier();
-    coopStoreT(c03, &result[subgroup * 256u], 16u);
-    workgroupBarrier();
-    store(subgroup, lane, token_start + token_part, n_start + n_part + 48u);
-    workgroupBarrier();
-    coopStoreT(c10, &result[subgroup * 256u], 16u);
-    workgroupBarrier();
-    store(subgroup, lane, token_start + token_part + 16u, n_start + n_part);
-    workgroupBarrier();
-    coopStoreT(c11, &result[subgroup * 256u], 16u);
-    workgroupBarrier();
-    store(subgroup, lane, token_start + token_part + 16u, n_start + n_part + 16u);
-    workgroupBarrier();
-    coopStoreT(c12, &result[subgroup * 256u], 16u);
-    workgroupBarrier();
-    store(subgroup, lane, token_start + token_part + 16u, n_start + n_part + 32u);
-    workgroupBarrier();
-    coopStoreT(c13, &result[subgroup * 256u], 16u);
-    workgroupBarrier();
-    store(subgroup, lane, token_start + token_part + 16u, n_start + n_part + 48u);
-    workgroupBarrier();
+    // Accumulators have no addressable elements: they pass through the subgroup's part of workgroup memory, one at a time.
+    let token = token_start + token_part;
+    let output = n_start + n_part;
+    store(c00, subgroup, lane, token, output);
+    store(c01, subgroup, lane, token, output + 16u);
+    store(c02, subgroup, lane, token, output + 32u);
+    store(c03, subgroup, lane, token, output + 48u);
+    store(c10, subgroup, lane, token + 16u, output);
+    store(c11, subgroup, lane, token + 16u, output + 16u);
+    store(c12, subgroup, lane, token + 16u, output + 32u);
+    store(c13, subgroup, lane, token + 16u, output + 48u);
 }

@@ -46,6 +46,15 @@ pub fn reference(x: &[f32]) -> (Vec<f32>, f32) {
     (halves, scale)
 }
 
+/// What the kernel leaves of these rows: words with `padded` rows, of which those that pad hold NaN, and scales.
+pub(crate) fn prepared(rows: &[Vec<f32>], padded: usize) -> (Vec<u32>, Vec<f32>) {
+    let chunks = rows.first().map_or(0, |row| row.len().div_ceil(32));
+    let (halves, scales): (Vec<_>, Vec<_>) = rows.iter().map(|row| reference(row)).unzip();
+    let mut words: Vec<u32> = halves.iter().flat_map(|row| trial::pack_halves(row)).collect();
+    words.resize(padded * chunks * 16, trial::POISON_F16);
+    (words, scales)
+}
+
 /// A buffer for the halves of rows like these.
 pub(crate) fn empty(rows: &[Vec<f32>]) -> Vec<u32> {
     vec![trial::POISON_F16; rows.iter().map(|row| row.len().next_multiple_of(32) / 2).sum()]

@@ -35,6 +35,7 @@ macro_rules! params {
 }
 
 pub mod argmax;
+pub mod argmax_each;
 pub mod argmax_reduce;
 pub mod arrange;
 pub mod attention;
@@ -60,6 +61,7 @@ pub mod gemm_w4_coop;
 pub mod gemm_w4_experts;
 pub mod gemv_dense;
 pub mod gemv_dense_rows;
+pub mod gemv_dense_rows_coop;
 pub mod gemv_packed;
 pub mod gemv_w4;
 pub mod gemv_w4_experts;
@@ -508,6 +510,8 @@ pub enum Prelude {
     CoopWeights,
     /// Total order of scores with their ids.
     Order,
+    /// The first candidate of a workgroup, with [`Self::Order`].
+    Best,
     /// The function on the gate of a gated MLP.
     Activation,
     /// Bounded scores.
@@ -637,7 +641,7 @@ fn each<T: Copy>(all: &[Variant], choices: &[T], with: impl Fn(T, Variant) -> Va
 }
 
 /// Every kernel.
-pub static ALL: [&Kernel; 49] = [
+pub static ALL: [&Kernel; 51] = [
     &embed::KERNEL,
     &embed_packed::KERNEL,
     &arrange::KERNEL,
@@ -656,6 +660,7 @@ pub static ALL: [&Kernel; 49] = [
     &gemm_w4_coop::KERNEL,
     &gemv_dense::KERNEL,
     &gemv_dense_rows::KERNEL,
+    &gemv_dense_rows_coop::KERNEL,
     &gemm_dense::KERNEL,
     &gemv_packed::KERNEL,
     &gemm_packed::KERNEL,
@@ -683,6 +688,7 @@ pub static ALL: [&Kernel; 49] = [
     &penalize::KERNEL,
     &mask::KERNEL,
     &argmax::KERNEL,
+    &argmax_each::KERNEL,
     &argmax_reduce::KERNEL,
     &top_k::KERNEL,
     &sample::KERNEL,
@@ -787,6 +793,7 @@ pub fn compose(kernel: &Kernel, variant: Variant) -> String {
             }
             (Prelude::Append, Variant { kv: Kv::Q8, .. }) => include_str!("prelude/append_groups.wgsl"),
             (Prelude::Append, _) => include_str!("prelude/append_pairs.wgsl"),
+            (Prelude::Best, _) => include_str!("prelude/best.wgsl"),
             (Prelude::Members, _) => include_str!("prelude/members.wgsl"),
             (Prelude::AttentionLanes, _) => {
                 concat!(include_str!("prelude/place.wgsl"), include_str!("prelude/attention_lanes.wgsl"))

@@ -19,6 +19,9 @@ struct Params {
 @group(0) @binding(4) var<storage, read> bias: array<f32>;           // (dim)
 @group(0) @binding(5) var<storage, read_write> out: array<f32>;      // (rows, out_stride)
 
+// Elements of an invocation that are read before any is written.
+const AT_ONCE: u32 = 8u;
+
 @compute @workgroup_size(WG)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local_index: u32) {
     let row = group.z;
@@ -41,14 +44,25 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     }
     let factor = inverseSqrt(workgroup_sum(squares, local_index) / f32(params.dim) + params.eps);
     let out_start = row * params.out_stride + params.out_offset;
-    for (var i = local_index; i < params.dim; i += WG) {
-        var value = (x[x_start + i] - center) * factor * weight[i];
-        if ((params.flags & FLAG_BIAS) != 0u) {
-            value += bias[i];
+    for (var start = local_index; start < params.dim; start += AT_ONCE * WG) {
+        // All that is read comes first: behind a store, which the driver takes to change anything, every read would be waited
+        // for by itself.
+        var values: array<f32, AT_ONCE>;
+        for (var j = 0u; j < AT_ONCE; j++) {
+            let i = min(start + j * WG, params.dim - 1u);
+            values[j] = (x[x_start + i] - center) * factor * weight[i];
+            if ((params.flags & FLAG_BIAS) != 0u) {
+                values[j] += bias[i];
+            }
+            if ((params.flags & FLAG_ACCUMULATE) != 0u) {
+                values[j] += out[out_start + i];
+            }
         }
-        if ((params.flags & FLAG_ACCUMULATE) != 0u) {
-            value += out[out_start + i];
+        for (var j = 0u; j < AT_ONCE; j++) {
+            let i = start + j * WG;
+            if (i < params.dim) {
+                out[out_start + i] = values[j];
+            }
         }
-        out[out_start + i] = value;
     }
 }

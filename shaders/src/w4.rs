@@ -1,6 +1,8 @@
 //! The 4-bit layout of the device, twin of `prelude/w4.wgsl`: tiles of 32 outputs, in a tile chunks of 32 inputs, and
 //! of a chunk four words an output, so that neighbouring invocations that take an output each read neighbouring bytes.
 
+use std::sync::OnceLock;
+
 use crate::{Cost, FLAG_BIAS, FLAG_OFFSET_IS_BIAS, FLAG_SUMS, Rng, trial};
 
 /// Outputs of a tile.
@@ -96,6 +98,15 @@ pub struct Matrix {
     pub params: Vec<u32>,
     /// Bits [`FLAG_OFFSET_IS_BIAS`] and [`FLAG_SUMS`] of the kernels.
     pub flags: u32,
+    /// (n, k), once somebody asked: products with many rows need them often, and so does the start-up test.
+    decoded: OnceLock<Vec<Decoded>>,
+}
+
+/// A weight, and what half precision products with its code may be off by, of 15 in magnitude.
+#[derive(Debug, Clone, Copy)]
+struct Decoded {
+    weight: f32,
+    bound: f32,
 }
 
 impl Matrix {
@@ -117,7 +128,7 @@ impl Matrix {
             })
             .collect();
         let (words, params) = shape.tile(&codes, &group_params);
-        Self { shape, words, params, flags }
+        Self { shape, words, params, flags, decoded: OnceLock::new() }
     }
 
     /// Scale and offset of the group of input `k` of output `n`.
@@ -135,18 +146,29 @@ impl Matrix {
         half::f16::from_f32(exact).to_f32()
     }
 
+    /// The weights of output `n`.
+    fn row(&self, n: usize) -> &[Decoded] {
+        let k = self.shape.k;
+        let decode = |n, k| {
+            let (s, o) = self.scale_offset(n, k);
+            let bias = if self.flags & FLAG_OFFSET_IS_BIAS != 0 { o.abs() } else { 0.0 };
+            Decoded { weight: self.weight(n, k), bound: 15.0 * s.abs() + bias }
+        };
+        let all = || (0..self.shape.n).flat_map(|n| (0..k).map(move |k| decode(n, k))).collect();
+        &self.decoded.get_or_init(all)[n * k..][..k]
+    }
+
     /// Product of output `n` with `x` in f64.
     pub fn product(&self, n: usize, x: &[f32]) -> f64 {
-        (0..self.shape.k).map(|k| f64::from(x[k]) * f64::from(self.weight(n, k))).sum()
+        self.row(n).iter().zip(x).map(|(decoded, &x)| f64::from(x) * f64::from(decoded.weight)).sum()
     }
 
     /// How far the product of output `n` with `x` may be off; `f16` for half precision products.
     pub(crate) fn tolerance(&self, n: usize, x: &[f32], f16: bool) -> f32 {
         let (mut weights, mut codes) = (0.0, 0.0);
-        for k in 0..self.shape.k {
-            let (s, o) = self.scale_offset(n, k);
-            weights += x[k].abs() * self.weight(n, k).abs();
-            codes += x[k].abs() * (15.0 * s.abs() + if self.flags & FLAG_OFFSET_IS_BIAS != 0 { o.abs() } else { 0.0 });
+        for (decoded, x) in self.row(n).iter().zip(x) {
+            weights += x.abs() * decoded.weight.abs();
+            codes += x.abs() * decoded.bound;
         }
         WEIGHT_ROUNDING * weights + if f16 { F16_PRODUCTS } else { F32_PRODUCTS } * codes
     }

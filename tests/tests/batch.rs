@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use awqua::backend::{Backend, Budget, KvType, LogitsRows, Members, Next, Progress, Runner, RunnerConfig, Step};
+use awqua::session::sampler::SampleRequest;
 use awqua::session::{Event, Phase, TickBudget};
 use awqua::{
     BackendChoice, Batch, CancelToken, Engine, EngineOptions, ErrorKind, GenerateOptions, Load, Model, Sampling,
@@ -538,14 +539,29 @@ fn passes_match(open: &dyn Fn() -> Box<dyn Backend>, case: &Case, allowed: f32, 
     };
     let mut logits = Vec::new();
     let mut twin_logits = Vec::new();
+    let greedy = Sampling::greedy();
     for pass in 0..4 {
         // Not all of them, and in another order.
         let mut rows: Vec<usize> = (0..MEMBERS).filter(|i| pass == 0 || (i + pass) % 3 != 0).collect();
         rows.rotate_left(pass);
-        let ids: Vec<u32> = rows.iter().map(|_| tokens(&mut rng, 1, case.vocab)[0]).collect();
-        for (&i, &id) in rows.iter().zip(&ids) {
-            let joined = group.join(&mut *members[i].0, &Next::Token(id), lengths[i] as u32).expect("it joins");
-            assert!(joined);
+        let mut ids: Vec<u32> = rows.iter().map(|_| tokens(&mut rng, 1, case.vocab)[0]).collect();
+        let mut chosen = Vec::new();
+        for (row, (&i, id)) in rows.iter().zip(&mut ids).enumerate() {
+            let (runner, position) = (&mut *members[i].0, lengths[i] as u32);
+            // After the first pass, when all have logits, two of three are chosen: the best, and what a bias makes the best.
+            if pass > 0 && row % 3 > 0 {
+                let bias = [(*id, 1e6)];
+                let greedy = SampleRequest::new(&greedy);
+                let request = if row % 3 == 1 { greedy } else { SampleRequest { bias: &bias, ..greedy } };
+                runner.read_logits(&mut logits).expect("the logits come back");
+                let best = (0..logits.len()).rev().max_by(|&a, &b| logits[a].total_cmp(&logits[b])).unwrap_or(0);
+                *id = if row % 3 == 1 { best as u32 } else { *id };
+                if group.join(runner, &Next::Chosen(&request), position).expect("it joins") {
+                    chosen.push((i, *id));
+                    continue;
+                }
+            }
+            assert!(group.join(runner, &Next::Token(*id), position).expect("it joins"));
         }
         let budget = match pass % 2 {
             0 => Budget::UNLIMITED,
@@ -563,6 +579,16 @@ fn passes_match(open: &dyn Fn() -> Box<dyn Backend>, case: &Case, allowed: f32, 
             calls += 1;
         }
         assert!(pass % 2 == 0 || calls > 0, "{}: a pass in one piece", case.name);
+        for (i, id) in chosen {
+            let runner = &mut members[i].0;
+            let token = loop {
+                match runner.poll_ahead().expect("the token comes back") {
+                    Some(token) => break token,
+                    None => runner.wait().expect("the device goes on"),
+                }
+            };
+            assert_eq!(token, id, "{}, {:?}, pass {pass}, session {i}", case.name, case.kv);
+        }
         for (&i, &id) in rows.iter().zip(&ids) {
             let (runner, oracle) = &mut members[i];
             let expected = oracle.run(&[id], lengths[i], LogitsRows::Last);

@@ -454,6 +454,31 @@ pub const ENTRIES: &[Entry] = &[
         ],
     },
     Entry {
+        name: "gemv_dense_rows_coop",
+        bindings: &[
+            Binding { index: 0, name: "params", kind: BindingKind::Uniform, min_size: 36 },
+            Binding { index: 1, name: "step", kind: BindingKind::Uniform, min_size: 16 },
+            Binding { index: 2, name: "x", kind: BindingKind::StorageRead, min_size: 8 },
+            Binding { index: 3, name: "weight", kind: BindingKind::StorageRead, min_size: 8 },
+            Binding { index: 4, name: "bias", kind: BindingKind::StorageRead, min_size: 4 },
+            Binding { index: 5, name: "out", kind: BindingKind::StorageReadWrite, min_size: 4 },
+            Binding { index: 6, name: "scales", kind: BindingKind::StorageRead, min_size: 4 },
+        ],
+        workgroup_size: [256, 1, 1],
+        workgroup_memory: 38912,
+        params: &[
+            Field { name: "n", offset: 0 },
+            Field { name: "k", offset: 4 },
+            Field { name: "row_words", offset: 8 },
+            Field { name: "chunks", offset: 12 },
+            Field { name: "out_stride", offset: 16 },
+            Field { name: "out_offset", offset: 20 },
+            Field { name: "bias_offset", offset: 24 },
+            Field { name: "flags", offset: 28 },
+            Field { name: "row_mode", offset: 32 },
+        ],
+    },
+    Entry {
         name: "gemm_dense",
         bindings: &[
             Binding { index: 0, name: "params", kind: BindingKind::Uniform, min_size: 36 },
@@ -1133,9 +1158,30 @@ pub const ENTRIES: &[Entry] = &[
         ],
     },
     Entry {
+        name: "argmax_each",
+        bindings: &[
+            Binding { index: 0, name: "params", kind: BindingKind::Uniform, min_size: 8 },
+            Binding { index: 2, name: "s0", kind: BindingKind::StorageRead, min_size: 4 },
+            Binding { index: 3, name: "s1", kind: BindingKind::StorageRead, min_size: 4 },
+            Binding { index: 4, name: "s2", kind: BindingKind::StorageRead, min_size: 4 },
+            Binding { index: 5, name: "s3", kind: BindingKind::StorageRead, min_size: 4 },
+            Binding { index: 6, name: "s4", kind: BindingKind::StorageRead, min_size: 4 },
+            Binding { index: 7, name: "s5", kind: BindingKind::StorageRead, min_size: 4 },
+            Binding { index: 8, name: "s6", kind: BindingKind::StorageRead, min_size: 4 },
+            Binding { index: 9, name: "s7", kind: BindingKind::StorageRead, min_size: 4 },
+            Binding { index: 10, name: "candidates", kind: BindingKind::StorageReadWrite, min_size: 8 },
+        ],
+        workgroup_size: [256, 1, 1],
+        workgroup_memory: 2048,
+        params: &[
+            Field { name: "n", offset: 0 },
+            Field { name: "first_row", offset: 4 },
+        ],
+    },
+    Entry {
         name: "argmax_reduce",
         bindings: &[
-            Binding { index: 0, name: "params", kind: BindingKind::Uniform, min_size: 4 },
+            Binding { index: 0, name: "params", kind: BindingKind::Uniform, min_size: 8 },
             Binding { index: 2, name: "candidates", kind: BindingKind::StorageRead, min_size: 8 },
             Binding { index: 3, name: "result", kind: BindingKind::StorageReadWrite, min_size: 4 },
         ],
@@ -1143,6 +1189,7 @@ pub const ENTRIES: &[Entry] = &[
         workgroup_memory: 2048,
         params: &[
             Field { name: "n", offset: 0 },
+            Field { name: "rows", offset: 4 },
         ],
     },
     Entry {

@@ -10,9 +10,10 @@ use awqua_shaders as shaders;
 use wgpu::BufferUsages;
 
 use super::WgpuBackend;
+use super::choices::{self, Choices, PassTokens};
 use super::device::Ticket;
 use super::plan::passes;
-use super::run::WgpuRunner;
+use super::run::{Choosing, WgpuRunner};
 use crate::backend::group::{check_next, own};
 use crate::backend::{Budget, Group, Members, Next, OpTime, Program, Progress, Runner, RunnerConfig};
 use crate::error::{Error, ErrorKind, Result};
@@ -46,6 +47,10 @@ pub(super) struct WgpuGroup {
     bound: Vec<(wgpu::Buffer, usize)>,
     members: Vec<Row>,
     has_begun: bool,
+    choices: Choices,
+    /// The tokens that the pass itself chooses, on their way back, and their rows by bits.
+    back: Arc<PassTokens>,
+    chosen: u32,
     /// Fewest members of a pass.
     least: u32,
     /// Ends of the choices and passes that somebody may wait for.
@@ -82,8 +87,13 @@ impl WgpuGroup {
         }
         let usage = BufferUsages::STORAGE | BufferUsages::COPY_DST;
         let places = gpu.buffer("the places of members", u64::from(most) * 16, usage)?;
+        let rows = WgpuRunner::for_passes(Arc::clone(&backend), program, &config, &places)?;
+        let mut choices = Choices::new(&backend, program.vocab_size, most, &rows.memory.tokens)?;
         Ok(Some(Self {
-            rows: WgpuRunner::for_passes(Arc::clone(&backend), program, &config, &places)?,
+            rows,
+            back: choices.way_back(gpu)?,
+            choices,
+            chosen: 0,
             program: Arc::clone(program),
             config,
             places,
@@ -102,63 +112,88 @@ impl WgpuGroup {
             && runner.config.context <= self.config.context
     }
 
-    /// Has the choices made, and brings what the kernels have to know of the members.
+    /// Has the choices made, brings what the kernels have to know of the members, and their logits to them behind the pass.
     fn begin(&mut self, members: &mut dyn Members) -> Result<()> {
         let gpu = &self.backend.gpu;
-        let (tokens, width) = (&self.rows.memory.tokens, u64::from(self.program.attention.rotary_dim) * 4);
-        let mut rotations = encoder(gpu, "rotations of a pass");
-        let mut commands = Vec::new();
+        let width = u64::from(self.program.attention.rotary_dim) * 4;
+        let bytes = u64::from(self.program.vocab_size) * 4;
+        let (mut lead, mut tail) = (encoder(gpu, "a pass"), encoder(gpu, "logits of a pass"));
         let (mut caches, mut places) = (Vec::new(), Vec::new());
         for (row, at) in self.members.iter().enumerate() {
             let member = members.runner(row).and_then(own::<WgpuRunner>)?;
-            match at.token {
-                Some(token) => gpu.queue.write_buffer(tokens, row as u64 * 4, &token.to_le_bytes()),
-                None => commands.extend(member.take_choosing()),
-            }
             for table in (0..self.program.rope_tables).filter(|_| width > 0) {
                 let (from, to) = (member.memory.rope(table)?, self.rows.memory.rope(table)?);
-                rotations.copy_buffer_to_buffer(from, u64::from(at.position) * width, to, row as u64 * width, width);
+                lead.copy_buffer_to_buffer(from, u64::from(at.position) * width, to, row as u64 * width, width);
             }
+            let ((from, stride), (to, _)) = (self.rows.logits(), member.logits());
+            tail.copy_buffer_to_buffer(from, row as u64 * stride, to, 0, bytes);
             caches.extend(member.memory.identity());
             places.push([at.position, member.config.context, member.memory.shared(), 0]);
         }
         gpu.queue.write_buffer(&self.places, 0, bytemuck::cast_slice(&places));
         if caches != self.bound {
-            let of_row = |row| Ok(members.runner(row).and_then(own::<WgpuRunner>)?.memory.to_join());
-            let joined = (0..self.members.len()).map(of_row).collect::<Result<Vec<_>>>()?;
             self.bound.clear();
-            self.rows.plan.bind_members(&self.backend, &self.rows.memory, &joined)?;
+            self.bind(members)?;
             self.bound = caches;
         }
-        commands.push(rotations.finish());
-        let ticket = gpu.submit(commands);
-        gpu.check()?;
+        // Nothing fails from here on, so that no choice is taken and lost.
+        let gpu = &self.backend.gpu;
+        let tokens = &self.rows.memory.tokens;
+        let mut commands = Vec::new();
+        self.chosen = 0;
+        for (row, at) in self.members.iter().enumerate() {
+            let member = members.runner(row).and_then(own::<WgpuRunner>)?;
+            match (at.token, member.take_choosing()) {
+                (Some(token), _) => gpu.queue.write_buffer(tokens, row as u64 * 4, &token.to_le_bytes()),
+                (None, Some(Choosing::Pass)) => self.chosen |= 1 << row,
+                (None, Some(Choosing::Commands(encoder))) => commands.push(encoder.finish()),
+                (None, None) => {}
+            }
+        }
+        if self.chosen != 0 {
+            self.choices.encode(gpu, &mut lead, self.chosen, tokens, &self.back);
+        }
+        commands.push(lead.finish());
+        let n = self.members.len() as u32;
+        let position = self.members.iter().map(|row| row.position).max().unwrap_or(0);
+        self.rows.start(shaders::Step { n_tokens: n, position, logits_start: 0, logits_rows: n });
+        (self.rows.lead, self.rows.tail) = (commands, Some(tail.finish()));
+        self.has_begun = true;
+        Ok(())
+    }
+
+    /// Binds the caches and logits of the members.
+    fn bind(&mut self, members: &mut dyn Members) -> Result<()> {
+        let (mut joined, mut logits) = (Vec::new(), Vec::new());
+        for row in 0..self.members.len() {
+            let member = members.runner(row).and_then(own::<WgpuRunner>)?;
+            joined.push(member.memory.to_join());
+            logits.push(member.logits().0.clone());
+        }
+        self.rows.plan.bind_members(&self.backend, &self.rows.memory, &joined)?;
+        self.choices.bind(&self.backend, &logits)
+    }
+
+    /// Tells the members whose choices are submitted by now.
+    fn note_choices(&mut self, members: &mut dyn Members) -> Result<()> {
+        let Some(ticket) = self.rows.led.take() else { return Ok(()) };
+        if self.chosen != 0 {
+            choices::expect(&self.back, &ticket);
+            self.chosen = 0;
+        }
         for (row, at) in self.members.iter().enumerate() {
             if at.token.is_none() {
                 members.runner(row).and_then(own::<WgpuRunner>)?.went_ahead(&ticket);
             }
         }
         self.marks.push_back(ticket);
-        let n = self.members.len() as u32;
-        let position = self.members.iter().map(|row| row.position).max().unwrap_or(0);
-        self.rows.start(shaders::Step { n_tokens: n, position, logits_start: 0, logits_rows: n });
-        self.has_begun = true;
         Ok(())
     }
 
-    /// Leaves its logits with every member.
+    /// The pass is queued, and its logits are with every member.
     fn end(&mut self, members: &mut dyn Members) -> Result<()> {
-        let gpu = &self.backend.gpu;
-        let bytes = u64::from(self.program.vocab_size) * 4;
-        let mut copies = encoder(gpu, "logits of a pass");
-        for row in 0..self.members.len() {
-            let member = members.runner(row).and_then(own::<WgpuRunner>)?;
-            let (from, stride) = self.rows.logits();
-            let (to, _) = member.logits();
-            copies.copy_buffer_to_buffer(from, row as u64 * stride, to, 0, bytes);
-        }
-        let ticket = gpu.submit(Some(copies.finish()));
-        gpu.check()?;
+        let ticket = self.rows.finish_step();
+        self.backend.gpu.check()?;
         for (row, at) in self.members.iter().enumerate() {
             members.runner(row).and_then(own::<WgpuRunner>)?.end_pass(at.position, &ticket);
         }
@@ -204,8 +239,11 @@ impl Group for WgpuGroup {
                 Some(token)
             }
             Next::Chosen(request) => {
-                let tokens = (&self.rows.memory.tokens, self.members.len() as u64 * 4);
-                if !member.choose_in_pass(request, position, tokens)? {
+                if self.members.is_empty() {
+                    self.back = self.choices.way_back(&self.backend.gpu)?;
+                }
+                let tokens = &self.rows.memory.tokens;
+                if !member.choose_in_pass(request, position, self.members.len(), tokens, &self.back)? {
                     return Ok(false);
                 }
                 None
@@ -231,7 +269,9 @@ impl Group for WgpuGroup {
             self.begin(members)?;
             self.rows.forget_previous();
         }
-        let progress = self.rows.advance(budget)?;
+        let progress = self.rows.advance(budget);
+        self.note_choices(members)?;
+        let progress = progress?;
         if progress == Progress::Done {
             self.end(members)?;
         }
@@ -243,6 +283,8 @@ impl Group for WgpuGroup {
         let _watch = gpu.watch();
         self.backend.check()?;
         self.begin(members)?;
+        self.rows.submit_lead()?;
+        self.note_choices(members)?;
         self.rows.profile_plan()
     }
 
@@ -273,6 +315,6 @@ impl Group for WgpuGroup {
     }
 
     fn bytes(&self) -> u64 {
-        self.rows.bytes() + self.places.size()
+        self.rows.bytes() + self.places.size() + self.choices.bytes()
     }
 }

@@ -4,8 +4,8 @@
 //! kernel variants can be trusted, `tune` measures which workgroups are fastest and `tuning` is what came of it,
 //! `pipelines` compiles kernels, `weights` lays matrices out, `loader` brings them there, `memory` is what a session
 //! holds there, `pace` estimates how long work takes, `plan` turns a program into bind groups and uniform blocks once,
-//! `run` encodes and submits one step of it, `group` one of several sessions, and `sampling` picks tokens without reading
-//! logits back.
+//! `run` encodes and submits one step of it, `group` one of several sessions, `sampling` picks tokens without reading
+//! logits back, and `choices` those of several sessions at once.
 
 use std::fmt;
 use std::ops::Range;
@@ -23,6 +23,7 @@ use crate::quant::awq::StoredGemm;
 use crate::tensor::{Weight, WeightShape};
 
 mod adapters;
+mod choices;
 mod device;
 mod group;
 mod loader;

@@ -20,6 +20,8 @@ const CLASSES: usize = 13;
 const DISPATCH_SECONDS: f64 = 3e-6;
 /// Submissions measured at once.
 const SLOTS: usize = 8;
+/// Where nobody asks for a budget, one submission of so many is measured: the clock stops the device for microseconds.
+const SELDOM: u32 = 32;
 
 /// Class of a step of `n_tokens`.
 pub(super) fn class(n_tokens: u32) -> usize {
@@ -32,6 +34,8 @@ pub(super) struct Pace {
     seconds: [f64; CLASSES],
     measured: [bool; CLASSES],
     pending: VecDeque<Pending>,
+    /// Submissions since the last one that was measured.
+    unmeasured: u32,
     timestamps: Option<Timestamps>,
     /// When the last submission was seen finished.
     idle_since: Instant,
@@ -88,6 +92,7 @@ impl Pace {
             seconds,
             measured: [false; CLASSES],
             pending: VecDeque::with_capacity(256),
+            unmeasured: 0,
             timestamps,
             idle_since: Instant::now(),
         })
@@ -104,9 +109,15 @@ impl Pace {
         Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX)
     }
 
-    /// Queries for the next submission, if it can be measured.
-    pub(super) fn begin(&mut self) -> Option<usize> {
+    /// Queries for the next submission, of work of this class, if it can be measured; where no budget hangs on it
+    /// (`bounded`), only as often as keeps the estimates true.
+    pub(super) fn begin(&mut self, class: usize, bounded: bool) -> Option<usize> {
         let timestamps = self.timestamps.as_ref()?;
+        if !bounded && self.measured[class] && self.unmeasured < SELDOM {
+            self.unmeasured += 1;
+            return None;
+        }
+        self.unmeasured = 0;
         timestamps.slots.iter().position(|slot| slot.state.load(Ordering::Acquire) == FREE)
     }
 

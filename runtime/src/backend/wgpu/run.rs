@@ -9,6 +9,7 @@ use awqua_shaders as shaders;
 use awqua_shaders::RowMode;
 
 use super::WgpuBackend;
+use super::choices::PassTokens;
 use super::device::Ticket;
 use super::memory::{self, Memory, Prefix};
 use super::pace::{self, Pace};
@@ -54,10 +55,10 @@ pub(super) fn bytes(program: &Program, config: &RunnerConfig) -> u64 {
         .saturating_add(uniforms)
 }
 
-/// Most dispatches of a submission: the device begins with the first ones while the host encodes the next.
-const DISPATCHES: u32 = 128;
-/// The same while the device is busy with an earlier step: a submission costs it some microseconds.
-const DISPATCHES_BUSY: u32 = 1024;
+/// Most dispatches of the first submission: the device begins with them while the host encodes the others.
+const DISPATCHES_FIRST: u32 = 32;
+/// Most dispatches of a submission while the device has something to do: each costs it some microseconds.
+const DISPATCHES: u32 = 1024;
 /// The same under a deadline, which is looked at between submissions.
 const DISPATCHES_TIMED: u32 = 48;
 
@@ -90,13 +91,17 @@ pub(super) struct WgpuRunner {
     candidates: Vec<(f32, u32)>,
     /// The ways back of tokens sampled ahead, taken in turn.
     token_slots: [Readback; MAX_AHEAD],
-    /// Slots of tokens sampled ahead, the oldest first.
-    ahead: VecDeque<usize>,
+    /// Tokens sampled ahead, the oldest first.
+    ahead: VecDeque<Ahead>,
     /// Slot of the next one.
     next_slot: usize,
-    /// Whether a pass makes the last one, and its commands if it has not begun.
+    /// Whether a pass makes the last one, and who chooses if that has not begun.
     ahead_in_pass: bool,
-    choosing: Option<wgpu::CommandEncoder>,
+    choosing: Option<Choosing>,
+    /// Commands in front of the next submission, with the ticket of those that went last, and behind the last one of a step.
+    pub(super) lead: Vec<wgpu::CommandBuffer>,
+    pub(super) led: Option<Ticket>,
+    pub(super) tail: Option<wgpu::CommandBuffer>,
     /// A copy of the first positions that forks share, as long as they are what it holds.
     lent: Weak<Prefix>,
 }
@@ -111,13 +116,30 @@ struct KvRange {
     positions: std::ops::Range<u32>,
 }
 
+/// Where a token sampled ahead comes to the host.
+#[derive(Clone)]
+enum Ahead {
+    /// In this slot.
+    Slot(usize),
+    /// In this row of a pass.
+    Pass(Arc<PassTokens>, usize),
+}
+
+/// A choice that is not submitted yet.
+pub(super) enum Choosing {
+    /// By these commands.
+    Commands(wgpu::CommandEncoder),
+    /// By the pass.
+    Pass,
+}
+
 /// The choice under way.
 enum Choice {
     None,
     /// By the kernels.
     Device,
-    /// By the kernels, ahead for a pass that did not come: the token is in this slot.
-    Ahead(usize),
+    /// By the kernels, ahead for a pass that did not come.
+    Ahead(Ahead),
     /// By the CPU, once the row has come.
     Host(Box<KeptRequest>),
     /// None: hidden states are on their way instead.
@@ -184,7 +206,7 @@ impl WgpuRunner {
     ) -> Result<Self> {
         let gpu = &backend.gpu;
         let logits = &memory.activations[program.logits.0 as usize];
-        let sampler = Sampler::new(&backend, program.vocab_size, config.context)?;
+        let sampler = Sampler::new(&backend, program.vocab_size, config.context, &logits.buffer, &memory.tokens)?;
         let hidden = program.last_hidden().map_or(0, |id| memory.activations[id.0 as usize].buffer.size());
         let rows = readback_bytes(u64::from(logits.stride) * 4, logits.buffer.size());
         let readback = Readback::new(gpu, rows.max(hidden))?;
@@ -211,6 +233,9 @@ impl WgpuRunner {
             next_slot: 0,
             ahead_in_pass: false,
             choosing: None,
+            lead: Vec::new(),
+            led: None,
+            tail: None,
             lent: Weak::new(),
             backend,
         })
@@ -248,10 +273,10 @@ impl WgpuRunner {
     /// Encodes and submits dispatches from `next` on, up to `most` seconds of them (but one at least) and up to the
     /// length of a submission, because systems reset devices that work on one for seconds, and others want to use the
     /// device too.
-    fn submit(&mut self, most: f64, dispatches: u32) {
+    fn submit(&mut self, most: f64, dispatches: u32, bounded: bool) {
         let (gpu, step) = (&self.backend.gpu, self.step);
         let class = pace::class(step.n_tokens);
-        let slot = self.pace.begin();
+        let slot = self.pace.begin(class, bounded);
         let mut encoder = gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor { label: Some("step") });
         let (mut flops, mut count) = (0, 0);
         {
@@ -284,10 +309,56 @@ impl WgpuRunner {
         }
         if count > 0 {
             self.pace.resolve(&mut encoder, slot);
-            let ticket = gpu.submit(Some(encoder.finish()));
+            let led = !self.lead.is_empty();
+            let tail = self.tail.take_if(|_| self.next.0 == self.plan.ops.len());
+            let ticket = gpu.submit(self.lead.drain(..).chain([encoder.finish()]).chain(tail));
             self.pace.submitted(&ticket, class, flops, count, slot);
+            if led {
+                self.led = Some(ticket.clone());
+            }
             self.latest = Some(ticket);
         }
+    }
+
+    /// Submits what leads the next submission by itself, if there is anything.
+    ///
+    /// # Errors
+    /// A device error.
+    pub(super) fn submit_lead(&mut self) -> Result<()> {
+        if !self.lead.is_empty() {
+            self.led = Some(self.backend.gpu.submit(self.lead.drain(..)));
+        }
+        self.backend.gpu.check()
+    }
+
+    /// The ticket of the end of a step that is queued as a whole, what comes behind it included.
+    pub(super) fn finish_step(&mut self) -> Ticket {
+        let gpu = &self.backend.gpu;
+        if let Some(tail) = self.tail.take() {
+            self.latest = Some(gpu.submit(Some(tail)));
+        }
+        self.latest.get_or_insert_with(|| gpu.submit(None)).clone()
+    }
+
+    /// Queues what the budget allows of the step.
+    fn queue(&mut self, budget: &Budget, bounded: bool) -> Result<Progress> {
+        let mut begun = false;
+        while self.next.0 < self.plan.ops.len() {
+            if begun && budget.is_over() {
+                return Ok(Progress::Working);
+            }
+            let Some(most) = self.room(budget)? else { return Ok(Progress::Waiting) };
+            let dispatches = match budget.deadline {
+                Some(_) => DISPATCHES_TIMED,
+                None if self.backend.gpu.is_idle()? => DISPATCHES_FIRST,
+                None => DISPATCHES,
+            };
+            self.submit(most, dispatches, bounded);
+            begun = true;
+        }
+        self.submit_lead()?;
+        self.queued = true;
+        Ok(Progress::Done)
     }
 
     /// Forgets choices under way.
@@ -295,6 +366,8 @@ impl WgpuRunner {
         self.readback.cancel();
         self.choice = Choice::None;
         (self.choosing, self.ahead_in_pass) = (None, false);
+        self.lead.clear();
+        (self.led, self.tail) = (None, None);
         self.token_slots.iter().for_each(Readback::cancel);
         self.ahead.clear();
     }
@@ -332,25 +405,59 @@ impl WgpuRunner {
         })
     }
 
-    /// Encodes the choice of a token from the last logits and its way to the host; `None` as [`Runner::begin_ahead`] says.
-    fn encode_ahead(&mut self, request: &SampleRequest<'_>, position: u32) -> Result<Option<wgpu::CommandEncoder>> {
-        let row = self.last_row()?;
-        if !self.sampler.handles(request) || self.ahead.len() == MAX_AHEAD || position >= self.config.context {
-            return Ok(None);
+    /// Whether the kernels can choose a token for the step at `position` ahead of the host.
+    fn goes_ahead(&self, request: &SampleRequest<'_>, position: u32) -> bool {
+        self.sampler.handles(request) && self.ahead.len() < MAX_AHEAD && position < self.config.context
+    }
+
+    /// Encodes the choice of a token from the last logits, which goes in front of the tokens, where a step looks for it,
+    /// and on its way to the host.
+    fn encode_ahead(&mut self, request: &SampleRequest<'_>) -> Result<wgpu::CommandEncoder> {
+        let first = self.last_row()? * self.memory.activations[self.program.logits.0 as usize].stride;
+        if sampling::is_plain(request) {
+            return Ok(self.encode_best(first));
         }
-        let (logits, row_bytes) = self.logits();
-        let logits = (logits, u64::from(row) * row_bytes);
-        let mut encoder = self.sampler.encode(&self.backend.gpu, request, logits);
-        self.token_slots[self.next_slot].bring(&mut encoder, &[(self.sampler.result(), 0, TOKEN_BYTES)]);
-        self.ahead.push_back(self.next_slot);
+        let (logits, _) = self.logits();
+        let mut encoder = self.sampler.encode(&self.backend.gpu, request, (logits, u64::from(first) * 4));
+        encoder.copy_buffer_to_buffer(self.sampler.result(), 0, &self.memory.tokens, 0, TOKEN_BYTES);
+        self.bring_ahead(&mut encoder);
+        Ok(encoder)
+    }
+
+    /// The same for the token with the best score of the row from element `first` on.
+    fn encode_best(&mut self, first: u32) -> wgpu::CommandEncoder {
+        let mut encoder = self.sampler.encode_plain(&self.backend.gpu, first);
+        self.bring_ahead(&mut encoder);
+        encoder
+    }
+
+    fn bring_ahead(&mut self, encoder: &mut wgpu::CommandEncoder) {
+        self.token_slots[self.next_slot].bring(encoder, &[(&self.memory.tokens, 0, TOKEN_BYTES)]);
+        self.ahead.push_back(Ahead::Slot(self.next_slot));
         self.next_slot = (self.next_slot + 1) % MAX_AHEAD;
-        Ok(Some(encoder))
     }
 
     /// Takes note that the commands of the last choice ahead are submitted.
     pub(super) fn went_ahead(&mut self, ticket: &Ticket) {
-        if let Some(&slot) = self.ahead.back() {
-            self.token_slots[slot].expect(ticket, TOKEN_BYTES);
+        if let Some(Ahead::Slot(slot)) = self.ahead.back() {
+            self.token_slots[*slot].expect(ticket, TOKEN_BYTES);
+        }
+    }
+
+    /// The token on its way, if it is there.
+    fn look_ahead(&self, ahead: &Ahead) -> Result<Option<u32>> {
+        let gpu = &self.backend.gpu;
+        match ahead {
+            Ahead::Slot(slot) => self.sampler.poll(gpu, &self.token_slots[*slot]),
+            Ahead::Pass(tokens, row) => tokens.poll(gpu, *row),
+        }
+    }
+
+    fn wait_ahead(&self, ahead: &Ahead) -> Result<()> {
+        let gpu = &self.backend.gpu;
+        match ahead {
+            Ahead::Slot(slot) => self.token_slots[*slot].wait(gpu),
+            Ahead::Pass(tokens, _) => tokens.wait(gpu),
         }
     }
 
@@ -364,8 +471,9 @@ impl WgpuRunner {
         Ok(())
     }
 
-    /// Has a pass choose the token, which its step at `position` looks for at the byte of `tokens`; false, with nothing
-    /// done, as [`Runner::begin_ahead`] says.
+    /// Has a pass choose the token, as its row `row`, for its step at `position`: by itself where the best score decides,
+    /// and then the token comes back with `back`, else by commands of [`Self::take_choosing`] that leave it in that row of
+    /// `tokens`. False, with nothing done, as [`Runner::begin_ahead`] says.
     ///
     /// # Errors
     /// As [`Runner::begin_ahead`].
@@ -373,18 +481,29 @@ impl WgpuRunner {
         &mut self,
         request: &SampleRequest<'_>,
         position: u32,
-        tokens: (&wgpu::Buffer, u64),
+        row: usize,
+        tokens: &wgpu::Buffer,
+        back: &Arc<PassTokens>,
     ) -> Result<bool> {
-        let Some(mut encoder) = self.encode_ahead(request, position)? else { return Ok(false) };
-        encoder.copy_buffer_to_buffer(self.sampler.result(), 0, tokens.0, tokens.1, TOKEN_BYTES);
-        self.choosing = Some(encoder);
+        let last = self.last_row()?;
+        if !self.goes_ahead(request, position) {
+            return Ok(false);
+        }
+        self.choosing = Some(if last == 0 && sampling::is_plain(request) {
+            self.ahead.push_back(Ahead::Pass(Arc::clone(back), row));
+            Choosing::Pass
+        } else {
+            let mut encoder = self.encode_ahead(request)?;
+            encoder.copy_buffer_to_buffer(&self.memory.tokens, 0, tokens, row as u64 * TOKEN_BYTES, TOKEN_BYTES);
+            Choosing::Commands(encoder)
+        });
         self.ahead_in_pass = true;
         Ok(true)
     }
 
-    /// The commands of [`Self::choose_in_pass`], to be submitted; [`Self::went_ahead`] has to follow.
-    pub(super) fn take_choosing(&mut self) -> Option<wgpu::CommandBuffer> {
-        self.choosing.take().map(wgpu::CommandEncoder::finish)
+    /// What is left to do for [`Self::choose_in_pass`]; [`Self::went_ahead`] has to follow once it is submitted.
+    pub(super) fn take_choosing(&mut self) -> Option<Choosing> {
+        self.choosing.take()
     }
 
     /// A pass over the token at `position` is submitted, the last of it with this ticket, and leaves its logits here.
@@ -564,23 +683,21 @@ impl Runner for WgpuRunner {
     fn advance(&mut self, budget: &Budget) -> Result<Progress> {
         let _watch = self.backend.gpu.watch();
         self.backend.check()?;
-        let mut begun = false;
-        while self.next.0 < self.plan.ops.len() {
-            if begun && budget.is_over() {
-                return Ok(Progress::Working);
-            }
-            let Some(most) = self.room(budget)? else { return Ok(Progress::Waiting) };
-            let dispatches = match budget.deadline {
-                Some(_) => DISPATCHES_TIMED,
-                None if self.ahead.is_empty() => DISPATCHES,
-                None => DISPATCHES_BUSY,
-            };
-            self.submit(most, dispatches);
-            begun = true;
+        let bounded = budget.deadline.is_some() || budget.device.is_some();
+        let chooses = matches!(self.choosing, Some(Choosing::Commands(_)));
+        if let Some(Choosing::Commands(encoder)) = self.choosing.take_if(|_| chooses) {
+            self.lead.push(encoder.finish());
         }
-        self.backend.gpu.check()?;
-        self.queued = true;
-        Ok(Progress::Done)
+        // A submission costs the device some microseconds, so a choice goes with its step. The token comes with the step's
+        // end then, which delays nobody where another one was chosen before it and is still on its way.
+        if bounded || chooses && self.ahead.len() < MAX_AHEAD {
+            self.submit_lead()?;
+        }
+        let progress = self.queue(budget, bounded);
+        if let Some(ticket) = self.led.take_if(|_| chooses) {
+            self.went_ahead(&ticket);
+        }
+        progress
     }
 
     fn abandon(&mut self) {
@@ -591,12 +708,13 @@ impl Runner for WgpuRunner {
     fn wait(&mut self) -> Result<()> {
         let gpu = &self.backend.gpu;
         let _watch = gpu.watch();
-        if let Some(&slot) = self.ahead.front() {
-            return self.token_slots[slot].wait(gpu);
+        // The last one may not have begun.
+        if let Some(ahead) = self.ahead.front().filter(|_| self.ahead.len() > usize::from(self.choosing.is_some())) {
+            return self.wait_ahead(ahead);
         }
-        match self.choice {
+        match &self.choice {
             Choice::None => {}
-            Choice::Ahead(slot) => return self.token_slots[slot].wait(gpu),
+            Choice::Ahead(ahead) => return self.wait_ahead(ahead),
             _ => return self.readback.wait(gpu),
         }
         // The previous step if it is still there, so that the device has the latest one to go on with.
@@ -699,7 +817,7 @@ impl Runner for WgpuRunner {
                 return Err(Error::new(ErrorKind::InvalidInput, "no choice is under way"));
             }
             Choice::Device => self.sampler.poll(gpu, &self.readback),
-            Choice::Ahead(slot) => self.sampler.poll(gpu, &self.token_slots[*slot]),
+            Choice::Ahead(ahead) => self.look_ahead(ahead),
             Choice::Host(choice) => {
                 let vocab = self.program.vocab_size as usize;
                 let row = &mut self.row;
@@ -720,12 +838,11 @@ impl Runner for WgpuRunner {
         let gpu = &self.backend.gpu;
         let _watch = gpu.watch();
         self.backend.check()?;
-        let Some(mut encoder) = self.encode_ahead(request, position)? else { return Ok(false) };
-        // The token goes where the step looks for it, too.
-        encoder.copy_buffer_to_buffer(self.sampler.result(), 0, &self.memory.tokens, 0, TOKEN_BYTES);
-        let ticket = self.backend.gpu.submit(Some(encoder.finish()));
-        self.backend.gpu.check()?;
-        self.went_ahead(&ticket);
+        let _ = self.last_row()?;
+        if !self.goes_ahead(request, position) {
+            return Ok(false);
+        }
+        self.choosing = Some(Choosing::Commands(self.encode_ahead(request)?));
         self.start(shaders::Step { n_tokens: 1, position, logits_start: 0, logits_rows: 1 });
         Ok(true)
     }
@@ -733,14 +850,14 @@ impl Runner for WgpuRunner {
     fn poll_ahead(&mut self) -> Result<Option<u32>> {
         let gpu = &self.backend.gpu;
         let _watch = gpu.watch();
-        let Some(&slot) = self.ahead.front() else {
+        let Some(ahead) = self.ahead.front() else {
             return Err(Error::new(ErrorKind::InvalidInput, "no token was chosen ahead"));
         };
         self.pace.settle(gpu.finished()?);
         if self.ahead.len() == 1 && self.choosing.is_some() {
             return Ok(None);
         }
-        let token = self.sampler.poll(gpu, &self.token_slots[slot])?;
+        let token = self.look_ahead(ahead)?;
         if token.is_some() {
             self.ahead.pop_front();
         }
@@ -753,13 +870,21 @@ impl Runner for WgpuRunner {
         if !std::mem::take(&mut self.ahead_in_pass) {
             return Err(Error::new(ErrorKind::InvalidInput, "no token was chosen ahead in a pass"));
         }
-        if let Some(commands) = self.take_choosing() {
-            let ticket = gpu.submit(Some(commands));
+        let commands = match self.take_choosing() {
+            Some(Choosing::Commands(encoder)) => Some(encoder),
+            Some(Choosing::Pass) => {
+                self.ahead.pop_back();
+                Some(self.encode_best(0))
+            }
+            None => None,
+        };
+        if let Some(encoder) = commands {
+            let ticket = gpu.submit(Some(encoder.finish()));
             gpu.check()?;
             self.went_ahead(&ticket);
         }
-        if let Some(slot) = self.ahead.pop_back() {
-            self.choice = Choice::Ahead(slot);
+        if let Some(ahead) = self.ahead.pop_back() {
+            self.choice = Choice::Ahead(ahead);
         }
         Ok(())
     }

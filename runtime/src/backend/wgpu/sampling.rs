@@ -7,12 +7,49 @@ use super::WgpuBackend;
 use super::device::Gpu;
 use super::readback::Readback;
 use crate::error::Result;
-use crate::session::sampler::SampleRequest;
+use crate::session::sampler::{SampleRequest, Sampling};
 
 /// A kernel with its bindings.
-struct Stage {
+pub(super) struct Stage {
     pipeline: std::sync::Arc<super::pipelines::Pipeline>,
     bind_group: wgpu::BindGroup,
+}
+
+impl Stage {
+    /// Binds the uniform block that begins at the byte of `uniforms`, then `storage`.
+    ///
+    /// # Errors
+    /// A device error.
+    pub(super) fn new(
+        backend: &WgpuBackend,
+        kernel: &'static Kernel,
+        (uniforms, offset): (&wgpu::Buffer, u64),
+        storage: &[&wgpu::Buffer],
+    ) -> Result<Self> {
+        let gpu = &backend.gpu;
+        let pipeline = backend.pipelines.get(gpu, kernel, Variant::default())?;
+        let size = pipeline.bindings.first().map_or(16, |binding| u64::from(binding.min_size));
+        let params = wgpu::BufferBinding { buffer: uniforms, offset, size: wgpu::BufferSize::new(size) };
+        let storage: Vec<_> = storage.iter().map(|buffer| (*buffer).clone()).collect();
+        let bind_group = gpu.scoped("bind groups", 0, || pipeline.bind(gpu, params, uniforms, &storage))?;
+        Ok(Self { pipeline, bind_group })
+    }
+
+    pub(super) fn run(&self, pass: &mut wgpu::ComputePass<'_>, [x, y, z]: [u32; 3]) {
+        pass.set_pipeline(&self.pipeline.compute);
+        pass.set_bind_group(0, &self.bind_group, &[]);
+        pass.dispatch_workgroups(x, y, z);
+    }
+}
+
+fn is_penalized(s: &Sampling) -> bool {
+    s.repetition_penalty != 1.0 || s.presence_penalty != 0.0 || s.frequency_penalty != 0.0
+}
+
+/// Whether the token with the best score is asked for, whatever it is.
+pub(super) fn is_plain(request: &SampleRequest<'_>) -> bool {
+    let penalized = !request.recent.is_empty() && is_penalized(request.sampling);
+    request.sampling.temperature == 0.0 && request.bias.is_empty() && request.mask.is_none() && !penalized
 }
 
 /// Slots of the uniform buffer.
@@ -21,7 +58,8 @@ const ARGMAX_SLOT: u64 = 1;
 const ARGMAX_REDUCE_SLOT: u64 = 2;
 const BIAS_SLOT: u64 = 3;
 const MASK_SLOT: u64 = 4;
-const TOP_K_SLOT: u64 = 5;
+const PLAIN_SLOT: u64 = 5;
+const TOP_K_SLOT: u64 = 6;
 
 /// Most tokens with a bias of a choice that the kernels make.
 const MAX_BIASES: u32 = 4096;
@@ -56,6 +94,10 @@ pub(super) struct Sampler {
     penalize: Stage,
     mask: Stage,
     argmax: [Stage; 2],
+    /// The same from the logits themselves to the token of the next step, and the element that it begins at.
+    plain: [Stage; 2],
+    plain_offset: u32,
+    reduce: argmax_reduce::Params,
     /// As many as the largest k can need.
     top_k: Vec<Stage>,
     /// By buffer that the last top-k pass wrote.
@@ -64,11 +106,18 @@ pub(super) struct Sampler {
 }
 
 impl Sampler {
-    /// Allocates and binds for rows of `vocab` scores and at most `context` recent tokens.
+    /// Allocates and binds for rows of `vocab` scores and at most `context` recent tokens; `logits` is where the scores
+    /// come from, and `tokens` where the next step looks for its token.
     ///
     /// # Errors
     /// [`crate::ErrorKind::OutOfMemory`] or a device error.
-    pub(super) fn new(backend: &WgpuBackend, vocab: u32, context: u32) -> Result<Self> {
+    pub(super) fn new(
+        backend: &WgpuBackend,
+        vocab: u32,
+        context: u32,
+        logits: &wgpu::Buffer,
+        tokens: &wgpu::Buffer,
+    ) -> Result<Self> {
         let gpu = &backend.gpu;
         let mut bytes = 0;
         let mut storage = |what: &str, size: u64| {
@@ -88,14 +137,8 @@ impl Sampler {
         let slot_bytes = u64::from(gpu.limits.min_uniform_buffer_offset_alignment.max(64));
         let usage = BufferUsages::UNIFORM | BufferUsages::COPY_DST;
         let uniforms = gpu.buffer("sampling uniforms", slot_bytes * (TOP_K_SLOT + passes), usage)?;
-        let stage = |kernel: &'static Kernel, slot: u64, storage: &[&wgpu::Buffer]| {
-            let pipeline = backend.pipelines.get(gpu, kernel, Variant::default())?;
-            let size = pipeline.bindings.first().map_or(16, |binding| u64::from(binding.min_size));
-            let params =
-                wgpu::BufferBinding { buffer: &uniforms, offset: slot * slot_bytes, size: wgpu::BufferSize::new(size) };
-            let storage: Vec<_> = storage.iter().map(|buffer| (*buffer).clone()).collect();
-            let bind_group = gpu.scoped("bind groups", 0, || pipeline.bind(gpu, params, &uniforms, &storage))?;
-            Ok::<_, crate::Error>(Stage { pipeline, bind_group })
+        let stage = |kernel, slot: u64, storage: &[&wgpu::Buffer]| {
+            Stage::new(backend, kernel, (&uniforms, slot * slot_bytes), storage)
         };
         let [a, b] = &candidates;
         let sampler = Self {
@@ -107,6 +150,12 @@ impl Sampler {
                 stage(&argmax::KERNEL, ARGMAX_SLOT, &[&scores, a])?,
                 stage(&argmax_reduce::KERNEL, ARGMAX_REDUCE_SLOT, &[a, &result])?,
             ],
+            plain: [
+                stage(&argmax::KERNEL, PLAIN_SLOT, &[logits, a])?,
+                stage(&argmax_reduce::KERNEL, ARGMAX_REDUCE_SLOT, &[a, tokens])?,
+            ],
+            plain_offset: 0,
+            reduce: argmax_reduce::Params { n: argmax::blocks(vocab), rows: 1, ..Default::default() },
             // The first pass reads scores and writes to `a`; the following ones go back and forth.
             top_k: (0..passes)
                 .map(|pass| {
@@ -130,8 +179,8 @@ impl Sampler {
         };
         let params = argmax::Params { n: vocab, offset: 0, ..Default::default() };
         sampler.write(gpu, ARGMAX_SLOT, uniform_bytes(&params));
-        let params = argmax_reduce::Params { n: argmax::blocks(vocab), ..Default::default() };
-        sampler.write(gpu, ARGMAX_REDUCE_SLOT, uniform_bytes(&params));
+        sampler.write(gpu, PLAIN_SLOT, uniform_bytes(&params));
+        sampler.write(gpu, ARGMAX_REDUCE_SLOT, uniform_bytes(&sampler.reduce));
         Ok(sampler)
     }
 
@@ -141,6 +190,23 @@ impl Sampler {
         let kept = s.temperature == 0.0 || (1..=sample::MAX_TOP_K).contains(&s.top_k);
         let biases = request.bias.len() <= self.vocab.min(MAX_BIASES) as usize;
         kept && biases && request.recent.len() <= self.recent_capacity
+    }
+
+    /// The commands that leave the token with the best score in front of `tokens`, without biases, penalties and mask; the
+    /// scores are those of the row from element `offset` of the logits on.
+    pub(super) fn encode_plain(&mut self, gpu: &Gpu, offset: u32) -> wgpu::CommandEncoder {
+        if offset != self.plain_offset {
+            let params = argmax::Params { n: self.vocab, offset, ..Default::default() };
+            self.write(gpu, PLAIN_SLOT, uniform_bytes(&params));
+            self.plain_offset = offset;
+        }
+        let mut encoder = gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor { label: Some("best") });
+        let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
+        let [blocks, reduce] = &self.plain;
+        blocks.run(&mut pass, [argmax::blocks(self.vocab), 1, 1]);
+        reduce.run(&mut pass, argmax_reduce::grid(&self.reduce));
+        drop(pass);
+        encoder
     }
 
     /// Bytes of its buffers.
@@ -176,8 +242,7 @@ impl Sampler {
         (logits, offset): (&wgpu::Buffer, u64),
     ) -> wgpu::CommandEncoder {
         let s = request.sampling;
-        let penalized = s.repetition_penalty != 1.0 || s.presence_penalty != 0.0 || s.frequency_penalty != 0.0;
-        let recent = if penalized { request.recent } else { &[] };
+        let recent = if is_penalized(s) { request.recent } else { &[] };
         let params = sample::Params {
             vocab: self.vocab,
             offset: 0,
@@ -198,11 +263,7 @@ impl Sampler {
         encoder.copy_buffer_to_buffer(logits, offset, &self.scores, 0, u64::from(self.vocab) * 4);
         {
             let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
-            let mut run = |stage: &Stage, [x, y, z]: [u32; 3]| {
-                pass.set_pipeline(&stage.pipeline.compute);
-                pass.set_bind_group(0, &stage.bind_group, &[]);
-                pass.dispatch_workgroups(x, y, z);
-            };
+            let mut run = |stage: &Stage, grid| stage.run(&mut pass, grid);
             // The mask comes last, as nothing brings a score back that it takes away.
             if !request.bias.is_empty() {
                 let params = bias::Params { vocab: self.vocab, n: request.bias.len() as u32, ..Default::default() };
@@ -226,7 +287,7 @@ impl Sampler {
             if s.temperature == 0.0 {
                 let [blocks, reduce] = &self.argmax;
                 run(blocks, [argmax::blocks(self.vocab), 1, 1]);
-                run(reduce, argmax_reduce::grid());
+                run(reduce, argmax_reduce::grid(&self.reduce));
             } else {
                 let passes = top_k::passes(self.vocab, 0, params.top_k);
                 for (i, pass) in passes.iter().enumerate() {

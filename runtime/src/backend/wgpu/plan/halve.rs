@@ -26,12 +26,11 @@ impl Planner<'_> {
         }
     }
 
-    /// The inputs of a layer in half precision.
-    pub(super) fn halve(&mut self, matrix: &GpuW4, op: &Linear) -> Result<Draft> {
+    /// The `k` inputs of a layer in half precision, in so many chunks.
+    pub(super) fn halve(&mut self, k: u32, chunks: u32, op: &Linear) -> Result<Draft> {
         let rows = op.rows;
-        let params =
-            halve::Params { k: matrix.k, chunks: matrix.chunks, x_stride: self.stride(op.x), row_mode: rows as u32 };
-        let (halves, scales) = self.halves(matrix.chunks)?;
+        let params = halve::Params { k, chunks, x_stride: self.stride(op.x), row_mode: rows as u32 };
+        let (halves, scales) = self.halves(chunks)?;
         let storage = vec![self.buffer(op.x), halves, scales];
         let launch = move |step: &Step| Launch {
             grid: halve::grid(&params, rows.count(step)),

@@ -2,8 +2,8 @@
 
 use awqua_shaders::{
     Elem, FLAG_ACCUMULATE, FLAG_BIAS, FLAG_NORM, FLAG_STAGE, FLAG_STAGE_NORM, Groups, RowMode, Size, Step, Variant,
-    gemm_dense, gemm_packed, gemm_w4, gemm_w4_coop, gemv_dense, gemv_dense_rows, gemv_packed, gemv_w4, gemv_w4_rows,
-    gemv_w4_rows_coop,
+    gemm_dense, gemm_packed, gemm_w4, gemm_w4_coop, gemv_dense, gemv_dense_rows, gemv_dense_rows_coop, gemv_packed,
+    gemv_w4, gemv_w4_rows, gemv_w4_rows_coop,
 };
 
 use super::super::tuning::{Form, Site};
@@ -203,7 +203,7 @@ impl<'a> Planner<'a> {
         let coop = self.takes_halves(matrix);
         let mut drafts = Vec::new();
         if coop && !op.is_halved {
-            drafts.push(self.halve(matrix, op)?);
+            drafts.push(self.halve(matrix.k, matrix.chunks, op)?);
         }
         let bias = match op.bias {
             Some(bias) => self.vector(bias, matrix.n)?,
@@ -295,7 +295,14 @@ impl<'a> Planner<'a> {
             None => self.memory.dummy.clone(),
         };
         let variant = Variant { dense: dense(matrix.dtype), ..self.variant() };
+        let on_units = self.pass.is_some()
+            && gemv_dense_rows_coop::handles(variant.dense, matrix.k)
+            && self.backend.pass_kernels().is_some_and(|kernels| kernels.dense_coop);
+        let chunks = matrix.k.div_ceil(32);
         let (mut one_by_one, mut many) = (Vec::new(), Vec::new());
+        if on_units {
+            many.push(self.halve(matrix.k, chunks, op)?);
+        }
         for part in &matrix.parts {
             let params = gemv_dense::Params {
                 n: part.rows,
@@ -309,6 +316,28 @@ impl<'a> Planner<'a> {
                 row_mode: rows as u32,
                 ..Default::default()
             };
+            if on_units {
+                let params = gemv_dense_rows_coop::Params {
+                    n: params.n,
+                    k: params.k,
+                    row_words: params.row_words,
+                    chunks,
+                    out_stride: params.out_stride,
+                    out_offset: params.out_offset,
+                    bias_offset: params.bias_offset,
+                    flags: params.flags,
+                    row_mode: params.row_mode,
+                    ..Default::default()
+                };
+                let (halves, scales) = self.halves(chunks)?;
+                let storage = vec![halves, part.words.clone(), bias.clone(), self.buffer(op.out.buffer), scales];
+                let gemv = move |step: &Step| Launch {
+                    grid: gemv_dense_rows_coop::grid(&params, rows.count(step)),
+                    cost: gemv_dense_rows_coop::cost(&params, rows.count(step)),
+                };
+                many.push(self.draft(&gemv_dense_rows_coop::KERNEL, variant, &params, storage, gemv)?);
+                continue;
+            }
             let storage = vec![self.buffer(op.x), part.words.clone(), bias.clone(), self.buffer(op.out.buffer)];
             if self.pass.is_some() {
                 let gemv = move |step: &Step| Launch {

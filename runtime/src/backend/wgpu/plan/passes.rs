@@ -4,12 +4,13 @@ use std::sync::Arc;
 
 use awqua_shaders::{
     FLAG_EACH, FLAG_STAGE, FLAG_WHOLE, Heads, Kernel, Reduce, RowMode, Step, Variant, attention, attention_each,
-    attention_few, attention_reduce, attention_subgroup, attention_subgroup_each, gemv_dense_rows, gemv_w4_rows,
-    gemv_w4_rows_coop, rope_append_each, uniform_bytes,
+    attention_few, attention_reduce, attention_subgroup, attention_subgroup_each, gemv_dense_rows,
+    gemv_dense_rows_coop, gemv_w4_rows, gemv_w4_rows_coop, rope_append_each, uniform_bytes,
 };
 use wgpu::BufferUsages;
 
 use super::super::WgpuBackend;
+use super::super::choices;
 use super::super::memory::{Memory, Prefix};
 use super::super::pipelines::Pipeline;
 use super::super::selftest;
@@ -31,6 +32,8 @@ pub(in super::super) fn handles(limits: &wgpu::Limits, shape: &AttentionShape) -
 pub(in super::super) struct PassKernels {
     /// Whether packed products on matrix units are among them.
     pub(in super::super) coop: bool,
+    /// Whether dense ones are.
+    pub(in super::super) dense_coop: bool,
     /// Whether attention by lanes of subgroups is among them.
     lanes: bool,
 }
@@ -41,14 +44,16 @@ pub(in super::super) fn kernels(backend: &WgpuBackend) -> Option<PassKernels> {
     let variant = Variant { elem, reduce, size, ..Variant::default() };
     let kernels: [&'static Kernel; 4] =
         [&gemv_w4_rows::KERNEL, &gemv_dense_rows::KERNEL, &rope_append_each::KERNEL, &attention_each::KERNEL];
+    let mut kernels = kernels.into_iter().chain(choices::KERNELS);
     let works = |kernel: &'static Kernel| selftest::pass(&backend.gpu, &backend.pipelines, kernel, variant).is_ok();
-    if !kernels.into_iter().all(works) {
+    if !kernels.all(works) {
         return None;
     }
     let (least, _) = backend.gpu.summary.subgroup.unwrap_or_default();
     let subgroups = reduce == Reduce::Subgroup && least >= attention_subgroup::LEAST_SUBGROUP;
     Some(PassKernels {
         coop: backend.coop && works(&gemv_w4_rows_coop::KERNEL),
+        dense_coop: backend.coop && works(&gemv_dense_rows_coop::KERNEL),
         lanes: subgroups && works(&attention_subgroup_each::KERNEL),
     })
 }
