@@ -1,189 +1,233 @@
-//! Byte-pair models read at once from the text of a `tokenizer.json`.
+//! Byte-pair models, read at once from the text of a `tokenizer.json` and kept compactly.
 //!
-//! The tokenizer library reads a model of any kind into two general forms before it knows which it is, and the merges
-//! into a third: for the hundred thousand tokens and merges of a language model that takes longer than all the rest of
-//! opening it.
+//! The tokenizer library's own model of this kind holds three copies of the vocabulary and looks tokens up half a million
+//! times while it is built: for the hundred thousand tokens and merges of a language model that takes longer than all the
+//! rest of opening it. This one takes its place inside the library, which does everything else: normalizers,
+//! pre-tokenizers, added tokens, post-processors and decoders. What it makes of a word is what the library's makes of it,
+//! ties and fallbacks included; the tests compare both.
 
-use std::collections::HashMap;
-use std::fmt;
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, HashMap};
+use std::hash::BuildHasher;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use serde::de::{Deserialize, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
-use tokenizers::models::bpe::{BPE, BpeBuilder, BpeTrainer, Vocab};
+use hashbrown::{DefaultHashBuilder, HashTable};
+use tokenizers::models::bpe::BpeTrainer;
 use tokenizers::{
-    DecoderWrapper, Model, ModelWrapper, NormalizerWrapper, PostProcessorWrapper, PreTokenizerWrapper, Result, Token,
-    TokenizerImpl,
+    DecoderWrapper, Model, NormalizerWrapper, PostProcessorWrapper, PreTokenizerWrapper, Result, Token, TokenizerImpl,
 };
 
-type OfPairs = TokenizerImpl<Pairs, NormalizerWrapper, PreTokenizerWrapper, PostProcessorWrapper, DecoderWrapper>;
+mod read;
 
-/// Reads a definition whose model is of byte pairs; an error for any other, or if anything is unusual. Where `aside`, a
-/// thread of its own reads the merges meanwhile, half of the text.
-pub(super) fn parse(json: &[u8], aside: bool) -> std::result::Result<tokenizers::Tokenizer, serde_json::Error> {
-    let merges = || serde_json::from_slice::<OnlyMerges>(json);
-    let (tokenizer, merges) = std::thread::scope(|scope| {
-        let thread = aside.then(|| std::thread::Builder::new().spawn_scoped(scope, merges).ok()).flatten();
-        let tokenizer = serde_json::from_slice::<OfPairs>(json);
-        match thread.map(std::thread::ScopedJoinHandle::join) {
-            Some(Ok(merges)) => Ok((tokenizer?, merges?)),
-            Some(Err(panic)) => std::panic::resume_unwind(panic),
-            // Nobody else was to read them, or the system refused a thread.
-            None => Ok::<_, serde_json::Error>((tokenizer?, merges()?)),
+/// A tokenizer over [`Pairs`].
+pub(super) type OfPairs =
+    TokenizerImpl<Pairs, NormalizerWrapper, PreTokenizerWrapper, PostProcessorWrapper, DecoderWrapper>;
+
+/// Reads a definition whose model is of byte pairs; an error for any other, or if anything is unusual.
+pub(super) fn parse(json: &[u8]) -> std::result::Result<OfPairs, serde_json::Error> {
+    serde_json::from_slice(json)
+}
+
+/// A byte-pair model: words are split into characters, and neighbours merged in the order of the merges.
+pub(super) struct Pairs {
+    tokens: Tokens,
+    /// Two neighbours, and what becomes of them: the merge's rank, lower ones first, and the token they become.
+    merges: hashbrown::HashMap<(u32, u32), (u32, u32)>,
+    /// Token of a character that has none.
+    unknown: Option<u32>,
+    /// Characters without a token that follow each other become one [`Self::unknown`].
+    fuse_unknown: bool,
+    /// A character without a token becomes those of its bytes, `<0x41>`, if all have one.
+    byte_fallback: bool,
+    /// A word that is a token stays whole, whatever the merges make of it.
+    whole_words: bool,
+}
+
+/// Tokens by id, which are all numbers from 0 on, and back.
+struct Tokens {
+    /// Of all tokens, in any order.
+    text: String,
+    /// Start and end of each token in `text`, by id.
+    spans: Vec<(u32, u32)>,
+    /// Ids by text.
+    ids: HashTable<u32>,
+    hasher: DefaultHashBuilder,
+}
+
+impl Tokens {
+    /// `None` if a token is there twice.
+    fn new(text: String, spans: Vec<(u32, u32)>) -> Option<Self> {
+        let ids = HashTable::with_capacity(spans.len());
+        let mut tokens = Self { text, spans, ids, hasher: DefaultHashBuilder::default() };
+        for id in 0..u32::try_from(tokens.spans.len()).ok()? {
+            let Self { text, spans, ids, hasher } = &mut tokens;
+            let of = |id: u32| {
+                let (start, end) = spans[id as usize];
+                &text.as_bytes()[start as usize..end as usize]
+            };
+            let hash = hasher.hash_one(of(id));
+            if ids.find(hash, |&other| of(other) == of(id)).is_some() {
+                return None;
+            }
+            ids.insert_unique(hash, id, |&other| hasher.hash_one(of(other)));
         }
-    })?;
-    let merges = merges.model.merges.into_iter().map(|merge| merge.0).collect();
-    let (builder, vocab) = std::mem::take(&mut *tokenizer.get_model().lock());
-    let model = builder.vocab_and_merges(vocab, merges).build().map_err(serde_json::Error::custom)?;
-    let mut tokenizer = tokenizers::Tokenizer::from(tokenizer);
-    tokenizer.with_model(model);
-    Ok(tokenizer)
+        Some(tokens)
+    }
+
+    fn get(&self, id: u32) -> Option<&str> {
+        let &(start, end) = self.spans.get(id as usize)?;
+        self.text.get(start as usize..end as usize)
+    }
+
+    fn find(&self, text: &str) -> Option<u32> {
+        self.ids.find(self.hasher.hash_one(text.as_bytes()), |&id| self.get(id) == Some(text)).copied()
+    }
 }
 
-/// The merges of a definition, whatever else is in it.
-#[derive(serde::Deserialize)]
-struct OnlyMerges {
-    model: Merges,
+/// A part of a word while it is merged.
+#[derive(Clone, Copy)]
+struct Part {
+    id: u32,
+    /// In bytes; 0 once it is part of the one before.
+    len: u32,
+    /// Neighbours, [`NONE`] without one.
+    before: u32,
+    after: u32,
 }
 
-#[derive(serde::Deserialize)]
-struct Merges {
-    merges: Vec<Merge>,
-}
-
-/// A byte-pair model but for its merges, which the rest of a definition does not need.
-struct Pairs(Mutex<(BpeBuilder, Vocab)>);
+const NONE: u32 = u32::MAX;
 
 impl Pairs {
-    fn lock(&self) -> MutexGuard<'_, (BpeBuilder, Vocab)> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// Nothing: the whole model takes its place.
-impl From<Pairs> for ModelWrapper {
-    fn from(_: Pairs) -> Self {
-        Self::BPE(BPE::default())
-    }
-}
-
-impl<'de> Deserialize<'de> for Pairs {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
-        deserializer.deserialize_map(PairsVisitor)
-    }
-}
-
-struct PairsVisitor;
-
-impl<'de> Visitor<'de> for PairsVisitor {
-    type Value = Pairs;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a byte-pair model")
+    /// Text of a token.
+    pub(super) fn token(&self, id: u32) -> Option<&str> {
+        self.tokens.get(id)
     }
 
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Pairs, A::Error> {
-        let mut builder = BPE::builder();
-        let mut vocab = None;
-        while let Some(key) = map.next_key::<String>()? {
-            match key.as_str() {
-                "type" => {
-                    if map.next_value::<String>()? != "BPE" {
-                        return Err(A::Error::custom("another kind of model"));
+    /// The tokens of a word and their lengths in bytes, before any merge.
+    fn split(&self, word: &str) -> Vec<Part> {
+        let mut parts = Vec::<Part>::with_capacity(word.len());
+        let mut push = |id, len| {
+            let at = parts.len() as u32;
+            if let Some(last) = parts.last_mut() {
+                last.after = at;
+            }
+            parts.push(Part { id, len, before: at.checked_sub(1).unwrap_or(NONE), after: NONE });
+        };
+        // Length of characters without a token that wait for more of them. As in the library they stay behind what a
+        // fallback to bytes makes of a later character.
+        let mut unknown = None;
+        for (at, c) in word.char_indices() {
+            let len = c.len_utf8() as u32;
+            let c = &word[at..at + c.len_utf8()];
+            if let Some(id) = self.tokens.find(c) {
+                if let Some((id, len)) = unknown.take() {
+                    push(id, len);
+                }
+                push(id, len);
+            } else if let Some(bytes) = self.bytes(c) {
+                bytes.into_iter().for_each(|id| push(id, 1));
+            } else if let Some(id) = self.unknown {
+                unknown = match unknown {
+                    Some((id, before)) if self.fuse_unknown => Some((id, before + len)),
+                    Some((id, before)) => {
+                        push(id, before);
+                        Some((id, len))
                     }
-                }
-                "dropout" => builder = set(builder, map.next_value()?, |b, v| b.dropout(v)),
-                "unk_token" => builder = set(builder, map.next_value()?, |b, v| b.unk_token(v)),
-                "continuing_subword_prefix" => {
-                    builder = set(builder, map.next_value()?, |b, v| b.continuing_subword_prefix(v));
-                }
-                "end_of_word_suffix" => builder = set(builder, map.next_value()?, |b, v| b.end_of_word_suffix(v)),
-                "fuse_unk" => builder = set(builder, map.next_value()?, |b, v| b.fuse_unk(v)),
-                "byte_fallback" => builder = set(builder, map.next_value()?, |b, v| b.byte_fallback(v)),
-                "ignore_merges" => builder = set(builder, map.next_value()?, |b, v| b.ignore_merges(v)),
-                "vocab" => vocab = Some(map.next_value::<Vocab>()?),
-                "merges" => {
-                    map.next_value::<IgnoredAny>()?;
-                }
-                _ => return Err(A::Error::custom("an unknown part of a model")),
+                    None => Some((id, len)),
+                };
             }
         }
-        let vocab = vocab.ok_or_else(|| A::Error::custom("no vocabulary"))?;
-        Ok(Pairs(Mutex::new((builder, vocab))))
-    }
-}
-
-/// Applies `with` to what is no null.
-fn set<B, V>(builder: B, value: Option<V>, with: impl FnOnce(B, V) -> B) -> B {
-    match value {
-        Some(value) => with(builder, value),
-        None => builder,
-    }
-}
-
-/// Two tokens that become one: a list of them, or both in one text with a space in between.
-struct Merge((String, String));
-
-impl<'de> Deserialize<'de> for Merge {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
-        deserializer.deserialize_any(MergeVisitor)
-    }
-}
-
-struct MergeVisitor;
-
-impl<'de> Visitor<'de> for MergeVisitor {
-    type Value = Merge;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("two tokens")
+        if let Some((id, len)) = unknown {
+            push(id, len);
+        }
+        parts
     }
 
-    fn visit_str<E: Error>(self, both: &str) -> std::result::Result<Merge, E> {
-        match both.split_once(' ') {
-            // Older files may begin with a line that names their version.
-            Some((first, second)) if !second.contains(' ') && !both.starts_with("#version") => {
-                Ok(Merge((first.to_owned(), second.to_owned())))
+    /// Tokens of the bytes of a character.
+    fn bytes(&self, c: &str) -> Option<Vec<u32>> {
+        if !self.byte_fallback {
+            return None;
+        }
+        c.bytes().map(|byte| self.tokens.find(&format!("<0x{byte:02X}>"))).collect()
+    }
+
+    /// Merges neighbours, those of the lowest rank first and of several such the leftmost.
+    fn merge(&self, parts: &mut Vec<Part>) {
+        let merge = |first: Part, second: Part| self.merges.get(&(first.id, second.id)).copied();
+        let found = |(at, (rank, id)): (u32, (u32, u32))| Reverse((rank, at, id));
+        let pairs = parts.windows(2).zip(0..);
+        let mut queue: BinaryHeap<_> =
+            pairs.filter_map(|(pair, at)| Some(found((at, merge(pair[0], pair[1])?)))).collect();
+        while let Some(Reverse((_, at, id))) = queue.pop() {
+            let first = parts[at as usize];
+            if first.len == 0 || first.after == NONE {
+                continue;
             }
-            _ => Err(E::custom("no two tokens")),
+            // Either may have changed since.
+            let second = parts[first.after as usize];
+            if merge(first, second).is_none_or(|(_, now)| now != id) {
+                continue;
+            }
+            let merged = Part { id, len: first.len + second.len, after: second.after, ..first };
+            parts[at as usize] = merged;
+            parts[first.after as usize].len = 0;
+            if let Some(after) = parts.get_mut(merged.after as usize) {
+                after.before = at;
+                queue.extend(merge(merged, *after).map(|of| found((at, of))));
+            }
+            if let Some(&before) = parts.get(merged.before as usize) {
+                queue.extend(merge(before, merged).map(|of| found((merged.before, of))));
+            }
         }
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(self, mut pair: A) -> std::result::Result<Merge, A::Error> {
-        let (first, second) = (pair.next_element()?, pair.next_element()?);
-        match (first, second, pair.next_element::<IgnoredAny>()?) {
-            (Some(first), Some(second), None) => Ok(Merge((first, second))),
-            _ => Err(A::Error::custom("no two tokens")),
-        }
+        parts.retain(|part| part.len != 0);
     }
 }
 
-/// What reading the rest of a definition asks a model for, which is its tokens.
 impl Model for Pairs {
     type Trainer = BpeTrainer;
 
-    fn tokenize(&self, _: &str) -> Result<Vec<Token>> {
-        Err("a model without merges".into())
+    fn tokenize(&self, word: &str) -> Result<Vec<Token>> {
+        if word.is_empty() {
+            return Ok(Vec::new());
+        }
+        if self.whole_words
+            && let Some(id) = self.tokens.find(word)
+        {
+            return Ok(vec![Token::new(id, word.to_owned(), (0, word.len()))]);
+        }
+        // Lengths and places are kept in 32 bits.
+        if u32::try_from(word.len()).is_err() {
+            return Err("a word of more than 4 GB".into());
+        }
+        let mut parts = self.split(word);
+        self.merge(&mut parts);
+        let mut at = 0;
+        let token = |part: Part| {
+            let start = at;
+            at += part.len as usize;
+            Token::new(part.id, self.token(part.id).unwrap_or_default().to_owned(), (start, at))
+        };
+        Ok(parts.into_iter().map(token).collect())
     }
 
     fn token_to_id(&self, token: &str) -> Option<u32> {
-        self.lock().1.get(token).copied()
+        self.tokens.find(token)
     }
 
     fn id_to_token(&self, id: u32) -> Option<String> {
-        self.lock().1.iter().find(|(_, of)| **of == id).map(|(token, _)| token.clone())
+        self.token(id).map(str::to_owned)
     }
 
     fn get_vocab(&self) -> HashMap<String, u32> {
-        self.lock().1.iter().map(|(token, id)| (token.clone(), *id)).collect()
+        (0..).map_while(|id| Some((self.id_to_token(id)?, id))).collect()
     }
 
     fn get_vocab_size(&self) -> usize {
-        self.lock().1.len()
+        self.tokens.spans.len()
     }
 
     fn save(&self, _: &Path, _: Option<&str>) -> Result<Vec<PathBuf>> {
-        Err("a model without merges".into())
+        Err("this model is not written".into())
     }
 
     fn get_trainer(&self) -> BpeTrainer {
@@ -192,52 +236,4 @@ impl Model for Pairs {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn definition(model: &str) -> String {
-        format!(
-            r#"{{"version":"1.0","truncation":null,"padding":null,"added_tokens":[{{"id":5,"content":"<s>",
-            "single_word":false,"lstrip":false,"rstrip":false,"normalized":false,"special":true}}],"normalizer":null,
-            "pre_tokenizer":null,"post_processor":null,"decoder":{{"type":"ByteFallback"}},"model":{model}}}"#
-        )
-    }
-
-    /// The same as the library's own reading in every respect that it can write down.
-    #[test]
-    fn models_are_those_of_the_library() {
-        let parts = r#""dropout":null,"unk_token":"<unk>","continuing_subword_prefix":null,"end_of_word_suffix":"",
-            "fuse_unk":true,"byte_fallback":false,"vocab":{"<unk>":0,"a":1,"\u00e9":2,"a\u00e9":3,"b":4}"#;
-        for merges in [r#"["a \u00e9"]"#, r#"[["a","\u00e9"]]"#, "[]"] {
-            for kind in [r#""type":"BPE","#, ""] {
-                let json = definition(&format!(r#"{{{kind}{parts},"merges":{merges}}}"#));
-                let expected = tokenizers::Tokenizer::from_bytes(&json).unwrap();
-                for aside in [false, true] {
-                    let found = parse(json.as_bytes(), aside).unwrap();
-                    assert_eq!(found.to_string(false).unwrap(), expected.to_string(false).unwrap());
-                    assert_eq!(
-                        found.encode("a\u{e9}b<s>", true).unwrap().get_ids(),
-                        expected.encode("a\u{e9}b<s>", true).unwrap().get_ids()
-                    );
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn what_is_unusual_is_left_to_the_library() {
-        let vocab = r#""vocab":{"a":0,"b":1}"#;
-        for model in [
-            format!(r#"{{"type":"WordLevel",{vocab},"unk_token":"a"}}"#),
-            format!(r#"{{"type":"BPE",{vocab}}}"#),
-            format!(r#"{{"type":"BPE",{vocab},"merges":["ab"]}}"#),
-            format!(r#"{{"type":"BPE",{vocab},"merges":[["a","b","a"]]}}"#),
-            format!(r#"{{"type":"BPE",{vocab},"merges":["a b"]}}"#),
-            format!(r##"{{"type":"BPE",{vocab},"merges":["#version: 0.2"]}}"##),
-            format!(r#"{{"type":"BPE",{vocab},"merges":[],"more":1}}"#),
-            "[]".into(),
-        ] {
-            assert!(parse(definition(&model).as_bytes(), true).is_err(), "{model}");
-        }
-    }
-}
+mod tests;

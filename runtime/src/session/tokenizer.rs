@@ -1,11 +1,12 @@
 //! Text to token ids and back, through the checkpoint's own `tokenizer.json`.
 
+use std::borrow::Cow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use tokenizers::Model;
+use tokenizers::{AddedVocabulary, DecoderWrapper, Model};
 
 use super::grammar::Grammars;
-use super::pairs;
+use super::pairs::{self, OfPairs};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, ErrorKind, Result};
 
@@ -16,7 +17,7 @@ const MAX_BYTES: u64 = 128 << 20;
 
 /// Tokenizer of a model.
 pub struct Tokenizer {
-    inner: tokenizers::Tokenizer,
+    inner: Inner,
     vocab_size: usize,
     /// Largest id, 0 without any.
     largest: u32,
@@ -42,16 +43,70 @@ fn guarded<T>(what: &str, f: impl FnOnce() -> tokenizers::Result<T>) -> Result<T
     }
 }
 
-/// Reads a definition, where `aside` on two threads.
-fn parse(json: &[u8], aside: bool) -> tokenizers::Result<tokenizers::Tokenizer> {
-    pairs::parse(json, aside).or_else(|_| tokenizers::Tokenizer::from_bytes(json))
+/// A tokenizer of the library, over its own model or over ours.
+enum Inner {
+    Pairs(Box<OfPairs>),
+    Any(Box<tokenizers::Tokenizer>),
 }
 
-/// The number of tokens, added ones included, without the copies that the library makes to count them.
-fn count(tokenizer: &tokenizers::Tokenizer) -> usize {
-    let model = tokenizer.get_model();
-    let added = tokenizer.get_added_vocabulary().get_vocab().keys();
-    model.get_vocab_size() + added.filter(|token| model.token_to_id(token).is_none()).count()
+/// Does the same with either.
+macro_rules! with {
+    ($inner:expr, $tokenizer:ident => $do:expr) => {
+        match $inner {
+            Inner::Pairs($tokenizer) => $do,
+            Inner::Any($tokenizer) => $do,
+        }
+    };
+}
+
+impl Inner {
+    fn read(json: &[u8]) -> tokenizers::Result<Self> {
+        match pairs::parse(json) {
+            Ok(tokenizer) => Ok(Self::Pairs(Box::new(tokenizer))),
+            Err(_) => Ok(Self::Any(Box::new(tokenizers::Tokenizer::from_bytes(json)?))),
+        }
+    }
+
+    fn added(&self) -> &AddedVocabulary {
+        with!(self, tokenizer => tokenizer.get_added_vocabulary())
+    }
+
+    fn decoder(&self) -> Option<&DecoderWrapper> {
+        with!(self, tokenizer => tokenizer.get_decoder())
+    }
+
+    /// The number of tokens, added ones included, without the copies that the library makes to count them.
+    fn count(&self) -> usize {
+        let added = self.added().get_vocab().keys();
+        with!(self, tokenizer => {
+            let model = tokenizer.get_model();
+            model.get_vocab_size() + added.filter(|token| model.token_to_id(token).is_none()).count()
+        })
+    }
+
+    /// Largest id, 0 without any.
+    fn largest(&self) -> u32 {
+        with!(self, tokenizer => tokenizer.get_vocab(true)).into_values().max().unwrap_or(0)
+    }
+
+    /// The bytes of the tokens below `size`.
+    fn vocabulary(&self, size: usize) -> Option<Vocabulary> {
+        let (decoder, added) = (self.decoder()?, self.added());
+        let added_token = |id| Some(Cow::Borrowed(&*added.get_added_tokens_decoder().get(&id)?.content));
+        match self {
+            Self::Pairs(tokenizer) => {
+                let pairs = tokenizer.get_model();
+                Vocabulary::of(decoder, added, size, |id| {
+                    added_token(id).or_else(|| pairs.token(id).map(Cow::Borrowed))
+                })
+            }
+            Self::Any(tokenizer) => {
+                let model = tokenizer.get_model();
+                let token = |id| added_token(id).or_else(|| model.id_to_token(id).map(Cow::Owned));
+                Vocabulary::of(decoder, added, size, token)
+            }
+        }
+    }
 }
 
 impl Tokenizer {
@@ -60,19 +115,15 @@ impl Tokenizer {
     /// # Errors
     /// [`ErrorKind::Tokenizer`] if it is malformed.
     pub fn from_json(json: &[u8]) -> Result<Self> {
-        Self::read(json, false)
-    }
-
-    fn read(json: &[u8], aside: bool) -> Result<Self> {
-        let inner = guarded("reading it", || parse(json, aside))?;
-        let vocab_size = count(&inner);
-        let read = |ids| guarded("reading its vocabulary", || Ok(Vocabulary::of(&inner, ids)));
+        let inner = guarded("reading it", || Inner::read(json))?;
+        let vocab_size = inner.count();
+        let read = |ids| guarded("reading its vocabulary", || Ok(inner.vocabulary(ids)));
         let vocabulary = read(vocab_size)?.filter(|vocabulary| vocabulary.known() == vocab_size);
         let (largest, vocabulary) = match vocabulary {
             // As many ids have a token as there are tokens, so no later one has.
             Some(all) => (u32::try_from(vocab_size).unwrap_or(u32::MAX).saturating_sub(1), Some(all)),
             None => {
-                let largest = inner.get_vocab(true).into_values().max().unwrap_or(0);
+                let largest = inner.largest();
                 let ids = usize::try_from(largest).unwrap_or(usize::MAX);
                 // A definition may name one token with an absurd id.
                 (largest, if ids < 64 * (vocab_size + 1024) { read(ids + 1)? } else { None })
@@ -83,21 +134,20 @@ impl Tokenizer {
 
     /// Tokenizer of a folder, or `None` if it has no `tokenizer.json`.
     pub fn from_checkpoint(checkpoint: &Checkpoint, vocab_size: usize) -> Result<Option<Self>> {
-        Self::reader(checkpoint, vocab_size)?.map(|read| read(false)).transpose()
+        Self::reader(checkpoint, vocab_size)?.map(|read| read()).transpose()
     }
 
-    /// As [`Self::from_checkpoint`], with everything but the reading of the file left to a call, on any thread; which may
-    /// make another one where its argument says so.
+    /// As [`Self::from_checkpoint`], with everything but the reading of the file left to a call, on any thread.
     #[allow(clippy::type_complexity, reason = "a closure is all there is to it")]
     pub(crate) fn reader(
         checkpoint: &Checkpoint,
         vocab_size: usize,
-    ) -> Result<Option<impl FnOnce(bool) -> Result<Self> + Send + use<>>> {
+    ) -> Result<Option<impl FnOnce() -> Result<Self> + Send + use<>>> {
         let Some(json) = checkpoint.read("tokenizer.json", MAX_BYTES)? else { return Ok(None) };
         let file = checkpoint.dir().join("tokenizer.json");
-        Ok(Some(move |aside| {
+        Ok(Some(move || {
             let in_file = |e: Error| e.in_file(&file);
-            let tokenizer = Self::read(&json, aside).map_err(in_file)?;
+            let tokenizer = Self::from_json(&json).map_err(in_file)?;
             if tokenizer.largest as usize >= vocab_size {
                 return Err(in_file(error(format!(
                     "the largest token id is {}, but `vocab_size` of the model is {vocab_size}",
@@ -114,7 +164,8 @@ impl Tokenizer {
     /// # Errors
     /// [`ErrorKind::Tokenizer`] if the text can't be encoded.
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>> {
-        guarded("encoding", || self.inner.encode_fast(text, add_special_tokens)).map(|e| e.get_ids().to_vec())
+        let encode = || with!(&self.inner, tokenizer => tokenizer.encode_fast(text, add_special_tokens));
+        guarded("encoding", encode).map(|e| e.get_ids().to_vec())
     }
 
     /// Text of `ids`; unknown ids are left out. `skip_special` leaves out special tokens.
@@ -122,12 +173,12 @@ impl Tokenizer {
     /// # Errors
     /// [`ErrorKind::Tokenizer`] if the decoder fails.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String> {
-        guarded("decoding", || self.inner.decode(ids, skip_special))
+        guarded("decoding", || with!(&self.inner, tokenizer => tokenizer.decode(ids, skip_special)))
     }
 
     /// Id of a token written exactly as in the vocabulary.
     pub fn token_id(&self, token: &str) -> Option<u32> {
-        self.inner.token_to_id(token)
+        with!(&self.inner, tokenizer => tokenizer.token_to_id(token))
     }
 
     /// The bytes of all tokens, if the decoder works token by token; those of byte-level and sentencepiece models do.

@@ -1,8 +1,10 @@
 //! The bytes that every token stands for, so that text can be streamed without asking the tokenizer, and masks be made
 //! over tokens.
 
-use tokenizers::DecoderWrapper;
+use std::borrow::Cow;
+
 use tokenizers::pre_tokenizers::metaspace::PrependScheme;
+use tokenizers::{AddedVocabulary, DecoderWrapper};
 
 /// Bytes of all tokens of a vocabulary whose decoder works token by token.
 #[derive(Debug)]
@@ -30,9 +32,15 @@ enum Stage {
 }
 
 impl Vocabulary {
-    /// `None` if the decoder does something that depends on the tokens around.
-    pub(super) fn of(tokenizer: &tokenizers::Tokenizer, size: usize) -> Option<Self> {
-        let (stages, strip) = stages(tokenizer.get_decoder()?)?;
+    /// Of the ids below `size`, whose tokens `token` tells, added ones included. `None` if the decoder does something that
+    /// depends on the tokens around.
+    pub(super) fn of<'a>(
+        decoder: &DecoderWrapper,
+        added: &AddedVocabulary,
+        size: usize,
+        token: impl Fn(u32) -> Option<Cow<'a, str>>,
+    ) -> Option<Self> {
+        let (stages, strip) = stages(decoder)?;
         let byte_of = byte_level();
         let mut vocabulary = Self {
             bytes: Vec::new(),
@@ -42,13 +50,12 @@ impl Vocabulary {
             known: 0,
         };
         for id in 0..size as u32 {
-            if let Some(token) = tokenizer.id_to_token(id) {
+            if let Some(token) = token(id) {
                 vocabulary.known += 1;
                 decode(token, &stages, &byte_of, &mut vocabulary.bytes);
             }
             vocabulary.ends.push(u32::try_from(vocabulary.bytes.len()).ok()?);
         }
-        let added = tokenizer.get_added_vocabulary();
         for (&id, token) in added.get_added_tokens_decoder() {
             if let Some(word) = vocabulary.special.get_mut(id as usize / 64)
                 && added.is_special_token(&token.content)
@@ -93,11 +100,13 @@ impl Vocabulary {
     }
 }
 
-fn decode(token: String, stages: &[Stage], byte_of: &[Option<u8>], out: &mut Vec<u8>) {
-    let mut token = token;
+fn decode(mut token: Cow<'_, str>, stages: &[Stage], byte_of: &[Option<u8>], out: &mut Vec<u8>) {
     for stage in stages {
         match stage {
-            Stage::Replace(from, to) => token = token.replace(from.as_str(), to),
+            Stage::Replace(from, to) if token.contains(from.as_str()) => {
+                token = token.replace(from.as_str(), to).into()
+            }
+            Stage::Replace(..) => {}
             Stage::ByteFallback => {
                 let digits = token.strip_prefix("<0x").and_then(|rest| rest.strip_suffix('>'));
                 if let Some(byte) = digits.filter(|d| d.len() == 2).and_then(|d| u8::from_str_radix(d, 16).ok()) {
@@ -111,7 +120,7 @@ fn decode(token: String, stages: &[Stage], byte_of: &[Option<u8>], out: &mut Vec
                         Some(byte) => out.push(byte),
                         None => {
                             out.truncate(start);
-                            return out.extend(token.into_bytes());
+                            return out.extend_from_slice(token.as_bytes());
                         }
                     }
                 }
@@ -119,7 +128,7 @@ fn decode(token: String, stages: &[Stage], byte_of: &[Option<u8>], out: &mut Vec
             }
         }
     }
-    out.extend(token.into_bytes());
+    out.extend_from_slice(token.as_bytes());
 }
 
 /// What the decoder does token by token, and the spaces it takes away at the start of the text.

@@ -67,6 +67,7 @@ pub(super) fn units(shape: &AttentionShape, position: usize, n_tokens: usize, wi
 /// See [`crate::backend::Op::RopeAppend`]. `rope` is (context, rotary_dim / 2, 2).
 #[allow(clippy::too_many_arguments, reason = "the operation's operands, each of another kind")]
 pub(super) fn rope_append(
+    pool: &mut Pool,
     qkv: &mut [f32],
     width: usize,
     cache: &mut Cache,
@@ -77,22 +78,33 @@ pub(super) fn rope_append(
 ) {
     let (heads, kv_heads) = (shape.heads as usize, shape.kv_heads as usize);
     let (dim, rotary) = (shape.head_dim as usize, shape.rotary_dim as usize);
-    for (t, row) in qkv.chunks_exact_mut(width).enumerate() {
-        if let Some(rope) = rope {
-            let angles = &rope[(position + t) * rotary..][..rotary];
-            for head in row.chunks_exact_mut(dim).take(heads + kv_heads) {
-                let (first, second) = head[..rotary].split_at_mut(rotary / 2);
-                for ((a, b), angle) in first.iter_mut().zip(second).zip(angles.as_chunks::<2>().0) {
-                    let [cos, sin] = *angle;
-                    (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+    let end = position + qkv.len() / width;
+    let (rows, cache) = (Parts::new(qkv), cache.writer());
+    // Keys of sixteen positions lie side by side.
+    let (first, blocks) = (position / LANES, end.div_ceil(LANES) - position / LANES);
+    let tasks = pool.tasks(blocks, LANES * width);
+    pool.run(tasks, &|task, _| {
+        let [from, to] = [task, task + 1].map(|task| LANES * (first + blocks * task / tasks));
+        for at in from.max(position)..to.min(end) {
+            // SAFETY: positions are dealt to tasks without overlap.
+            let row = unsafe { rows.part((at - position) * width, width) };
+            if let Some(rope) = rope {
+                let angles = &rope[at * rotary..][..rotary];
+                for head in row.chunks_exact_mut(dim).take(heads + kv_heads) {
+                    let (first, second) = head[..rotary].split_at_mut(rotary / 2);
+                    for ((a, b), angle) in first.iter_mut().zip(second).zip(angles.as_chunks::<2>().0) {
+                        let [cos, sin] = *angle;
+                        (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+                    }
                 }
             }
+            for h in 0..kv_heads {
+                let (key, value) = (&row[(heads + h) * dim..][..dim], &row[(heads + kv_heads + h) * dim..][..dim]);
+                // SAFETY: tasks have whole blocks of positions.
+                unsafe { cache.write(kernels, h, at, (key, value)) };
+            }
         }
-        for h in 0..kv_heads {
-            let (key, value) = (&row[(heads + h) * dim..][..dim], &row[(heads + kv_heads + h) * dim..][..dim]);
-            cache.write(kernels, h, position + t, (key, value));
-        }
-    }
+    });
 }
 
 /// Operands of [`attention`].
@@ -135,9 +147,8 @@ pub(super) fn attention(
     if inputs.n_tokens > TOKENS || splits.len() == 1 {
         pool.run(part.len(), &|task, worker| {
             let task = part.start + task;
-            // Late tokens see more keys: deal them first, so that the last tasks are short.
-            let last = inputs.n_tokens - task / kv_heads * TOKENS;
-            let unit = Unit { kv_head: task % kv_heads, tokens: last.saturating_sub(TOKENS)..last };
+            let first = task / kv_heads * TOKENS;
+            let unit = Unit { kv_head: task % kv_heads, tokens: first..inputs.n_tokens.min(first + TOKENS) };
             let mut scratch = scratch[worker].lock().unwrap_or_else(|e| e.into_inner());
             let sums = unit.attend(kernels, inputs, &mut scratch);
             for (t, sums) in unit.tokens.clone().zip(sums.chunks_exact(width)) {

@@ -11,17 +11,26 @@ const ALIKE: f64 = 0.8;
 /// available processors where the system does not tell.
 pub fn performance_cores() -> usize {
     let available = std::thread::available_parallelism().map_or(1, usize::from);
-    count(Path::new("/sys/devices/system/cpu")).unwrap_or(available).clamp(1, available)
+    count(Path::new("/sys/devices/system/cpu"), allowed()).unwrap_or(available).clamp(1, available)
 }
 
-/// The count by the files of Linux under `root`.
-fn count(root: &Path) -> Option<usize> {
+/// Processors that the calling thread, and so those that it makes, may run on, where Linux tells.
+fn allowed() -> Option<Vec<usize>> {
+    let status = std::fs::read_to_string("/proc/thread-self/status").ok()?;
+    numbers(status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"))?)
+}
+
+/// The count by the files of Linux under `root`, of the processors `allowed` or of all.
+fn count(root: &Path, allowed: Option<Vec<usize>>) -> Option<usize> {
     let read = |path: std::path::PathBuf| Some(std::fs::read_to_string(path).ok()?.trim().to_owned());
+    let mut usable = numbers(&read(root.join("online"))?)?;
+    usable.retain(|number| allowed.as_ref().is_none_or(|allowed| allowed.contains(number)));
     let mut speeds = Vec::new();
-    for number in numbers(&read(root.join("online"))?)? {
+    for &number in &usable {
         let cpu = root.join(format!("cpu{number}"));
+        // Of a core's threads the first that may be used counts.
         let siblings = read(cpu.join("topology/thread_siblings_list")).and_then(|list| numbers(&list));
-        if siblings.is_some_and(|siblings| siblings.first() != Some(&number)) {
+        if siblings.is_some_and(|siblings| siblings.iter().find(|thread| usable.contains(thread)) != Some(&number)) {
             continue;
         }
         let number = |file: &str| read(cpu.join(file))?.parse::<f64>().ok();
@@ -69,17 +78,21 @@ mod tests {
             write(format!("cpu{cpu}/topology/thread_siblings_list"), &siblings);
             write(format!("cpu{cpu}/cpufreq/cpuinfo_max_freq"), &format!("{speed}\n"));
         }
-        assert_eq!(count(&root), Some(2));
+        assert_eq!(count(&root, None), Some(2));
+        // Threads of one core; a core's second thread and slow cores; slow cores alone.
+        for (allowed, expected) in [(vec![0, 1], 1), (vec![1, 3, 5, 6], 2), (vec![5, 6, 7], 3), (vec![], 0)] {
+            assert_eq!(count(&root, Some(allowed)), Some(expected));
+        }
         // A phone says how fast a core is beside the fastest one.
         for cpu in 0..8 {
             write(format!("cpu{cpu}/topology/thread_siblings_list"), &format!("{cpu}\n"));
             write(format!("cpu{cpu}/cpu_capacity"), ["250", "250", "250", "250", "870", "870", "870", "1024"][cpu]);
         }
-        assert_eq!(count(&root), Some(4));
+        assert_eq!(count(&root, None), Some(4));
         write("online".into(), "nonsense");
-        assert_eq!(count(&root), None);
+        assert_eq!(count(&root, None), None);
         std::fs::remove_dir_all(&root).unwrap();
-        assert_eq!(count(&root), None);
+        assert_eq!(count(&root, None), None);
         assert!(performance_cores() >= 1);
     }
 

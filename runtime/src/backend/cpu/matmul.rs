@@ -1,11 +1,12 @@
 //! out[t, n] = sum_k x[t, k] * W[n, k]: weight rows are expanded to f32 in cache and multiplied with every token.
 
+use std::ops::Range;
 use std::sync::Mutex;
 
 use super::Scratch;
 use super::integer::rows::LANES;
 use super::kernels::{Kernels, TILE};
-use super::pool::{Parts, Pool};
+use super::pool::{Parts, Pool, TASKS_PER_THREAD};
 use super::vector::Outer;
 use super::weights::Matrix;
 use crate::error::Result;
@@ -13,8 +14,6 @@ use crate::tensor::{DenseType, Weight};
 
 /// Columns expanded at a time: TILE rows of them are 32 KiB, so they stay in the first cache levels.
 const K_TILE: usize = 2048;
-/// Tasks a thread gets on average; more balance better, fewer cost less.
-pub(super) const TASKS_PER_THREAD: usize = 4;
 
 /// Columns of a block of sixteen rows that are expanded at a time, into as much memory.
 const K_BLOCK: usize = TILE * K_TILE / LANES;
@@ -53,14 +52,40 @@ impl<'a> Output<'a> {
     /// Writes (or adds to) columns of row `t` from `n` on: `values`, plus `bias` where there is one.
     ///
     /// # Safety
-    /// No two threads may pass the same column during one matrix product.
+    /// No two threads may pass the same column of a row during one matrix product.
     pub(super) unsafe fn set_run(&self, t: usize, n: usize, values: &[f32], bias: Option<&[f32]>, accumulate: bool) {
-        // SAFETY: the caller's promise: columns are of one thread each.
+        // SAFETY: the caller's promise: columns of a row are of one thread each.
         let out = unsafe { self.parts.part(t * self.stride + n, values.len()) };
-        // Nearly all runs are of whole blocks, a vector or two.
-        match values.len() {
-            LANES => put(&mut out[..LANES], &values[..LANES], bias, accumulate),
-            _ => put(out, values, bias, accumulate),
+        put(out, values, bias, accumulate);
+    }
+
+    /// Writes (or adds to) the columns `columns` of rows of the output: `values`, (blocks, rows, 16), plus `bias`, which
+    /// begins with these columns, where there is one. `row` tells the row of the output for a row of `values`.
+    ///
+    /// # Safety
+    /// That of [`Self::set_run`].
+    pub(super) unsafe fn set_blocks(
+        &self,
+        row: impl Fn(usize) -> usize,
+        columns: Range<usize>,
+        values: &[[f32; LANES]],
+        bias: Option<&[f32]>,
+        accumulate: bool,
+    ) {
+        let rows = values.len() / columns.len().div_ceil(LANES).max(1);
+        for i in 0..rows {
+            // SAFETY: the caller's promise.
+            let out = unsafe { self.parts.part(row(i) * self.stride + columns.start, columns.len()) };
+            let mut values = values[i..].iter().step_by(rows);
+            // Nearly all are whole, a vector or two.
+            let (whole, rest) = out.as_chunks_mut::<LANES>();
+            let (whole_bias, rest_bias) = bias.map(<[f32]>::as_chunks::<LANES>).unzip();
+            for (block, (out, values)) in whole.iter_mut().zip(&mut values).enumerate() {
+                put(out, values, whole_bias.map(|bias| &bias[block][..]), accumulate);
+            }
+            if let Some(values) = values.next() {
+                put(rest, &values[..rest.len()], rest_bias, accumulate);
+            }
         }
     }
 }

@@ -116,8 +116,9 @@ fn partials_len(program: &Program, config: &RunnerConfig) -> Option<usize> {
 /// Elements of the two parts of [`Scratch`].
 fn scratch(program: &Program, config: &RunnerConfig) -> (usize, usize) {
     let shape = &program.attention;
+    let norms = program.ops.iter().map(|op| if let Op::Norm { dim, .. } = op { *dim as usize } else { 0 });
     (
-        matmul::scratch_weights().max(attention::scratch_rows(shape)),
+        matmul::scratch_weights().max(attention::scratch_rows(shape)).max(norms.max().unwrap_or(0)),
         matmul::scratch_sums(config.max_tokens as usize).max(attention::scratch_scores(
             shape,
             config.context as usize,
@@ -128,7 +129,7 @@ fn scratch(program: &Program, config: &RunnerConfig) -> (usize, usize) {
 
 /// Scratch memory of one worker, allocated once.
 struct Scratch {
-    /// Expanded weight rows, or expanded keys and values.
+    /// Expanded weight rows, expanded keys and values, or columns that a norm works on.
     weights: Vec<f32>,
     /// Partial sums of a block of weight rows, or attention scores.
     sums: Vec<f32>,

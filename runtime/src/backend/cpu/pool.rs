@@ -4,6 +4,7 @@
 use std::any::Any;
 use std::cell::UnsafeCell;
 use std::marker::PhantomData;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
@@ -17,6 +18,11 @@ use crate::backend::Jobs;
 const SPIN: Duration = Duration::from_micros(30);
 /// Looks between two at the clock. A pause takes from 10 ns to 70 ns, by processor.
 const LOOKS: usize = 16;
+
+/// Tasks a thread gets on average; more balance better, fewer cost less.
+pub(super) const TASKS_PER_THREAD: usize = 4;
+/// Elements that take as long as it takes to wake a thread.
+const WORTH: usize = 1 << 15;
 
 type Job = dyn Fn(usize, usize) + Sync;
 
@@ -35,8 +41,10 @@ struct Shared {
     /// Workers inside the current job, and [`OPEN`] while others may still enter: a job does not wait for workers that
     /// sleep until all of it is done.
     gate: AtomicUsize,
-    /// Next task of the current job.
-    next: AtomicUsize,
+    /// Next task of each thread's share of the current job. A thread takes those of its own first, in order: they read
+    /// neighbouring weights, and often rows that its caches have from the job before. Then it takes what is left of the
+    /// others'.
+    next: Vec<Line>,
     stop: AtomicBool,
     /// Workers that sleep, or are about to.
     sleepers: AtomicUsize,
@@ -44,6 +52,10 @@ struct Shared {
     wake: Condvar,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
 }
+
+/// A number on a cache line of its own.
+#[repr(align(64))]
+struct Line(AtomicUsize);
 
 /// More workers than there can be.
 const OPEN: usize = 1 << (usize::BITS - 1);
@@ -96,7 +108,7 @@ impl Pool {
             generation: AtomicUsize::new(0),
             job: UnsafeCell::new(None),
             gate: AtomicUsize::new(0),
-            next: AtomicUsize::new(0),
+            next: (0..threads.max(1)).map(|_| Line(AtomicUsize::new(0))).collect(),
             stop: AtomicBool::new(false),
             sleepers: AtomicUsize::new(0),
             sleep: Mutex::new(()),
@@ -128,6 +140,14 @@ impl Pool {
         }
     }
 
+    /// Tasks to share `items` in, each of `work` elements: one where others would have to be woken for too little.
+    pub(super) fn tasks(&self, items: usize, work: usize) -> usize {
+        match self.threads() {
+            threads if threads > 1 && items * work >= WORTH => items.min(threads * TASKS_PER_THREAD),
+            _ => items.min(1),
+        }
+    }
+
     /// Calls `job(task, worker)` once for every task below `tasks`, in any order and on any worker below
     /// [`Self::threads`], and returns when all calls have returned.
     ///
@@ -154,7 +174,9 @@ impl Pool {
             unsafe { std::mem::transmute::<*const (dyn Fn(usize, usize) + Sync + '_), *const Job>(job) };
         // SAFETY: see `Shared`: the gate is closed and nobody inside.
         unsafe { *self.shared.job.get() = Some((tasks, JobPtr(erased))) };
-        self.shared.next.store(0, Ordering::Relaxed);
+        for share in 0..self.shared.next.len() {
+            self.shared.next[share].0.store(self.shared.share(share, tasks).start, Ordering::Relaxed);
+        }
         self.shared.gate.store(OPEN, Ordering::Release);
         self.shared.publish();
         let mine = catch_unwind(AssertUnwindSafe(|| drain(&self.shared, tasks, job, 0)));
@@ -209,6 +231,12 @@ impl Shared {
         now()
     }
 
+    /// The tasks of thread `worker`.
+    fn share(&self, worker: usize, tasks: usize) -> Range<usize> {
+        let threads = self.next.len();
+        tasks * worker / threads..tasks * (worker + 1) / threads
+    }
+
     /// Enters the current job, if that is not over.
     fn enter(&self) -> bool {
         let inside = |gate| if gate & OPEN == 0 { None } else { Some(gate + 1) };
@@ -233,12 +261,16 @@ fn spin_until(done: impl Fn() -> bool) -> bool {
 }
 
 fn drain(shared: &Shared, tasks: usize, job: &(dyn Fn(usize, usize) + Sync), worker: usize) {
-    loop {
-        let task = shared.next.fetch_add(1, Ordering::Relaxed);
-        if task >= tasks {
-            return;
+    let threads = shared.next.len();
+    for share in (worker..threads).chain(0..worker) {
+        let end = shared.share(share, tasks).end;
+        loop {
+            let task = shared.next[share].0.fetch_add(1, Ordering::Relaxed);
+            if task >= end {
+                break;
+            }
+            job(task, worker);
         }
-        job(task, worker);
     }
 }
 

@@ -55,8 +55,6 @@ pub(super) struct CpuRunner {
     rounded: integer::Activations,
     /// Memory for such products, one a thread.
     workers: Vec<Mutex<Box<integer::Worker>>>,
-    /// The run of columns that a norm works on.
-    norm_row: Vec<f32>,
     /// Logits rows of the last run.
     logits_rows: usize,
     /// Copy of the logits row that sampling may change.
@@ -144,7 +142,6 @@ impl CpuRunner {
             gathered: Gathered { x: Vec::with_capacity(gathered), ..Gathered::default() },
             rounded,
             workers,
-            norm_row: Vec::new(),
             logits_rows: 0,
             sample_row,
             candidates: Vec::with_capacity(program.vocab_size as usize),

@@ -7,6 +7,7 @@ use half::f16;
 use memmap2::MmapMut;
 
 use super::super::kernels::Kernels;
+use super::super::pool::Parts;
 use super::super::{vector, zero_pages};
 use crate::backend::{AttentionShape, KvType, Q8_GROUP};
 use crate::error::Result;
@@ -78,12 +79,6 @@ impl Store {
         let (codes, scales) = self.0.split_at(layout.len().unwrap_or(0));
         (bytemuck::cast_slice(codes), scales)
     }
-
-    fn q8_mut(&mut self, layout: &Layout) -> (&mut [i8], &mut [f16]) {
-        let (codes, scales) = self.0.split_at_mut(layout.len().unwrap_or(0));
-        // Both are whole numbers of them: lines of 16 positions.
-        (bytemuck::cast_slice_mut(codes), bytemuck::cast_slice_mut(scales))
-    }
 }
 
 /// Keys and values of one layer.
@@ -142,46 +137,10 @@ impl Cache {
         }
     }
 
-    /// Takes the key and the value of a head at a position to the cache's own memory.
-    pub(super) fn write(
-        &mut self,
-        kernels: &dyn Kernels,
-        head: usize,
-        position: usize,
-        (key, value): (&[f32], &[f32]),
-    ) {
-        let layout = self.layout;
-        let (key_at, value_at) = (layout.key(head, position, layout.dim), layout.value(head, position, layout.dim));
-        match layout.kv_type {
-            KvType::F16 => {
-                let keys = &mut bytemuck::cast_slice_mut::<u8, f16>(&mut self.own.keys.0)[key_at..];
-                keys.iter_mut().step_by(LANES).zip(key).for_each(|(to, value)| *to = f16::from_f32(*value));
-                let values = bytemuck::cast_slice_mut::<u8, f16>(&mut self.own.values.0);
-                kernels.narrow_f16(value, &mut values[value_at..value_at + value.len()]);
-            }
-            KvType::F32 => {
-                let keys = &mut bytemuck::cast_slice_mut::<u8, f32>(&mut self.own.keys.0)[key_at..];
-                keys.iter_mut().step_by(LANES).zip(key).for_each(|(to, value)| *to = *value);
-                let values = bytemuck::cast_slice_mut::<u8, f32>(&mut self.own.values.0);
-                values[value_at..value_at + value.len()].copy_from_slice(value);
-            }
-            KvType::Q8 => {
-                let (codes, scales) = self.own.keys.q8_mut(&layout);
-                let scales = scales[layout.key(head, position, layout.groups())..].iter_mut().step_by(LANES);
-                let groups = codes[key_at..].chunks_mut(LANES * Q8_GROUP).zip(scales);
-                for (key, (to, scale)) in key.chunks(Q8_GROUP).zip(groups) {
-                    let mut rounded = [0; Q8_GROUP];
-                    *scale = vector::round_q8(key, &mut rounded[..key.len()]);
-                    to.iter_mut().step_by(LANES).zip(&rounded[..key.len()]).for_each(|(to, code)| *to = *code);
-                }
-                let (codes, scales) = self.own.values.q8_mut(&layout);
-                let scales = &mut scales[layout.value(head, position, layout.groups())..];
-                let groups = codes[value_at..].chunks_mut(Q8_GROUP).zip(scales);
-                for (value, (to, scale)) in value.chunks(Q8_GROUP).zip(groups) {
-                    *scale = vector::round_q8(value, &mut to[..value.len()]);
-                }
-            }
-        }
+    /// For threads that write keys and values together.
+    pub(super) fn writer(&mut self) -> Writer<'_> {
+        let Pair { keys, values } = &mut self.own;
+        Writer { keys: Parts::new(&mut keys.0), values: Parts::new(&mut values.0), layout: self.layout }
     }
 
     /// The keys of a block of [`LANES`] positions of which `position` is one, (head_dim, 16), and the end of the
@@ -269,6 +228,70 @@ impl Cache {
                 let to = store.0[store_at..].chunks_mut(step);
                 bytes[from].chunks_exact(size).zip(to).for_each(|(from, to)| to[..size].copy_from_slice(from));
             });
+        }
+    }
+}
+
+/// The cache's own memory, of which threads write positions of their own.
+pub(super) struct Writer<'a> {
+    keys: Parts<'a, u8>,
+    values: Parts<'a, u8>,
+    layout: Layout,
+}
+
+impl Writer<'_> {
+    /// Takes the key and the value of a head at a position.
+    ///
+    /// # Safety
+    /// No two threads write positions of the same [`LANES`], those from a multiple of that many on.
+    pub(super) unsafe fn write(
+        &self,
+        kernels: &dyn Kernels,
+        head: usize,
+        position: usize,
+        (key, value): (&[f32], &[f32]),
+    ) {
+        let layout = &self.layout;
+        let (block, lane) = (position / LANES * LANES, position % LANES);
+        // Bytes of `per_position` numbers of `size` bytes from the byte `start` on: of the key's block, and of the value.
+        // SAFETY: of this thread alone, by the caller's promise.
+        let keys = |start: usize, per_position: usize, size: usize| unsafe {
+            let at = start + layout.key(head, block, per_position) * size;
+            self.keys.part(at, LANES * per_position * size)
+        };
+        // SAFETY: as above.
+        let values = |start: usize, per_position: usize, size: usize| unsafe {
+            self.values.part(start + layout.value(head, position, per_position) * size, per_position * size)
+        };
+        match layout.kv_type {
+            KvType::F16 => {
+                let keys = &mut bytemuck::cast_slice_mut::<u8, f16>(keys(0, layout.dim, 2))[lane..];
+                keys.iter_mut().step_by(LANES).zip(key).for_each(|(to, value)| *to = f16::from_f32(*value));
+                kernels.narrow_f16(value, bytemuck::cast_slice_mut(values(0, layout.dim, 2)));
+            }
+            KvType::F32 => {
+                let keys = &mut bytemuck::cast_slice_mut::<u8, f32>(keys(0, layout.dim, 4))[lane..];
+                keys.iter_mut().step_by(LANES).zip(key).for_each(|(to, value)| *to = *value);
+                bytemuck::cast_slice_mut(values(0, layout.dim, 4)).copy_from_slice(value);
+            }
+            KvType::Q8 => {
+                // Both are whole numbers of scales: lines of 16 positions.
+                let scales_at = layout.len().unwrap_or(0);
+                let codes = &mut bytemuck::cast_slice_mut::<u8, i8>(keys(0, layout.dim, 1))[lane..];
+                let scales = &mut bytemuck::cast_slice_mut::<u8, f16>(keys(scales_at, layout.groups(), 2))[lane..];
+                let groups = codes.chunks_mut(LANES * Q8_GROUP).zip(scales.iter_mut().step_by(LANES));
+                for (key, (to, scale)) in key.chunks(Q8_GROUP).zip(groups) {
+                    let mut rounded = [0; Q8_GROUP];
+                    *scale = vector::round_q8(key, &mut rounded[..key.len()]);
+                    to.iter_mut().step_by(LANES).zip(&rounded[..key.len()]).for_each(|(to, code)| *to = *code);
+                }
+                let codes = bytemuck::cast_slice_mut::<u8, i8>(values(0, layout.dim, 1));
+                let scales = bytemuck::cast_slice_mut::<u8, f16>(values(scales_at, layout.groups(), 2));
+                let groups = codes.chunks_mut(Q8_GROUP).zip(scales);
+                for (value, (to, scale)) in value.chunks(Q8_GROUP).zip(groups) {
+                    *scale = vector::round_q8(value, &mut to[..value.len()]);
+                }
+            }
         }
     }
 }

@@ -55,7 +55,16 @@ fn filled(kernels: &dyn Kernels, shape: &AttentionShape, kv_type: KvType, qkv: &
     let mut cache = Cache::new(layout).unwrap();
     let mut from = 0;
     for &to in forks.iter().chain(&[qkv.len() / width]) {
-        rope_append(&mut qkv[from * width..to * width], width, &mut cache, None, shape, from, kernels);
+        rope_append(
+            &mut Pool::new(2),
+            &mut qkv[from * width..to * width],
+            width,
+            &mut cache,
+            None,
+            shape,
+            from,
+            kernels,
+        );
         cache = cache.fork(to).unwrap();
         from = to;
     }

@@ -5,7 +5,6 @@ use super::super::pool::{Parts, Pool};
 use super::super::{fitting, mismatch, out_of_memory, zeros};
 use super::rows::{BYTE_GROUP, OCTET, Shape};
 use super::{PANEL, Panel};
-use crate::backend::cpu::matmul::TASKS_PER_THREAD;
 use crate::backend::{Op, Program, RunnerConfig};
 use crate::error::Result;
 
@@ -164,7 +163,7 @@ impl Activations {
         (self.rows, self.k, self.span, self.planes) = (rows, k, span, planes);
         let (codes, scales, sums) =
             (Parts::new(&mut self.codes), Parts::new(&mut self.scales), Parts::new(&mut self.sums));
-        let tasks = rows.min(pool.threads() * TASKS_PER_THREAD);
+        let tasks = pool.tasks(rows, k);
         pool.run(tasks, &|task, _| {
             for row in rows * task / tasks..rows * (task + 1) / tasks {
                 // SAFETY: rows are dealt to tasks without overlap.

@@ -9,12 +9,12 @@ use std::arch::asm;
 use std::arch::x86_64::*;
 
 use super::rows::{Codes, LANES, OCTET, Rows};
-use super::{Inputs, Panel, STREAMS};
+use super::{BLOCKS, Inputs, Panel};
 
 /// Tokens of a tile.
 const TOKENS: usize = 12;
 /// Bytes that a product reads ahead of itself.
-const AHEAD: usize = 2048;
+const AHEAD: usize = 1024;
 
 /// sums[i] + a[2 i] * b[2 i] + a[2 i + 1] * b[2 i + 1]
 #[inline]
@@ -35,12 +35,12 @@ fn multiply_add(mut sums: __m512i, a: __m512i, b: __m512i) -> __m512i {
 /// See [`super::super::kernels::Kernels::gemv`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 pub(in crate::backend::cpu) fn gemv(w: &Rows<'_>, block: usize, x: &Inputs<'_>, out: &mut [[f32; LANES]]) {
-    let (fours, rest) = out.as_chunks_mut::<STREAMS>();
+    let (fours, rest) = out.as_chunks_mut::<BLOCKS>();
     for (i, out) in fours.iter_mut().enumerate() {
-        gemv_blocks(w, block + STREAMS * i, x, out);
+        gemv_blocks(w, block + BLOCKS * i, x, out);
     }
     for (i, out) in rest.iter_mut().enumerate() {
-        gemv_blocks(w, block + STREAMS * fours.len() + i, x, std::array::from_mut(out));
+        gemv_blocks(w, block + BLOCKS * fours.len() + i, x, std::array::from_mut(out));
     }
 }
 

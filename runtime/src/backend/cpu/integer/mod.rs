@@ -14,8 +14,8 @@ use std::ops::Range;
 use std::sync::Mutex;
 
 use super::kernels::Kernels;
-use super::matmul::{Output, TASKS_PER_THREAD};
-use super::pool::Pool;
+use super::matmul::Output;
+use super::pool::{Pool, TASKS_PER_THREAD};
 use crate::error::Result;
 use rows::{LANES, MAX_SPAN, Rows};
 
@@ -41,16 +41,17 @@ pub(super) use activations::{Activations, Inputs, bytes};
 
 /// Columns of a [`Panel`]: its codes then take half of a first-level cache of 32 KiB.
 const PANEL: usize = 512;
-/// Blocks of a panel that planes meet, of fewer columns each: a panel in bytes has half the size.
+/// Blocks of a panel that planes meet, of fewer columns each: a panel in bytes has half the size. As many are read side by
+/// side by [`Kernels::gemv`] where that helps; they are dealt to threads together.
 const BLOCKS: usize = 4;
 /// Bytes of activations that stay in the second-level cache while all panels meet them.
 const TOKEN_BYTES: usize = 192 * 1024;
 /// The same in planes: processors with tiles have caches of 2 MiB.
 const PLANE_BYTES: usize = 768 * 1024;
-/// Blocks that [`Kernels::gemv`] reads side by side where that helps.
-const STREAMS: usize = 4;
 /// Most tokens that meet a panel before the next one is brought out.
-const MAX_TOKENS: usize = 240;
+const MAX_TOKENS: usize = 256;
+/// A multiple of the tokens of tiles of vectors, and of what any tile of planes has.
+const TILES: (usize, usize) = (12, 16);
 /// Most spans of a panel: of all blocks, in bytes.
 const SPANS: usize = 2 * PANEL / rows::BYTE_GROUP;
 
@@ -98,7 +99,7 @@ impl Worker {
         Box::new(Self { panel, sums: [[0.0; LANES]; BLOCKS * MAX_TOKENS] })
     }
 
-    /// The products of `blocks`, at most [`together`], with all rows of `x`: (blocks, rows, 16).
+    /// The products of `blocks`, at most [`BLOCKS`], with all rows of `x`: (blocks, rows, 16).
     fn products(
         &mut self,
         kernels: &dyn Kernels,
@@ -107,28 +108,31 @@ impl Worker {
         x: &Inputs<'_>,
     ) -> &[[f32; LANES]] {
         let Self { panel, sums } = self;
-        let sums = &mut sums[..blocks.len() * (x.codes.len() / x.k)];
+        let rows = x.codes.len() / x.k;
+        let sums = &mut sums[..blocks.len() * rows];
         sums.fill([0.0; LANES]);
-        let columns = if x.planes { 2 * PANEL / BLOCKS } else { PANEL };
+        let (together, columns) = if x.planes { (blocks.len(), 2 * PANEL / BLOCKS) } else { (1, PANEL) };
         let (spans, most) = (x.k / x.span, columns / x.span);
-        (panel.span, panel.blocks, panel.planes) = (x.span, blocks.len(), x.planes);
+        (panel.span, panel.blocks, panel.planes) = (x.span, together, x.planes);
         panel.offsets = matrix.shape().has_offsets();
-        for first in (0..spans).step_by(most) {
-            panel.spans = most.min(spans - first);
-            kernels.unpack(matrix, blocks.start, first, panel);
-            kernels.gemm(panel, first, x, sums);
+        for (block, sums) in blocks.step_by(together).zip(sums.chunks_exact_mut(together * rows)) {
+            for first in (0..spans).step_by(most) {
+                panel.spans = most.min(spans - first);
+                kernels.unpack(matrix, block, first, panel);
+                kernels.gemm(panel, first, x, sums);
+            }
         }
         sums
     }
 }
 
-/// Most blocks that meet activations at once, and most rows of them.
-fn together(x: &Inputs<'_>) -> (usize, usize) {
-    match x.planes {
-        // A multiple of what any tile has.
-        true => (BLOCKS, (PLANE_BYTES / (2 * x.k)).clamp(MAX_TOKENS / 10, MAX_TOKENS).next_multiple_of(16)),
-        false => (1, (TOKEN_BYTES / (2 * x.k)).clamp(MAX_TOKENS / 10, MAX_TOKENS)),
-    }
+/// The pieces that `rows` rows of activations meet weights in: their number, as small as caches let it be, and the rows of
+/// each but the last.
+fn pieces(x: &Inputs<'_>, rows: usize) -> (usize, usize) {
+    let (bytes, tile) = if x.planes { (PLANE_BYTES, TILES.1) } else { (TOKEN_BYTES, TILES.0) };
+    let most = (bytes / (2 * x.k)).clamp(2 * tile, MAX_TOKENS) / tile * tile;
+    let len = rows.div_ceil(rows.div_ceil(most).max(1)).next_multiple_of(tile).max(tile);
+    (rows.div_ceil(len), len)
 }
 
 /// Where a product goes.
@@ -165,43 +169,49 @@ pub(super) fn matmul(
     }
     let Target { out, stride, bias, accumulate, order } = target;
     let part = part.start..part.end.min(shape.blocks());
-    let tasks = part.len().min(pool.threads() * TASKS_PER_THREAD);
     let output = Output::new(out, stride);
-    let write = |t: usize, block: usize, sums: &[f32; LANES]| {
-        let to = order.map_or(t, |order| order[t]);
-        let first = block * LANES;
-        let n = LANES.min(shape.n - first);
-        let bias = bias.map(|bias| &bias[first..first + n]);
-        // SAFETY: blocks are dealt to tasks without overlap.
-        unsafe { output.set_run(to, first, &sums[..n], bias, accumulate) };
+    let compute = |worker: usize, matrix: &Rows<'_>, tokens: Range<usize>, blocks: Range<usize>| {
+        let x = x.rows(tokens.clone());
+        let columns = blocks.start * LANES..shape.n.min(blocks.end * LANES);
+        let write = |sums: &[[f32; LANES]]| {
+            let row = |i: usize| order.map_or(tokens.start + i, |order| order[tokens.start + i]);
+            // SAFETY: no two items have the same rows and blocks.
+            unsafe {
+                output.set_blocks(row, columns.clone(), sums, bias.map(|bias| &bias[columns.clone()]), accumulate)
+            };
+        };
+        if tokens.len() == 1 && !x.planes {
+            let mut sums = [[0.0; LANES]; BLOCKS];
+            let sums = &mut sums[..blocks.len()];
+            kernels.gemv(matrix, blocks.start, &x, sums);
+            return write(sums);
+        }
+        let mut worker = workers[worker].lock().unwrap_or_else(|e| e.into_inner());
+        write(worker.products(kernels, matrix, blocks, &x));
+    };
+    // An item is a piece of a group's rows and a few blocks, rows by rows, so that a task reads weights in their order. Where
+    // a deadline leaves few blocks, each thread shall have some.
+    let together = (part.len() / pool.threads()).clamp(1, BLOCKS);
+    let columns = part.len().div_ceil(together);
+    let rows_of = |group: &Group| pieces(x, group.rows.len());
+    let items = groups.iter().map(|group| rows_of(group).0 * columns).sum::<usize>();
+    let tasks = match pool.threads() {
+        1 => items.min(1),
+        threads => items.min(threads * TASKS_PER_THREAD),
     };
     pool.run(tasks, &|task, worker| {
-        let blocks = part.start + part.len() * task / tasks..part.start + part.len() * (task + 1) / tasks;
+        let of_task = items * task / tasks..items * (task + 1) / tasks;
+        let mut before = 0;
         for group in groups {
-            let matrix = &matrices[group.expert];
-            if group.rows.len() == 1 && !x.planes {
-                let x = x.rows(group.rows.clone());
-                let mut sums = [[0.0; LANES]; STREAMS];
-                for first in blocks.clone().step_by(STREAMS) {
-                    let sums = &mut sums[..STREAMS.min(blocks.end - first)];
-                    kernels.gemv(matrix, first, &x, sums);
-                    (first..).zip(&*sums).for_each(|(block, sums)| write(group.rows.start, block, sums));
-                }
-                continue;
-            }
-            let mut worker = workers[worker].lock().unwrap_or_else(|e| e.into_inner());
-            let (most_blocks, most_tokens) = together(x);
-            for first in group.rows.clone().step_by(most_tokens) {
-                let tokens = first..group.rows.end.min(first + most_tokens);
-                for block in blocks.clone().step_by(most_blocks) {
-                    let blocks = block..blocks.end.min(block + most_blocks);
-                    let sums = worker.products(kernels, matrix, blocks.clone(), &x.rows(tokens.clone()));
-                    for (i, t) in tokens.clone().enumerate() {
-                        for (block, sums) in blocks.clone().zip(sums.iter().skip(i).step_by(tokens.len())) {
-                            write(t, block, sums);
-                        }
-                    }
-                }
+            let (n, len) = rows_of(group);
+            let of_group = before..before + n * columns;
+            before = of_group.end;
+            for item in of_task.start.max(of_group.start)..of_task.end.min(of_group.end) {
+                let (piece, column) = ((item - of_group.start) / columns, (item - of_group.start) % columns);
+                let first = group.rows.start + piece * len;
+                let block = part.start + column * together;
+                let tokens = first..group.rows.end.min(first + len);
+                compute(worker, &matrices[group.expert], tokens, block..part.end.min(block + together));
             }
         }
     });

@@ -14,8 +14,6 @@ use super::activations::place;
 use super::rows::{Codes, LANES, OCTET, Rows};
 use super::{Inputs, Panel, portable};
 
-/// Tokens of a tile.
-const TOKENS: usize = 3;
 /// Vectors of four rows in a block.
 pub(super) const QUADS: usize = LANES / 4;
 
@@ -147,43 +145,6 @@ pub(super) unsafe fn finish(
     }
 }
 
-/// See [`super::super::kernels::Kernels::gemv`].
-#[target_feature(enable = "neon,dotprod")]
-pub(in crate::backend::cpu) fn gemv(w: &Rows<'_>, block: usize, x: &Inputs<'_>, out: &mut [[f32; LANES]]) {
-    for (block, out) in (block..).zip(out) {
-        gemv_block(w, block, x, out);
-    }
-}
-
-#[inline]
-#[target_feature(enable = "neon,dotprod")]
-fn gemv_block(w: &Rows<'_>, block: usize, x: &Inputs<'_>, out: &mut [f32; LANES]) {
-    let shape = w.shape();
-    out.fill(0.0);
-    let mut x_octets = x.codes.as_ptr().cast::<i8>();
-    let mut index = 0;
-    for group in w.block(block).chunks_exact(shape.group_bytes()) {
-        let (numbers, codes) = group.split_at(shape.param_bytes());
-        let (s, b) = params(w, numbers);
-        for codes in codes.chunks_exact(x.span / OCTET * shape.octet_bytes()) {
-            let mut lanes = [[vdupq_n_s32(0); 2]; QUADS];
-            for octet in codes.chunks_exact(shape.octet_bytes()) {
-                // SAFETY: an octet of codes, and sixteen bytes of activations for each octet of a row of the matrix.
-                let (codes, x) = unsafe { (bring_out(shape.codes, octet.as_ptr()), vld1q_s8(x_octets)) };
-                x_octets = x_octets.wrapping_add(2 * OCTET);
-                for (lanes, [even, odd]) in lanes.iter_mut().zip(codes) {
-                    lanes[0] = dot::<1>(dot::<0>(lanes[0], even, x), odd, x);
-                    lanes[1] = dot::<3>(dot::<2>(lanes[1], even, x), odd, x);
-                }
-            }
-            let x = (x.scales[index], x.sums[index]);
-            index += 1;
-            // SAFETY: arrays of sixteen.
-            unsafe { finish(&lanes, (s.as_ptr(), b.as_ptr()), x, shape.has_offsets(), out.as_mut_ptr()) };
-        }
-    }
-}
-
 /// See [`super::super::kernels::Kernels::unpack`]; a panel's octet is what [`bring_out`] gives, or [`pair`] makes of it.
 #[target_feature(enable = "neon")]
 pub(in crate::backend::cpu) fn unpack<const PAIRED: bool>(w: &Rows<'_>, block: usize, first: usize, panel: &mut Panel) {
@@ -210,65 +171,120 @@ pub(in crate::backend::cpu) fn unpack<const PAIRED: bool>(w: &Rows<'_>, block: u
     }
 }
 
-/// See [`super::super::kernels::Kernels::gemm`].
-#[target_feature(enable = "neon,dotprod")]
-pub(in crate::backend::cpu) fn gemm(panel: &Panel, first: usize, x: &Inputs<'_>, sums: &mut [[f32; LANES]]) {
-    x.check_panel(panel, first, sums.len());
-    let mut t = 0;
-    while t < sums.len() {
-        let sums = &mut sums[t..];
-        // SAFETY: rows from `t` on, as many as the tile has, are in `x` and `sums`, with the columns of the panel.
-        unsafe {
-            t += match sums.len() {
-                1 => tile::<1>(panel, first, x, t, sums),
-                2 => tile::<2>(panel, first, x, t, sums),
-                _ => tile::<TOKENS>(panel, first, x, t, sums),
-            };
+/// The products with the instructions of `$features`: of an octet's codes, as [`bring_out`] gives them, `$form` makes what
+/// `$add` adds the products of to two vectors of sums; `$leave` gives those of low and of high bytes of four rows.
+macro_rules! products {
+    ($features:literal, $tokens:literal, $form:expr, $add:expr, $leave:expr) => {
+        /// See [`super::super::kernels::Kernels::gemv`].
+        #[target_feature(enable = $features)]
+        pub(in crate::backend::cpu) fn gemv(w: &Rows<'_>, block: usize, x: &Inputs<'_>, out: &mut [[f32; LANES]]) {
+            for (block, out) in (block..).zip(out) {
+                gemv_block(w, block, x, out);
+            }
         }
-    }
-}
 
-/// Adds the products with T rows of `x` from row `t` on; returns T.
-///
-/// # Safety
-/// `x` and `sums` have these rows, `x` the columns of the spans from `first` on that the panel has.
-#[target_feature(enable = "neon,dotprod")]
-unsafe fn tile<const T: usize>(
-    panel: &Panel,
-    first: usize,
-    x: &Inputs<'_>,
-    t: usize,
-    sums: &mut [[f32; LANES]],
-) -> usize {
-    let spans = x.k / x.span;
-    let mut weights = panel.codes.as_ptr().cast::<i8>();
-    let mut rows: [*const i8; T] =
-        std::array::from_fn(|i| x.codes.as_ptr().wrapping_add((t + i) * x.k + first * x.span).cast());
-    for span in 0..panel.spans {
-        let mut lanes = [[[vdupq_n_s32(0); 2]; QUADS]; T];
-        for octet in 0..x.span / OCTET {
-            // SAFETY: sixteen bytes of every row of `x`, eight vectors of the panel for an octet.
-            let x: [int8x16_t; T] = std::array::from_fn(|i| unsafe { vld1q_s8(rows[i].add(2 * OCTET * octet)) });
-            for quad in 0..QUADS {
-                // SAFETY: as above.
-                let (even, odd) = unsafe { (vld1q_s8(weights), vld1q_s8(weights.add(16))) };
-                weights = weights.wrapping_add(32);
-                for i in 0..T {
-                    let lanes = &mut lanes[i][quad];
-                    lanes[0] = dot::<1>(dot::<0>(lanes[0], even, x[i]), odd, x[i]);
-                    lanes[1] = dot::<3>(dot::<2>(lanes[1], even, x[i]), odd, x[i]);
+        #[inline]
+        #[target_feature(enable = $features)]
+        fn gemv_block(w: &Rows<'_>, block: usize, x: &Inputs<'_>, out: &mut [f32; LANES]) {
+            let shape = w.shape();
+            out.fill(0.0);
+            let mut x_octets = x.codes.as_ptr().cast::<i8>();
+            let mut index = 0;
+            for group in w.block(block).chunks_exact(shape.group_bytes()) {
+                let (numbers, codes) = group.split_at(shape.param_bytes());
+                let (s, b) = params(w, numbers);
+                for codes in codes.chunks_exact(x.span / OCTET * shape.octet_bytes()) {
+                    let mut sums = [[vdupq_n_s32(0); 2]; QUADS];
+                    for octet in codes.chunks_exact(shape.octet_bytes()) {
+                        // SAFETY: an octet of codes, and sixteen bytes of activations for each octet of a row of the
+                        // matrix.
+                        let (codes, x) = unsafe { (bring_out(shape.codes, octet.as_ptr()), vld1q_s8(x_octets)) };
+                        x_octets = x_octets.wrapping_add(2 * OCTET);
+                        for (sums, codes) in sums.iter_mut().zip(codes) {
+                            *sums = $add(*sums, $form(codes), x);
+                        }
+                    }
+                    let x = (x.scales[index], x.sums[index]);
+                    index += 1;
+                    let lanes = sums.map(|sums| $leave(sums));
+                    // SAFETY: arrays of sixteen.
+                    unsafe { finish(&lanes, (s.as_ptr(), b.as_ptr()), x, shape.has_offsets(), out.as_mut_ptr()) };
                 }
             }
         }
-        for (i, lanes) in lanes.iter().enumerate() {
-            let number = (t + i) * spans + first + span;
-            let numbers = (panel.s[span].as_ptr(), panel.b[span].as_ptr());
-            // SAFETY: arrays of sixteen.
-            unsafe {
-                finish(lanes, numbers, (x.scales[number], x.sums[number]), panel.offsets, sums[i].as_mut_ptr());
+
+        /// See [`super::super::kernels::Kernels::gemm`].
+        #[target_feature(enable = $features)]
+        pub(in crate::backend::cpu) fn gemm(panel: &Panel, first: usize, x: &Inputs<'_>, sums: &mut [[f32; LANES]]) {
+            x.check_panel(panel, first, sums.len());
+            let mut t = 0;
+            while t < sums.len() {
+                let sums = &mut sums[t..];
+                // SAFETY: rows from `t` on, as many as the tile has, are in `x` and `sums`, with the columns of the panel.
+                unsafe {
+                    t += match sums.len() {
+                        1 => tile::<1>(panel, first, x, t, sums),
+                        2 => tile::<2>(panel, first, x, t, sums),
+                        _ => tile::<$tokens>(panel, first, x, t, sums),
+                    };
+                }
             }
         }
-        rows = rows.map(|row| row.wrapping_add(2 * x.span));
-    }
-    T
+
+        /// Adds the products with T rows of `x` from row `t` on; returns T.
+        ///
+        /// # Safety
+        /// `x` and `sums` have these rows, `x` the columns of the spans from `first` on that the panel has.
+        #[target_feature(enable = $features)]
+        unsafe fn tile<const T: usize>(
+            panel: &Panel,
+            first: usize,
+            x: &Inputs<'_>,
+            t: usize,
+            to: &mut [[f32; LANES]],
+        ) -> usize {
+            let spans = x.k / x.span;
+            let mut weights = panel.codes.as_ptr().cast::<i8>();
+            let mut rows: [*const i8; T] =
+                std::array::from_fn(|i| x.codes.as_ptr().wrapping_add((t + i) * x.k + first * x.span).cast());
+            for span in 0..panel.spans {
+                let mut sums = [[[vdupq_n_s32(0); 2]; QUADS]; T];
+                for octet in 0..x.span / OCTET {
+                    // SAFETY: sixteen bytes of every row of `x`, eight vectors of the panel for an octet.
+                    let x: [int8x16_t; T] =
+                        std::array::from_fn(|i| unsafe { vld1q_s8(rows[i].add(2 * OCTET * octet)) });
+                    for quad in 0..QUADS {
+                        // SAFETY: as above.
+                        let codes = unsafe { [vld1q_s8(weights), vld1q_s8(weights.add(16))] };
+                        weights = weights.wrapping_add(32);
+                        for i in 0..T {
+                            sums[i][quad] = $add(sums[i][quad], codes, x[i]);
+                        }
+                    }
+                }
+                for (i, sums) in sums.into_iter().enumerate() {
+                    let number = (t + i) * spans + first + span;
+                    let numbers = (panel.s[span].as_ptr(), panel.b[span].as_ptr());
+                    let x = (x.scales[number], x.sums[number]);
+                    let lanes = sums.map(|sums| $leave(sums));
+                    // SAFETY: arrays of sixteen.
+                    unsafe { finish(&lanes, numbers, x, panel.offsets, to[i].as_mut_ptr()) };
+                }
+                rows = rows.map(|row| row.wrapping_add(2 * x.span));
+            }
+            T
+        }
+    };
 }
+
+pub(super) use products;
+
+/// Adds the products of four rows' even and odd columns with low and with high bytes.
+#[inline]
+#[target_feature(enable = "neon,dotprod")]
+fn add([low, high]: [int32x4_t; 2], [even, odd]: [int8x16_t; 2], x: int8x16_t) -> [int32x4_t; 2] {
+    [dot::<1>(dot::<0>(low, even, x), odd, x), dot::<3>(dot::<2>(high, even, x), odd, x)]
+}
+
+// Tiles of 3 tokens.
+products!("neon,dotprod", 3, std::convert::identity, add, std::convert::identity);

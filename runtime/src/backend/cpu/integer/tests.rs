@@ -374,6 +374,43 @@ fn products_match_f64_whatever_is_computed_together() {
     }
 }
 
+/// As many rows as caches make several pieces of, and experts with a row or a few beside such; some of one block, some of
+/// several threads' worth.
+#[test]
+fn long_inputs_are_computed_in_pieces() {
+    let mut seed = 17;
+    for (n, k, group_size) in [(5, 64, 64), (150, 64, 32), (87, 2048, 128)] {
+        let experts = [(); 3].map(|()| Case::four(n, k, group_size, Offset::Zero, &mut seed));
+        let matrices = experts.each_ref().map(Case::rows);
+        let rows = 2 * MAX_TOKENS + 9;
+        let x = inputs(rows, k, &mut seed);
+        let groups = [(1, 0..1), (0, 1..rows - 3), (2, rows - 3..rows)].map(|(expert, rows)| Group { expert, rows });
+        for kernels in kernels::all() {
+            let activations = rounded(&*kernels, &experts[0].shape, &x);
+            let mut all = Vec::new();
+            for threads in [1, 3] {
+                let mut pool = Pool::new(threads);
+                let workers: Vec<_> = (0..threads).map(|_| Mutex::new(Worker::new())).collect();
+                let mut out = vec![f32::NAN; rows * n];
+                let target = Target { out: &mut out, stride: n, bias: None, accumulate: false, order: None };
+                let x = activations.inputs();
+                matmul(&mut pool, &workers, &*kernels, &x, &matrices, &groups, 0..usize::MAX, target).unwrap();
+                all.push(out);
+            }
+            assert_eq!(all[0], all[1], "{}", kernels.name());
+            for group in &groups {
+                for row in group.rows.clone().step_by(1 + group.rows.len() / 9) {
+                    let expected = expected(&experts[group.expert], &*kernels, &activations.inputs(), row);
+                    for (found, expected) in all[0][row * n..][..n].iter().zip(expected) {
+                        let close = (f64::from(*found) - expected).abs() < 2e-5 * (1.0 + expected.abs());
+                        assert!(close, "{} row {row}: {found} {expected}", kernels.name());
+                    }
+                }
+            }
+        }
+    }
+}
+
 /// A thread that computed with tiles has no state of them afterwards, so that a host's thread is as it was.
 #[cfg(target_arch = "x86_64")]
 #[test]

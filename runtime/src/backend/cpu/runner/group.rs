@@ -52,6 +52,7 @@ fn run_op(
             for row in part {
                 let member = members.runner(row).and_then(own::<CpuRunner>)?;
                 attention::rope_append(
+                    &mut rows.pool,
                     &mut rows.buffers[qkv.0 as usize][row * width..][..width],
                     width,
                     &mut member.caches[layer as usize],

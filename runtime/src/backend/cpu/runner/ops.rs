@@ -48,6 +48,7 @@ impl CpuRunner {
             Op::RopeAppend { qkv, layer, rope } => {
                 let width = self.width(qkv);
                 attention::rope_append(
+                    &mut self.pool,
                     &mut self.buffers[qkv.0 as usize][part.start * width..part.end * width],
                     width,
                     &mut self.caches[layer as usize],
@@ -260,40 +261,49 @@ impl CpuRunner {
         let dim = dim as usize;
         let (x_width, out_width) = (self.width(x.buffer), self.width(out.buffer));
         let in_place = x.buffer == out.buffer;
+        if in_place && first != 0 {
+            return Err(mismatch("a norm of all rows where it is in place"));
+        }
         let vector = |id| vector(weights, id);
         let (weight, bias) = (vector(weight)?, bias.map(vector).transpose()?);
         let own_weights = weight.len() > dim;
         let mut output = std::mem::take(&mut self.buffers[out.buffer.0 as usize]);
-        // Grows to the widest norm in the first step.
-        let mut run = std::mem::take(&mut self.norm_row);
-        run.resize(dim, 0.0);
-        for to in part {
-            let from = first + to;
-            for segment in 0..segments as usize {
-                let x_at = from * x_width + x.offset as usize + segment * dim;
-                let out_at = to * out_width + out.offset as usize + segment * dim;
-                let source = if in_place { &output } else { &self.buffers[x.buffer.0 as usize] };
-                run.copy_from_slice(&source[x_at..x_at + dim]);
-                if kind == NormKind::Layer {
-                    let mean = run.iter().sum::<f32>() / dim as f32;
-                    run.iter_mut().for_each(|v| *v -= mean);
-                }
-                let mean = self.backend.kernels.dot(&run, &run) / dim as f32;
-                let factor = 1.0 / (mean + eps).sqrt();
-                let weight = if own_weights { &weight[segment * dim..] } else { weight };
-                run.iter_mut().zip(weight).for_each(|(v, w)| *v = *v * factor * w);
-                if let Some(bias) = bias {
-                    run.iter_mut().zip(bias).for_each(|(v, b)| *v += b);
-                }
-                let out = &mut output[out_at..out_at + dim];
-                match accumulate {
-                    true => out.iter_mut().zip(&run).for_each(|(out, v)| *out += v),
-                    false => out.copy_from_slice(&run),
+        let (source, kernels, scratch) = (&self.buffers[x.buffer.0 as usize], &*self.backend.kernels, &self.scratch);
+        let rows = Parts::new(&mut output);
+        let tasks = self.pool.tasks(part.len(), dim * segments as usize);
+        self.pool.run(tasks, &|task, worker| {
+            let mut scratch = scratch[worker].lock().unwrap_or_else(|e| e.into_inner());
+            let run = &mut scratch.weights[..dim];
+            for to in part.start + part.len() * task / tasks..part.start + part.len() * (task + 1) / tasks {
+                // SAFETY: rows are dealt to tasks without overlap.
+                let output = unsafe { rows.part(to * out_width, out_width) };
+                for segment in 0..segments as usize {
+                    let x_at = x.offset as usize + segment * dim;
+                    // In place, input and output have the same rows.
+                    run.copy_from_slice(match in_place {
+                        true => &output[x_at..x_at + dim],
+                        false => &source[(first + to) * x_width + x_at..][..dim],
+                    });
+                    if kind == NormKind::Layer {
+                        let mean = run.iter().sum::<f32>() / dim as f32;
+                        run.iter_mut().for_each(|v| *v -= mean);
+                    }
+                    let mean = kernels.dot(run, run) / dim as f32;
+                    let factor = 1.0 / (mean + eps).sqrt();
+                    let weight = if own_weights { &weight[segment * dim..] } else { weight };
+                    run.iter_mut().zip(weight).for_each(|(v, w)| *v = *v * factor * w);
+                    if let Some(bias) = bias {
+                        run.iter_mut().zip(bias).for_each(|(v, b)| *v += b);
+                    }
+                    let out = &mut output[out.offset as usize + segment * dim..][..dim];
+                    match accumulate {
+                        true => out.iter_mut().zip(&*run).for_each(|(out, v)| *out += v),
+                        false => out.copy_from_slice(run),
+                    }
                 }
             }
-        }
+        });
         self.buffers[out.buffer.0 as usize] = output;
-        self.norm_row = run;
         Ok(())
     }
 
@@ -423,7 +433,7 @@ impl CpuRunner {
         let input = &self.buffers[x.0 as usize][part.start * 2 * width..part.end * 2 * width];
         let to = Parts::new(&mut output[part.start * width..part.end * width]);
         let (rows, kernels) = (part.len(), &*self.backend.kernels);
-        let tasks = rows.min(self.pool.threads() * matmul::TASKS_PER_THREAD);
+        let tasks = self.pool.tasks(rows, 4 * width);
         self.pool.run(tasks, &|task, _| {
             for row in rows * task / tasks..rows * (task + 1) / tasks {
                 // SAFETY: rows are dealt to tasks without overlap.
