@@ -120,6 +120,7 @@ fn every_method_and_dialect_gives_a_checkpoint_that_loads_and_resembles_its_sour
         (Method::Awq, 8, Format::PackQuantized, GroupSize::Channel, true),
         (Method::Gptq, 2, Format::GptqV2, GroupSize::Features(64), false),
         (Method::Gptq, 3, Format::GptqV2, GroupSize::Features(32), false),
+        (Method::AwqTuned, 4, Format::AwqGemm, GroupSize::Features(32), false),
     ];
     for (i, (method, bits, format, group_size, symmetric)) in dialects.into_iter().enumerate() {
         let arch = ARCHS[i % ARCHS.len()];

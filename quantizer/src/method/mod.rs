@@ -68,6 +68,8 @@ pub enum Method {
     Qep,
     /// `Qep`, then scales, norms and biases trained end to end.
     Tuned,
+    /// `Awq`, then the same in one pass over the calibration.
+    AwqTuned,
 }
 
 impl Method {
@@ -85,6 +87,10 @@ impl Method {
             }
             Self::Qep => Recipe { correct: Some(correct::Options::default()), ..Self::AwqGptq.recipe(bits) },
             Self::Tuned => Recipe { tune: Some(tune::Options::for_bits(bits)), ..Self::Qep.recipe(bits) },
+            Self::AwqTuned => {
+                let tune = Some(tune::Options { epochs: 1.0, ..tune::Options::for_bits(bits) });
+                Recipe { tune, ..Self::Awq.recipe(bits) }
+            }
         }
     }
 
@@ -98,6 +104,7 @@ impl Method {
             Self::Learned => "learned",
             Self::Qep => "qep",
             Self::Tuned => "tuned",
+            Self::AwqTuned => "awq-tuned",
         }
     }
 }

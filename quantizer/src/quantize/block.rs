@@ -275,10 +275,10 @@ impl Rounding<'_> {
 
     fn nothing_seen(&self, site: Site, corrects: bool) -> Seen {
         let k = self.task.decoder.width(site);
-        // Only compensation needs products across groups.
-        let block = match self.task.recipe.compensate {
-            Some(_) => k,
-            None => {
+        // Only compensation and corrections need products across groups.
+        let block = match self.task.recipe.compensate.is_some() || corrects {
+            true => k,
+            false => {
                 let widest = site.slots().iter().filter_map(|&slot| (self.task.grid)(slot)).map(|g| g.group(k)).max();
                 widest.map_or(8, weigh::block)
             }

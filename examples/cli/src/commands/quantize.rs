@@ -75,6 +75,8 @@ enum MethodArg {
     Qep,
     /// qep, then scales and norms trained end to end; very slow
     Tuned,
+    /// awq, then scales and norms trained end to end in one pass; slow
+    AwqTuned,
 }
 
 #[derive(clap::ValueEnum, Debug, Clone, Copy)]
@@ -266,6 +268,7 @@ pub fn run(args: &Args) -> Outcome {
         MethodArg::Learned => Method::Learned,
         MethodArg::Qep => Method::Qep,
         MethodArg::Tuned => Method::Tuned,
+        MethodArg::AwqTuned => Method::AwqTuned,
     };
     let mut options = QuantizeOptions::new(method, args.bits);
     if let Some(recipe) = &args.recipe {
