@@ -36,11 +36,29 @@ params! {
     }
 }
 
+impl Params {
+    /// For the product that these describe to [`gemv_dense`].
+    pub fn of(plain: &gemv_dense::Params) -> Self {
+        Self {
+            n: plain.n,
+            k: plain.k,
+            row_words: plain.row_words,
+            chunks: plain.k.div_ceil(32),
+            out_stride: plain.out_stride,
+            out_offset: plain.out_offset,
+            bias_offset: plain.bias_offset,
+            flags: plain.flags,
+            row_mode: plain.row_mode,
+            pad: [0; 3],
+        }
+    }
+}
+
 /// The kernel.
 pub static KERNEL: Kernel = Kernel {
     name: "gemv_dense_rows_coop",
     body: include_str!("gemv_dense_rows_coop.wgsl"),
-    preludes: &[Prelude::Step, Prelude::Coop],
+    preludes: &[Prelude::Step, Prelude::Coop, Prelude::CoopRows],
     constants: &[("WG", WG), ("ROWS", ROWS)],
     sizes: &[],
     params: Params::FIELDS,
@@ -99,18 +117,7 @@ fn trial(case: Case, rng: &mut Rng) -> Trial {
             trial.expected[0].tolerance[at] += error.sum::<f32>();
         }
     }
-    let params = Params {
-        n: plain.n,
-        k: plain.k,
-        row_words: plain.row_words,
-        chunks: plain.k.div_ceil(32),
-        out_stride: plain.out_stride,
-        out_offset: plain.out_offset,
-        bias_offset: plain.bias_offset,
-        flags: plain.flags,
-        row_mode: plain.row_mode,
-        pad: [0; 3],
-    };
+    let params = Params::of(&plain);
     trial.params = bytemuck::bytes_of(&params).to_vec();
     trial.grid = grid(&params, rows);
     trial.storage[0] = halves;

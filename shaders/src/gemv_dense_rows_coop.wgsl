@@ -24,22 +24,7 @@ struct Params {
 @group(0) @binding(5) var<storage, read_write> out: array<f32>;       // (rows, out_stride)
 @group(0) @binding(6) var<storage, read> scales: array<f32>;          // (rows)
 
-const LANES: u32 = 32u;
-const SUBGROUPS: u32 = WG / LANES;
 const CHUNK_VECS: u32 = 8u;
-// vec4s from one row of a tile in workgroup memory to the next: ten, so that the eight rows that a subgroup reads at once
-// lie in different banks.
-const ROW_VECS: u32 = 10u;
-const W_VECS: u32 = LANES * ROW_VECS;
-const X_VECS: u32 = ROWS * ROW_VECS;
-// Elements of an accumulator.
-const PIECE: u32 = 256u;
-const_assert ROWS == 16u;
-
-var<workgroup> w_tile: array<vec4<f16>, SUBGROUPS * W_VECS>;
-var<workgroup> x_tile: array<vec4<f16>, SUBGROUPS * X_VECS>;
-// An accumulator of each subgroup.
-var<workgroup> sums: array<f32, SUBGROUPS * PIECE>;
 
 // What a lane brings of a chunk: vec4 `lane % 8` of outputs `lane / 4 + 4 * i`, and eight inputs of rows `lane / 4` and
 // `lane / 4 + 8`.
@@ -118,18 +103,6 @@ fn write_piece(subgroup: u32, lane: u32, both: bool, piece: Piece) {
     }
     // Orders the subgroup's tiles before their reads.
     subgroupBarrier();
-}
-
-// Adds the products of the subgroup's tiles: 16 outputs an accumulator.
-fn multiply(subgroup: u32, c0: ptr<function, coop_mat16x16<f32,C>>, c1: ptr<function, coop_mat16x16<f32,C>>) {
-    for (var half = 0u; half < 2u; half++) {
-        let w_at = subgroup * W_VECS + half * 4u;
-        let a = coopLoadT<coop_mat16x16<f16,A>>(&x_tile[subgroup * X_VECS + half * 4u], ROW_VECS);
-        let b0 = coopLoad<coop_mat16x16<f16,B>>(&w_tile[w_at], ROW_VECS);
-        *c0 = coopMultiplyAdd(a, b0, *c0);
-        let b1 = coopLoad<coop_mat16x16<f16,B>>(&w_tile[w_at + 16u * ROW_VECS], ROW_VECS);
-        *c1 = coopMultiplyAdd(a, b1, *c1);
-    }
 }
 
 // Stores 16 outputs of every row, the sums of all subgroups' accumulators. Call behind a barrier.

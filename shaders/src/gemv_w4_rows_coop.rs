@@ -21,6 +21,7 @@ pub static KERNEL: Kernel = Kernel {
         Prelude::W4,
         Prelude::Elem,
         Prelude::Coop,
+        Prelude::CoopRows,
         Prelude::CoopWeights,
         Prelude::Stage,
         Prelude::StageEight,

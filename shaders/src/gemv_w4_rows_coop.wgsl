@@ -33,27 +33,13 @@ struct Params {
 @group(0) @binding(6) var<storage, read_write> out: array<f32>;            // (rows, out_stride)
 @group(0) @binding(7) var<storage, read_write> staged: array<vec4<u32>>;   // (rows) of staged inputs
 
-const LANES: u32 = 32u;
-const SUBGROUPS: u32 = WG / LANES;
-// vec4s from one row of a tile in workgroup memory to the next: ten, so that the eight rows that a subgroup reads at once
-// lie in different banks.
-const ROW_VECS: u32 = 10u;
-const W_VECS: u32 = LANES * ROW_VECS;
-const X_VECS: u32 = ROWS * ROW_VECS;
-// Elements of an accumulator.
-const PIECE: u32 = 256u;
 // Odd pairs of inputs are staged as a sixteenth (prelude/elem_f16.wgsl), because codes are left shifted elsewhere.
 const ODD: f32 = 16.0;
 // Invocations that look at a row's magnitudes.
 const PER_ROW: u32 = WG / ROWS;
-const_assert ROWS == 16u;
 // One vec4 holds eight staged inputs.
 const_assert STAGED_VECS == 1u;
 
-var<workgroup> w_tile: array<vec4<f16>, SUBGROUPS * W_VECS>;
-var<workgroup> x_tile: array<vec4<f16>, SUBGROUPS * X_VECS>;
-// An accumulator of each subgroup.
-var<workgroup> sums: array<f32, SUBGROUPS * PIECE>;
 // By row and share of it: the largest magnitude and the sum of squares.
 var<workgroup> parts: array<vec2<f32>, WG>;
 // By row: the largest magnitude, and what the norm multiplies with.
@@ -144,18 +130,6 @@ fn write_chunk(share: Share, codes: vec4<u32>, word: u32, inputs: Inputs, ratios
     }
     // Orders the subgroup's tiles before their reads.
     subgroupBarrier();
-}
-
-// Adds the products of the subgroup's tiles: 16 outputs an accumulator.
-fn multiply(subgroup: u32, c0: ptr<function, coop_mat16x16<f32,C>>, c1: ptr<function, coop_mat16x16<f32,C>>) {
-    for (var half = 0u; half < 2u; half++) {
-        let w_at = subgroup * W_VECS + half * 4u;
-        let a = coopLoadT<coop_mat16x16<f16,A>>(&x_tile[subgroup * X_VECS + half * 4u], ROW_VECS);
-        let b0 = coopLoad<coop_mat16x16<f16,B>>(&w_tile[w_at], ROW_VECS);
-        *c0 = coopMultiplyAdd(a, b0, *c0);
-        let b1 = coopLoad<coop_mat16x16<f16,B>>(&w_tile[w_at + 16u * ROW_VECS], ROW_VECS);
-        *c1 = coopMultiplyAdd(a, b1, *c1);
-    }
 }
 
 // Adds up an accumulator of all subgroups. Call behind a barrier.

@@ -506,6 +506,8 @@ pub enum Prelude {
     AttentionEights,
     /// Half precision matrix units of 16x16x16 with sums in f32, in subgroups of 32.
     Coop,
+    /// Products of the rows of a pass on matrix units, with [`Self::Coop`].
+    CoopRows,
     /// 4-bit weights in half precision, given `w_tile`.
     CoopWeights,
     /// Total order of scores with their ids.
@@ -780,6 +782,7 @@ pub fn compose(kernel: &Kernel, variant: Variant) -> String {
             (Prelude::GemvW4Pair, _) => include_str!("prelude/gemv_w4_pair.wgsl"),
             (Prelude::Halve, _) => include_str!("prelude/halve.wgsl"),
             (Prelude::Coop, _) => "",
+            (Prelude::CoopRows, _) => include_str!("prelude/coop_rows.wgsl"),
             (Prelude::CoopWeights, _) => include_str!("prelude/coop_weights.wgsl"),
             (Prelude::Stage, _) => include_str!("prelude/stage.wgsl"),
             (Prelude::StageEight, _) => include_str!("prelude/stage_eight.wgsl"),

@@ -317,18 +317,7 @@ impl<'a> Planner<'a> {
                 ..Default::default()
             };
             if on_units {
-                let params = gemv_dense_rows_coop::Params {
-                    n: params.n,
-                    k: params.k,
-                    row_words: params.row_words,
-                    chunks,
-                    out_stride: params.out_stride,
-                    out_offset: params.out_offset,
-                    bias_offset: params.bias_offset,
-                    flags: params.flags,
-                    row_mode: params.row_mode,
-                    ..Default::default()
-                };
+                let params = gemv_dense_rows_coop::Params::of(&params);
                 let (halves, scales) = self.halves(chunks)?;
                 let storage = vec![halves, part.words.clone(), bias.clone(), self.buffer(op.out.buffer), scales];
                 let gemv = move |step: &Step| Launch {
