@@ -27,6 +27,8 @@ use kv::check_kv;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+mod forks;
 mod group;
 mod kv;
 mod products;

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use awqua_shaders::cuda::{BLOCK_POSITIONS, SPAN};
 
 use super::driver::{Buffer, Gpu, OtherRows, Rows, Stream};
+use crate::backend::forks::Start;
 use crate::backend::{KvType, Program, kv_bytes};
 use crate::error::Result;
 
@@ -26,6 +27,12 @@ pub(super) struct Prefix {
     buffer: Buffer,
     /// Positions, a multiple of [`GRAIN`].
     pub(super) len: u32,
+}
+
+impl Start for Prefix {
+    fn len(&self) -> u32 {
+        self.len
+    }
 }
 
 impl Prefix {

@@ -2,7 +2,7 @@
 
 use std::any::Any;
 use std::collections::VecDeque;
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 use std::time::Duration;
 
 use awqua_shaders as shaders;
@@ -16,6 +16,7 @@ use super::memory::Memory;
 use super::pace::{self, Pace};
 use super::plan::{Plan, Work};
 use super::sampling::Sampler;
+use crate::backend::forks::Lent;
 use crate::backend::{
     Backend, Budget, BufferId, KvType, LogitsRows, MAX_AHEAD, OpTime, Program, Progress, Runner, RunnerConfig, Shared,
     Sharing, Step, check_kv,
@@ -36,7 +37,7 @@ pub(super) struct CudaRunner {
     pace: Pace,
     pub(super) memory: Memory,
     /// A copy of the first positions that forks share, as long as they are what it holds.
-    lent: Weak<Prefix>,
+    lent: Lent<Prefix>,
     plan: Plan,
     sampler: Sampler,
     pub(super) backend: Arc<CudaBackend>,
@@ -125,7 +126,7 @@ impl CudaRunner {
             graph: None,
             pace: Pace::new(gpu),
             memory,
-            lent: Weak::new(),
+            lent: Lent::new(),
             plan,
             sampler,
             program: program.clone(),

@@ -43,10 +43,15 @@ impl PassTokens {
         Ok(tokens.as_ref().and_then(|tokens| tokens.get(row)).copied())
     }
 
-    /// As [`Readback::wait`].
+    /// Takes note that the commands that bring them are submitted.
+    pub(super) fn expect(&self, ticket: &Ticket) {
+        self.readback.expect(ticket, self.readback.capacity());
+    }
+
+    /// Blocks until they are there, see [`Readback::wait`].
     ///
     /// # Errors
-    /// As [`Readback::wait`].
+    /// A device error.
     pub(super) fn wait(&self, gpu: &Gpu) -> Result<()> {
         self.readback.wait(gpu)
     }
@@ -60,15 +65,18 @@ impl PassTokens {
 
 /// The kernels bound to the logits of the members.
 pub(super) struct Choices {
-    vocab: u32,
+    /// Candidates of a row.
+    blocks: u32,
     /// (rows, blocks) of key and id.
     candidates: wgpu::Buffer,
-    /// Blocks of the dispatches over [`MEMBERS`] rows each, then that of the reduction.
+    /// Of the dispatches over [`MEMBERS`] rows each.
+    params: Vec<argmax_each::Params>,
+    /// Their blocks, then that of the reduction.
     uniforms: wgpu::Buffer,
     slot_bytes: u64,
     most: u32,
-    /// By [`MEMBERS`] rows, and how many of them there are.
-    best: Vec<(Stage, u32)>,
+    /// Those dispatches.
+    best: Vec<(Stage, [u32; 3])>,
     /// Binds the tokens of the pass.
     reduce: Stage,
     /// Rows that the reduction's block says.
@@ -84,20 +92,23 @@ impl Choices {
     /// [`crate::ErrorKind::OutOfMemory`] or a device error.
     pub(super) fn new(backend: &WgpuBackend, vocab: u32, most: u32, tokens: &wgpu::Buffer) -> Result<Self> {
         let gpu = &backend.gpu;
-        let bytes = u64::from(argmax::blocks(vocab)) * u64::from(most) * 8;
+        let blocks = argmax::blocks(vocab);
+        let bytes = u64::from(blocks) * u64::from(most) * 8;
         let candidates = gpu.buffer("candidates of a pass", bytes, BufferUsages::STORAGE)?;
         let slot_bytes = u64::from(gpu.limits.min_uniform_buffer_offset_alignment.max(16));
-        let slots = u64::from(most.div_ceil(MEMBERS)) + 1;
+        let firsts = (0..most).step_by(MEMBERS as usize);
+        let params: Vec<_> =
+            firsts.map(|first_row| argmax_each::Params { n: vocab, first_row, ..Default::default() }).collect();
+        let last = params.len() as u64 * slot_bytes;
         let usage = BufferUsages::UNIFORM | BufferUsages::COPY_DST;
-        let uniforms = gpu.buffer("uniform blocks of choices", slots * slot_bytes, usage)?;
-        for slot in 0..slots - 1 {
-            let params = argmax_each::Params { n: vocab, first_row: slot as u32 * MEMBERS, ..Default::default() };
-            gpu.queue.write_buffer(&uniforms, slot * slot_bytes, uniform_bytes(&params));
+        let uniforms = gpu.buffer("uniform blocks of choices", last + slot_bytes, usage)?;
+        for (slot, params) in (0..).zip(&params) {
+            gpu.queue.write_buffer(&uniforms, slot * slot_bytes, uniform_bytes(params));
         }
-        let reduce =
-            Stage::new(backend, &argmax_reduce::KERNEL, (&uniforms, (slots - 1) * slot_bytes), &[&candidates, tokens])?;
+        let reduce = Stage::new(backend, &argmax_reduce::KERNEL, (&uniforms, last), &[&candidates, tokens])?;
         Ok(Self {
-            vocab,
+            blocks,
+            params,
             candidates,
             uniforms,
             slot_bytes,
@@ -120,13 +131,13 @@ impl Choices {
     /// A device error.
     pub(super) fn bind(&mut self, backend: &WgpuBackend, logits: &[wgpu::Buffer]) -> Result<()> {
         self.best.clear();
-        for (slot, rows) in logits.chunks(MEMBERS as usize).enumerate() {
+        for ((slot, params), rows) in (0..).zip(&self.params).zip(logits.chunks(MEMBERS as usize)) {
             // The places of members that are not there hold the first one's scores, which nobody looks at.
             let mut storage: Vec<_> = (0..MEMBERS as usize).map(|i| rows.get(i).unwrap_or(&rows[0])).collect();
             storage.push(&self.candidates);
-            let uniforms = (&self.uniforms, slot as u64 * self.slot_bytes);
+            let uniforms = (&self.uniforms, slot * self.slot_bytes);
             let stage = Stage::new(backend, &argmax_each::KERNEL, uniforms, &storage)?;
-            self.best.push((stage, rows.len() as u32));
+            self.best.push((stage, argmax_each::grid(params, rows.len() as u32)));
         }
         Ok(())
     }
@@ -145,8 +156,8 @@ impl Choices {
         Ok(tokens)
     }
 
-    /// Encodes the choices of the rows whose bits are set, to `tokens` and from there on their way back; [`expect`] has
-    /// to follow once the commands are submitted.
+    /// Encodes the choices of the rows whose bits are set, to `tokens` and from there on their way back;
+    /// [`PassTokens::expect`] has to follow once the commands are submitted.
     pub(super) fn encode(
         &mut self,
         gpu: &Gpu,
@@ -155,7 +166,7 @@ impl Choices {
         tokens: &wgpu::Buffer,
         back: &PassTokens,
     ) {
-        let params = argmax_reduce::Params { n: argmax::blocks(self.vocab), rows, ..Default::default() };
+        let params = argmax_reduce::Params { n: self.blocks, rows, ..Default::default() };
         if self.reduced != rows {
             let offset = self.uniforms.size() - self.slot_bytes;
             gpu.queue.write_buffer(&self.uniforms, offset, uniform_bytes(&params));
@@ -163,19 +174,9 @@ impl Choices {
         }
         {
             let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
-            for (stage, members) in &self.best {
-                stage.run(
-                    &mut pass,
-                    argmax_each::grid(&argmax_each::Params { n: self.vocab, ..Default::default() }, *members),
-                );
-            }
+            self.best.iter().for_each(|(stage, grid)| stage.run(&mut pass, *grid));
             self.reduce.run(&mut pass, argmax_reduce::grid(&params));
         }
         back.readback.bring(encoder, &[(tokens, 0, back.readback.capacity())]);
     }
-}
-
-/// Takes note that the commands that bring `back` are submitted.
-pub(super) fn expect(back: &PassTokens, ticket: &Ticket) {
-    back.readback.expect(ticket, back.readback.capacity());
 }

@@ -238,8 +238,14 @@ impl Gpu {
     /// # Errors
     /// What the device reported meanwhile.
     pub(super) fn is_idle(&self) -> Result<bool> {
+        self.finished()?;
+        Ok(self.looked_idle())
+    }
+
+    /// Whether everything submitted was finished when somebody last looked.
+    pub(super) fn looked_idle(&self) -> bool {
         let submitted = *lock(&self.submitted);
-        Ok(self.finished()? >= submitted)
+        self.finished.load(Ordering::Acquire) >= submitted
     }
 
     /// Waits until at least one more submission is finished, if one is not.

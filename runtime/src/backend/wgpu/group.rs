@@ -10,7 +10,7 @@ use awqua_shaders as shaders;
 use wgpu::BufferUsages;
 
 use super::WgpuBackend;
-use super::choices::{self, Choices, PassTokens};
+use super::choices::{Choices, PassTokens};
 use super::device::Ticket;
 use super::plan::passes;
 use super::run::{Choosing, WgpuRunner};
@@ -178,7 +178,7 @@ impl WgpuGroup {
     fn note_choices(&mut self, members: &mut dyn Members) -> Result<()> {
         let Some(ticket) = self.rows.led.take() else { return Ok(()) };
         if self.chosen != 0 {
-            choices::expect(&self.back, &ticket);
+            self.back.expect(&ticket);
             self.chosen = 0;
         }
         for (row, at) in self.members.iter().enumerate() {
@@ -270,7 +270,7 @@ impl Group for WgpuGroup {
             self.begin(members)?;
             self.rows.forget_previous();
         }
-        let progress = self.rows.advance(budget);
+        let progress = self.rows.queue(budget);
         self.note_choices(members)?;
         let progress = progress?;
         if progress == Progress::Done {

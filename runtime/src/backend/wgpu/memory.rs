@@ -7,6 +7,7 @@ use wgpu::BufferUsages;
 
 use super::device::{Gpu, buffer_size};
 use super::plan::passes::Cache;
+use crate::backend::forks::Start;
 use crate::backend::{BufferDesc, KvType, Op, Program, RunnerConfig};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -59,6 +60,12 @@ pub(super) struct Prefix {
     pub(super) len: u32,
     /// Bytes of all of them.
     pub(super) bytes: u64,
+}
+
+impl Start for Prefix {
+    fn len(&self) -> u32 {
+        self.len
+    }
 }
 
 impl Prefix {

@@ -2,7 +2,7 @@
 
 use std::any::Any;
 use std::collections::VecDeque;
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 use std::time::Duration;
 
 use awqua_shaders as shaders;
@@ -17,6 +17,7 @@ use super::plan::{Plan, PlannedOp};
 use super::profile;
 use super::readback::Readback;
 use super::sampling::{self, Sampler};
+use crate::backend::forks::Lent;
 use crate::backend::{
     Backend, Budget, BufferId, KvType, LogitsRows, MAX_AHEAD, Op, OpTime, Program, Progress, Runner, RunnerConfig,
     Shared, Sharing, Step, check_kv,
@@ -103,7 +104,7 @@ pub(super) struct WgpuRunner {
     pub(super) led: Option<Ticket>,
     pub(super) tail: Option<wgpu::CommandBuffer>,
     /// A copy of the first positions that forks share, as long as they are what it holds.
-    lent: Weak<Prefix>,
+    lent: Lent<Prefix>,
 }
 
 /// Positions of a cache that lie in one piece.
@@ -236,7 +237,7 @@ impl WgpuRunner {
             lead: Vec::new(),
             led: None,
             tail: None,
-            lent: Weak::new(),
+            lent: Lent::new(),
             backend,
         })
     }
@@ -340,8 +341,15 @@ impl WgpuRunner {
         self.latest.get_or_insert_with(|| gpu.submit(None)).clone()
     }
 
-    /// Queues what the budget allows of the step.
-    fn queue(&mut self, budget: &Budget, bounded: bool) -> Result<Progress> {
+    /// Queues what the budget allows of the step, with what leads it, which goes by itself where there is a budget.
+    ///
+    /// # Errors
+    /// As [`Runner::advance`].
+    pub(super) fn queue(&mut self, budget: &Budget) -> Result<Progress> {
+        let bounded = budget.deadline.is_some() || budget.device.is_some();
+        if bounded {
+            self.submit_lead()?;
+        }
         let mut begun = false;
         while self.next.0 < self.plan.ops.len() {
             if begun && budget.is_over() {
@@ -350,7 +358,7 @@ impl WgpuRunner {
             let Some(most) = self.room(budget)? else { return Ok(Progress::Waiting) };
             let dispatches = match budget.deadline {
                 Some(_) => DISPATCHES_TIMED,
-                None if self.backend.gpu.is_idle()? => DISPATCHES_FIRST,
+                None if self.backend.gpu.looked_idle() => DISPATCHES_FIRST,
                 None => DISPATCHES,
             };
             self.submit(most, dispatches, bounded);
@@ -604,11 +612,7 @@ impl WgpuRunner {
             Sharing::Exact if one_cache && !self.config.share_forks || windows() => return (0, None),
             Sharing::Exact | Sharing::Always => {}
         }
-        let most = n / self.grain() * self.grain();
-        let there = self.memory.prefix.clone().into_iter().chain(self.lent.upgrade());
-        // Much more than what is there is worth a copy of its own.
-        let there = there.filter(|prefix| prefix.len <= n && 2 * prefix.len > most).max_by_key(|prefix| prefix.len);
-        (there.as_ref().map_or(most, |prefix| prefix.len), there)
+        self.lent.to_share(self.memory.prefix.as_ref(), n, self.grain())
     }
 
     /// A copy of the first `len` positions.
@@ -631,13 +635,7 @@ impl WgpuRunner {
     /// # Errors
     /// [`ErrorKind::InvalidInput`] where this session shares the position itself.
     fn overwrite(&mut self, position: u32) -> Result<()> {
-        if position < self.memory.shared() {
-            return Err(Error::new(ErrorKind::InvalidInput, format!("position {position} is shared with others")));
-        }
-        if self.lent.upgrade().is_some_and(|lent| position < lent.len) {
-            self.lent = Weak::new();
-        }
-        Ok(())
+        self.lent.overwrite(self.memory.prefix.as_ref(), position)
     }
 }
 
@@ -683,18 +681,17 @@ impl Runner for WgpuRunner {
     fn advance(&mut self, budget: &Budget) -> Result<Progress> {
         let _watch = self.backend.gpu.watch();
         self.backend.check()?;
-        let bounded = budget.deadline.is_some() || budget.device.is_some();
-        let chooses = matches!(self.choosing, Some(Choosing::Commands(_)));
-        if let Some(Choosing::Commands(encoder)) = self.choosing.take_if(|_| chooses) {
+        let commands = |choosing: &mut Choosing| matches!(choosing, Choosing::Commands(_));
+        if let Some(Choosing::Commands(encoder)) = self.choosing.take_if(commands) {
             self.lead.push(encoder.finish());
         }
         // A submission costs the device some microseconds, so a choice goes with its step. The token comes with the step's
         // end then, which delays nobody where another one was chosen before it and is still on its way.
-        if bounded || chooses && self.ahead.len() < MAX_AHEAD {
+        if self.ahead.len() < MAX_AHEAD {
             self.submit_lead()?;
         }
-        let progress = self.queue(budget, bounded);
-        if let Some(ticket) = self.led.take_if(|_| chooses) {
+        let progress = self.queue(budget);
+        if let Some(ticket) = self.led.take() {
             self.went_ahead(&ticket);
         }
         progress
@@ -959,7 +956,7 @@ impl Runner for WgpuRunner {
         };
         let shared = prefix.as_ref().map_or(0, |prefix| prefix.len);
         if let Some(prefix) = &prefix {
-            self.lent = Arc::downgrade(prefix);
+            self.lent.lend(prefix);
         }
         let fork = Self::behind(Arc::clone(&self.backend), &self.program, &self.config, prefix)?;
         let gpu = &self.backend.gpu;

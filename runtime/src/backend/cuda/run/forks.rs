@@ -1,13 +1,13 @@
 //! Forks of a session: the start that they share, and copies of the rest.
 
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 
 use super::super::cache::{Form, GRAIN, Prefix};
 use super::super::driver::{OtherRows, Rows};
 use super::super::mark;
 use super::CudaRunner;
 use crate::backend::Sharing;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::Result;
 
 impl CudaRunner {
     /// How the rows of its cache lie.
@@ -21,11 +21,7 @@ impl CudaRunner {
         if sharing == Sharing::Never {
             return (0, None);
         }
-        let most = n / GRAIN * GRAIN;
-        let there = self.memory.prefix.clone().into_iter().chain(self.lent.upgrade());
-        // Much more than what is there is worth a copy of its own.
-        let there = there.filter(|prefix| prefix.len <= n && 2 * prefix.len > most).max_by_key(|prefix| prefix.len);
-        (there.as_ref().map_or(most, |prefix| prefix.len), there)
+        self.lent.to_share(self.memory.prefix.as_ref(), n, GRAIN)
     }
 
     /// A copy of the first `len` positions, which is there once the stream has come there.
@@ -40,13 +36,7 @@ impl CudaRunner {
     /// # Errors
     /// [`ErrorKind::InvalidInput`] where this session shares the position itself.
     pub(in super::super) fn overwrite(&mut self, position: u32) -> Result<()> {
-        if position < self.memory.shared() {
-            return Err(Error::new(ErrorKind::InvalidInput, format!("position {position} is shared with others")));
-        }
-        if self.lent.upgrade().is_some_and(|lent| position < lent.len) {
-            self.lent = Weak::new();
-        }
-        Ok(())
+        self.lent.overwrite(self.memory.prefix.as_ref(), position)
     }
 
     /// As [`crate::backend::Runner::fork`], without waiting.
@@ -60,7 +50,7 @@ impl CudaRunner {
             (len, None) => Some(Arc::new(self.copy_prefix(len)?)),
         };
         if let Some(prefix) = &prefix {
-            self.lent = Arc::downgrade(prefix);
+            self.lent.lend(prefix);
         }
         let fork = Self::behind(Arc::clone(&self.backend), &self.program, &self.config, prefix)?;
         // Its memory is cleared, then written here, then read there.
