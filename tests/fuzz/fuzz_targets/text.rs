@@ -12,13 +12,13 @@ fuzz_target!(init: std::panic::set_hook(Box::new(|_| {})), |data: &[u8]| {
     if kind % 2 == 0 {
         let Ok(tokenizer) = Tokenizer::from_json(bytes) else { return };
         let Ok(ids) = tokenizer.encode("Héllo, 🙂 world\n\n 123", true) else { return };
-        let mut stream = TextStream::default();
+        let (mut stream, mut text) = (TextStream::default(), String::new());
         for id in ids {
-            if stream.push(&tokenizer, id).is_err() {
+            if stream.push(&tokenizer, id, &mut text).is_err() {
                 return;
             }
         }
-        let _ = stream.finish(&tokenizer);
+        let _ = stream.finish(&tokenizer, &mut text);
     } else {
         let Ok(source) = std::str::from_utf8(bytes) else { return };
         let Ok(template) = ChatTemplate::new(source, serde_json::Map::new()) else { return };
