@@ -242,10 +242,18 @@ namespace Awqua
         }
 
         [MonoPInvokeCallback(typeof(AllocFn))]
-        private static IntPtr OnAlloc(IntPtr user, ulong size, ulong align) => hostAlloc(size, align);
+        private static IntPtr OnAlloc(IntPtr user, ulong size, ulong align)
+        {
+            try { return hostAlloc(size, align); }
+            catch (Exception) { return IntPtr.Zero; }
+        }
 
         [MonoPInvokeCallback(typeof(FreeFn))]
-        private static void OnFree(IntPtr user, IntPtr memory, ulong size, ulong align) => hostFree(memory, size, align);
+        private static void OnFree(IntPtr user, IntPtr memory, ulong size, ulong align)
+        {
+            try { hostFree(memory, size, align); }
+            catch (Exception) { /* The memory stays where it is. */ }
+        }
 
         [MonoPInvokeCallback(typeof(LogFn))]
         private static void OnLog(IntPtr user, uint level, Str text)
