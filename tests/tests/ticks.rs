@@ -37,18 +37,15 @@ fn gpu() -> Option<Arc<Model>> {
     gpu
 }
 
-/// The smallest steps: one piece a tick on the CPU, and a few on a GPU, which may be a slow one.
-fn smallest(model: &Model) -> TickBudget {
-    if model.backend_info().backend == "cpu" { micros(0, 0) } else { micros(0, 3000) }
-}
+/// The smallest steps, one piece a tick: how many an answer takes depends on no clock.
+const SMALLEST: TickBudget = TickBudget { host: Some(Duration::ZERO), device: Some(Duration::ZERO) };
 
 /// Ticks that an answer takes, and some of them, `on_cpu` or half as many.
 fn moments(session: &mut Session, options: &GenerateOptions, on_cpu: usize) -> Vec<usize> {
-    let budget = smallest(&session.model().clone());
     let prompt = ids(session.model(), PROMPT);
     session.reset();
     session.begin(&prompt, options.clone()).unwrap();
-    let (_, ticks) = finish(session, &budget, &mut |_, _| {});
+    let (_, ticks) = finish(session, &SMALLEST, &mut |_, _| {});
     assert!(ticks > 20, "{ticks} ticks");
     let count = if session.model().backend_info().backend == "cpu" { on_cpu } else { on_cpu / 2 };
     (0..count).map(|i| i * ticks / count + i % 3).collect()
@@ -131,9 +128,7 @@ fn budgets_change_nothing() {
         let prompt = ids(model, PROMPT);
         let expected = first.generate(&prompt, &options, &mut |_| ControlFlow::Continue(())).unwrap();
         assert_eq!((expected.ids.len(), expected.prefill_tokens), (20, prompt.len()));
-        for budget in
-            [TickBudget::UNLIMITED, smallest(model), micros(30, 900), micros(2000, 9000), micros(100, 1 << 40)]
-        {
+        for budget in [TickBudget::UNLIMITED, SMALLEST, micros(30, 900), micros(2000, 9000), micros(100, 1 << 40)] {
             assert_eq!(answer(&mut session(model, true), PROMPT, &options, &budget), expected.text, "{budget:?}");
         }
         // Nor does what the session said before, though some of it is used again.
@@ -159,7 +154,7 @@ fn ticks_report_what_they_did() {
         assert_eq!(refused.kind(), ErrorKind::InvalidInput);
         let (mut done, mut made, mut phases) = (0, 0, vec![Phase::Prefill]);
         loop {
-            let tick = session.tick(&smallest(model)).unwrap();
+            let tick = session.tick(&SMALLEST).unwrap();
             assert!(tick.prompt_done >= done && tick.prompt_total == prompt.len(), "{tick:?}");
             made += tick.new_tokens;
             assert_eq!(tick.answer_tokens, made);
@@ -193,7 +188,7 @@ fn cancelling_works_after_every_tick() {
             session.begin(&prompt, GenerateOptions { cancel: cancel.clone(), ..options.clone() }).unwrap();
             let mut heard = Heard::default();
             for _ in 0..stop_at {
-                if session.tick(&smallest(model)).unwrap().is_waiting {
+                if session.tick(&SMALLEST).unwrap().is_waiting {
                     session.wait().unwrap();
                 }
             }
@@ -258,7 +253,7 @@ fn weights_can_go_and_come_back_at_any_moment() {
         for at in moments(&mut session, &options, 6) {
             session.reset();
             session.begin(&prompt, options.clone()).unwrap();
-            let (heard, _) = finish(&mut session, &smallest(&model), &mut |session, tick| {
+            let (heard, _) = finish(&mut session, &SMALLEST, &mut |session, tick| {
                 if tick == at {
                     model.evict();
                     let left = model.engine().used();
@@ -292,7 +287,7 @@ fn a_lost_device_changes_no_token() {
         session.reset();
         session.begin(&prompt, options.clone()).unwrap();
         let mut lost = false;
-        let (heard, ticks) = finish(&mut session, &smallest(&model), &mut |session, tick| {
+        let (heard, ticks) = finish(&mut session, &SMALLEST, &mut |session, tick| {
             if tick == at {
                 model.engine().force_loss();
                 lost = true;
@@ -565,12 +560,12 @@ fn embeddings_are_means_of_hidden_states() {
         assert_eq!(whole.len(), model.config().hidden_size);
         session.begin_embedding(&prompt, CancelToken::default()).unwrap();
         assert!(session.embedding().is_none());
-        let (heard, ticks) = finish(&mut session, &smallest(model), &mut |_, _| {});
+        let (heard, ticks) = finish(&mut session, &SMALLEST, &mut |_, _| {});
         assert_eq!(heard.end, Some(StopReason::Complete));
         assert!(ticks > 3);
         assert_eq!(session.embedding().unwrap(), whole);
         session.begin_embedding(&prompt, CancelToken::default()).unwrap();
-        session.tick(&smallest(model)).unwrap();
+        session.tick(&SMALLEST).unwrap();
         session.cancel().unwrap();
         assert!(session.embedding().is_none());
         // A text twice is not the same as once: positions and contexts differ.
