@@ -36,8 +36,7 @@ const PROBED: (usize, usize) = (32, 128);
 /// The width that scales are searched for; others share them, as the best ones differ little.
 const SCALED: u32 = 4;
 
-/// Most bits that are measured. The losses of more follow from those of these by the squares of the steps, whose number
-/// is what is left to choose.
+/// Most bits that are measured. The losses of more follow from those at this width by the squares of the steps.
 const MEASURED: u32 = 4;
 
 /// Measures what rounding each unit of the checkpoint in folder `source` costs, with the scales and ranges that `options`
