@@ -641,32 +641,40 @@ fn passes_on_the_cpu_match_the_naive_interpretation() {
 }
 
 #[cfg(feature = "wgpu")]
-#[test]
-fn passes_through_wgpu_match_the_naive_interpretation() {
+fn passes_through_wgpu_match(portable: bool) {
     use awqua::backend::wgpu::{self, DeviceChoice, WgpuOptions};
-    let _gpu = GPU.lock().unwrap_or_else(PoisonError::into_inner);
     for adapter in wgpu::adapters().into_iter().filter(|adapter| adapter.unusable.is_none()) {
-        for portable in [false, true] {
-            let options = WgpuOptions {
-                device: DeviceChoice::Named(adapter.index.to_string()),
-                force_f32: portable,
-                force_no_subgroup: portable,
-                limit_binding: portable.then_some(96 << 10),
-                ..Default::default()
-            };
-            // Heads of whole eights; half precision may prefer the other one of two experts that are nearly equal.
-            let handled = |case: &&Case| {
-                let is_decided = portable || !matches!(case.style, Style::Experts(_));
-                case.shape.head_dim.is_multiple_of(8) && is_decided
-            };
-            for case in cases().iter().filter(handled) {
-                let open = || wgpu::open(&options).expect("the device opens");
-                assert!(passes_match(&open, case, 6e-3, false));
-                // As on the CPU.
-                assert!(passes_match(&open, &Case { kv: KvType::Q8, ..case.clone() }, 3e-2, false));
-            }
+        let options = WgpuOptions {
+            device: DeviceChoice::Named(adapter.index.to_string()),
+            force_f32: portable,
+            force_no_subgroup: portable,
+            limit_binding: portable.then_some(96 << 10),
+            ..Default::default()
+        };
+        // Heads of whole eights; half precision may prefer the other one of two experts that are nearly equal.
+        let handled = |case: &&Case| {
+            let is_decided = portable || !matches!(case.style, Style::Experts(_));
+            case.shape.head_dim.is_multiple_of(8) && is_decided
+        };
+        for case in cases().iter().filter(handled) {
+            let open = || wgpu::open(&options).expect("the device opens");
+            assert!(passes_match(&open, case, 6e-3, false));
+            // As on the CPU.
+            assert!(passes_match(&open, &Case { kv: KvType::Q8, ..case.clone() }, 3e-2, false));
         }
     }
+}
+
+#[cfg(feature = "wgpu")]
+#[test]
+fn passes_through_wgpu_match_the_naive_interpretation() {
+    passes_through_wgpu_match(false);
+}
+
+#[cfg(feature = "wgpu")]
+#[test]
+fn passes_through_portable_wgpu_match_the_naive_interpretation() {
+    passes_through_wgpu_match(true);
 }
 
 /// Forks keep the memory of their common start once, and go on together behind it, beside a session of another start.
