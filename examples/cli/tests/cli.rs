@@ -345,6 +345,11 @@ fn eval_scores_texts_and_tasks_and_writes_a_page() {
     assert!(mean > 2.5 && mean <= 3.5 + 1e-6, "{mean}");
     assert!(std::fs::read_to_string(path("curve.svg")).unwrap().starts_with("<svg"));
     assert!(std::fs::read_to_string(path("loss.json")).unwrap().contains("losses"));
+    // What was measured in groups of 64 says nothing of groups of 32.
+    let other = ["quantize", &source, "--out", &path("x"), "--method", "awq-gptq", "--group-size", "32", "--json"];
+    let same = ["--calib", &calib, "--calib-length", "64", "--target-bits", "3.5", "--sensitivity", &path("loss.json")];
+    let (code, error) = failure(&[&other[..], &same].concat());
+    assert_eq!((code, &error["kind"]), (1, &"invalid_input".into()), "{error}");
 
     let requests = concat!(
         r#"{"context": "Ownership is how", "continuation": " a program", "label": true}"#,

@@ -264,7 +264,7 @@ mod tests {
         let mut moments = Moments::new(k, k);
         moments.add(Threads::new(2), &x);
         for group_size in [Some(32), Some(128), None] {
-            for bits in [2, 3, 4, 8] {
+            for bits in [2, 3, 4, 5, 6, 8] {
                 let grid = Grid { bits, group_size, symmetric: bits == 4 };
                 let steps = grid.spans(&w, k);
                 let plain = grid.round_to_nearest(Threads::new(1), &w, k, &steps);

@@ -128,6 +128,9 @@ impl SiteSample {
     }
 }
 
+/// What was folded at each [`Site`], (width); `None` where the block stayed as it was.
+pub type Folded = [Option<Vec<f32>>; Site::ALL.len()];
+
 /// Searches the scales of every site of `block` and folds them in. `grid` says how a slot will be rounded, `None` that
 /// it stays as it is. The function of the block does not change.
 pub fn search(
@@ -135,8 +138,8 @@ pub fn search(
     block: &mut Block,
     sample: &Sample,
     grid: &dyn Fn(Slot) -> Option<Grid>,
-) -> Vec<SiteScale> {
-    let mut found = Vec::new();
+) -> (Vec<SiteScale>, Folded) {
+    let (mut found, mut folded) = (Vec::new(), Folded::default());
     for site in Site::ALL {
         if site.slots().iter().all(|&slot| grid(slot).is_none()) {
             continue;
@@ -146,9 +149,10 @@ pub fn search(
         found.push(report);
         if let Some(scales) = scales {
             fold(decoder, block, site, &scales);
+            folded[site as usize] = Some(scales);
         }
     }
-    found
+    (found, folded)
 }
 
 /// Divides what produces the input of `site` by `scales` (width) and multiplies the columns that read it.
@@ -185,7 +189,7 @@ fn divide_rows(linear: &mut Linear, scales: &[f32]) {
 }
 
 /// The scale of each feature of v from those of the o columns, which are equal for all query heads of a v head.
-fn per_kv_feature(decoder: &Decoder, scales: &[f32]) -> Vec<f32> {
+pub(crate) fn per_kv_feature(decoder: &Decoder, scales: &[f32]) -> Vec<f32> {
     let c = &decoder.config;
     let group = c.num_attention_heads / c.num_key_value_heads;
     (0..decoder.kv_width())

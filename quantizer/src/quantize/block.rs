@@ -8,7 +8,7 @@ use crate::grid::{Grid, dequantize};
 use crate::math::Threads;
 use crate::method::correct::{self, Cross};
 use crate::method::gptq::{self, Factor};
-use crate::method::scale::{self, Sample, SiteScale};
+use crate::method::scale::{self, Folded, Sample, SiteScale};
 use crate::method::{Moments, Recipe, clip, learn, refit, weigh};
 
 /// Most tokens that AWQ's scales are searched on; more tell it nothing new.
@@ -18,11 +18,11 @@ const SCALE_TOKENS: usize = 1024;
 const PROBE_TOKENS: usize = 128;
 
 /// Residual streams of the calibration sequences, (length, hidden) each.
-pub(super) type Streams = Vec<Vec<f32>>;
+pub(crate) type Streams = Vec<Vec<f32>>;
 
 /// A finished block.
 #[derive(Debug)]
-pub(super) struct Finished {
+pub(crate) struct Finished {
     /// Norms and biases as the checkpoint will hold them; the weights of packed linears are what their codes stand for.
     pub block: Block,
     /// Codes of each slot, in the order of [`Slot::ALL`]; `None` where it stays as it is.
@@ -35,7 +35,7 @@ pub(super) struct Finished {
 /// Root mean square of every feature at a site, over the even and over the odd calibration sequences: what later text is
 /// compared with, and how much two samples of the same text differ.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) struct SpreadHalves {
+pub(crate) struct SpreadHalves {
     pub site: Site,
     pub halves: [Vec<f32>; 2],
 }
@@ -70,7 +70,7 @@ pub struct LinearReport {
 }
 
 /// How a block is worked on.
-pub(super) struct Task<'a> {
+pub(crate) struct Task<'a> {
     pub decoder: &'a Decoder,
     pub recipe: &'a Recipe,
     pub grid: &'a dyn Fn(Slot) -> Option<Grid>,
@@ -82,17 +82,31 @@ pub(super) struct Task<'a> {
 impl Task<'_> {
     /// Quantizes `block`. `streams` enter it and leave as what it puts out; `exact`, where kept, likewise for the
     /// unquantized model.
-    pub fn run(&self, mut block: Block, streams: &mut Streams, mut exact: Option<&mut Streams>) -> Finished {
+    pub fn run(&self, mut block: Block, streams: &mut Streams, exact: Option<&mut Streams>) -> Finished {
+        let (scales, _) = self.scale(&mut block, streams);
+        self.round(block, scales, streams, exact)
+    }
+
+    /// Folds the scales that suit the streams that enter `block`, if the recipe has scales. This moves weights between
+    /// modules and leaves the function alone.
+    pub fn scale(&self, block: &mut Block, streams: &Streams) -> (Vec<SiteScale>, Folded) {
+        if !self.recipe.scale {
+            return Default::default();
+        }
+        let sample = self.sample(block, streams);
+        scale::search(self.decoder, block, &sample, self.grid)
+    }
+
+    /// The rest of [`Self::run`], for a block into which `scales` are folded.
+    pub fn round(
+        &self,
+        block: Block,
+        scales: Vec<SiteScale>,
+        streams: &mut Streams,
+        mut exact: Option<&mut Streams>,
+    ) -> Finished {
         let hidden = self.decoder.config.hidden_size;
         let probe = streams.first().map(|x| vec![x[..x.len().min(PROBE_TOKENS * hidden)].to_vec()]);
-        let scales = match self.recipe.scale {
-            true => {
-                let sample = self.sample(&block, streams);
-                scale::search(self.decoder, &mut block, &sample, self.grid)
-            }
-            false => Vec::new(),
-        };
-        // Scaling moved weights between modules and left the function alone.
         let scaled = block.clone();
         let entered = self.recipe.learn.is_some().then(|| streams.clone());
         let mut rounding = Rounding {

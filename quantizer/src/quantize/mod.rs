@@ -28,6 +28,7 @@ mod state;
 pub mod tune;
 
 pub use block::{BlockReport, LinearReport};
+pub(crate) use block::{Streams, Task};
 pub use package::Format;
 
 /// Input features that share a scale.
@@ -64,7 +65,7 @@ pub struct QuantizeOptions {
     pub method: Method,
     /// Replaces the parts that `method` stands for.
     pub recipe: Option<Recipe>,
-    /// Bits of a code: 2, 3, 4 or 8.
+    /// Bits of a code: 2 to 6, or 8.
     pub bits: u32,
     /// Input features that share a scale.
     pub group_size: GroupSize,

@@ -23,6 +23,15 @@ pub enum Format {
 }
 
 impl Format {
+    /// Whether it has codes of so many bits.
+    pub fn holds(self, bits: u32) -> bool {
+        match self {
+            Self::AwqGemm => bits == 4,
+            Self::PackQuantized => matches!(bits, 2..=6 | 8),
+            Self::GptqV2 => matches!(bits, 2..=4 | 8),
+        }
+    }
+
     /// Checks that this dialect can hold a matrix of (n, k) on this grid.
     ///
     /// # Errors
@@ -30,7 +39,10 @@ impl Format {
     pub fn check(self, (n, k): (usize, usize), grid: Grid) -> Result<()> {
         let refuse = |message: String| Err(Error::new(ErrorKind::Unsupported, message));
         match self {
-            Self::AwqGemm if grid.bits != 4 => refuse(format!("awq gemm has 4 bits, found {}", grid.bits)),
+            Self::AwqGemm if !self.holds(grid.bits) => refuse(format!("awq gemm has 4 bits, found {}", grid.bits)),
+            Self::GptqV2 if !self.holds(grid.bits) => {
+                refuse(format!("gptq has 2, 3, 4 or 8 bits, found {}", grid.bits))
+            }
             Self::AwqGemm if n % 8 != 0 => refuse(format!("awq gemm packs outputs in multiples of 8, found {n}")),
             Self::GptqV2 if n % 32 != 0 || k % 32 != 0 => {
                 refuse(format!("gptq packs features in multiples of 32, found {n} x {k}"))

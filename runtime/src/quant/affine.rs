@@ -1,4 +1,4 @@
-//! Affine codes of 2, 3, 4 and 8 bits: what a quantizer chooses and every integer dialect stores.
+//! Affine codes of 2 to 6 and 8 bits: what a quantizer chooses and integer dialects store.
 
 use half::f16;
 
@@ -18,7 +18,7 @@ pub struct AffineMatrix {
     pub n: usize,
     /// Input features.
     pub k: usize,
-    /// Bits of a code: 2, 3, 4 or 8.
+    /// Bits of a code: 2 to 6, or 8.
     pub bits: u32,
     /// Input features that share a scale; divides `k`.
     pub group_size: usize,
@@ -38,7 +38,7 @@ impl AffineMatrix {
     pub fn check(&self) -> Result<()> {
         let sizes = self.group_size != 0
             && self.k.is_multiple_of(self.group_size)
-            && matches!(self.bits, 2 | 3 | 4 | 8)
+            && matches!(self.bits, 2..=6 | 8)
             && self.n.checked_mul(self.k) == Some(self.codes.len())
             && self.n.checked_mul(self.groups()) == Some(self.scales.len())
             && self.zeros.len() == self.scales.len();

@@ -28,7 +28,7 @@ pub struct Args {
     #[arg(long, value_enum, default_value_t = MethodArg::AwqGptq)]
     method: MethodArg,
     /// Bits of a code
-    #[arg(long, value_name = "2|3|4|8", default_value_t = 4)]
+    #[arg(long, value_name = "2|3|4|5|6|8", default_value_t = 4)]
     bits: u32,
     /// Input features that share a scale, or `channel` for whole rows [default: the largest of 128, 64, 32 that divides all]
     #[arg(long, value_name = "N", value_parser = group_size)]
@@ -99,7 +99,7 @@ fn group_size(text: &str) -> Result<GroupSize, String> {
 /// Bits per module under a budget.
 #[derive(clap::Args)]
 struct TargetArgs {
-    /// Choose the bits of every module (2, 3, 4, 8 or none) so that the weight files have at most this size, e.g. 320MB
+    /// Choose the bits of every module (those of --bits that the dialect has, or none) so that the weight files have at most this size, e.g. 320MB
     #[arg(long, value_name = "SIZE", value_parser = size, conflicts_with = "target_bits")]
     target_size: Option<u64>,
     /// Choose the bits of every module so that a weight has this many on average, scales and zero points not counted
@@ -150,11 +150,12 @@ fn choose_bits(
         return Ok(None);
     }
     let sensitivity = sensitivity(args, calibration, options, compute)?;
+    let widths = widths(options.format);
     // Any width will do here: what is asked are sizes.
     let plan = quantize::plan(&args.dir, calibration, options, compute)?;
     let mut sizes = BTreeMap::new();
     for unit in &sensitivity.units {
-        for bits in mixed::WIDTHS {
+        for &bits in &widths {
             let bytes = unit.modules.iter().map(|name| plan.module_bytes(name, bits)).sum::<Result<u64, Error>>()?;
             sizes.insert((unit.modules[0].clone(), bits), bytes as f64);
         }
@@ -170,21 +171,22 @@ fn choose_bits(
         (Some(size), _) => {
             // Names of more tensors make the header a little longer than the one that was counted.
             let slack = 4096.0 + 200.0 * sensitivity.units.len() as f64;
-            sensitivity.allocate(size as f64 - fixed - slack, &cost).map_err(|_| {
-                let least = fixed + slack + sensitivity.units.iter().map(|u| cost(u, mixed::WIDTHS[0])).sum::<f64>();
+            sensitivity.allocate(size as f64 - fixed - slack, &widths, &cost).map_err(|_| {
+                let least = fixed + slack + sensitivity.units.iter().map(|u| cost(u, widths[0])).sum::<f64>();
                 let message = format!(
-                    "{} is less than the model takes with 2 bits everywhere, {}",
+                    "{} is less than the model takes with {} bits everywhere, {}",
                     output::bytes(size),
+                    widths[0],
                     output::bytes(least as u64)
                 );
                 Error::new(ErrorKind::InvalidInput, message).in_file(&args.dir)
             })?
         }
-        (None, bits) => sensitivity.for_mean_bits(bits.unwrap_or_default())?,
+        (None, bits) => sensitivity.for_mean_bits(bits.unwrap_or_default(), &widths)?,
     };
     let mut points = Vec::new();
-    for bits in CURVE {
-        let allocation = sensitivity.for_mean_bits(bits)?;
+    for bits in CURVE.into_iter().filter(|&bits| bits >= f64::from(widths[0])) {
+        let allocation = sensitivity.for_mean_bits(bits, &widths)?;
         points.push((total(&allocation) / 1e6, allocation.predicted_loss));
         if !args.json {
             let (size, loss) = points[points.len() - 1];
@@ -218,6 +220,11 @@ fn choose_bits(
     Ok(Some(chosen))
 }
 
+/// Bits that modules of a dialect may have; 16 leaves a module as it is.
+fn widths(format: Format) -> Vec<u32> {
+    mixed::WIDTHS.into_iter().filter(|&bits| bits == 16 || format.holds(bits)).collect()
+}
+
 /// Measures what rounding costs, or takes it from the file that an earlier run wrote for the same question.
 fn sensitivity(
     args: &Args,
@@ -231,26 +238,20 @@ fn sensitivity(
     {
         let known: Sensitivity = serde_json::from_slice(&bytes)
             .map_err(|e| Error::new(ErrorKind::InvalidFile, format!("not what rounding costs: {e}")).in_file(file))?;
-        let alone = known.units.iter().all(|unit| unit.modules.len() == 1);
-        if known.calibration != calibration.sha256() || alone != args.target.per_module {
-            let message = "measured with another calibration or granularity; give another file, or remove it";
+        if known.measured != mixed::question(&args.dir, calibration, options, granularity)? {
+            let message =
+                "measured with another source, calibration, group size or method; give another file, or remove it";
             return Err(Error::new(ErrorKind::InvalidInput, message).in_file(file).into());
         }
         return Ok(known);
     }
     let bar = output::progress("measuring", output::Unit::Blocks);
-    let measured = mixed::measure(
-        &args.dir,
-        calibration,
-        options.group_size,
-        granularity,
-        compute.clone(),
-        &mut |done, total| {
+    let measured =
+        mixed::measure(&args.dir, calibration, options, granularity, compute.clone(), &mut |done, total| {
             bar.set_length(total as u64);
             bar.set_position(done as u64);
             Ok(())
-        },
-    )?;
+        })?;
     bar.finish_and_clear();
     if let Some(file) = &args.target.sensitivity {
         let text = serde_json::to_string(&measured).map_err(std::io::Error::from)?;
@@ -289,11 +290,12 @@ pub fn run(args: &Args) -> Outcome {
     }
     let targeted = args.target.target_size.is_some() || args.target.target_bits.is_some();
     if targeted {
-        let bits = args.target.target_bits.map_or(args.bits, |bits| bits.ceil() as u32);
-        options.bits = mixed::WIDTHS.into_iter().find(|&width| width >= bits).unwrap_or(8).min(8);
         if args.format.is_none() {
             options.format = Format::PackQuantized;
         }
+        let bits = args.target.target_bits.map_or(args.bits, |bits| bits.ceil() as u32);
+        let wide = widths(options.format).into_iter().find(|&width| width >= bits);
+        options.bits = wide.unwrap_or(8).min(8);
     }
     let calibration = match method {
         Method::Rtn if options.recipe.is_none() && !targeted => Calibration::none(),
