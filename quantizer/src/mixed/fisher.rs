@@ -62,64 +62,83 @@ pub fn measure(
     calibration.check(decoder.config.vocab_size)?;
     let layers = decoder.config.num_hidden_layers;
 
-    // Streams that enter each layer, and at last those that enter the head; first those that are searched on.
+    // Blocks need the streams that enter them again on the way back. Those of all layers may take more memory than the
+    // model, so some layers keep theirs, and the ones between compute them once more.
+    let stride = layers.isqrt().max(1);
     let embed = |ids: &Vec<u32>| decoder.embed(&checkpoint, ids);
-    let mut entering: Vec<Streams> = vec![searched.iter().chain(&probed).map(embed).collect::<Result<_>>()?];
+    let advance = |layer: usize, streams: &mut Streams| -> Result<()> {
+        let block = decoder.load(&checkpoint, None, layer)?;
+        streams.iter_mut().for_each(|x| decoder.forward(&block, x, &mut |_, _| {}));
+        Ok(())
+    };
+    let mut kept: Vec<Streams> = Vec::new();
+    // First those that are searched on.
+    let mut streams: Streams = searched.iter().chain(&probed).map(embed).collect::<Result<_>>()?;
     for layer in 0..layers {
         progress(layer, 2 * layers)?;
-        let block = decoder.load(&checkpoint, None, layer)?;
-        let mut streams = entering[layer].clone();
-        streams.iter_mut().for_each(|x| decoder.forward(&block, x, &mut |_, _| {}));
-        entering.push(streams);
+        if layer.is_multiple_of(stride) {
+            kept.push(streams.clone());
+        }
+        advance(layer, &mut streams)?;
     }
     let head = Head::load(&decoder, &checkpoint, None)?;
     let mut random = Random::new(options.seed);
     let mut slopes = Streams::new();
-    for x in entering.pop().iter().flat_map(|streams| &streams[searched.len()..]) {
+    for x in streams.drain(..).skip(searched.len()) {
         let draws: Vec<f64> = x.chunks(decoder.config.hidden_size).map(|_| random.unit()).collect();
-        slopes.push(head.surprise(&decoder, x, &draws));
+        slopes.push(head.surprise(&decoder, &x, &draws));
     }
     drop(head);
 
     let tokens = probed.iter().map(Vec::len).sum::<usize>().max(1) as f64;
     let mut units = Vec::new();
-    while let Some(streams) = entering.pop() {
-        let layer = entering.len();
-        progress(2 * layers - 1 - layer, 2 * layers)?;
-        let block = decoder.load(&checkpoint, None, layer)?;
-        let (searching, probing) = streams.split_at(searched.len());
-        let rounding = Rounding { decoder: &decoder, block: &block, searching, measured: &measured };
-        let rounded = rounding.widths();
-        let mut losses = vec![[0.0; WIDTHS.len()]; Slot::ALL.len()];
-        let mut gradients = Gradients::zeros(&block);
-        for (x, slope) in probing.iter().zip(&mut slopes) {
-            gradients.clear();
-            let trace = decoder.trace(&block, x);
-            *slope = decoder.backward(&block, &trace, slope, &mut gradients);
-            for (slot, losses) in Slot::ALL.into_iter().zip(&mut losses) {
-                for (rounded, loss) in rounded.iter().zip(losses) {
-                    *loss += 0.5 * rounded.squares(&decoder, &block, slot, &gradients) / tokens;
-                }
-            }
+    while let Some(mut streams) = kept.pop() {
+        let first = kept.len() * stride;
+        let mut entering = Vec::new();
+        for layer in first..layers.min(first + stride) - 1 {
+            let mut next = streams.clone();
+            advance(layer, &mut next)?;
+            entering.push(std::mem::replace(&mut streams, next));
         }
-        // From the last layer to the first, and so from the last unit of a layer to its first.
-        for slots in parts(granularity).into_iter().rev() {
-            let mut sums = [0.0; WIDTHS.len()];
-            for &slot in slots {
-                sums.iter_mut().zip(losses[slot as usize]).for_each(|(sum, loss)| *sum += loss);
-            }
-            for (i, bits) in WIDTHS.into_iter().enumerate().skip(1) {
-                if bits > MEASURED {
-                    sums[i] = sums[i - 1] * finer(WIDTHS[i - 1], bits);
+        entering.push(streams);
+        while let Some(streams) = entering.pop() {
+            let layer = first + entering.len();
+            progress(2 * layers - 1 - layer, 2 * layers)?;
+            let block = decoder.load(&checkpoint, None, layer)?;
+            let (searching, probing) = streams.split_at(searched.len());
+            let rounding = Rounding { decoder: &decoder, block: &block, searching, measured: &measured };
+            let rounded = rounding.widths();
+            let mut losses = vec![[0.0; WIDTHS.len()]; Slot::ALL.len()];
+            let mut gradients = Gradients::zeros(&block);
+            for (x, slope) in probing.iter().zip(&mut slopes) {
+                gradients.clear();
+                let trace = decoder.trace(&block, x);
+                *slope = decoder.backward(&block, &trace, slope, &mut gradients);
+                for (slot, losses) in Slot::ALL.into_iter().zip(&mut losses) {
+                    for (rounded, loss) in rounded.iter().zip(losses) {
+                        *loss += 0.5 * rounded.squares(&decoder, &block, slot, &gradients) / tokens;
+                    }
                 }
-                // Widths are measured apart; none is worse than a smaller one.
-                sums[i] = sums[i].min(sums[i - 1]);
             }
-            units.push(Unit {
-                modules: slots.iter().map(|slot| decoder.name(layer, slot.module())).collect(),
-                weights: slots.iter().map(|&slot| decoder.shape(slot)).map(|(n, k)| (n * k) as u64).sum(),
-                losses: sums,
-            });
+            // From the last layer to the first, and so from the last unit of a layer to its first.
+            for slots in parts(granularity).into_iter().rev() {
+                let mut sums = [0.0; WIDTHS.len()];
+                for &slot in slots {
+                    sums.iter_mut().zip(losses[slot as usize]).for_each(|(sum, loss)| *sum += loss);
+                }
+                for (i, bits) in WIDTHS.into_iter().enumerate().skip(1) {
+                    if bits > MEASURED {
+                        sums[i] = sums[i - 1] * finer(WIDTHS[i - 1], bits);
+                    }
+                    // Widths are measured apart; none is worse than a smaller one.
+                    sums[i] = sums[i].min(sums[i - 1]);
+                }
+                units.push(Unit {
+                    modules: slots.iter().map(|slot| decoder.name(layer, slot.module())).collect(),
+                    weights: slots.iter().map(|&slot| decoder.shape(slot)).map(|(n, k)| (n * k) as u64).sum(),
+                    losses: sums,
+                });
+            }
         }
     }
     units.reverse();
