@@ -280,6 +280,46 @@ fn bits_follow_the_measured_loss_and_meet_the_budget() {
 }
 
 #[test]
+fn what_a_file_says_of_losses_is_checked() {
+    let source = fixture("qwen3");
+    let asked = options(Method::Awq, 4);
+    let measure = |options: &QuantizeOptions| {
+        mixed::measure(&source, &calibration(), options, Granularity::Fused, Threads::new(2), &mut |_, _| Ok(()))
+    };
+    let sensitivity = measure(&asked).unwrap();
+    let good = serde_json::to_value(&sensitivity).unwrap();
+    let read = |value: &Value, options: &QuantizeOptions| {
+        let json = value.to_string();
+        mixed::Sensitivity::from_json(json.as_bytes(), &source, &calibration(), options, Granularity::Fused)
+    };
+    let bits = |sensitivity: &mixed::Sensitivity| sensitivity.for_mean_bits(3.5, &mixed::WIDTHS).unwrap().bits_of;
+    assert_eq!(bits(&read(&good, &asked).unwrap()), bits(&sensitivity));
+    for (path, value) in [
+        ("/units/1/modules", serde_json::json!([])),
+        ("/units/0/weights", u64::MAX.into()),
+        ("/units/0/weights", (-1).into()),
+        ("/units/2/losses/0", 0.into()),
+        ("/units/2/losses/6", (-1).into()),
+        ("/units/2/losses", serde_json::json!([1, 0.5])),
+        ("/units", Value::Null),
+    ] {
+        let mut bad = good.clone();
+        *bad.pointer_mut(path).unwrap() = value;
+        assert_eq!(read(&bad, &asked).unwrap_err().kind(), ErrorKind::InvalidFile, "{path}");
+    }
+    let mut other = good.clone();
+    other["measured"]["seed"] = 99.into();
+    assert_eq!(read(&other, &asked).unwrap_err().kind(), ErrorKind::InvalidInput);
+    assert_eq!(read(&good, &options(Method::Gptq, 4)).unwrap_err().kind(), ErrorKind::InvalidInput);
+    // What cannot be rounded cannot be measured either.
+    for group_size in [GroupSize::Features(48), GroupSize::Features(0), GroupSize::Features(1000)] {
+        let refused = measure(&QuantizeOptions { group_size, ..asked.clone() }).unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::InvalidInput, "{refused}");
+        assert!(refused.to_string().contains("group size"), "{refused}");
+    }
+}
+
+#[test]
 fn the_measured_loss_is_what_rounding_a_module_costs() {
     let folder = Folder::new();
     let mut random = Random::new(31);

@@ -13,7 +13,6 @@
 use std::path::Path;
 
 use awqua::Result;
-use awqua::checkpoint::Checkpoint;
 use awqua::quant::AffineMatrix;
 
 use super::{Granularity, Measured, Sensitivity, Unit, WIDTHS};
@@ -23,7 +22,7 @@ use crate::device::Compute;
 use crate::grid::Grid;
 use crate::math::vectorized;
 use crate::method::scale::{self, Folded};
-use crate::quantize::{QuantizeOptions, Streams, Task};
+use crate::quantize::{self, QuantizeOptions, Streams, Task};
 use crate::random::Random;
 
 /// Sequences that scales and ranges are searched on, and tokens of each.
@@ -44,8 +43,8 @@ const MEASURED: u32 = 4;
 /// forward and in the backward pass.
 ///
 /// # Errors
-/// Those of [`super::question`]; [`awqua::ErrorKind::InvalidInput`] for a calibration that cannot be used; those of
-/// `progress`.
+/// Those of [`crate::quantize::plan`] and of reading; [`awqua::ErrorKind::InvalidInput`] for a calibration that cannot be
+/// used; those of `progress`.
 pub fn measure(
     source: &Path,
     calibration: &Calibration,
@@ -54,20 +53,19 @@ pub fn measure(
     compute: impl Into<Compute>,
     progress: &mut dyn FnMut(usize, usize) -> Result<()>,
 ) -> Result<Sensitivity> {
-    let checkpoint = Checkpoint::open(source)?;
-    let measured = super::question(source, calibration, options, granularity)?;
-    let [searched, probed] = samples(calibration);
-    let length = searched.iter().chain(&probed).map(Vec::len).max().unwrap_or(0);
-    let decoder = Decoder::new(&checkpoint, length, compute)?;
+    let plan = quantize::plan(source, calibration, options, compute)?;
+    let measured = Measured::by(&plan, calibration, granularity)?;
+    let (checkpoint, decoder) = (&plan.checkpoint, &plan.decoder);
     calibration.check(decoder.config.vocab_size)?;
+    let [searched, probed] = samples(calibration);
     let layers = decoder.config.num_hidden_layers;
 
     // Blocks need the streams that enter them again on the way back. Those of all layers may take more memory than the
     // model, so some layers keep theirs, and the ones between compute them once more.
     let stride = layers.isqrt().max(1);
-    let embed = |ids: &Vec<u32>| decoder.embed(&checkpoint, ids);
+    let embed = |ids: &Vec<u32>| decoder.embed(checkpoint, ids);
     let advance = |layer: usize, streams: &mut Streams| -> Result<()> {
-        let block = decoder.load(&checkpoint, None, layer)?;
+        let block = decoder.load(checkpoint, None, layer)?;
         streams.iter_mut().for_each(|x| decoder.forward(&block, x, &mut |_, _| {}));
         Ok(())
     };
@@ -81,12 +79,12 @@ pub fn measure(
         }
         advance(layer, &mut streams)?;
     }
-    let head = Head::load(&decoder, &checkpoint, None)?;
+    let head = Head::load(decoder, checkpoint, None)?;
     let mut random = Random::new(options.seed);
     let mut slopes = Streams::new();
     for x in streams.drain(..).skip(searched.len()) {
         let draws: Vec<f64> = x.chunks(decoder.config.hidden_size).map(|_| random.unit()).collect();
-        slopes.push(head.surprise(&decoder, &x, &draws));
+        slopes.push(head.surprise(decoder, &x, &draws));
     }
     drop(head);
 
@@ -104,10 +102,9 @@ pub fn measure(
         while let Some(streams) = entering.pop() {
             let layer = first + entering.len();
             progress(2 * layers - 1 - layer, 2 * layers)?;
-            let block = decoder.load(&checkpoint, None, layer)?;
+            let block = decoder.load(checkpoint, None, layer)?;
             let (searching, probing) = streams.split_at(searched.len());
-            let rounding = Rounding { decoder: &decoder, block: &block, searching, measured: &measured };
-            let rounded = rounding.widths();
+            let rounded = round(decoder, &block, searching, &measured);
             let mut losses = vec![[0.0; WIDTHS.len()]; Slot::ALL.len()];
             let mut gradients = Gradients::zeros(&block);
             for (x, slope) in probing.iter().zip(&mut slopes) {
@@ -116,7 +113,7 @@ pub fn measure(
                 *slope = decoder.backward(&block, &trace, slope, &mut gradients);
                 for (slot, losses) in Slot::ALL.into_iter().zip(&mut losses) {
                     for (rounded, loss) in rounded.iter().zip(losses) {
-                        *loss += 0.5 * rounded.squares(&decoder, &block, slot, &gradients) / tokens;
+                        *loss += 0.5 * rounded.squares(decoder, &block, slot, &gradients) / tokens;
                     }
                 }
             }
@@ -178,31 +175,19 @@ fn samples(calibration: &Calibration) -> [Vec<Vec<u32>>; 2] {
     [spread(&starts, SEARCHED.0), spread(&rest, PROBED.0)]
 }
 
-/// How a block is rounded.
-struct Rounding<'a> {
-    decoder: &'a Decoder,
-    block: &'a Block,
-    /// Streams that enter it.
-    searching: &'a [Vec<f32>],
-    measured: &'a Measured,
-}
-
-impl Rounding<'_> {
-    /// The block at each of [`WIDTHS`] up to [`MEASURED`].
-    fn widths(&self) -> Vec<Rounded> {
-        let Self { decoder, measured, .. } = *self;
-        let grid = |bits| Grid { bits, group_size: measured.group_size, symmetric: measured.symmetric };
-        let (propagate, seed) = (false, measured.seed);
-        let (mut scaled, streams) = (self.block.clone(), self.searching.to_vec());
-        let task = Task { decoder, recipe: &measured.recipe, grid: &|_| Some(grid(SCALED)), propagate, seed };
-        let (_, folded) = task.scale(&mut scaled, &streams);
-        let round = |bits: u32| {
-            let task = Task { decoder, recipe: &measured.recipe, grid: &|_| Some(grid(bits)), propagate, seed };
-            let packed = task.round(scaled.clone(), Vec::new(), &mut streams.clone(), None).packed;
-            Rounded::new(decoder, packed.into_iter().flatten().collect(), &folded)
-        };
-        WIDTHS.into_iter().filter(|&bits| bits <= MEASURED).map(round).collect()
-    }
+/// The block at each of [`WIDTHS`] up to [`MEASURED`]; scales and ranges suit the streams `searching` that enter it.
+fn round(decoder: &Decoder, block: &Block, searching: &[Vec<f32>], measured: &Measured) -> Vec<Rounded> {
+    let grid = |bits| Grid { bits, group_size: measured.group_size, symmetric: measured.symmetric };
+    let (propagate, seed) = (false, measured.seed);
+    let (mut scaled, streams) = (block.clone(), searching.to_vec());
+    let task = Task { decoder, recipe: &measured.recipe, grid: &|_| Some(grid(SCALED)), propagate, seed };
+    let (_, folded) = task.scale(&mut scaled, &streams);
+    let round = |bits: u32| {
+        let task = Task { decoder, recipe: &measured.recipe, grid: &|_| Some(grid(bits)), propagate, seed };
+        let packed = task.round(scaled.clone(), Vec::new(), &mut streams.clone(), None).packed;
+        Rounded::new(decoder, packed.into_iter().flatten().collect(), &folded)
+    };
+    WIDTHS.into_iter().filter(|&bits| bits <= MEASURED).map(round).collect()
 }
 
 /// A block rounded to one width.

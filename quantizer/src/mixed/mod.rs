@@ -13,10 +13,9 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::calibration::Calibration;
-use crate::decoder::Decoder;
 use crate::math::Threads;
 use crate::method::Recipe;
-use crate::quantize::QuantizeOptions;
+use crate::quantize::{Plan, QuantizeOptions, plan};
 
 mod fisher;
 
@@ -86,29 +85,20 @@ pub struct Allocation {
     pub predicted_loss: f64,
 }
 
-/// What [`measure`] would measure, to compare with what an earlier one did.
-///
-/// # Errors
-/// Those of reading, and [`ErrorKind::Unsupported`] if no group size fits.
-pub fn question(
-    source: &Path,
-    calibration: &Calibration,
-    options: &QuantizeOptions,
-    granularity: Granularity,
-) -> Result<Measured> {
-    let checkpoint = Checkpoint::open(source)?;
-    let decoder = Decoder::new(&checkpoint, 0, Threads::new(1))?;
-    let recipe = options.recipe.clone().unwrap_or_else(|| options.method.recipe(options.bits));
-    Ok(Measured {
-        source: identity(&checkpoint)?,
-        calibration: calibration.sha256(),
-        granularity,
-        group_size: options.group_size.resolve(&decoder).map_err(|error| error.in_file(source))?,
-        symmetric: options.symmetric,
-        // What fits codes to many tokens would take as long as rounding the model, once for every width.
-        recipe: Recipe { compensate: None, correct: None, learn: None, tune: None, ..recipe },
-        seed: options.seed,
-    })
+impl Measured {
+    /// What a run as `plan` says would measure.
+    fn by(plan: &Plan, calibration: &Calibration, granularity: Granularity) -> Result<Self> {
+        Ok(Self {
+            source: identity(&plan.checkpoint)?,
+            calibration: calibration.sha256(),
+            granularity,
+            group_size: plan.group_size,
+            symmetric: plan.options.symmetric,
+            // What fits codes to many tokens would take as long as rounding the model, once for every width.
+            recipe: Recipe { compensate: None, correct: None, learn: None, tune: None, ..plan.recipe.clone() },
+            seed: plan.options.seed,
+        })
+    }
 }
 
 /// SHA-256 of names, shapes and the first bytes of all tensors: tells models apart without reading all of them.
@@ -124,6 +114,38 @@ fn identity(checkpoint: &Checkpoint) -> Result<String> {
 }
 
 impl Sensitivity {
+    /// Reads what an earlier [`measure`] with the same arguments found, as JSON.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidFile`] for what [`measure`] never finds; [`ErrorKind::InvalidInput`] if something else was asked
+    /// then; those of [`plan`].
+    pub fn from_json(
+        json: &[u8],
+        source: &Path,
+        calibration: &Calibration,
+        options: &QuantizeOptions,
+        granularity: Granularity,
+    ) -> Result<Self> {
+        let broken = |what: String| Error::new(ErrorKind::InvalidFile, format!("not what rounding costs: {what}"));
+        let known: Self = serde_json::from_slice(json).map_err(|e| broken(e.to_string()))?;
+        let plan = plan(source, calibration, options, Threads::new(1))?;
+        if known.measured != Measured::by(&plan, calibration, granularity)? {
+            let message =
+                "measured with another source, calibration, group size or method; give another file, or remove it";
+            return Err(Error::new(ErrorKind::InvalidInput, message));
+        }
+        if known.units.iter().try_fold(0u64, |sum, unit| sum.checked_add(unit.weights)).is_none() {
+            return Err(broken("more weights than there can be".to_owned()));
+        }
+        for unit in &known.units {
+            let Some(name) = unit.modules.first() else { return Err(broken("a unit without modules".to_owned())) };
+            if unit.losses.iter().any(|&loss| loss < 0.0) || !unit.losses.is_sorted_by(|a, b| a >= b) {
+                return Err(broken(format!("losses of `{name}` that are negative or grow with the bits")));
+            }
+        }
+        Ok(known)
+    }
+
     /// The bits among `widths` with the smallest loss whose cost fits `budget`; `cost(unit, bits)` is in any unit and
     /// grows with the bits. Never worse than one width for all units.
     ///

@@ -132,11 +132,11 @@ pub struct QuantizeReport {
 /// What a run is going to do; see [`plan`].
 #[derive(Debug)]
 pub struct Plan {
-    checkpoint: Checkpoint,
-    decoder: Decoder,
-    group_size: Option<usize>,
-    recipe: Recipe,
-    options: QuantizeOptions,
+    pub(crate) checkpoint: Checkpoint,
+    pub(crate) decoder: Decoder,
+    pub(crate) group_size: Option<usize>,
+    pub(crate) recipe: Recipe,
+    pub(crate) options: QuantizeOptions,
     identity: String,
 }
 

@@ -236,14 +236,8 @@ fn sensitivity(
     if let Some(file) = &args.target.sensitivity
         && let Ok(bytes) = std::fs::read(file)
     {
-        let known: Sensitivity = serde_json::from_slice(&bytes)
-            .map_err(|e| Error::new(ErrorKind::InvalidFile, format!("not what rounding costs: {e}")).in_file(file))?;
-        if known.measured != mixed::question(&args.dir, calibration, options, granularity)? {
-            let message =
-                "measured with another source, calibration, group size or method; give another file, or remove it";
-            return Err(Error::new(ErrorKind::InvalidInput, message).in_file(file).into());
-        }
-        return Ok(known);
+        let known = Sensitivity::from_json(&bytes, &args.dir, calibration, options, granularity);
+        return Ok(known.map_err(|error| error.in_file(file))?);
     }
     let bar = output::progress("measuring", output::Unit::Blocks);
     let measured =
