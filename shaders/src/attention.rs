@@ -99,7 +99,7 @@ pub fn visible(window: u32, position: u32) -> (u32, u32) {
     (if window == 0 { 0 } else { (position + 1).saturating_sub(window) }, position)
 }
 
-/// Partial results in f64. `k_cache` and `v_cache` are elements, (kv_heads, context, head_dim): both parts together.
+/// Partial results in f64. `k_cache` and `v_cache` are elements, (context, kv_heads, head_dim): both parts together.
 pub fn reference(
     params: &Params,
     step: &Step,
@@ -119,7 +119,7 @@ pub fn reference(
             for split in first_split..=last / params.split_len {
                 let begin = first.max(split * params.split_len);
                 let end = (last + 1).min((split + 1) * params.split_len);
-                let row = |j: u32| (kv_head * params.context + j) as usize * dim;
+                let row = |j: u32| (j * params.kv_heads + kv_head) as usize * dim;
                 let scores: Vec<f64> = (begin..end)
                     .map(|j| {
                         let k = &k_cache[row(j)..row(j) + dim];
@@ -234,26 +234,19 @@ pub(crate) fn trial(case: Case, pad: u32, variant: Variant, rng: &mut Rng) -> Tr
     // Words of the session's own part and of the shared one, and all values.
     let mut cache = || -> (Vec<u32>, Vec<u32>, Vec<f32>) {
         // Positions that no token sees hold NaN.
-        let mut values = trial::poisoned((kv_heads * context * head_dim) as usize);
-        for head in values.chunks_mut((context * head_dim) as usize) {
-            let seen = (visible(window, position).0 * head_dim) as usize..((position + tokens) * head_dim) as usize;
-            for value in &mut head[seen] {
-                *value = rng.range(-2.0, 2.0);
-            }
+        let before = |position: u32| (position * kv_heads * head_dim) as usize;
+        let mut values = trial::poisoned(before(context));
+        for value in &mut values[before(visible(window, position).0)..before(position + tokens)] {
+            *value = rng.range(-2.0, 2.0);
         }
-        let (mut own, mut shared) = (Vec::new(), Vec::new());
-        for head in values.chunks((context * head_dim) as usize) {
-            let (first, rest) = head.split_at((prefix * head_dim) as usize);
-            shared.extend_from_slice(first);
-            own.extend_from_slice(rest);
-        }
+        let (shared, own) = values.split_at(before(prefix));
         // Whole vectors; an empty part is bound, but not read.
         let packed = |values: &[f32]| {
             let (mut words, _) = variant.kv.pack(values, head_dim);
             words.resize(words.len().next_multiple_of(4).max(4), 0);
             words
         };
-        (packed(&own), packed(&shared), variant.kv.pack(&values, head_dim).1)
+        (packed(own), packed(shared), variant.kv.pack(&values, head_dim).1)
     };
     let ((k_words, k_shared, k), (v_words, v_shared, v)) = (cache(), cache());
     let rows = (tokens * heads * params.splits_max) as usize;

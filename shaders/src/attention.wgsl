@@ -27,12 +27,12 @@ struct Params {
 }
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(2) var<storage, read> qkv: array<f32>;                    // (n_tokens, qkv_stride), q first
-@group(0) @binding(3) var<storage, read> k_cache: array<u32>;                // (kv_heads, context - prefix, head_dim)
-@group(0) @binding(4) var<storage, read> v_cache: array<u32>;                // (kv_heads, context - prefix, head_dim)
+@group(0) @binding(3) var<storage, read> k_cache: array<u32>;                // (context - prefix, kv_heads, head_dim)
+@group(0) @binding(4) var<storage, read> v_cache: array<u32>;                // (context - prefix, kv_heads, head_dim)
 @group(0) @binding(5) var<storage, read_write> partial_out: array<f32>;      // (n_tokens, heads, splits_max, head_dim)
 @group(0) @binding(6) var<storage, read_write> partial_ml: array<vec2<f32>>; // (n_tokens, heads, splits_max): m, l
-@group(0) @binding(7) var<storage, read> k_prefix: array<u32>;               // (kv_heads, prefix, head_dim)
-@group(0) @binding(8) var<storage, read> v_prefix: array<u32>;               // (kv_heads, prefix, head_dim)
+@group(0) @binding(7) var<storage, read> k_prefix: array<u32>;               // (prefix, kv_heads, head_dim)
+@group(0) @binding(8) var<storage, read> v_prefix: array<u32>;               // (prefix, kv_heads, head_dim)
 
 const LOWEST: f32 = -3.0e38;
 const PARTS: u32 = WG / TILE;
@@ -110,13 +110,12 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         // A tile lies in one part.
         let is_shared = tile < params.prefix;
         count = min(TILE, select(split.end, min(split.end, params.prefix), is_shared) - tile);
-        let own = heads.kv * (params.context - params.prefix) + tile - params.prefix;
-        let cache_start = select(own, heads.kv * params.prefix + tile, is_shared);
+        let start = tile - select(params.prefix, 0u, is_shared);
         let lines = Lines(is_shared, params.kv_heads * select(params.context - params.prefix, params.prefix, is_shared));
         var partial = vec4<f32>(0.0);
         if (score_slot < count) {
             for (var i = score_part; i < pairs; i += PARTS) {
-                let k = key(cache_start + score_slot, i, lines);
+                let k = key((start + score_slot) * params.kv_heads + heads.kv, i, lines);
                 partial = fma(q_tile[2u * i], vec4<f32>(k.x), partial);
                 partial = fma(q_tile[2u * i + 1u], vec4<f32>(k.y), partial);
             }
@@ -153,7 +152,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         workgroupBarrier();
         if (slice < slices) {
             for (var i = slice; i < count; i += slices) {
-                let v = value(cache_start + i, pair, lines);
+                let v = value((start + i) * params.kv_heads + heads.kv, pair, lines);
                 even = fma(weights[i], vec4<f32>(v.x), even);
                 odd = fma(weights[i], vec4<f32>(v.y), odd);
                 sum += weights[i];

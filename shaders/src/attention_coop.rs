@@ -25,7 +25,7 @@ params! {
         qkv_stride: u32,
         /// Elements of a row of out.
         out_stride: u32,
-        /// Positions of the cache; [`SPAN`] rows more may be read.
+        /// Positions of the cache; those that make the last [`SPAN`] whole may be read.
         context: u32,
         /// Factor on the dot products.
         scale: f32,
@@ -118,14 +118,13 @@ fn trial(case: attention::Case, kv: Kv, rng: &mut Rng) -> Trial {
     let step = Step { n_tokens: tokens, position, ..Step::default() };
     let qkv = rng.values((tokens * params.qkv_stride) as usize, 3.0);
     // Positions that no token sees hold numbers that would show. Keys grow, so that the bounds of the scores rise.
-    let beyond = SPAN as usize * kv.row_words(head_dim) as usize;
+    let beyond = ((context.next_multiple_of(SPAN) - context) * kv_heads) as usize * kv.row_words(head_dim) as usize;
     let mut cache = || {
         let mut values = vec![1000.0; (kv_heads * context * head_dim) as usize];
-        for head in 0..kv_heads {
-            for at in attention::visible(window, position).0..position + tokens {
-                let start = ((head * context + at) * head_dim) as usize;
-                values[start..start + dim].copy_from_slice(&rng.values(dim, 1.0 + 3.0 * at as f32 / context as f32));
-            }
+        for at in attention::visible(window, position).0..position + tokens {
+            let row = (kv_heads * head_dim) as usize;
+            let at_position = rng.values(row, 1.0 + 3.0 * at as f32 / context as f32);
+            values[at as usize * row..][..row].copy_from_slice(&at_position);
         }
         let (mut words, left) = kv.pack(&values, head_dim);
         // Halves of 1000.0, or scales of 500.0 and codes.
@@ -141,7 +140,7 @@ fn trial(case: attention::Case, kv: Kv, rng: &mut Rng) -> Trial {
         for head in 0..heads as usize {
             let kv_head = head / (heads / kv_heads) as usize;
             let q = &qkv[token * params.qkv_stride as usize + head * dim..][..dim];
-            let row = |at: u32| (kv_head * context as usize + at as usize) * dim;
+            let row = |at: u32| (at as usize * kv_heads as usize + kv_head) * dim;
             let score = |at: u32| -> f64 {
                 let dot: f64 = q.iter().zip(&k[row(at)..]).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
                 scale::softcap(dot * f64::from(params.scale), params.cap)

@@ -21,8 +21,8 @@ struct Params {
 }
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(2) var<storage, read> qkv: array<f32>;              // (n_tokens, qkv_stride), q first
-@group(0) @binding(3) var<storage, read> k_cache: array<KvWords>;      // (kv_heads, context, head_dim), then SPAN rows
-@group(0) @binding(4) var<storage, read> v_cache: array<KvWords>;      // (kv_heads, context, head_dim), then SPAN rows
+@group(0) @binding(3) var<storage, read> k_cache: array<KvWords>;      // (context in whole spans, kv_heads, head_dim)
+@group(0) @binding(4) var<storage, read> v_cache: array<KvWords>;      // (context in whole spans, kv_heads, head_dim)
 @group(0) @binding(5) var<storage, read_write> out: array<f32>;        // (n_tokens, out_stride)
 
 const LOWEST: f32 = -3.0e38;
@@ -77,7 +77,6 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     // Positions of the whole tile, in whole spans from the first one.
     let last = step.position + min(token_start + TILE, step.n_tokens) - 1u;
     let begin = first_seen(step.position + token_start) / SPAN * SPAN;
-    let k_start = kv_head * params.context;
     let q_at = subgroup * 16u * Q_VECS;
     let score_at = subgroup * 16u * S_VECS;
 
@@ -105,8 +104,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     var values: array<Fetched, FETCHES>;
     for (var i = 0u; i < FETCHES; i++) {
         let index = min(i * WG + local_index, fetches);
-        keys[i] = fetch_key(k_start + begin, index, per_row);
-        values[i] = fetch_value(k_start + begin, index, per_row);
+        keys[i] = fetch_key(begin * params.kv_heads + kv_head, index, per_row);
+        values[i] = fetch_value(begin * params.kv_heads + kv_head, index, per_row);
     }
     for (var span = begin; span <= last; span += SPAN) {
         for (var i = 0u; i < FETCHES; i++) {
@@ -119,7 +118,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         }
         // Orders the writes of keys and values before their reads.
         workgroupBarrier();
-        let next = k_start + min(span + SPAN, last / SPAN * SPAN);
+        let next = min(span + SPAN, last / SPAN * SPAN) * params.kv_heads + kv_head;
         for (var i = 0u; i < FETCHES; i++) {
             let index = min(i * WG + local_index, fetches);
             keys[i] = fetch_key(next, index, per_row);

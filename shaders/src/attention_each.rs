@@ -156,17 +156,6 @@ fn random(kv: Kv, head_dim: u32, rows: u32, rng: &mut Rng) -> (Vec<u32>, Vec<f32
     (words, values)
 }
 
-/// The two parts of a cache, (kv_heads, positions, head_dim) each, as one.
-fn joined(case: &Case, (shared, first): (&[f32], u32), (own, rest): (&[f32], u32)) -> Vec<f32> {
-    let line = |positions: u32| (positions * case.head_dim) as usize;
-    (0..case.kv_heads as usize)
-        .flat_map(|head| {
-            let part = |values: &[f32], positions: u32| values[head * line(positions)..][..line(positions)].to_vec();
-            [part(shared, first), part(own, rest)].concat()
-        })
-        .collect()
-}
-
 /// A random run of a case; shared with the kernel of subgroups.
 pub(crate) fn trial(case: &Case, variant: Variant, rng: &mut Rng) -> Trial {
     let row_len = (case.heads + 2 * case.kv_heads) * case.head_dim;
@@ -204,8 +193,6 @@ pub(crate) fn trial(case: &Case, variant: Variant, rng: &mut Rng) -> Trial {
         caches.extend([k_words, v_words]);
         places.push([position, context, prefix, 0]);
         let (k_first, v_first): (&[f32], &[f32]) = if begins_shared { (&k_shared, &v_shared) } else { (&[], &[]) };
-        let keys = joined(case, (k_first, prefix), (&k, rest));
-        let values = joined(case, (v_first, prefix), (&v, rest));
         let one = plain(&params, context, prefix);
         let step = Step { n_tokens: 1, position, ..Step::default() };
         let of_row = |n: u32| (row * n) as usize..((row + 1) * n) as usize;
@@ -214,8 +201,8 @@ pub(crate) fn trial(case: &Case, variant: Variant, rng: &mut Rng) -> Trial {
             &one,
             &step,
             &qkv[of_row(params.qkv_stride)],
-            &keys,
-            &values,
+            &[k_first, &k].concat(),
+            &[v_first, &v].concat(),
             &mut out[of_row(per_row * case.head_dim)],
             &mut ml[of_row(per_row)],
         );

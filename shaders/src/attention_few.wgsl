@@ -21,12 +21,12 @@ struct Params {
 }
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(2) var<storage, read> qkv: array<vec4<f32>>;              // (n_tokens, qkv_stride / 4), q first
-@group(0) @binding(3) var<storage, read> k_cache: array<KvWords>;            // (kv_heads, context - prefix, head_dim)
-@group(0) @binding(4) var<storage, read> v_cache: array<KvWords>;            // (kv_heads, context - prefix, head_dim)
+@group(0) @binding(3) var<storage, read> k_cache: array<KvWords>;            // (context - prefix, kv_heads, head_dim)
+@group(0) @binding(4) var<storage, read> v_cache: array<KvWords>;            // (context - prefix, kv_heads, head_dim)
 @group(0) @binding(5) var<storage, read_write> partial_out: array<f32>;      // (n_tokens, heads, splits_max, head_dim)
 @group(0) @binding(6) var<storage, read_write> partial_ml: array<vec2<f32>>; // (n_tokens, heads, splits_max): m, l
-@group(0) @binding(7) var<storage, read> k_prefix: array<KvWords>;           // (kv_heads, prefix, head_dim)
-@group(0) @binding(8) var<storage, read> v_prefix: array<KvWords>;           // (kv_heads, prefix, head_dim)
+@group(0) @binding(7) var<storage, read> k_prefix: array<KvWords>;           // (prefix, kv_heads, head_dim)
+@group(0) @binding(8) var<storage, read> v_prefix: array<KvWords>;           // (prefix, kv_heads, head_dim)
 
 // The token of row `z`.
 fn place_of(z: u32) -> Place {

@@ -35,8 +35,8 @@ struct Params {
 @group(0) @binding(5) var<storage, read> bias: array<f32>;                 // (n)
 @group(0) @binding(6) var<storage, read> rope: array<vec2<f32>>;           // (context, rotary_dim / 2): cos, sin
 @group(0) @binding(7) var<storage, read_write> out: array<f32>;            // (n_tokens, out_stride)
-@group(0) @binding(8) var<storage, read_write> k_cache: array<u32>;        // (kv_heads, context - prefix, head_dim)
-@group(0) @binding(9) var<storage, read_write> v_cache: array<u32>;        // (kv_heads, context - prefix, head_dim)
+@group(0) @binding(8) var<storage, read_write> k_cache: array<u32>;        // (context - prefix, kv_heads, head_dim)
+@group(0) @binding(9) var<storage, read_write> v_cache: array<u32>;        // (context - prefix, kv_heads, head_dim)
 
 const LANES: u32 = 32u;
 var<workgroup> elements: array<f32, 64>;
@@ -96,8 +96,8 @@ fn main(
         return;
     }
     let kv_head = (head - params.heads) % params.kv_heads;
-    let lines = params.context - params.prefix;
-    append(local_index, element, kv_head * lines + position - params.prefix, params.kv_heads * lines, head);
+    let row = (position - params.prefix) * params.kv_heads + kv_head;
+    append(local_index, element, row, params.kv_heads * (params.context - params.prefix), head);
 }
 
 // Stores a word of the cache that `head` belongs to.

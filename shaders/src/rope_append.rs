@@ -56,7 +56,7 @@ const F16_ROUNDING: f32 = 6e-4;
 const Q8_STEP: f32 = 0.57;
 
 /// Rotates q in place and writes k and v to the caches, before they are rounded to the type of the cache. `k_cache`
-/// and `v_cache` are elements, (kv_heads, context - prefix, head_dim).
+/// and `v_cache` are elements, (context - prefix, kv_heads, head_dim).
 pub fn reference(
     params: &Params,
     step: &Step,
@@ -85,8 +85,7 @@ pub fn reference(
                 continue;
             }
             let cache = if head < heads + kv_heads { &mut *k_cache } else { &mut *v_cache };
-            let line = (head - heads) % kv_heads * (params.context - params.prefix) as usize;
-            let at = (line + position - params.prefix as usize) * dim;
+            let at = ((position - params.prefix as usize) * kv_heads + (head - heads) % kv_heads) * dim;
             cache[at..at + dim].copy_from_slice(&row);
         }
     }

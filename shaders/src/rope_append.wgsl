@@ -17,8 +17,8 @@ struct Params {
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(2) var<storage, read_write> qkv: array<f32>;        // (n_tokens, qkv_stride)
 @group(0) @binding(3) var<storage, read> rope: array<vec2<f32>>;       // (context, rotary_dim / 2): cos, sin
-@group(0) @binding(4) var<storage, read_write> k_cache: array<u32>;    // (kv_heads, context - prefix, head_dim)
-@group(0) @binding(5) var<storage, read_write> v_cache: array<u32>;    // (kv_heads, context - prefix, head_dim)
+@group(0) @binding(4) var<storage, read_write> k_cache: array<u32>;    // (context - prefix, kv_heads, head_dim)
+@group(0) @binding(5) var<storage, read_write> v_cache: array<u32>;    // (context - prefix, kv_heads, head_dim)
 
 // The token of row `z`.
 fn place_of(z: u32) -> Place {

@@ -16,7 +16,7 @@ struct Params {
 @group(0) @binding(2) var<storage, read> places: array<vec4<u32>>;     // (rows): position, context, prefix
 @group(0) @binding(3) var<storage, read_write> qkv: array<f32>;        // (rows, qkv_stride)
 @group(0) @binding(4) var<storage, read> rope: array<vec2<f32>>;       // (rows, rotary_dim / 2): cos, sin
-// By session: (kv_heads, context - prefix, head_dim).
+// By session: (context - prefix, kv_heads, head_dim).
 @group(0) @binding(5) var<storage, read_write> k0: array<u32>;
 @group(0) @binding(6) var<storage, read_write> v0: array<u32>;
 @group(0) @binding(7) var<storage, read_write> k1: array<u32>;

@@ -5,13 +5,17 @@ alias Fetched = vec4<f16>;
 
 const FETCH_VECS: u32 = 1u;
 
-// Piece `index` of the rows from `row` on, which have `per_row`.
+// Where piece `index` of the rows of a head lies, of `per_row` a row, the first of which is row `row` of the cache.
+fn piece_at(row: u32, index: u32, per_row: u32) -> u32 {
+    return row * per_row + index / per_row * (params.kv_heads * per_row) + index % per_row;
+}
+
 fn fetch_key(row: u32, index: u32, per_row: u32) -> Fetched {
-    return k_cache[row * per_row + index];
+    return k_cache[piece_at(row, index, per_row)];
 }
 
 fn fetch_value(row: u32, index: u32, per_row: u32) -> Fetched {
-    return v_cache[row * per_row + index];
+    return v_cache[piece_at(row, index, per_row)];
 }
 
 // vec4 `v` of it.

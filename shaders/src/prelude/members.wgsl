@@ -6,9 +6,9 @@
 @group(0) @binding(3) var<storage, read> qkv: array<vec4<f32>>;              // (rows, qkv_stride / 4), q first
 @group(0) @binding(4) var<storage, read_write> partial_out: array<f32>;      // (rows, heads, splits_max, head_dim)
 @group(0) @binding(5) var<storage, read_write> partial_ml: array<vec2<f32>>; // (rows, heads, splits_max): m, l
-@group(0) @binding(6) var<storage, read> k_prefix: array<KvWords>;           // (kv_heads, prefix, head_dim)
-@group(0) @binding(7) var<storage, read> v_prefix: array<KvWords>;           // (kv_heads, prefix, head_dim)
-// By session: (kv_heads, context - prefix, head_dim).
+@group(0) @binding(6) var<storage, read> k_prefix: array<KvWords>;           // (prefix, kv_heads, head_dim)
+@group(0) @binding(7) var<storage, read> v_prefix: array<KvWords>;           // (prefix, kv_heads, head_dim)
+// By session: (context - prefix, kv_heads, head_dim).
 @group(0) @binding(8) var<storage, read> k0: array<KvWords>;
 @group(0) @binding(9) var<storage, read> v0: array<KvWords>;
 @group(0) @binding(10) var<storage, read> k1: array<KvWords>;

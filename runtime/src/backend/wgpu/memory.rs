@@ -37,7 +37,7 @@ pub(super) struct Memory<B = wgpu::Buffer> {
     pub(super) dummy: B,
     /// Bound where a kernel writes nothing.
     pub(super) unread: B,
-    /// Keys and values by layer behind the prefix: (kv_heads, context - prefix, head_dim) each, then their scales if they
+    /// Keys and values by layer behind the prefix: (context - prefix, kv_heads, head_dim) each, then their scales if they
     /// have any.
     caches: Vec<(B, B)>,
     /// The first positions, if they are shared.
@@ -54,7 +54,7 @@ pub(super) struct Memory<B = wgpu::Buffer> {
 
 /// Keys and values of positions that several sessions begin with; nobody writes them any more.
 pub(super) struct Prefix {
-    /// By layer: (kv_heads, len, head_dim) each, then their scales if they have any.
+    /// By layer: (len, kv_heads, head_dim) each, then their scales if they have any.
     caches: Vec<(wgpu::Buffer, wgpu::Buffer)>,
     /// Positions.
     pub(super) len: u32,
@@ -261,17 +261,16 @@ impl<B> Memory<B> {
 }
 
 /// Bytes of the keys of one layer behind `prefix` positions, and of its values. Kernels on matrix units read whole spans
-/// of positions, beyond the last one too.
+/// of positions.
 fn cache_bytes(program: &Program, config: &RunnerConfig, prefix: u32) -> u64 {
-    let kv_type = config.kv_type.unwrap_or(KvType::F16);
-    let beyond = size(&[attention_coop::SPAN], kv_type.row_bytes(program.attention.head_dim));
-    part_bytes(program, kv_type, config.context.saturating_sub(prefix)).saturating_add(beyond)
+    let positions = config.context.saturating_sub(prefix).checked_next_multiple_of(attention_coop::SPAN);
+    part_bytes(program, config.kv_type.unwrap_or(KvType::F16), positions.unwrap_or(u32::MAX))
 }
 
 /// Bytes of the keys of `positions` positions of one layer, and of its values.
 fn part_bytes(program: &Program, kv_type: KvType, positions: u32) -> u64 {
     let shape = program.attention;
-    size(&[shape.kv_heads, positions], kv_type.row_bytes(shape.head_dim))
+    size(&[positions, shape.kv_heads], kv_type.row_bytes(shape.head_dim))
 }
 
 fn size(factors: &[u32], bytes: u64) -> u64 {

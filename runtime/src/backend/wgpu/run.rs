@@ -107,14 +107,30 @@ pub(super) struct WgpuRunner {
     lent: Lent<Prefix>,
 }
 
-/// Positions of a cache that lie in one piece.
+/// Positions of a cache that lie in one piece, with all heads.
 struct KvRange {
     layer: u32,
     values: bool,
-    head: u32,
     /// The scales instead of the elements.
     scales: bool,
     positions: std::ops::Range<u32>,
+}
+
+/// The elements, or the scales, of a head at one position of a layer's keys or values: bytes in the order of the cache, and
+/// in the order that is saved, head by head.
+struct KvRow {
+    cached: std::ops::Range<usize>,
+    saved: std::ops::Range<usize>,
+    scales: bool,
+}
+
+/// Copies a row of a cache, scales from one order to another.
+fn copy_row(from: &[u8], to: &mut [u8], reorder: Option<fn(&[u16], &mut [u16])>) {
+    let Some(reorder) = reorder else { return to.copy_from_slice(from) };
+    let before: Vec<u16> = from.as_chunks::<2>().0.iter().map(|scale| u16::from_le_bytes(*scale)).collect();
+    let mut after = vec![0; before.len()];
+    reorder(&before, &mut after);
+    to.as_chunks_mut::<2>().0.iter_mut().zip(after).for_each(|(to, scale)| *to = scale.to_le_bytes());
 }
 
 /// Where a token sampled ahead comes to the host.
@@ -542,59 +558,69 @@ impl WgpuRunner {
         self.previous = None;
     }
 
-    /// Positions `from..to` of keys and values of all layers and heads, in pieces that lie in one buffer, in order.
+    /// Positions `from..to` of keys and values of all layers, in pieces that lie in one buffer, in order.
     fn kv_ranges(&self, from: u32, to: u32) -> impl Iterator<Item = KvRange> + use<> {
         let edge = self.memory.shared().clamp(from, to.max(from));
-        let (layers, heads) = (self.program.layers, self.program.attention.kv_heads);
         let parts: &[bool] = if self.memory.kv_type == KvType::Q8 { &[false, true] } else { &[false] };
-        (0..layers).flat_map(move |layer| {
+        (0..self.program.layers).flat_map(move |layer| {
             [false, true].into_iter().flat_map(move |values| {
-                (0..heads).flat_map(move |head| {
-                    parts.iter().flat_map(move |&scales| {
-                        [from..edge, edge..to]
-                            .into_iter()
-                            .filter(|positions| !positions.is_empty())
-                            .map(move |positions| KvRange { layer, values, head, scales, positions })
-                    })
+                parts.iter().flat_map(move |&scales| {
+                    [from..edge, edge..to]
+                        .into_iter()
+                        .filter(|positions| !positions.is_empty())
+                        .map(move |positions| KvRange { layer, values, scales, positions })
                 })
             })
         })
     }
 
-    /// First byte and bytes of a piece in a buffer of `lines` positions a head, of which the first is `first`: elements of
-    /// all heads, then scales of all heads.
-    fn bytes_of(&self, range: &KvRange, first: u32, lines: u32) -> (u64, u64) {
+    /// First byte and bytes of a piece in a buffer of `positions` positions, of which the first is `first`: elements of all
+    /// of them, then scales.
+    fn bytes_of(&self, range: &KvRange, first: u32, positions: u32) -> (u64, u64) {
+        let [codes, scales] = self.line_bytes();
+        let (start, line) = if range.scales { (u64::from(positions) * codes, scales) } else { (0, codes) };
+        (start + u64::from(range.positions.start - first) * line, range.positions.len() as u64 * line)
+    }
+
+    /// Bytes of the elements, or codes, and of the scales of a position, all heads.
+    fn line_bytes(&self) -> [u64; 2] {
         let (shape, kv_type) = (self.program.attention, self.memory.kv_type);
-        let (codes, scales) = (kv_type.code_bytes(shape.head_dim), kv_type.scale_bytes(shape.head_dim));
-        let (start, row) = match range.scales {
-            false => (0, codes),
-            true => (u64::from(shape.kv_heads) * u64::from(lines) * codes, scales),
-        };
-        let line = u64::from(range.head) * u64::from(lines) + u64::from(range.positions.start - first);
-        (start + line * row, range.positions.len() as u64 * row)
+        [kv_type.code_bytes(shape.head_dim), kv_type.scale_bytes(shape.head_dim)]
+            .map(|bytes| u64::from(shape.kv_heads) * bytes)
     }
 
     /// Where a piece of the cache lies: buffer, byte and bytes.
     fn locate(&self, range: &KvRange) -> Result<(&wgpu::Buffer, u64, u64)> {
         let shared = self.memory.shared();
-        let ((keys, values), first, lines) = match range.positions.start < shared {
+        let ((keys, values), first, positions) = match range.positions.start < shared {
             true => (self.memory.shared_cache(range.layer)?, 0, shared),
             false => (self.memory.cache(range.layer)?, shared, self.config.context - shared),
         };
-        let (offset, bytes) = self.bytes_of(range, first, lines);
+        let (offset, bytes) = self.bytes_of(range, first, positions);
         Ok((if range.values { values } else { keys }, offset, bytes))
     }
 
-    /// Takes the rows of scales in `bytes`, all of a piece, from one order to another.
-    fn reorder(&self, bytes: &mut [u8], order: fn(&[u16], &mut [u16])) {
-        let row_bytes = self.memory.kv_type.scale_bytes(self.program.attention.head_dim) as usize;
-        let (mut before, mut after) = (vec![0; row_bytes / 2], vec![0; row_bytes / 2]);
-        for row in bytes.chunks_exact_mut(row_bytes) {
-            let scales = row.as_chunks_mut::<2>().0;
-            before.iter_mut().zip(&*scales).for_each(|(to, scale)| *to = u16::from_le_bytes(*scale));
-            order(&before, &mut after);
-            scales.iter_mut().zip(&after).for_each(|(to, scale)| *to = scale.to_le_bytes());
-        }
+    /// The keys and the values of all layers.
+    fn kv_blocks(&self) -> usize {
+        (2 * self.program.layers.max(1)) as usize
+    }
+
+    /// The rows of the keys of a layer, or of its values, of `n` positions.
+    fn kv_rows(&self, n: usize) -> impl Iterator<Item = KvRow> + use<> {
+        let (shape, kv_type) = (self.program.attention, self.memory.kv_type);
+        let heads = shape.kv_heads as usize;
+        let [codes, scales] =
+            [kv_type.code_bytes(shape.head_dim), kv_type.scale_bytes(shape.head_dim)].map(|b| b as usize);
+        let parts = [(codes, 0, 0, false), (scales, n * heads * codes, n * codes, true)];
+        (0..heads).flat_map(move |head| {
+            parts.into_iter().filter(|(bytes, ..)| *bytes > 0).flat_map(move |(bytes, in_cache, in_head, scales)| {
+                (0..n).map(move |position| {
+                    let cached = in_cache + (position * heads + head) * bytes;
+                    let saved = head * n * (parts[0].0 + parts[1].0) + in_head + position * bytes;
+                    KvRow { cached: cached..cached + bytes, saved: saved..saved + bytes, scales }
+                })
+            })
+        })
     }
 
     /// Positions of which a split of few tokens never has a part only.
@@ -917,13 +943,13 @@ impl Runner for WgpuRunner {
             self.readback.poll(gpu, |bytes| now.copy_from_slice(bytes))?;
             left = rest;
         }
-        let mut left = out;
-        for range in ranges {
-            let (now, rest) = left.split_at_mut(self.locate(&range)?.2 as usize);
-            if range.scales {
-                self.reorder(now, shaders::kv::scales_by_group);
+        let mut cached = vec![0; out.len() / self.kv_blocks()];
+        for block in out.chunks_exact_mut(cached.len().max(1)) {
+            cached.copy_from_slice(block);
+            for row in self.kv_rows(n as usize) {
+                let reorder = row.scales.then_some(shaders::kv::scales_by_group as _);
+                copy_row(&cached[row.cached], &mut block[row.saved], reorder);
             }
-            left = rest;
         }
         Ok(())
     }
@@ -932,18 +958,22 @@ impl Runner for WgpuRunner {
         check_kv(&self.program, &self.config, self.memory.kv_type, n, bytes.len())?;
         self.overwrite(0)?;
         self.abandon();
-        let mut rest = bytes;
+        let mut cached = vec![0; bytes.len() / self.kv_blocks()];
+        let mut blocks = bytes.chunks_exact(cached.len().max(1));
+        let mut at = 0;
         for range in self.kv_ranges(0, n) {
-            let (buffer, offset, bytes) = self.locate(&range)?;
-            let (now, later) = rest.split_at(bytes as usize);
-            if range.scales {
-                let mut now = now.to_vec();
-                self.reorder(&mut now, shaders::kv::scales_by_word);
-                self.backend.gpu.write(buffer, offset, &now)?;
-            } else {
-                self.backend.gpu.write(buffer, offset, now)?;
+            // A block has several pieces.
+            if at % cached.len() == 0 {
+                let block = blocks.next().unwrap_or_default();
+                for row in self.kv_rows(n as usize) {
+                    let reorder = row.scales.then_some(shaders::kv::scales_by_word as _);
+                    copy_row(&block[row.saved], &mut cached[row.cached], reorder);
+                }
+                at = 0;
             }
-            rest = later;
+            let (buffer, offset, bytes) = self.locate(&range)?;
+            self.backend.gpu.write(buffer, offset, &cached[at..at + bytes as usize])?;
+            at += bytes as usize;
         }
         Ok(())
     }
