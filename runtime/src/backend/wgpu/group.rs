@@ -21,11 +21,6 @@ use crate::error::{Error, ErrorKind, Result};
 /// Most members of a pass: with more of them, products wait for arithmetic instead of weights.
 const MOST: u32 = 16;
 
-/// Fewest without products on matrix units: two took 6.8 ms together on an H100, and 5.6 ms one behind the other (7B shape).
-const LEAST: u32 = 3;
-/// With them: three took 4.3 ms together, and one 2.6 ms.
-const LEAST_ON_UNITS: u32 = 2;
-
 /// A member of the pass that is gathered or under way.
 #[derive(Clone, Copy)]
 struct Row {
@@ -71,18 +66,14 @@ impl WgpuGroup {
         let gpu = &backend.gpu;
         let _watch = gpu.watch();
         gpu.check()?;
-        if !passes::handles(&gpu.limits, &program.attention) || config.max_tokens < LEAST_ON_UNITS {
+        if !passes::handles(&gpu.limits, &program.attention) || config.max_tokens < backend.least_rows() {
             return Ok(None);
         }
-        let most = config.max_tokens.min(MOST);
+        let (most, least) = (config.max_tokens.min(MOST), backend.least_rows());
         let config = RunnerConfig { max_tokens: most, max_logits_rows: most, ..config.clone() };
         // Kernels that bind as many buffers are not among those of the start-up test.
-        let Some(kernels) = backend.pass_kernels() else {
+        if backend.pass_kernels().is_none() {
             gpu.check()?;
-            return Ok(None);
-        };
-        let least = if kernels.coop { LEAST_ON_UNITS } else { LEAST };
-        if most < least {
             return Ok(None);
         }
         let usage = BufferUsages::STORAGE | BufferUsages::COPY_DST;

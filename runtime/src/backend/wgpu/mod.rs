@@ -225,6 +225,12 @@ impl Opening for WgpuOpening {
 /// half of an H100 busy.
 pub(crate) const DISCRETE_CHUNK: u32 = 1024;
 
+/// Fewest rows at once without products on matrix units: two took 6.8 ms together on an H100, and 5.6 ms one behind the
+/// other (7B shape, as members of a pass).
+const LEAST: u32 = 3;
+/// With them: three took 4.3 ms together, and one 2.6 ms.
+const LEAST_ON_UNITS: u32 = 2;
+
 /// An open GPU with the kernel variants it is trusted with.
 struct WgpuDevice {
     gpu: Arc<Gpu>,
@@ -242,6 +248,7 @@ impl WgpuDevice {
             reduce: self.choice.reduce,
             size: self.choice.size,
             coop: self.choice.coop,
+            rows: self.choice.rows,
             variant: self.choice.reason.clone(),
             tuning: self.tuning.clone(),
             weights: Vec::new(),
@@ -289,6 +296,8 @@ pub struct WgpuBackend {
     reduce: Reduce,
     size: Size,
     coop: bool,
+    /// Whether several rows of any packed matrix go through it at once.
+    rows: bool,
     variant: String,
     tuning: Arc<Tuning>,
     weights: Vec<GpuWeight>,
@@ -337,10 +346,19 @@ impl WgpuBackend {
         *self.pass_kernels.get_or_init(|| passes::kernels(self))
     }
 
-    /// Whether passes multiply their rows with this matrix on matrix units.
+    /// Whether few rows go through this matrix at once on matrix units.
     fn rows_on_units(&self, matrix: &GpuW4) -> bool {
-        gemv_w4_rows_coop::handles(matrix.group_size, matrix.k)
-            && self.pass_kernels().is_some_and(|kernels| kernels.coop)
+        self.coop && gemv_w4_rows_coop::handles(matrix.group_size, matrix.k)
+    }
+
+    /// Whether steps of few rows have kernels that take several at once.
+    fn takes_rows(&self) -> bool {
+        self.coop || self.rows
+    }
+
+    /// The fewest rows that are faster at once than one by one.
+    fn least_rows(&self) -> u32 {
+        if self.coop { LEAST_ON_UNITS } else { LEAST }
     }
 
     /// The weight whose buffers the next `count` rows of weight `id` go to, and which of its rows is the first: experts

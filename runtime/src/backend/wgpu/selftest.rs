@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 
 use awqua_shaders::{
     Elem, Kernel, Reduce, Rng, Size, Trial, Variant, attention, attention_coop, attention_subgroup, gemm_w4,
-    gemm_w4_coop, gemv_w4, norm, uniform_bytes,
+    gemm_w4_coop, gemv_w4, gemv_w4_rows, gemv_w4_rows_coop, norm, uniform_bytes,
 };
 use wgpu::{BufferUsages, Features};
 
@@ -25,8 +25,10 @@ pub(super) struct Choice {
     pub(super) elem: Elem,
     pub(super) reduce: Reduce,
     pub(super) size: Size,
-    /// Whether large products run on matrix units.
+    /// Whether products of several rows run on matrix units.
     pub(super) coop: bool,
+    /// Whether few rows go through other products at once; not known with matrix units.
+    pub(super) rows: bool,
     /// What was chosen and why, for people.
     pub(super) reason: String,
 }
@@ -44,8 +46,18 @@ pub(super) struct SelfTest {
     kernels: VecDeque<&'static Kernel>,
     trials: VecDeque<(&'static Kernel, Trial)>,
     flight: Option<Flight>,
-    /// The candidate passed, and its kernels on matrix units are tried.
-    coop: bool,
+    stage: Stage,
+}
+
+/// What is tried.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    /// A candidate.
+    Candidate,
+    /// The kernels on matrix units of the one that passed.
+    Units,
+    /// Where those are not offered or failed: its kernel for several rows at once.
+    Rows,
 }
 
 impl SelfTest {
@@ -75,7 +87,7 @@ impl SelfTest {
             kernels: VecDeque::new(),
             trials: VecDeque::new(),
             flight: None,
-            coop: false,
+            stage: Stage::Candidate,
         };
         test.kernels = test.kernels_of_candidate();
         test
@@ -104,32 +116,46 @@ impl SelfTest {
             (Elem::F32, Reduce::Workgroup) => "f32",
         };
         let variant = Variant { elem, reduce, size: self.size, ..Variant::default() };
-        let (finished, coop) = match self.piece(gpu, pipelines, variant) {
+        let passed = match self.piece(gpu, pipelines, variant) {
             Ok(false) => return Ok(None),
-            Ok(true) => (true, self.coop),
+            Ok(true) => true,
             Err(error) if error.kind() == ErrorKind::DeviceLost => return Err(error),
             Err(error) => {
                 self.trials.clear();
+                self.kernels.clear();
                 self.flight = None;
-                if !self.coop {
-                    self.refused += &format!("; {name} refused: {}", error.message());
+                let what = match self.stage {
+                    Stage::Candidate => name,
+                    Stage::Units => "matrix units",
+                    Stage::Rows => "several rows at once",
+                };
+                self.refused += &format!("; {what} refused: {}", error.message());
+                if self.stage == Stage::Candidate {
                     self.candidates.pop_front();
                     self.kernels = self.kernels_of_candidate();
                     return Ok(None);
                 }
-                self.refused += &format!("; matrix units refused: {}", error.message());
-                (true, false)
+                false
             }
         };
-        let offered = elem == Elem::F16 && gpu.features.contains(MATRIX_FEATURES);
-        if finished && offered && !self.coop {
-            self.coop = true;
-            self.kernels = [&gemm_w4_coop::KERNEL, &attention_coop::KERNEL].into();
-            return Ok(None);
+        match self.stage {
+            Stage::Candidate if elem == Elem::F16 && gpu.features.contains(MATRIX_FEATURES) => {
+                self.stage = Stage::Units;
+                self.kernels = [&gemm_w4_coop::KERNEL, &attention_coop::KERNEL, &gemv_w4_rows_coop::KERNEL].into();
+                return Ok(None);
+            }
+            Stage::Units if passed => {}
+            Stage::Candidate | Stage::Units => {
+                self.stage = Stage::Rows;
+                self.kernels = [&gemv_w4_rows::KERNEL].into();
+                return Ok(None);
+            }
+            Stage::Rows => {}
         }
+        let (coop, rows) = (passed && self.stage == Stage::Units, passed && self.stage == Stage::Rows);
         let units = if coop { " and matrix units" } else { "" };
         let reason = format!("{name}{units}{}", self.refused);
-        Ok(Some(Choice { elem, reduce, size: self.size, coop, reason }))
+        Ok(Some(Choice { elem, reduce, size: self.size, coop, rows, reason }))
     }
 
     /// Whether the next piece has to wait for the device.

@@ -38,8 +38,13 @@ impl Planner<'_> {
         let one_cache = prefix == 0 && !self.memory.share_forks;
         let coop = self.backend.coop && attention_coop::handles(shape.head_dim, kv) && one_cache;
         for (most, staged) in [(few_tokens, true), (self.few_rows, true), (u32::MAX, false)] {
-            if coop && !staged {
-                levels.push((most, vec![self.attention_coop(qkv, out, layer, (scale, cap), window)?]));
+            // Rows that packed matrices take at once are staged behind it.
+            if coop && (!staged || most > few_tokens && self.backend.takes_rows()) {
+                let mut drafts = vec![self.attention_coop(qkv, out, layer, (scale, cap), window)?];
+                if let Some(target) = target.as_ref().filter(|_| staged) {
+                    drafts.push(self.stage(out, target.norm, target.of, RowMode::All)?);
+                }
+                levels.push((most, drafts));
                 continue;
             }
             let context = self.memory.context;

@@ -4,7 +4,7 @@ use awqua_shaders::{FLAG_BIAS, FLAG_GLU, FLAG_NORM, RowMode, Step, gemv_w4_rope,
 
 use super::super::tuning::Form;
 use super::super::weights::{GpuW4, GpuWeight};
-use super::linear::{Gemv, matrix_params, rows_params};
+use super::linear::{Few, Gemv, matrix_params, rows_params};
 use super::{Draft, DraftOp, Launch, Planner, activation_of};
 use crate::backend::{Activation, BufferId, NormKind, Op, Rows, WeightId};
 use crate::error::Result;
@@ -43,7 +43,7 @@ impl Norm {
 
 /// What [`Planner::fused`] found.
 struct Fused {
-    few: Vec<Draft>,
+    few: Few,
     /// Operations that it computes.
     count: usize,
     /// The buffer whose staged form it leaves.
@@ -62,8 +62,8 @@ impl<'a> Planner<'a> {
         }
         let fused = match ops {
             [_, linear, Op::RopeAppend { qkv, layer, rope }, ..] if self.pass.is_none() => {
-                let draft = self.linear_rope(norm, linear, *qkv, *layer, *rope)?;
-                draft.map(|draft| Fused { few: vec![draft], count: 3, ready: None })
+                let few = self.linear_rope(norm, linear, *qkv, *layer, *rope)?;
+                few.map(|few| Fused { few, count: 3, ready: None })
             }
             [_, linear, Op::Glu { x, out, activation }, rest @ ..] => {
                 self.linear_glu(norm, linear, (*x, *out), *activation, rest)?
@@ -79,12 +79,13 @@ impl<'a> Planner<'a> {
             return Ok(None);
         }
         if self.ready != Some(norm.out) {
-            few.insert(0, self.stage(norm.x, Some(norm.weight), norm.out, RowMode::All)?);
+            for drafts in [&mut few.one, &mut few.several].into_iter().filter(|drafts| !drafts.is_empty()) {
+                drafts.insert(0, self.stage(norm.x, Some(norm.weight), norm.out, RowMode::All)?);
+            }
         }
-        // Passes have few rows.
         let many = if self.pass.is_none() { self.many(norm, &ops[..count], &ops[count..])? } else { Vec::new() };
         self.ready = ready;
-        Ok(Some((DraftOp { rows: RowMode::All, levels: vec![(self.few_rows, few), (u32::MAX, many)] }, count)))
+        Ok(Some((DraftOp { rows: RowMode::All, levels: self.levels(few, many) }, count)))
     }
 
     /// The operations `ops`, which begin with `norm`, for many rows; `rest` are those that follow.
@@ -117,7 +118,7 @@ impl<'a> Planner<'a> {
         qkv: BufferId,
         layer: u32,
         rope: Option<u32>,
-    ) -> Result<Option<Draft>> {
+    ) -> Result<Option<Few>> {
         let shape = self.program.attention;
         let rotary_dim = if rope.is_some() { shape.rotary_dim } else { 0 };
         let Some((matrix, bias)) = self.whole_matrix(linear, norm.out, qkv)? else { return Ok(None) };
@@ -167,7 +168,24 @@ impl<'a> Planner<'a> {
             cost: gemv_w4_rope::cost(&params, step.n_tokens),
         };
         let variant = self.sized(matrix, Form::Pair, (matrix.n / 2).div_ceil(32));
-        self.draft(&gemv_w4_rope::KERNEL, variant, &params, storage, launch).map(Some)
+        let one = vec![self.draft(&gemv_w4_rope::KERNEL, variant, &params, storage, launch)?];
+        let mut several = Vec::new();
+        if self.backend.takes_rows() {
+            several.push(self.gemv(&Gemv {
+                input: norm.out,
+                norm_eps: Some(norm.eps),
+                matrix,
+                part,
+                bias,
+                out: qkv.into(),
+                accumulate: false,
+                rows: RowMode::All,
+                target: None,
+                form: Form::Rows,
+            })?);
+            several.extend(self.rope_append(qkv, layer, rope)?.many());
+        }
+        Ok(Some(Few { one, several }))
     }
 
     /// Gate and up projections and their product, for the packed matrix that follows.
@@ -188,21 +206,14 @@ impl<'a> Planner<'a> {
         };
         let base = matrix_params(matrix);
         let flags = base.flags | FLAG_NORM | if bias.is_some() { FLAG_BIAS } else { 0 };
-        if self.pass.is_some() {
-            let params = gemv_w4_rows::Params {
-                flags: flags | FLAG_GLU,
-                row_mode: RowMode::All as u32,
-                eps: norm.eps,
-                stage_quads: target.quads,
-                activation: activation_of(activation) as u32,
-                ..rows_params(&base)
-            };
-            let vectors = self.bias(bias, matrix.n)?;
-            let unwritten = self.memory.unread.clone();
-            let draft =
-                self.gemv_rows(matrix, &matrix.parts[0], params, norm.out, [vectors, unwritten, target.buffer])?;
-            return Ok(Some(Fused { few: vec![draft], count: 3, ready: Some(target.of) }));
-        }
+        let several = gemv_w4_rows::Params {
+            flags: flags | FLAG_GLU,
+            row_mode: RowMode::All as u32,
+            eps: norm.eps,
+            stage_quads: target.quads,
+            activation: activation_of(activation) as u32,
+            ..rows_params(&base)
+        };
         let params = gemv_w4_swiglu::Params {
             n: base.n,
             k: base.k,
@@ -218,26 +229,35 @@ impl<'a> Planner<'a> {
             ..Default::default()
         };
         let part = &matrix.parts[0];
+        let vectors = self.bias(bias, matrix.n)?;
         let storage = vec![
             self.staged(norm.out)?,
             part.qweight.clone(),
             part.group_params.clone(),
-            self.bias(bias, matrix.n)?,
-            target.buffer,
+            vectors.clone(),
+            target.buffer.clone(),
         ];
         let launch = move |step: &Step| Launch {
             grid: gemv_w4_swiglu::grid(&params, step.n_tokens),
             cost: gemv_w4_swiglu::cost(&params, step.n_tokens),
         };
         let variant = self.sized(matrix, Form::Pair, (matrix.n / 2).div_ceil(32));
-        let draft = self.draft(&gemv_w4_swiglu::KERNEL, variant, &params, storage, launch)?;
-        Ok(Some(Fused { few: vec![draft], count: 3, ready: Some(target.of) }))
+        let few = self.few(|planner, form| {
+            let draft = if form == Form::Rows && planner.has_rows_kernel(matrix) {
+                let unwritten = planner.memory.unread.clone();
+                let rest = [vectors.clone(), unwritten, target.buffer.clone()];
+                planner.gemv_rows(matrix, part, several, norm.out, rest)?
+            } else {
+                planner.draft(&gemv_w4_swiglu::KERNEL, variant, &params, storage.clone(), launch)?
+            };
+            Ok(vec![draft])
+        })?;
+        Ok(Some(Fused { few, count: 3, ready: Some(target.of) }))
     }
 
     /// The packed projections that follow a norm.
     fn linears(&mut self, norm: Norm, ops: &[Op]) -> Result<Option<Fused>> {
-        let mut few = Vec::new();
-        let mut count = 1;
+        let mut linears = Vec::new();
         for op in ops {
             let Op::Linear { x, weight, bias, out, accumulate: false, rows: Rows::All } = *op else { break };
             if x != norm.out {
@@ -248,22 +268,31 @@ impl<'a> Planner<'a> {
                 return Ok(None);
             }
             self.fits(out, matrix.n)?;
-            for part in &matrix.parts {
-                few.push(self.gemv(&Gemv {
-                    input: norm.out,
-                    norm_eps: Some(norm.eps),
-                    matrix,
-                    part,
-                    bias,
-                    out,
-                    accumulate: false,
-                    rows: RowMode::All,
-                    target: None,
-                })?);
-            }
-            count += 1;
+            linears.push((matrix, bias, out));
         }
-        Ok((count > 1).then_some(Fused { few, count, ready: None }))
+        if linears.is_empty() {
+            return Ok(None);
+        }
+        let few = self.few(|planner, form| {
+            let parts = linears.iter().flat_map(|linear| linear.0.parts.iter().map(move |part| (linear, part)));
+            parts
+                .map(|(&(matrix, bias, out), part)| {
+                    planner.gemv(&Gemv {
+                        input: norm.out,
+                        norm_eps: Some(norm.eps),
+                        matrix,
+                        part,
+                        bias,
+                        out,
+                        accumulate: false,
+                        rows: RowMode::All,
+                        target: None,
+                        form,
+                    })
+                })
+                .collect()
+        })?;
+        Ok(Some(Fused { few, count: 1 + linears.len(), ready: None }))
     }
 
     /// The matrix in one part and the bias of a linear layer from `from` to the whole of `to`.

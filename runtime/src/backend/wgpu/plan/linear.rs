@@ -59,6 +59,17 @@ pub(super) struct Gemv<'a> {
     /// [`RowMode::All`] or [`RowMode::Compacted`]: staged rows are compacted.
     pub(super) rows: RowMode,
     pub(super) target: Option<&'a Target>,
+    /// [`Form::One`] or [`Form::Rows`].
+    pub(super) form: Form,
+}
+
+/// Dispatches on packed matrices for few rows.
+#[derive(Default)]
+pub(super) struct Few {
+    /// For a row at a time.
+    pub(super) one: Vec<Draft>,
+    /// For several at once; empty where no kernel does that.
+    pub(super) several: Vec<Draft>,
 }
 
 impl<'a> Planner<'a> {
@@ -83,35 +94,61 @@ impl<'a> Planner<'a> {
     }
 
     fn linear_w4(&mut self, matrix: &'a GpuW4, op: &Linear, ready: Option<BufferId>, rest: &[Op]) -> Result<DraftOp> {
-        let mut few = Vec::new();
-        if ready != Some(op.x) || op.rows != RowMode::All {
-            few.push(self.stage(op.x, None, op.x, op.rows)?);
-        }
         let whole = op.out.offset == 0 && matrix.parts.len() == 1 && self.width(op.out.buffer)? == matrix.n;
         let target = match op.rows {
             RowMode::All if whole => self.stage_target(op.out.buffer, Some(op.x), rest)?,
             _ => None,
         };
-        for part in &matrix.parts {
-            few.push(self.gemv(&Gemv {
-                input: op.x,
-                norm_eps: None,
-                matrix,
-                part,
-                bias: op.bias,
-                out: op.out,
-                accumulate: op.accumulate,
-                rows: if op.rows == RowMode::All { RowMode::All } else { RowMode::Compacted },
-                target: target.as_ref(),
-            })?);
-        }
-        // Passes have few rows.
+        let few = self.few(|planner, form| {
+            let mut drafts = Vec::new();
+            if ready != Some(op.x) || op.rows != RowMode::All {
+                drafts.push(planner.stage(op.x, None, op.x, op.rows)?);
+            }
+            for part in &matrix.parts {
+                drafts.push(planner.gemv(&Gemv {
+                    input: op.x,
+                    norm_eps: None,
+                    matrix,
+                    part,
+                    bias: op.bias,
+                    out: op.out,
+                    accumulate: op.accumulate,
+                    rows: if op.rows == RowMode::All { RowMode::All } else { RowMode::Compacted },
+                    target: target.as_ref(),
+                    form,
+                })?);
+            }
+            Ok(drafts)
+        })?;
         let many = if self.pass.is_none() { self.gemm(matrix, op)? } else { Vec::new() };
         self.ready = target.map(|target| target.of);
-        Ok(DraftOp { rows: op.rows, levels: vec![(self.few_rows, few), (u32::MAX, many)] })
+        Ok(DraftOp { rows: op.rows, levels: self.levels(few, many) })
     }
 
-    /// One row at a time from staged inputs, or all of a pass.
+    /// What `draft` plans for the forms that few rows come in.
+    pub(super) fn few(&mut self, mut draft: impl FnMut(&mut Self, Form) -> Result<Vec<Draft>>) -> Result<Few> {
+        let one = if self.pass.is_none() { draft(self, Form::One)? } else { Vec::new() };
+        let several = match self.pass.is_some() || self.backend.takes_rows() {
+            true => draft(self, Form::Rows)?,
+            false => Vec::new(),
+        };
+        Ok(Few { one, several })
+    }
+
+    /// By rows of a step: dispatches for few, and for `many`. A pass has few rows, and several.
+    pub(super) fn levels(&self, few: Few, many: Vec<Draft>) -> Vec<(u32, Vec<Draft>)> {
+        if self.pass.is_some() {
+            return vec![(u32::MAX, few.several)];
+        }
+        let mut levels = vec![(self.few_rows, few.one), (u32::MAX, many)];
+        if !few.several.is_empty() {
+            levels[0].0 = (self.backend.least_rows() - 1).min(self.few_rows);
+            levels.insert(1, (self.few_rows, few.several));
+        }
+        levels
+    }
+
+    /// Few rows from staged inputs.
     pub(super) fn gemv(&mut self, site: &Gemv<'_>) -> Result<Draft> {
         let Gemv { matrix, part, rows, .. } = *site;
         let norm = site.target.and_then(|target| target.norm);
@@ -142,7 +179,7 @@ impl<'a> Planner<'a> {
             ..matrix_params(matrix)
         };
         let staged_out = site.target.map_or(&self.memory.unread, |target| &target.buffer).clone();
-        if self.pass.is_some() {
+        if site.form == Form::Rows && self.has_rows_kernel(matrix) {
             let out = self.buffer(site.out.buffer);
             return self.gemv_rows(matrix, part, rows_params(&params), site.input, [vectors, out, staged_out]);
         }
@@ -160,6 +197,12 @@ impl<'a> Planner<'a> {
         };
         let variant = self.sized(matrix, Form::One, part.rows.div_ceil(32));
         self.draft(&gemv_w4::KERNEL, variant, &params, storage, launch)
+    }
+
+    /// Whether there is a kernel for several rows of `matrix` at once.
+    pub(super) fn has_rows_kernel(&self, matrix: &GpuW4) -> bool {
+        // Passes are not begun without the one for any matrix.
+        self.pass.is_some() || self.backend.rows_on_units(matrix) || self.backend.rows
     }
 
     /// Several rows at once from the staged form of `input`; `rest` are the bindings behind those of the matrix.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use awqua_shaders::{
     FLAG_EACH, FLAG_STAGE, FLAG_WHOLE, Heads, Kernel, Reduce, RowMode, Step, Variant, attention, attention_each,
     attention_few, attention_reduce, attention_subgroup, attention_subgroup_each, gemv_dense_rows,
-    gemv_dense_rows_coop, gemv_w4_rows, gemv_w4_rows_coop, rope_append_each, uniform_bytes,
+    gemv_dense_rows_coop, gemv_w4_rows, rope_append_each, uniform_bytes,
 };
 use wgpu::BufferUsages;
 
@@ -30,9 +30,7 @@ pub(in super::super) fn handles(limits: &wgpu::Limits, shape: &AttentionShape) -
 /// Kernels that only passes use and that compute as their CPU twins do.
 #[derive(Debug, Clone, Copy)]
 pub(in super::super) struct PassKernels {
-    /// Whether packed products on matrix units are among them.
-    pub(in super::super) coop: bool,
-    /// Whether dense ones are.
+    /// Whether dense products on matrix units are among them.
     pub(in super::super) dense_coop: bool,
     /// Whether attention by lanes of subgroups is among them.
     lanes: bool,
@@ -52,7 +50,6 @@ pub(in super::super) fn kernels(backend: &WgpuBackend) -> Option<PassKernels> {
     let (least, _) = backend.gpu.summary.subgroup.unwrap_or_default();
     let subgroups = reduce == Reduce::Subgroup && least >= attention_subgroup::LEAST_SUBGROUP;
     Some(PassKernels {
-        coop: backend.coop && works(&gemv_w4_rows_coop::KERNEL),
         dense_coop: backend.coop && works(&gemv_dense_rows_coop::KERNEL),
         lanes: subgroups && works(&attention_subgroup_each::KERNEL),
     })
