@@ -48,7 +48,8 @@ pub fn reference(params: &Params, step: &Step, logits: &[f32], routes: &mut [f32
     for token in 0..step.n_tokens as usize {
         let logits = &logits[token * params.logits_stride as usize..][..params.experts as usize];
         let mut order: Vec<usize> = (0..logits.len()).collect();
-        order.sort_by(|a, b| logits[*b].total_cmp(&logits[*a]));
+        // Both zeros are equal: adding one makes them the same.
+        order.sort_by(|a, b| (logits[*b] + 0.0).total_cmp(&(logits[*a] + 0.0)));
         let weight = |i: usize| (f64::from(logits[i]) - f64::from(logits[order[0]])).exp();
         let among = if params.renormalise != 0 { top_k } else { logits.len() };
         let sum: f64 = order[..among].iter().map(|&i| weight(i)).sum();
