@@ -242,11 +242,11 @@ pub(crate) fn trial(case: Case, pad: u32, variant: Variant, rng: &mut Rng) -> Tr
         let (shared, own) = values.split_at(before(prefix));
         // Whole vectors; an empty part is bound, but not read.
         let packed = |values: &[f32]| {
-            let (mut words, _) = variant.kv.pack(values, head_dim);
+            let (mut words, _) = variant.kv.pack(values, [kv_heads, head_dim]);
             words.resize(words.len().next_multiple_of(4).max(4), 0);
             words
         };
-        (packed(own), packed(shared), variant.kv.pack(&values, head_dim).1)
+        (packed(own), packed(shared), variant.kv.pack(&values, [kv_heads, head_dim]).1)
     };
     let ((k_words, k_shared, k), (v_words, v_shared, v)) = (cache(), cache());
     let rows = (tokens * heads * params.splits_max) as usize;

@@ -110,12 +110,14 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         // A tile lies in one part.
         let is_shared = tile < params.prefix;
         count = min(TILE, select(split.end, min(split.end, params.prefix), is_shared) - tile);
-        let start = tile - select(params.prefix, 0u, is_shared);
-        let lines = Lines(is_shared, params.kv_heads * select(params.context - params.prefix, params.prefix, is_shared));
+        let positions = select(params.context - params.prefix, params.prefix, is_shared);
+        let first = kv_row(tile - select(params.prefix, 0u, is_shared), heads.kv, positions, params.kv_heads);
+        let step_rows = kv_step(params.kv_heads);
+        let lines = Lines(is_shared, params.kv_heads * positions);
         var partial = vec4<f32>(0.0);
         if (score_slot < count) {
             for (var i = score_part; i < pairs; i += PARTS) {
-                let k = key((start + score_slot) * params.kv_heads + heads.kv, i, lines);
+                let k = key(first + score_slot * step_rows, i, lines);
                 partial = fma(q_tile[2u * i], vec4<f32>(k.x), partial);
                 partial = fma(q_tile[2u * i + 1u], vec4<f32>(k.y), partial);
             }
@@ -152,7 +154,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         workgroupBarrier();
         if (slice < slices) {
             for (var i = slice; i < count; i += slices) {
-                let v = value((start + i) * params.kv_heads + heads.kv, pair, lines);
+                let v = value(first + i * step_rows, pair, lines);
                 even = fma(weights[i], vec4<f32>(v.x), even);
                 odd = fma(weights[i], vec4<f32>(v.y), odd);
                 sum += weights[i];

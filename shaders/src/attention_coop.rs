@@ -126,7 +126,7 @@ fn trial(case: attention::Case, kv: Kv, rng: &mut Rng) -> Trial {
             let at_position = rng.values(row, 1.0 + 3.0 * at as f32 / context as f32);
             values[at as usize * row..][..row].copy_from_slice(&at_position);
         }
-        let (mut words, left) = kv.pack(&values, head_dim);
+        let (mut words, left) = kv.pack(&values, [kv_heads, head_dim]);
         // Halves of 1000.0, or scales of 500.0 and codes.
         let word = if kv == Kv::Q8 { 0x5fd0_5fd0 } else { 0x63d0_63d0 };
         words.resize(words.len() + beyond, word);

@@ -102,10 +102,11 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let fetches = SPAN * per_row - 1u;
     var keys: array<Fetched, FETCHES>;
     var values: array<Fetched, FETCHES>;
+    let first_row = kv_row(begin, kv_head, params.context, params.kv_heads);
     for (var i = 0u; i < FETCHES; i++) {
         let index = min(i * WG + local_index, fetches);
-        keys[i] = fetch_key(begin * params.kv_heads + kv_head, index, per_row);
-        values[i] = fetch_value(begin * params.kv_heads + kv_head, index, per_row);
+        keys[i] = fetch_key(first_row, index, per_row);
+        values[i] = fetch_value(first_row, index, per_row);
     }
     for (var span = begin; span <= last; span += SPAN) {
         for (var i = 0u; i < FETCHES; i++) {
@@ -118,7 +119,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         }
         // Orders the writes of keys and values before their reads.
         workgroupBarrier();
-        let next = min(span + SPAN, last / SPAN * SPAN) * params.kv_heads + kv_head;
+        let next = kv_row(min(span + SPAN, last / SPAN * SPAN), kv_head, params.context, params.kv_heads);
         for (var i = 0u; i < FETCHES; i++) {
             let index = min(i * WG + local_index, fetches);
             keys[i] = fetch_key(next, index, per_row);

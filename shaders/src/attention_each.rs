@@ -148,9 +148,10 @@ const CASES: &[Case] = &[
     },
 ];
 
-/// A random cache of `rows` rows as words, and as the kernel sees it.
-fn random(kv: Kv, head_dim: u32, rows: u32, rng: &mut Rng) -> (Vec<u32>, Vec<f32>) {
-    let (mut words, values) = kv.pack(&rng.values((rows * head_dim) as usize, 2.0), head_dim);
+/// A random cache of `positions` positions as words, and as the kernel sees it.
+fn random(kv: Kv, [kv_heads, head_dim]: [u32; 2], positions: u32, rng: &mut Rng) -> (Vec<u32>, Vec<f32>) {
+    let values = rng.values((positions * kv_heads * head_dim) as usize, 2.0);
+    let (mut words, values) = kv.pack(&values, [kv_heads, head_dim]);
     // Whole vectors.
     words.resize(words.len().next_multiple_of(4), 0);
     (words, values)
@@ -176,8 +177,8 @@ pub(crate) fn trial(case: &Case, variant: Variant, rng: &mut Rng) -> Trial {
     };
     let qkv = rng.values((rows * params.qkv_stride) as usize, 3.0);
     let cache = |positions: u32, rng: &mut Rng| {
-        let rows = case.kv_heads * positions;
-        (random(variant.kv, case.head_dim, rows, rng), random(variant.kv, case.head_dim, rows, rng))
+        let shape = [case.kv_heads, case.head_dim];
+        (random(variant.kv, shape, positions, rng), random(variant.kv, shape, positions, rng))
     };
     let ((k_prefix, k_shared), (v_prefix, v_shared)) = cache(case.prefix, rng);
     let partials = (rows * case.heads * params.splits_max) as usize;

@@ -198,7 +198,7 @@ fn trials(variant: Variant, rng: &mut Rng) -> Vec<Trial> {
             |values: &[f32]| -> Vec<f32> { values.iter().map(|v| 1.5 * product + 3e-6 * v.abs() + 1e-4).collect() };
         let cached = |binding, values: Vec<f32>| {
             let allowed = bound(&values);
-            rope_append::cached(binding, kv, head_dim, values, &allowed)
+            rope_append::cached(binding, kv, [kv_heads, head_dim], values, &allowed)
         };
         let tolerance = bound(&out);
         trials.push(Trial {

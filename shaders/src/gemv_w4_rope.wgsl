@@ -96,8 +96,9 @@ fn main(
         return;
     }
     let kv_head = (head - params.heads) % params.kv_heads;
-    let row = (position - params.prefix) * params.kv_heads + kv_head;
-    append(local_index, element, row, params.kv_heads * (params.context - params.prefix), head);
+    let positions = params.context - params.prefix;
+    let row = kv_row(position - params.prefix, kv_head, positions, params.kv_heads);
+    append(local_index, element, row, params.kv_heads * positions, head);
 }
 
 // Stores a word of the cache that `head` belongs to.

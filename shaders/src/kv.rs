@@ -62,25 +62,37 @@ impl Kv {
         }
     }
 
-    /// A cache of the rows `values`, (rows, head_dim), and what it holds of them.
-    pub(crate) fn pack(self, values: &[f32], head_dim: u32) -> (Vec<u32>, Vec<f32>) {
+    /// A cache of `values`, (positions, kv_heads, head_dim), and what it holds of them. In 8 bits the positions of a head
+    /// lie together, otherwise the heads of a position.
+    pub(crate) fn pack(self, values: &[f32], [kv_heads, head_dim]: [u32; 2]) -> (Vec<u32>, Vec<f32>) {
         let words = match self {
             Self::F16 => trial::pack_halves(values),
             Self::F32 => trial::words(values),
-            Self::Q8 => pack_codes(values, head_dim as usize),
+            Self::Q8 => pack_codes(&rows_in_turn(values, head_dim as usize, kv_heads as usize), head_dim as usize),
         };
-        let left = self.unpack(&words, head_dim);
+        let left = self.unpack(&words, [kv_heads, head_dim]);
         (words, left)
     }
 
-    /// The elements of a cache, (rows, head_dim).
-    pub(crate) fn unpack(self, words: &[u32], head_dim: u32) -> Vec<f32> {
+    /// The elements of a cache, (positions, kv_heads, head_dim).
+    pub(crate) fn unpack(self, words: &[u32], [kv_heads, head_dim]: [u32; 2]) -> Vec<f32> {
         match self {
             Self::F16 => trial::unpack_halves(words),
             Self::F32 => words.iter().map(|&word| f32::from_bits(word)).collect(),
-            Self::Q8 => unpack_codes(words, head_dim as usize),
+            Self::Q8 => {
+                let values = unpack_codes(words, head_dim as usize);
+                let positions = values.len() / (kv_heads * head_dim) as usize;
+                rows_in_turn(&values, head_dim as usize, positions)
+            }
         }
     }
+}
+
+/// Of rows of `len` elements, (n, m), those that are (m, n).
+fn rows_in_turn(values: &[f32], len: usize, m: usize) -> Vec<f32> {
+    let rows: Vec<&[f32]> = values.chunks(len).collect();
+    let in_turn = (0..m).flat_map(|first| rows.iter().skip(first).step_by(m));
+    in_turn.flat_map(|row| row.iter().copied()).collect()
 }
 
 /// Codes of all rows, then scales. A group with NaN has NaN for its scale.
@@ -131,7 +143,7 @@ mod tests {
         for head_dim in [4, 32, 80, 96, 256] {
             let mut values = rng.values(3 * head_dim as usize, 4.0);
             values[head_dim as usize..2 * head_dim as usize].fill(0.0);
-            let (words, left) = Kv::Q8.pack(&values, head_dim);
+            let (words, left) = Kv::Q8.pack(&values, [3, head_dim]);
             assert_eq!(words.len() as u64, 3 * Kv::Q8.row_words(head_dim));
             for (value, left) in values.iter().zip(left) {
                 // The largest one may lie beyond the last code by what the scale was rounded by.
@@ -154,7 +166,7 @@ mod tests {
     fn numbers_beyond_half_precision_saturate() {
         let values = [65_500.0, -65_504.0, 7e4, -3e38];
         for value in values {
-            let (_, left) = Kv::Q8.pack(&[value, 0.0, 1.0, -value], 4);
+            let (_, left) = Kv::Q8.pack(&[value, 0.0, 1.0, -value], [1, 4]);
             assert!((left[0].abs() - 127.0 * LARGEST_SCALE).abs() <= 64.0 && left[0] == -left[3], "{left:?}");
         }
     }

@@ -114,9 +114,15 @@ pub fn cases() -> Vec<[u32; 6]> {
     ]
 }
 
-/// The rows of a cache that were `values` before they were rounded, each within `tolerance`; NaN where nothing was
+/// A cache whose elements were `values`, (positions, kv_heads, head_dim), before they were rounded, each within `tolerance`; NaN where nothing was
 /// written.
-pub(crate) fn cached(binding: u32, kv: Kv, head_dim: u32, mut values: Vec<f32>, tolerance: &[f32]) -> Expected {
+pub(crate) fn cached(
+    binding: u32,
+    kv: Kv,
+    [kv_heads, head_dim]: [u32; 2],
+    mut values: Vec<f32>,
+    tolerance: &[f32],
+) -> Expected {
     if kv == Kv::Q8 {
         let most = 127.0 * kv::LARGEST_SCALE;
         values.iter_mut().for_each(|v| *v = v.clamp(-most, most));
@@ -136,7 +142,7 @@ pub(crate) fn cached(binding: u32, kv: Kv, head_dim: u32, mut values: Vec<f32>, 
         }
     }
     let tolerance = of_rounding.iter().zip(tolerance).map(|(rounding, allowed)| rounding + allowed).collect();
-    Expected::cache(binding, kv, head_dim, values, tolerance)
+    Expected::cache(binding, kv, [kv_heads, head_dim], values, tolerance)
 }
 
 fn trials(variant: Variant, rng: &mut Rng) -> Vec<Trial> {
@@ -181,8 +187,8 @@ fn trials(variant: Variant, rng: &mut Rng) -> Vec<Trial> {
             grid: grid(&params, kv, n_tokens),
             expected: vec![
                 Expected::near(2, qkv, ROTATION),
-                cached(4, kv, head_dim, k, &allowed),
-                cached(5, kv, head_dim, v, &allowed),
+                cached(4, kv, [kv_heads, head_dim], k, &allowed),
+                cached(5, kv, [kv_heads, head_dim], v, &allowed),
             ],
         });
     }

@@ -106,8 +106,8 @@ fn trial(&([heads, kv_heads, head_dim, rotary_dim, first_row], members): &Case, 
         rope_append::reference(&one, &step, &mut qkv[of_row], &table, &mut k, &mut v);
         let allowed = vec![ROTATION * 60.0; elements];
         expected.extend([
-            cached(5 + 2 * i as u32, kv, head_dim, k, &allowed),
-            cached(6 + 2 * i as u32, kv, head_dim, v, &allowed),
+            cached(5 + 2 * i as u32, kv, [kv_heads, head_dim], k, &allowed),
+            cached(6 + 2 * i as u32, kv, [kv_heads, head_dim], v, &allowed),
         ]);
     }
     // The places of sessions that are not there hold somebody's cache.

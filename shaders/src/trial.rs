@@ -49,7 +49,7 @@ pub enum Values {
     /// A word each.
     U32(Vec<u32>),
     /// Rows of so many elements of a cache.
-    Cache(Kv, u32, Vec<f32>),
+    Cache(Kv, [u32; 2], Vec<f32>),
 }
 
 /// A small xorshift generator: the same numbers for the same seed on every machine.
@@ -108,9 +108,10 @@ impl Expected {
         Self::close(binding, values, tolerance)
     }
 
-    /// The rows of a cache of `kv`, of `head_dim` elements each, within `tolerance`; NaN stands for NaN.
-    pub(crate) fn cache(binding: u32, kv: Kv, head_dim: u32, values: Vec<f32>, tolerance: Vec<f32>) -> Self {
-        Self { binding, start: None, values: Values::Cache(kv, head_dim, values), tolerance, rms: 0.0 }
+    /// A cache of `kv` of these kv_heads and head_dim whose elements are `values`, (positions, kv_heads, head_dim), within
+    /// `tolerance`; NaN stands for NaN.
+    pub(crate) fn cache(binding: u32, kv: Kv, shape: [u32; 2], values: Vec<f32>, tolerance: Vec<f32>) -> Self {
+        Self { binding, start: None, values: Values::Cache(kv, shape, values), tolerance, rms: 0.0 }
     }
 
     /// Words that have exactly these bits.
@@ -124,7 +125,7 @@ impl Expected {
             Values::F16(values) => values.len() / 2,
             Values::F32(values) => values.len(),
             Values::U32(values) => values.len(),
-            Values::Cache(kv, dim, values) => values.len() / *dim as usize * kv.row_words(*dim) as usize,
+            Values::Cache(kv, [_, dim], values) => values.len() / *dim as usize * kv.row_words(*dim) as usize,
         };
         let words = match self.start {
             None => words,
@@ -143,7 +144,7 @@ impl Expected {
             }
             Values::F32(_) => words.iter().map(|&word| f32::from_bits(word)).collect(),
             Values::F16(_) => unpack_halves(words),
-            Values::Cache(kv, dim, _) => kv.unpack(words, *dim),
+            Values::Cache(kv, shape, _) => kv.unpack(words, *shape),
         };
         let (Values::F32(expected) | Values::F16(expected) | Values::Cache(_, _, expected)) = &self.values else {
             return None;

@@ -72,11 +72,12 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         // A tile lies in one part.
         let is_shared = tile < place.prefix;
         count = min(tile_len, select(split.end, min(split.end, place.prefix), is_shared) - tile);
-        let start = tile - select(place.prefix, 0u, is_shared);
+        let positions = select(place.context - place.prefix, place.prefix, is_shared);
+        let first = kv_row(tile - select(place.prefix, 0u, is_shared), heads.kv, positions, params.kv_heads);
         // Positions beyond the last one repeat it and get no weight.
         let slots = vec4<u32>(slot, at_once + slot, 2u * at_once + slot, 3u * at_once + slot);
-        let row = (start + min(slots, vec4<u32>(count - 1u))) * params.kv_heads + heads.kv;
-        let rows = params.kv_heads * select(place.context - place.prefix, place.prefix, is_shared);
+        let row = first + min(slots, vec4<u32>(count - 1u)) * kv_step(params.kv_heads);
+        let rows = params.kv_heads * positions;
         let firsts = kv_firsts(row, lane, lanes);
         let lasts = kv_lasts(row, lane, lanes, rows);
         var keys =

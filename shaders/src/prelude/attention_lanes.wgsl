@@ -108,11 +108,12 @@ fn main(
     var mine_found = Found(PerHead(LOWEST), PerHead(0.0), OfHeads());
     if (split.begin < edge) {
         let shared_lane = lane_place(lane % lanes, lanes, params.kv_heads * place.prefix, SHARED);
-        mine_found = sweep(mine_found, Split(split.begin, edge), heads.kv, spot, shared_lane, query);
+        let start = kv_row(0u, heads.kv, place.prefix, params.kv_heads);
+        mine_found = sweep(mine_found, Split(split.begin, edge), start, spot, shared_lane, query);
     }
     if (edge < split.end) {
         let own_lane = lane_place(lane % lanes, lanes, params.kv_heads * own, group.z);
-        let start = heads.kv - place.prefix * params.kv_heads;
+        let start = kv_row(0u - place.prefix, heads.kv, own, params.kv_heads);
         mine_found = sweep(mine_found, Split(edge, split.end), start, spot, own_lane, query);
     }
 

@@ -7,7 +7,7 @@ const FETCH_VECS: u32 = 1u;
 
 // Where piece `index` of the rows of a head lies, of `per_row` a row, the first of which is row `row` of the cache.
 fn piece_at(row: u32, index: u32, per_row: u32) -> u32 {
-    return row * per_row + index / per_row * (params.kv_heads * per_row) + index % per_row;
+    return row * per_row + index / per_row * (kv_step(params.kv_heads) * per_row) + index % per_row;
 }
 
 fn fetch_key(row: u32, index: u32, per_row: u32) -> Fetched {

@@ -10,26 +10,21 @@ struct Fetched {
 
 const FETCH_VECS: u32 = 2u;
 
-// Where piece `index` of the rows of a head lies, of `per_row` a row, the first of which is row `row` of the cache.
-fn piece_at(row: u32, index: u32, per_row: u32) -> u32 {
-    return row * per_row + index / per_row * (params.kv_heads * per_row) + index % per_row;
-}
-
-// The word with its scale.
+// The word with the scale of piece `index` of the rows of a head from `row` on, which have `per_row`.
 fn scale_word(row: u32, index: u32, per_row: u32) -> u32 {
     let words = kv_scale_words(params.head_dim);
     let start = params.kv_heads * params.context * params.head_dim / 4u;
-    return start + (row + index / per_row * params.kv_heads) * words + index % per_row * 8u / KV_GROUP % words;
+    return start + (row + index / per_row) * words + index % per_row * 8u / KV_GROUP % words;
 }
 
 fn fetch_key(row: u32, index: u32, per_row: u32) -> Fetched {
     let word = scale_word(row, index, per_row);
-    return Fetched(k_cache[piece_at(row, index, per_row)], k_cache[word / 2u][word % 2u]);
+    return Fetched(k_cache[row * per_row + index], k_cache[word / 2u][word % 2u]);
 }
 
 fn fetch_value(row: u32, index: u32, per_row: u32) -> Fetched {
     let word = scale_word(row, index, per_row);
-    return Fetched(v_cache[piece_at(row, index, per_row)], v_cache[word / 2u][word % 2u]);
+    return Fetched(v_cache[row * per_row + index], v_cache[word / 2u][word % 2u]);
 }
 
 // vec4 `v` of it, rounded to half precision.

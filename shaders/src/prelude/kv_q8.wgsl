@@ -2,6 +2,17 @@
 // precision. The words of the scales follow the codes of all rows: word w of a row holds the scales of its groups w and
 // w + kv_scale_words, so that a workgroup that has one pair of groups writes whole words. kv.rs is the same in Rust.
 
+// The row of a head at a position of a part of the cache: the positions of a head lie together, so that a subgroup reads
+// their scales, a few bytes each, at once.
+fn kv_row(position: u32, head: u32, positions: u32, heads: u32) -> u32 {
+    return head * positions + position;
+}
+
+// Rows from one position of a head to the next.
+fn kv_step(heads: u32) -> u32 {
+    return 1u;
+}
+
 // Words of the scales of a row.
 fn kv_scale_words(head_dim: u32) -> u32 {
     return (head_dim + 2u * KV_GROUP - 1u) / (2u * KV_GROUP);

@@ -58,7 +58,8 @@ fn main(@builtin(global_invocation_id) id: vec3<u32>, @builtin(local_invocation_
     let scales = kv_scales(vec2<f32>(top_of(scales_at), top_of(scales_at + 8u)));
     let words = params.head_dim / 4u;
     let lines = place.context - place.prefix;
-    let line = (place.position - place.prefix) * params.kv_heads + (head - params.heads) % params.kv_heads;
+    let kv_head = (head - params.heads) % params.kv_heads;
+    let line = kv_row(place.position - place.prefix, kv_head, lines, params.kv_heads);
     if (first < params.head_dim) {
         let codes = kv_codes(x, unpack2x16float(scales)[of_head % 16u / 8u]);
         if (is_key) {

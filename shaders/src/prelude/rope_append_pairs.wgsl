@@ -26,7 +26,7 @@ fn main(@builtin(global_invocation_id) id: vec3<u32>) {
     }
 
     let kv_head = (head - params.heads) % params.kv_heads;
-    let line = (place.position - place.prefix) * params.kv_heads + kv_head;
+    let line = kv_row(place.position - place.prefix, kv_head, place.context - place.prefix, params.kv_heads);
     let word = (line * pairs + pair) * KV_PAIR_WORDS;
     if (head < params.heads + params.kv_heads) {
         let i = 2u * pair;

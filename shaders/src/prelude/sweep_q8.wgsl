@@ -18,7 +18,7 @@ fn lane_place(lane: u32, lanes: u32, rows: u32, part: u32) -> LanePlace {
     return LanePlace(lane, lanes, rows, part);
 }
 
-// Over the positions of `split` with what was found before; position 0 would be row `start`, the next one kv_heads further.
+// Over the positions of `split` with what was found before; position 0 would be row `start`.
 fn sweep(before: Found, split: Split, start: u32, spot: Spot, place: LanePlace, query: OfHeads) -> Found {
     let words = kv_scale_words(params.head_dim);
     let scales_start = place.rows * params.head_dim / 4u;
@@ -33,13 +33,13 @@ fn sweep(before: Found, split: Split, start: u32, spot: Spot, place: LanePlace, 
     var found = before;
     for (var tile = split.begin + spot.subgroup * at_once; tile < split.end; tile += spot.subgroups * at_once) {
         // Positions beyond the last one repeat it and get no weight.
-        let scales_row = start + min(tile + spot.lane / words, split.end - 1u) * params.kv_heads;
+        let scales_row = start + min(tile + spot.lane / words, split.end - 1u) * kv_step(params.kv_heads);
         let word = scales_start + scales_row * words + spot.lane % words;
         let key_scales = key_words(place.part, word / LANE_VECS)[word % LANE_VECS];
         let value_scales = value_words(place.part, word / LANE_VECS)[word % LANE_VECS];
         for (var s = 0u; s < steps; s++) {
             let in_tile = s * spot.slots + slot;
-            let row = start + min(tile + in_tile, split.end - 1u) * params.kv_heads;
+            let row = start + min(tile + in_tile, split.end - 1u) * kv_step(params.kv_heads);
             let k = key_words(place.part, row * place.lanes + place.lane);
             let v = value_words(place.part, row * place.lanes + place.lane);
             let k_scale = unpack2x16float(subgroupShuffle(key_scales, in_tile * words + mine) >> shift).x;

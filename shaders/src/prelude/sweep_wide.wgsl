@@ -1,16 +1,16 @@
 // Axis kv = f16 or f32: the way of an invocation of attention_lanes.wgsl over its positions, four at once.
 
-// Over the positions of `split` with what was found before; position 0 would be row `start`, the next one kv_heads further.
+// Over the positions of `split` with what was found before; position 0 would be row `start`.
 fn sweep(before: Found, split: Split, start: u32, spot: Spot, place: LanePlace, query: OfHeads) -> Found {
     let at_once = spot.subgroups * spot.slots;
     let mine = spot.subgroup * spot.slots + spot.lane / place.lanes;
     var found = before;
     for (var tile = split.begin + mine; tile - mine < split.end; tile += 4u * at_once) {
         // Positions beyond the last one repeat it and get no weight.
-        let row0 = start + min(tile, split.end - 1u) * params.kv_heads;
-        let row1 = start + min(tile + at_once, split.end - 1u) * params.kv_heads;
-        let row2 = start + min(tile + 2u * at_once, split.end - 1u) * params.kv_heads;
-        let row3 = start + min(tile + 3u * at_once, split.end - 1u) * params.kv_heads;
+        let row0 = start + min(tile, split.end - 1u) * kv_step(params.kv_heads);
+        let row1 = start + min(tile + at_once, split.end - 1u) * kv_step(params.kv_heads);
+        let row2 = start + min(tile + 2u * at_once, split.end - 1u) * kv_step(params.kv_heads);
+        let row3 = start + min(tile + 3u * at_once, split.end - 1u) * kv_step(params.kv_heads);
         let k0 = read_key(row0, place);
         let k1 = read_key(row1, place);
         let k2 = read_key(row2, place);

@@ -37,8 +37,8 @@ pub(super) struct Memory<B = wgpu::Buffer> {
     pub(super) dummy: B,
     /// Bound where a kernel writes nothing.
     pub(super) unread: B,
-    /// Keys and values by layer behind the prefix: (context - prefix, kv_heads, head_dim) each, then their scales if they
-    /// have any.
+    /// Keys and values by layer behind the prefix: (context - prefix, kv_heads, head_dim) each; in 8 bits (kv_heads,
+    /// context - prefix, head_dim), then their scales.
     caches: Vec<(B, B)>,
     /// The first positions, if they are shared.
     pub(super) prefix: Option<Arc<Prefix>>,
@@ -54,7 +54,7 @@ pub(super) struct Memory<B = wgpu::Buffer> {
 
 /// Keys and values of positions that several sessions begin with; nobody writes them any more.
 pub(super) struct Prefix {
-    /// By layer: (len, kv_heads, head_dim) each, then their scales if they have any.
+    /// By layer: (len, kv_heads, head_dim) each; in 8 bits (kv_heads, len, head_dim), then their scales.
     caches: Vec<(wgpu::Buffer, wgpu::Buffer)>,
     /// Positions.
     pub(super) len: u32,

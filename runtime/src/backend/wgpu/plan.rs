@@ -26,7 +26,8 @@ use crate::backend::{Activation, BufferId, KvType, NormKind, Op, Program, Rows, 
 use crate::error::{Error, ErrorKind, Result};
 use crate::tensor::DenseType;
 use experts::Experts;
-use linear::{Linear, gemv_rows};
+pub(super) use linear::MOST_FEW_ROWS;
+use linear::{Linear, few_rows};
 pub(super) use linear::{matrix_params, rows_params, usual_size};
 use passes::{PassSites, Site};
 
@@ -216,7 +217,7 @@ impl<'a> Planner<'a> {
             program,
             memory,
             uniforms: Vec::new(),
-            few_rows: gemv_rows(backend.gpu.summary.kind).min(max_tokens),
+            few_rows: few_rows(backend).min(max_tokens),
             staged: HashMap::new(),
             half_buffers: HashMap::new(),
             pair_buffers: None,

@@ -1,5 +1,7 @@
 //! One step of a program: writes the step's numbers, encodes the planned dispatches, submits them in bounded pieces.
 
+mod cache;
+
 use std::any::Any;
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -13,7 +15,7 @@ use super::choices::PassTokens;
 use super::device::Ticket;
 use super::memory::{self, Memory, Prefix};
 use super::pace::{self, Pace};
-use super::plan::{Plan, PlannedOp};
+use super::plan::{MOST_FEW_ROWS, Plan, PlannedOp};
 use super::profile;
 use super::readback::Readback;
 use super::sampling::{self, Sampler};
@@ -46,7 +48,8 @@ pub(super) fn bytes(program: &Program, config: &RunnerConfig) -> u64 {
     let per_token = program.buffers.iter().map(|desc| desc.per_token).max().unwrap_or(1);
     let by_expert = u64::from(config.max_tokens).saturating_mul(u64::from(per_token) * 20 * 2);
     // Staged rows of few tokens in f32 with their sums, halves of many, and a uniform block for every dispatch.
-    let staged = widths.saturating_mul(5 * 32 + 2 * u64::from(config.max_tokens.next_multiple_of(128)));
+    let staged =
+        widths.saturating_mul(5 * u64::from(MOST_FEW_ROWS) + 2 * u64::from(config.max_tokens.next_multiple_of(128)));
     let uniforms = 256 * 8 * program.ops.len() as u64;
     memory::bytes(program, config)
         .saturating_add(sampling::bytes(program.vocab_size, config.context))
@@ -105,32 +108,6 @@ pub(super) struct WgpuRunner {
     pub(super) tail: Option<wgpu::CommandBuffer>,
     /// A copy of the first positions that forks share, as long as they are what it holds.
     lent: Lent<Prefix>,
-}
-
-/// Positions of a cache that lie in one piece, with all heads.
-struct KvRange {
-    layer: u32,
-    values: bool,
-    /// The scales instead of the elements.
-    scales: bool,
-    positions: std::ops::Range<u32>,
-}
-
-/// The elements, or the scales, of a head at one position of a layer's keys or values: bytes in the order of the cache, and
-/// in the order that is saved, head by head.
-struct KvRow {
-    cached: std::ops::Range<usize>,
-    saved: std::ops::Range<usize>,
-    scales: bool,
-}
-
-/// Copies a row of a cache, scales from one order to another.
-fn copy_row(from: &[u8], to: &mut [u8], reorder: Option<fn(&[u16], &mut [u16])>) {
-    let Some(reorder) = reorder else { return to.copy_from_slice(from) };
-    let before: Vec<u16> = from.as_chunks::<2>().0.iter().map(|scale| u16::from_le_bytes(*scale)).collect();
-    let mut after = vec![0; before.len()];
-    reorder(&before, &mut after);
-    to.as_chunks_mut::<2>().0.iter_mut().zip(after).for_each(|(to, scale)| *to = scale.to_le_bytes());
 }
 
 /// Where a token sampled ahead comes to the host.
@@ -558,71 +535,6 @@ impl WgpuRunner {
         self.previous = None;
     }
 
-    /// Positions `from..to` of keys and values of all layers, in pieces that lie in one buffer, in order.
-    fn kv_ranges(&self, from: u32, to: u32) -> impl Iterator<Item = KvRange> + use<> {
-        let edge = self.memory.shared().clamp(from, to.max(from));
-        let parts: &[bool] = if self.memory.kv_type == KvType::Q8 { &[false, true] } else { &[false] };
-        (0..self.program.layers).flat_map(move |layer| {
-            [false, true].into_iter().flat_map(move |values| {
-                parts.iter().flat_map(move |&scales| {
-                    [from..edge, edge..to]
-                        .into_iter()
-                        .filter(|positions| !positions.is_empty())
-                        .map(move |positions| KvRange { layer, values, scales, positions })
-                })
-            })
-        })
-    }
-
-    /// First byte and bytes of a piece in a buffer of `positions` positions, of which the first is `first`: elements of all
-    /// of them, then scales.
-    fn bytes_of(&self, range: &KvRange, first: u32, positions: u32) -> (u64, u64) {
-        let [codes, scales] = self.line_bytes();
-        let (start, line) = if range.scales { (u64::from(positions) * codes, scales) } else { (0, codes) };
-        (start + u64::from(range.positions.start - first) * line, range.positions.len() as u64 * line)
-    }
-
-    /// Bytes of the elements, or codes, and of the scales of a position, all heads.
-    fn line_bytes(&self) -> [u64; 2] {
-        let (shape, kv_type) = (self.program.attention, self.memory.kv_type);
-        [kv_type.code_bytes(shape.head_dim), kv_type.scale_bytes(shape.head_dim)]
-            .map(|bytes| u64::from(shape.kv_heads) * bytes)
-    }
-
-    /// Where a piece of the cache lies: buffer, byte and bytes.
-    fn locate(&self, range: &KvRange) -> Result<(&wgpu::Buffer, u64, u64)> {
-        let shared = self.memory.shared();
-        let ((keys, values), first, positions) = match range.positions.start < shared {
-            true => (self.memory.shared_cache(range.layer)?, 0, shared),
-            false => (self.memory.cache(range.layer)?, shared, self.config.context - shared),
-        };
-        let (offset, bytes) = self.bytes_of(range, first, positions);
-        Ok((if range.values { values } else { keys }, offset, bytes))
-    }
-
-    /// The keys and the values of all layers.
-    fn kv_blocks(&self) -> usize {
-        (2 * self.program.layers.max(1)) as usize
-    }
-
-    /// The rows of the keys of a layer, or of its values, of `n` positions.
-    fn kv_rows(&self, n: usize) -> impl Iterator<Item = KvRow> + use<> {
-        let (shape, kv_type) = (self.program.attention, self.memory.kv_type);
-        let heads = shape.kv_heads as usize;
-        let [codes, scales] =
-            [kv_type.code_bytes(shape.head_dim), kv_type.scale_bytes(shape.head_dim)].map(|b| b as usize);
-        let parts = [(codes, 0, 0, false), (scales, n * heads * codes, n * codes, true)];
-        (0..heads).flat_map(move |head| {
-            parts.into_iter().filter(|(bytes, ..)| *bytes > 0).flat_map(move |(bytes, in_cache, in_head, scales)| {
-                (0..n).map(move |position| {
-                    let cached = in_cache + (position * heads + head) * bytes;
-                    let saved = head * n * (parts[0].0 + parts[1].0) + in_head + position * bytes;
-                    KvRow { cached: cached..cached + bytes, saved: saved..saved + bytes, scales }
-                })
-            })
-        })
-    }
-
     /// Positions of which a split of few tokens never has a part only.
     fn grain(&self) -> u32 {
         shaders::attention::split_len(1, self.config.context)
@@ -639,21 +551,6 @@ impl WgpuRunner {
             Sharing::Exact | Sharing::Always => {}
         }
         self.lent.to_share(self.memory.prefix.as_ref(), n, self.grain())
-    }
-
-    /// A copy of the first `len` positions.
-    fn copy_prefix(&self, len: u32) -> Result<Prefix> {
-        let gpu = &self.backend.gpu;
-        let prefix = Prefix::new(gpu, &self.program, self.memory.kv_type, len)?;
-        let mut encoder = gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor { label: Some("prefix") });
-        for range in self.kv_ranges(0, len) {
-            let (from, offset, bytes) = self.locate(&range)?;
-            let (keys, values) = prefix.cache(range.layer)?;
-            let to = if range.values { values } else { keys };
-            encoder.copy_buffer_to_buffer(from, offset, to, self.bytes_of(&range, 0, len).0, bytes);
-        }
-        gpu.submit(Some(encoder.finish()));
-        Ok(prefix)
     }
 
     /// Forgets the copy that forks share if a step at `position` makes it another one's.
@@ -922,60 +819,14 @@ impl Runner for WgpuRunner {
 
     fn save_kv(&mut self, n: u32, out: &mut [u8]) -> Result<()> {
         check_kv(&self.program, &self.config, self.memory.kv_type, n, out.len())?;
-        let gpu = &self.backend.gpu;
-        let ranges: Vec<_> = self.kv_ranges(0, n).collect();
-        let mut left = &mut *out;
-        let capacity = self.readback.capacity();
-        let mut at = (0, 0);
-        while at.0 < ranges.len() {
-            let (mut sources, mut total) = (Vec::new(), 0);
-            while let Some(range) = ranges.get(at.0).filter(|_| total < capacity) {
-                let (buffer, offset, bytes) = self.locate(range)?;
-                let part = (bytes - at.1).min(capacity - total);
-                sources.push((buffer, offset + at.1, part));
-                total += part;
-                at = if at.1 + part == bytes { (at.0 + 1, 0) } else { (at.0, at.1 + part) };
-            }
-            let encoder = gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor { label: Some("KV") });
-            self.readback.begin(gpu, encoder, &sources)?;
-            self.readback.wait(gpu)?;
-            let (now, rest) = left.split_at_mut(total as usize);
-            self.readback.poll(gpu, |bytes| now.copy_from_slice(bytes))?;
-            left = rest;
-        }
-        let mut cached = vec![0; out.len() / self.kv_blocks()];
-        for block in out.chunks_exact_mut(cached.len().max(1)) {
-            cached.copy_from_slice(block);
-            for row in self.kv_rows(n as usize) {
-                let reorder = row.scales.then_some(shaders::kv::scales_by_group as _);
-                copy_row(&cached[row.cached], &mut block[row.saved], reorder);
-            }
-        }
-        Ok(())
+        self.save_positions(n, out)
     }
 
     fn load_kv(&mut self, n: u32, bytes: &[u8]) -> Result<()> {
         check_kv(&self.program, &self.config, self.memory.kv_type, n, bytes.len())?;
         self.overwrite(0)?;
         self.abandon();
-        let mut cached = vec![0; bytes.len() / self.kv_blocks()];
-        let mut blocks = bytes.chunks_exact(cached.len().max(1));
-        let mut at = 0;
-        for range in self.kv_ranges(0, n) {
-            // A block has several pieces.
-            if at % cached.len() == 0 {
-                let block = blocks.next().unwrap_or_default();
-                for row in self.kv_rows(n as usize) {
-                    let reorder = row.scales.then_some(shaders::kv::scales_by_word as _);
-                    copy_row(&block[row.saved], &mut cached[row.cached], reorder);
-                }
-                at = 0;
-            }
-            let (buffer, offset, bytes) = self.locate(&range)?;
-            self.backend.gpu.write(buffer, offset, &cached[at..at + bytes as usize])?;
-            at += bytes as usize;
-        }
-        Ok(())
+        self.load_positions(n, bytes)
     }
 
     fn fork(&mut self, n: u32, sharing: Sharing) -> Result<Box<dyn Runner>> {
@@ -991,10 +842,7 @@ impl Runner for WgpuRunner {
         let fork = Self::behind(Arc::clone(&self.backend), &self.program, &self.config, prefix)?;
         let gpu = &self.backend.gpu;
         let mut encoder = gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor { label: Some("fork") });
-        for range in self.kv_ranges(shared, n) {
-            let ((from, from_offset, bytes), (to, to_offset, _)) = (self.locate(&range)?, fork.locate(&range)?);
-            encoder.copy_buffer_to_buffer(from, from_offset, to, to_offset, bytes);
-        }
+        self.copy_positions(shared..n, &fork, &mut encoder)?;
         for table in 0..self.program.rope_tables {
             let (from, to) = (self.memory.rope(table)?, fork.memory.rope(table)?);
             encoder.copy_buffer_to_buffer(from, 0, to, 0, from.size());
