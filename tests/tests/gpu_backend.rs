@@ -89,7 +89,9 @@ fn options() -> Vec<WgpuOptions> {
         for (force_f32, force_no_subgroup) in [(false, false), (true, false), (false, true), (true, true)] {
             if (force_f32 || adapter.f16) && (force_no_subgroup || adapter.subgroup.is_some()) {
                 let device = DeviceChoice::Named(adapter.index.to_string());
-                all.push(WgpuOptions { device, force_f32, force_no_subgroup, ..WgpuOptions::default() });
+                // Some variants with the kernel for several rows at once, the others without.
+                let rows_on_software = force_f32 != force_no_subgroup;
+                all.push(WgpuOptions { device, force_f32, force_no_subgroup, rows_on_software, ..Default::default() });
             }
         }
     }
@@ -208,14 +210,16 @@ fn caches_of_8_bits_need_whole_words() {
     assert_eq!(refused.kind(), ErrorKind::Unsupported, "{refused}");
 }
 
-/// The CPU's cache of 8 bits, brought here, gives the CPU's logits, and comes back as it was; a context that is no multiple
-/// of four positions.
+/// The CPU's cache, of 8 bits or half precision, brought here, gives the CPU's logits, and comes back as it was; a context that
+/// is no multiple of four positions.
 #[test]
-fn caches_of_8_bits_move_between_backends() {
+fn caches_move_between_backends() {
+    let cases = q8_cases().into_iter().filter(|case| !matches!(case.style, Style::Experts(_)));
+    let cases: Vec<_> = cases.enumerate().map(|(i, case)| (case, [KvType::Q8, KvType::F16][i % 2])).collect();
     for options in options() {
-        for case in q8_cases().into_iter().filter(|case| !matches!(case.style, Style::Experts(_))) {
-            let model = build(&case);
-            let config = RunnerConfig { kv_type: Some(KvType::Q8), context: 93, ..config() };
+        for (case, kv) in &cases {
+            let (model, kv) = (build(case), *kv);
+            let config = RunnerConfig { kv_type: Some(kv), context: 93, ..config() };
             let mut cpu = awqua::backend::cpu::open();
             let mut gpu = upload(&options, &model).runner(&model.program, &config).expect("the runner fits");
             for (i, weight) in model.weights.iter().enumerate() {
@@ -233,7 +237,7 @@ fn caches_of_8_bits_move_between_backends() {
             let prompt = tokens(&mut rng, 37, case.vocab);
             cpu.run(&Step { tokens: &prompt, position: 0, logits: LogitsRows::None }).expect("the step runs");
             for n in [1, 37] {
-                let mut saved = vec![0xa5; kv_bytes(&model.program, KvType::Q8, n) as usize];
+                let mut saved = vec![0xa5; kv_bytes(&model.program, kv, n) as usize];
                 cpu.save_kv(n, &mut saved).expect("it is saved");
                 gpu.load_kv(n, &saved).expect("it is taken");
                 let mut again = vec![0x5a; saved.len()];
@@ -248,7 +252,7 @@ fn caches_of_8_bits_move_between_backends() {
             cpu.read_logits(&mut expected).expect("the logits come back");
             gpu.read_logits(&mut found).expect("the logits come back");
             let cached = |runner: &mut dyn Runner| {
-                let mut saved = vec![0; kv_bytes(&model.program, KvType::Q8, 38) as usize];
+                let mut saved = vec![0; kv_bytes(&model.program, kv, 38) as usize];
                 runner.save_kv(38, &mut saved).expect("it is saved");
                 saved
             };

@@ -118,6 +118,9 @@ pub struct WgpuOptions {
     pub force_f32: bool,
     /// Do without subgroup operations even where they are offered.
     pub force_no_subgroup: bool,
+    /// Have short prompts go through packed matrices several rows at once on software adapters, too, which compute rather than
+    /// wait for memory, and take seconds to try the kernel. GPUs do in any case.
+    pub rows_on_software: bool,
     /// Bytes of a buffer that kernels may see at once, if less than the device allows; splits weights accordingly.
     pub limit_binding: Option<u64>,
     /// Multiplications and additions after which a submission ends, so that others get their turn on the device;

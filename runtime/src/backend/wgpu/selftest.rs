@@ -47,6 +47,8 @@ pub(super) struct SelfTest {
     trials: VecDeque<(&'static Kernel, Trial)>,
     flight: Option<Flight>,
     stage: Stage,
+    /// Whether there is a third stage.
+    tries_rows: bool,
 }
 
 /// What is tried.
@@ -88,6 +90,7 @@ impl SelfTest {
             trials: VecDeque::new(),
             flight: None,
             stage: Stage::Candidate,
+            tries_rows: gpu.summary.kind != "cpu" || options.rows_on_software,
         };
         test.kernels = test.kernels_of_candidate();
         test
@@ -145,12 +148,12 @@ impl SelfTest {
                 return Ok(None);
             }
             Stage::Units if passed => {}
-            Stage::Candidate | Stage::Units => {
+            Stage::Candidate | Stage::Units if self.tries_rows => {
                 self.stage = Stage::Rows;
                 self.kernels = [&gemv_w4_rows::KERNEL].into();
                 return Ok(None);
             }
-            Stage::Rows => {}
+            Stage::Candidate | Stage::Units | Stage::Rows => {}
         }
         let (coop, rows) = (passed && self.stage == Stage::Units, passed && self.stage == Stage::Rows);
         let units = if coop { " and matrix units" } else { "" };

@@ -8,6 +8,7 @@ use awqua_shaders::{
 use super::super::tuning::Form;
 use super::super::weights::{GpuDense, GpuW4, GpuWeight};
 use super::fuse::reads_before_write;
+use super::linear::gemv_rows;
 use super::{Draft, DraftOp, Launch, Planner, activation_of, dense, unsupported};
 use crate::backend::{BufferId, Op, Span, WeightId};
 use crate::error::Result;
@@ -58,7 +59,7 @@ impl<'a> Planner<'a> {
             Op::Experts { weight, .. } => Some(matches!(self.backend.weight(*weight), Ok(GpuWeight::W4(_)))),
             _ => None,
         });
-        let few_rows = if packed.all(|packed| packed) { self.few_rows } else { 0 };
+        let few_rows = if packed.all(|packed| packed) { self.pair_rows() } else { 0 };
         Ok(DraftOp { rows: RowMode::All, levels: vec![(few_rows, vec![choice]), (u32::MAX, vec![again, grouping])] })
     }
 
@@ -147,7 +148,12 @@ impl<'a> Planner<'a> {
         let mut many = self.experts_many(matrix, &op, top_k, true)?;
         many.extend(self.op(&ops[1], &[])?.many());
         self.ready = Some(*product);
-        Ok(Some((DraftOp { rows: RowMode::All, levels: vec![(self.few_rows, few), (u32::MAX, many)] }, 2)))
+        Ok(Some((DraftOp { rows: RowMode::All, levels: vec![(self.pair_rows(), few), (u32::MAX, many)] }, 2)))
+    }
+
+    /// Most rows of a step whose experts are multiplied a pair of row and expert at a time.
+    fn pair_rows(&self) -> u32 {
+        if self.pass.is_some() { self.few_rows } else { gemv_rows(self.backend.gpu.summary.kind).min(self.few_rows) }
     }
 
     /// `ready` is the buffer whose staged form is up to date.
@@ -162,7 +168,7 @@ impl<'a> Planner<'a> {
             GpuWeight::W4(matrix) => {
                 let few = self.experts_few(matrix, op, top_k, shared, ready)?;
                 let many = self.experts_many(matrix, op, top_k, shared)?;
-                Ok(DraftOp { rows: RowMode::All, levels: vec![(self.few_rows, few), (u32::MAX, many)] })
+                Ok(DraftOp { rows: RowMode::All, levels: vec![(self.pair_rows(), few), (u32::MAX, many)] })
             }
             GpuWeight::Dense(matrix) => {
                 Ok(DraftOp::always(RowMode::All, self.experts_dense(matrix, op, top_k, shared)?))
