@@ -96,13 +96,13 @@ impl Kernels for Neon {
         neon::natural(codes)
     }
 
-    fn gemv(&self, w: &Rows<'_>, block: usize, x: &Inputs<'_>, out: &mut [[f32; LANES]]) {
+    fn gemv(&self, w: &Rows<'_>, block: usize, apart: usize, x: &Inputs<'_>, out: &mut [[f32; LANES]]) {
         x.check_row(w.shape());
         // SAFETY: `self` proves NEON and its products of bytes, `i8mm` those of matrices of bytes.
         unsafe {
             match self.i8mm {
-                true => i8mm::gemv(w, block, x, out),
-                false => neon::gemv(w, block, x, out),
+                true => i8mm::gemv(w, block, apart, x, out),
+                false => neon::gemv(w, block, apart, x, out),
             }
         }
     }

@@ -109,11 +109,18 @@ pub(super) trait Kernels: Send + Sync {
         portable::expand_columns(offset, params, codes, out);
     }
 
-    /// The products of blocks of rows from `block` on, as many as `out` has, with one row of activations.
+    /// Whether one row of activations meets the blocks of a matrix faster where those that are read side by side are far
+    /// apart.
+    fn reads_apart(&self) -> bool {
+        false
+    }
+
+    /// The products of blocks of rows, `apart` from one to the next from `block` on and as many as `out` has, with one row
+    /// of activations.
     ///
     /// # Panics
-    /// If `x` is not one row for matrices of this shape.
-    fn gemv(&self, w: &Rows<'_>, block: usize, x: &Inputs<'_>, out: &mut [[f32; LANES]]);
+    /// If `x` is not one row for matrices of this shape, or there are not so many blocks.
+    fn gemv(&self, w: &Rows<'_>, block: usize, apart: usize, x: &Inputs<'_>, out: &mut [[f32; LANES]]);
 
     /// Brings out the codes of as many spans of as many blocks as the panel says, from `first` and `block` on, in the form
     /// that it says.
@@ -254,9 +261,9 @@ impl Kernels for Portable {
         portable::round_span(x, codes)
     }
 
-    fn gemv(&self, w: &Rows<'_>, block: usize, x: &Inputs<'_>, out: &mut [[f32; LANES]]) {
+    fn gemv(&self, w: &Rows<'_>, block: usize, apart: usize, x: &Inputs<'_>, out: &mut [[f32; LANES]]) {
         x.check_row(w.shape());
-        portable::gemv(w, block, x, out);
+        portable::gemv(w, block, apart, x, out);
     }
 
     fn unpack(&self, w: &Rows<'_>, block: usize, first: usize, panel: &mut Panel) {

@@ -172,7 +172,7 @@ fn check(kernels: &dyn Kernels, matrix: &Rows<'_>, x: &[f32]) -> Result<()> {
     for (kernels, products) in [kernels, &Portable as &dyn Kernels].into_iter().zip(&mut products) {
         let mut activations = Activations::with(x.len(), x.len() / rows::BYTE_GROUP)?;
         activations.round(&mut Pool::new(1), kernels, matrix.shape(), &x[..matrix.shape().k], 1)?;
-        kernels.gemv(matrix, 0, &activations.inputs(), products);
+        kernels.gemv(matrix, 0, 1, &activations.inputs(), products);
     }
     let [[found], [expected]] = products;
     let close = |(found, expected): (&f32, &f32)| (found - expected).abs() <= 1e-4 * (1.0 + expected.abs());

@@ -142,13 +142,17 @@ impl Kernels for Avx2 {
         unsafe { expand_columns_avx2(offset, params, codes, out) }
     }
 
-    fn gemv(&self, w: &Rows<'_>, block: usize, x: &Inputs<'_>, out: &mut [[f32; LANES]]) {
+    fn reads_apart(&self) -> bool {
+        true
+    }
+
+    fn gemv(&self, w: &Rows<'_>, block: usize, apart: usize, x: &Inputs<'_>, out: &mut [[f32; LANES]]) {
         x.check_row(w.shape());
         // SAFETY: `self` proves AVX2, FMA and F16C, and `vnni` AVX-VNNI.
         unsafe {
             match self.vnni {
-                true => avx2::vnni::gemv(w, block, x, out),
-                false => avx2::plain::gemv(w, block, x, out),
+                true => avx2::vnni::gemv(w, block, apart, x, out),
+                false => avx2::plain::gemv(w, block, apart, x, out),
             }
         }
     }

@@ -14,12 +14,14 @@ use std::arch::x86_64::*;
 
 use super::activations::Round;
 use super::rows::{BYTE_GROUP, Codes, LANES, OCTET, Rows};
-use super::{Inputs, Panel};
+use super::{BLOCKS, Inputs, Panel};
 
 /// Rows of a vector.
 const HALF: usize = LANES / 2;
 /// Tokens of a tile.
 const TOKENS: usize = 6;
+/// Bytes that a product reads ahead of itself.
+const AHEAD: usize = 1024;
 
 /// The loops over products, with whatever adds the products of two pairs of 16-bit numbers to a sum.
 macro_rules! products {
@@ -29,79 +31,119 @@ macro_rules! products {
 
             /// See [`crate::backend::cpu::kernels::Kernels::gemv`].
             #[target_feature(enable = $features)]
-            pub(in crate::backend::cpu) fn gemv(w: &Rows<'_>, block: usize, x: &Inputs<'_>, out: &mut [[f32; LANES]]) {
-                for (block, out) in (block..).zip(out) {
-                    // SAFETY: a block has the bytes its shape says, and `Inputs` the columns of that shape.
-                    unsafe {
-                        match w.shape().codes {
-                            Codes::Four(_) => gemv_block::<true>(w, block, x, out),
-                            Codes::Eight => gemv_block::<false>(w, block, x, out),
-                        }
+            pub(in crate::backend::cpu) fn gemv(
+                w: &Rows<'_>,
+                block: usize,
+                apart: usize,
+                x: &Inputs<'_>,
+                out: &mut [[f32; LANES]],
+            ) {
+                for (i, out) in out.chunks_mut(BLOCKS).enumerate() {
+                    let first = block + BLOCKS * i * apart;
+                    match w.shape().codes {
+                        Codes::Four(_) => gemv_few::<true>(w, first, apart, x, out),
+                        Codes::Eight => gemv_few::<false>(w, first, apart, x, out),
                     }
                 }
             }
 
+            /// The products of at most [`BLOCKS`] blocks.
+            #[inline]
+            #[target_feature(enable = $features)]
+            fn gemv_few<const FOUR: bool>(
+                w: &Rows<'_>,
+                block: usize,
+                apart: usize,
+                x: &Inputs<'_>,
+                out: &mut [[f32; LANES]],
+            ) {
+                // SAFETY: a block has the bytes its shape says, and `Inputs` the columns of that shape.
+                unsafe {
+                    match out.len() {
+                        0 => {}
+                        1 => gemv_blocks::<1, FOUR>(w, block, apart, x, out),
+                        2 => gemv_blocks::<2, FOUR>(w, block, apart, x, out),
+                        3 => gemv_blocks::<3, FOUR>(w, block, apart, x, out),
+                        _ => gemv_blocks::<BLOCKS, FOUR>(w, block, apart, x, out),
+                    }
+                }
+            }
+
+            /// The products of B blocks side by side. A Zen 3 core reads four streams a quarter of a matrix apart a third
+            /// faster than one, and a quarter faster than four neighbouring blocks: these end before the processor, which
+            /// fetches ahead of long streams, has found them.
+            ///
             /// # Safety
             /// `x` has a row of the matrix' columns; FOUR says whether codes have 4 bits.
             #[target_feature(enable = $features)]
-            unsafe fn gemv_block<const FOUR: bool>(w: &Rows<'_>, block: usize, x: &Inputs<'_>, out: &mut [f32; LANES]) {
+            unsafe fn gemv_blocks<const B: usize, const FOUR: bool>(
+                w: &Rows<'_>,
+                block: usize,
+                apart: usize,
+                x: &Inputs<'_>,
+                out: &mut [[f32; LANES]],
+            ) {
                 let shape = w.shape();
                 let span = x.span;
-                let (groups, spans) = (shape.groups(), shape.group_size / span);
-                let mut at = w.block(block).as_ptr();
+                let octet_bytes = if FOUR { 4 * LANES } else { OCTET * LANES };
+                let mut at: [*const u8; B] = std::array::from_fn(|i| w.block(block + apart * i).as_ptr());
                 let mut codes = x.codes.as_ptr();
-                let mut sums = [_mm256_setzero_ps(); 2];
+                let mut sums = [[_mm256_setzero_ps(); 2]; B];
                 let mut index = 0;
-                // What the processor fetches ahead by itself brings 15 GB/s of the 22 that it can read; with this it is 20.
-                let ahead = if FOUR { 2048 } else { 1024 };
-                for _ in 0..groups {
-                    // SAFETY: a group's numbers come first in its bytes.
-                    let (s, b) = unsafe { params(w, at) };
-                    at = at.wrapping_add(shape.param_bytes());
-                    for _ in 0..spans {
-                        // Two sums a vector of rows, or each addition would wait for the one before.
-                        let mut lanes = [[_mm256_setzero_si256(); 2]; 2];
+                for _ in 0..shape.groups() {
+                    let numbers = at;
+                    at = at.map(|at| at.wrapping_add(shape.param_bytes()));
+                    for _ in 0..shape.group_size / span {
+                        let mut lanes = [[_mm256_setzero_si256(); 2]; B];
                         for _ in 0..span / OCTET {
-                            _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(ahead).cast());
-                            if !FOUR {
-                                _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(ahead + 64).cast());
-                            }
-                            // SAFETY: an octet of this group, and of the activations, is left.
-                            unsafe {
-                                match FOUR {
-                                    true => octet_of_four(at, codes, &mut lanes),
-                                    false => octet_of_eight(at, codes, &mut lanes),
+                            // SAFETY: an octet of these groups, and of the activations, is left.
+                            let pairs: [__m256i; 4] = std::array::from_fn(|t| unsafe { pair(codes, t) });
+                            for i in 0..B {
+                                _mm_prefetch::<_MM_HINT_T0>(at[i].wrapping_add(AHEAD).cast());
+                                if !FOUR {
+                                    _mm_prefetch::<_MM_HINT_T0>(at[i].wrapping_add(AHEAD + 64).cast());
                                 }
+                                // SAFETY: as above.
+                                unsafe {
+                                    match FOUR {
+                                        true => octet_of_four(at[i], &pairs, &mut lanes[i]),
+                                        false => octet_of_eight(at[i], &pairs, &mut lanes[i]),
+                                    }
+                                }
+                                at[i] = at[i].wrapping_add(octet_bytes);
                             }
-                            at = at.wrapping_add(if FOUR { 4 * LANES } else { OCTET * LANES });
                             codes = codes.wrapping_add(OCTET);
                         }
                         let (d, sum) = (_mm256_set1_ps(x.scales[index]), _mm256_set1_ps(x.sums[index]));
                         index += 1;
-                        let lanes = lanes.map(|[a, b]| _mm256_add_epi32(a, b));
-                        for h in 0..2 {
-                            sums[h] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(lanes[h]), _mm256_mul_ps(s[h], d), sums[h]);
-                            if FOUR {
-                                sums[h] = _mm256_fmadd_ps(b[h], sum, sums[h]);
+                        for i in 0..B {
+                            // SAFETY: a group's numbers come first in its bytes.
+                            let (s, b) = unsafe { params(w, numbers[i]) };
+                            for h in 0..2 {
+                                let product = _mm256_cvtepi32_ps(lanes[i][h]);
+                                sums[i][h] = _mm256_fmadd_ps(product, _mm256_mul_ps(s[h], d), sums[i][h]);
+                                if FOUR {
+                                    sums[i][h] = _mm256_fmadd_ps(b[h], sum, sums[i][h]);
+                                }
                             }
                         }
                     }
                 }
-                // SAFETY: two vectors of eight fill `out`.
-                unsafe {
-                    _mm256_storeu_ps(out.as_mut_ptr(), sums[0]);
-                    _mm256_storeu_ps(out.as_mut_ptr().add(HALF), sums[1]);
+                for (out, sums) in out.iter_mut().zip(sums) {
+                    // SAFETY: two vectors of eight fill `out`.
+                    unsafe {
+                        _mm256_storeu_ps(out.as_mut_ptr(), sums[0]);
+                        _mm256_storeu_ps(out.as_mut_ptr().add(HALF), sums[1]);
+                    }
                 }
             }
 
             /// # Safety
-            /// 64 bytes of codes at `at`, 8 activations at `x`.
+            /// 64 bytes of codes at `at`.
             #[inline]
             #[target_feature(enable = $features)]
-            unsafe fn octet_of_four(at: *const u8, x: *const i16, lanes: &mut [[__m256i; 2]; 2]) {
+            unsafe fn octet_of_four(at: *const u8, pairs: &[__m256i; 4], lanes: &mut [__m256i; 2]) {
                 let low = _mm256_set1_epi16(15);
-                // SAFETY: by the caller's promise.
-                let pairs: [__m256i; 4] = std::array::from_fn(|t| unsafe { pair(x, t) });
                 for h in 0..2 {
                     // SAFETY: by the caller's promise.
                     let words = unsafe { _mm256_loadu_si256(at.cast::<__m256i>().add(h)) };
@@ -112,23 +154,21 @@ macro_rules! products {
                         _mm256_srli_epi16::<12>(words),
                     ];
                     for t in 0..4 {
-                        lanes[h][t % 2] = $add(lanes[h][t % 2], codes[t], pairs[t]);
+                        lanes[h] = $add(lanes[h], codes[t], pairs[t]);
                     }
                 }
             }
 
             /// # Safety
-            /// 128 bytes of codes at `at`, 8 activations at `x`.
+            /// 128 bytes of codes at `at`.
             #[inline]
             #[target_feature(enable = $features)]
-            unsafe fn octet_of_eight(at: *const u8, x: *const i16, lanes: &mut [[__m256i; 2]; 2]) {
+            unsafe fn octet_of_eight(at: *const u8, pairs: &[__m256i; 4], lanes: &mut [__m256i; 2]) {
                 for t in 0..4 {
-                    // SAFETY: by the caller's promise.
-                    let pair = unsafe { pair(x, t) };
                     for h in 0..2 {
                         // SAFETY: by the caller's promise.
                         let bytes = unsafe { _mm_loadu_si128(at.cast::<__m128i>().add(2 * t + h)) };
-                        lanes[h][t % 2] = $add(lanes[h][t % 2], _mm256_cvtepi8_epi16(bytes), pair);
+                        lanes[h] = $add(lanes[h], _mm256_cvtepi8_epi16(bytes), pairs[t]);
                     }
                 }
             }

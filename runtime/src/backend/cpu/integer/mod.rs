@@ -180,14 +180,28 @@ pub(super) fn matmul(
                 output.set_blocks(row, columns.clone(), sums, bias.map(|bias| &bias[columns.clone()]), accumulate)
             };
         };
-        if tokens.len() == 1 && !x.planes {
-            let mut sums = [[0.0; LANES]; BLOCKS];
-            let sums = &mut sums[..blocks.len()];
-            kernels.gemv(matrix, blocks.start, &x, sums);
-            return write(sums);
-        }
         let mut worker = workers[worker].lock().unwrap_or_else(|e| e.into_inner());
         write(worker.products(kernels, matrix, blocks, &x));
+    };
+    // A row meets few blocks at a time, which are read side by side.
+    let compute_row = |matrix: &Rows<'_>, token: usize, blocks: Range<usize>| {
+        let x = x.rows(token..token + 1);
+        let row = order.map_or(token, |order| order[token]);
+        let rounds = blocks.len().div_ceil(BLOCKS);
+        let apart = if kernels.reads_apart() { rounds } else { 1 };
+        for round in 0..rounds {
+            let first = blocks.start + if apart == 1 { BLOCKS * round } else { round };
+            let mut sums = [[0.0; LANES]; BLOCKS];
+            let together = (first..blocks.end).step_by(apart).take(BLOCKS);
+            let sums = &mut sums[..together.len()];
+            kernels.gemv(matrix, first, apart, &x, sums);
+            for (block, sums) in together.zip(sums) {
+                let columns = block * LANES..shape.n.min((block + 1) * LANES);
+                let bias = bias.map(|bias| &bias[columns.clone()]);
+                // SAFETY: no two items have the same rows and blocks.
+                unsafe { output.set_blocks(|_| row, columns, std::slice::from_ref(sums), bias, accumulate) };
+            }
+        }
     };
     // An item is a piece of a group's rows and a few blocks, rows by rows, so that a task reads weights in their order. Where
     // a deadline leaves few blocks, each thread shall have some.
@@ -206,7 +220,16 @@ pub(super) fn matmul(
             let (n, len) = rows_of(group);
             let of_group = before..before + n * columns;
             before = of_group.end;
-            for item in of_task.start.max(of_group.start)..of_task.end.min(of_group.end) {
+            let items = of_task.start.max(of_group.start)..of_task.end.min(of_group.end);
+            if items.is_empty() {
+                continue;
+            }
+            if group.rows.len() == 1 && !x.planes {
+                let [first, end] = [items.start, items.end].map(|item| part.start + (item - of_group.start) * together);
+                compute_row(&matrices[group.expert], group.rows.start, first..end.min(part.end));
+                continue;
+            }
+            for item in items {
                 let (piece, column) = ((item - of_group.start) / columns, (item - of_group.start) % columns);
                 let first = group.rows.start + piece * len;
                 let block = part.start + column * together;

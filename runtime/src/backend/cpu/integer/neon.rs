@@ -177,8 +177,14 @@ macro_rules! products {
     ($features:literal, $tokens:literal, $form:expr, $add:expr, $leave:expr) => {
         /// See [`super::super::kernels::Kernels::gemv`].
         #[target_feature(enable = $features)]
-        pub(in crate::backend::cpu) fn gemv(w: &Rows<'_>, block: usize, x: &Inputs<'_>, out: &mut [[f32; LANES]]) {
-            for (block, out) in (block..).zip(out) {
+        pub(in crate::backend::cpu) fn gemv(
+            w: &Rows<'_>,
+            block: usize,
+            apart: usize,
+            x: &Inputs<'_>,
+            out: &mut [[f32; LANES]],
+        ) {
+            for (block, out) in (block..).step_by(apart).zip(out) {
                 gemv_block(w, block, x, out);
             }
         }

@@ -41,8 +41,14 @@ pub(in crate::backend::cpu) fn expand_columns(offset: Offset, params: &[u8], cod
 }
 
 /// See [`super::super::kernels::Kernels::gemv`].
-pub(in crate::backend::cpu) fn gemv(w: &Rows<'_>, block: usize, x: &Inputs<'_>, out: &mut [[f32; LANES]]) {
-    for (block, out) in (block..).zip(out) {
+pub(in crate::backend::cpu) fn gemv(
+    w: &Rows<'_>,
+    block: usize,
+    apart: usize,
+    x: &Inputs<'_>,
+    out: &mut [[f32; LANES]],
+) {
+    for (block, out) in (block..).step_by(apart).zip(out) {
         gemv_block(w, block, x, out);
     }
 }

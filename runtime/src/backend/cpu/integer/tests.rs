@@ -93,6 +93,7 @@ fn cases(seed: &mut u64) -> Vec<Case> {
             (5, 128, 32),
             (3, 1024, 512),
             (130, 576, 64),
+            (330, 64, 64),
             (16, 896, 128),
             (18, 4864, 128),
             (6, 1536, 1536),
@@ -281,7 +282,7 @@ fn integer_sums_are_exact() {
                     assert_eq!(sums, vec![expected; rows], "{} {rows} rows", kernels.name());
                     if rows == 1 {
                         let mut found = [[0.0; LANES]];
-                        kernels.gemv(&Rows::new(shape, &bytes), 0, &x, &mut found);
+                        kernels.gemv(&Rows::new(shape, &bytes), 0, 1, &x, &mut found);
                         assert_eq!(found, [expected], "{}", kernels.name());
                     }
                 }

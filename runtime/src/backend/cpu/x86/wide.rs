@@ -154,13 +154,17 @@ impl Kernels for Avx512 {
         }
     }
 
-    fn gemv(&self, w: &Rows<'_>, block: usize, x: &Inputs<'_>, out: &mut [[f32; LANES]]) {
+    fn reads_apart(&self) -> bool {
+        !self.vnni
+    }
+
+    fn gemv(&self, w: &Rows<'_>, block: usize, apart: usize, x: &Inputs<'_>, out: &mut [[f32; LANES]]) {
         if !self.vnni {
-            return self.avx2.gemv(w, block, x, out);
+            return self.avx2.gemv(w, block, apart, x, out);
         }
         x.check_row(w.shape());
         // SAFETY: `vnni` proves AVX-512 F, BW and VNNI.
-        unsafe { avx512::gemv(w, block, x, out) }
+        unsafe { avx512::gemv(w, block, apart, x, out) }
     }
 
     fn unpack(&self, w: &Rows<'_>, block: usize, first: usize, panel: &mut Panel) {
