@@ -38,8 +38,8 @@ impl Planner<'_> {
         let one_cache = prefix == 0 && !self.memory.share_forks;
         let coop = self.backend.coop && attention_coop::handles(shape.head_dim, kv) && one_cache;
         for (most, staged) in [(few_tokens, true), (self.few_rows, true), (u32::MAX, false)] {
-            // Rows that packed matrices take at once are staged behind it.
-            if coop && (!staged || most > few_tokens && self.backend.takes_rows()) {
+            // Rows that the packed matrix behind it takes at once are staged.
+            if coop && (!staged || most > few_tokens) {
                 let mut drafts = vec![self.attention_coop(qkv, out, layer, (scale, cap), window)?];
                 if let Some(target) = target.as_ref().filter(|_| staged) {
                     drafts.push(self.stage(out, target.norm, target.of, RowMode::All)?);

@@ -74,7 +74,6 @@ pub(super) struct Gemv<'a> {
 }
 
 /// Dispatches on packed matrices for few rows.
-#[derive(Default)]
 pub(super) struct Few {
     /// For a row at a time.
     pub(super) one: Vec<Draft>,
