@@ -134,19 +134,6 @@ pub(super) struct Outer {
     pub(super) add: bool,
 }
 
-impl Outer {
-    /// # Panics
-    /// If a matrix is shorter than these extents.
-    pub(super) fn check(&self, a: (&[f32], usize), b: (&[f32], usize), c: (&[f32], usize)) {
-        let fits = |(m, stride): (&[f32], usize), rows: usize, columns: usize| {
-            rows == 0 || columns == 0 || (rows - 1) * stride + columns <= m.len()
-        };
-        assert!(
-            fits(a, self.rows, self.depth) && fits(b, self.depth, self.columns) && fits(c, self.rows, self.columns)
-        );
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

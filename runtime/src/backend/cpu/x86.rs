@@ -122,7 +122,7 @@ impl Kernels for Avx2 {
     }
 
     fn outer(&self, a: (&[f32], usize), b: (&[f32], usize), c: (&mut [f32], usize), extents: Outer) {
-        extents.check(a, b, (c.0, c.1));
+        check_outer(&extents, a, b, (c.0, c.1));
         // SAFETY: `self` proves AVX2 and FMA; the matrices were just checked.
         unsafe { outer_avx2(a, b, c, extents) }
     }
@@ -171,6 +171,16 @@ impl Kernels for Avx2 {
             }
         }
     }
+}
+
+/// # Panics
+/// If a matrix is shorter than `extents`, each with the distance of its rows.
+fn check_outer(extents: &Outer, a: (&[f32], usize), b: (&[f32], usize), c: (&[f32], usize)) {
+    let fits = |(m, stride): (&[f32], usize), rows: usize, columns: usize| {
+        rows == 0 || columns == 0 || (rows - 1) * stride + columns <= m.len()
+    };
+    let Outer { rows, depth, columns, .. } = *extents;
+    assert!(fits(a, rows, depth) && fits(b, depth, columns) && fits(c, rows, columns));
 }
 
 fn check_tile(w: &[f32], stride_w: usize, rows: usize, x: &[f32], stride_x: usize, cols: usize, k: usize) {

@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{Avx2, check_tile, table_avx2};
+use super::{Avx2, check_outer, check_tile, table_avx2};
 use crate::backend::cpu::integer::rows::{LANES, Rows};
 use crate::backend::cpu::integer::{Inputs, Panel, amx, avx512};
 use crate::backend::cpu::kernels::{Kernels, TILE};
@@ -126,7 +126,7 @@ impl Kernels for Avx512 {
     }
 
     fn outer(&self, a: (&[f32], usize), b: (&[f32], usize), c: (&mut [f32], usize), extents: Outer) {
-        extents.check(a, b, (c.0, c.1));
+        check_outer(&extents, a, b, (c.0, c.1));
         // SAFETY: `self` proves AVX-512F; the matrices were just checked.
         unsafe { outer(a, b, c, extents) }
     }
