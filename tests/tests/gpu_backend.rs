@@ -268,6 +268,27 @@ fn caches_move_between_backends() {
     }
 }
 
+/// GPUs take the rows of a short prompt at once, software where it is asked to, and nobody a single row.
+#[test]
+fn few_rows_go_through_packed_matrices_at_once() {
+    let case = &cases()[0];
+    let model = build(case);
+    for options in options() {
+        let DeviceChoice::Named(index) = &options.device else { panic!("adapters are named by their index") };
+        let is_software = adapters().iter().any(|a| a.index.to_string() == *index && a.kind == "cpu");
+        let (_, mut runner) = runner(&options, &model, case.kv);
+        for n in [1, 5] {
+            let tokens = tokens(&mut Rng(5), n, case.vocab);
+            let times = match runner.profile(&Step { tokens: &tokens, position: 0, logits: LogitsRows::Last }) {
+                Err(refused) if refused.kind() == ErrorKind::Unsupported => return skip("the device has no clock"),
+                times => times.expect("the step is timed"),
+            };
+            let at_once = times.iter().any(|op| op.name.contains("gemv_w4_rows"));
+            assert_eq!(at_once, n > 1 && (!is_software || options.rows_on_software), "{n} rows, {options:?}");
+        }
+    }
+}
+
 #[test]
 fn steps_split_over_submissions_match() {
     for options in options() {
