@@ -114,8 +114,8 @@ pub fn cases() -> Vec<[u32; 6]> {
     ]
 }
 
-/// A cache whose elements were `values`, (positions, kv_heads, head_dim), before they were rounded, each within `tolerance`; NaN where nothing was
-/// written.
+/// A cache whose elements were `values`, (positions, kv_heads, head_dim), before they were rounded, each within `tolerance`;
+/// NaN where nothing was written.
 pub(crate) fn cached(
     binding: u32,
     kv: Kv,

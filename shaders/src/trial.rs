@@ -48,7 +48,7 @@ pub enum Values {
     F16(Vec<f32>),
     /// A word each.
     U32(Vec<u32>),
-    /// Rows of so many elements of a cache.
+    /// A cache of these kv_heads and head_dim, (positions, kv_heads, head_dim).
     Cache(Kv, [u32; 2], Vec<f32>),
 }
 

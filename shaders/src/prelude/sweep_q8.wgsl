@@ -33,13 +33,13 @@ fn sweep(before: Found, split: Split, start: u32, spot: Spot, place: LanePlace, 
     var found = before;
     for (var tile = split.begin + spot.subgroup * at_once; tile < split.end; tile += spot.subgroups * at_once) {
         // Positions beyond the last one repeat it and get no weight.
-        let scales_row = start + min(tile + spot.lane / words, split.end - 1u) * kv_step(params.kv_heads);
+        let scales_row = start + min(tile + spot.lane / words, split.end - 1u);
         let word = scales_start + scales_row * words + spot.lane % words;
         let key_scales = key_words(place.part, word / LANE_VECS)[word % LANE_VECS];
         let value_scales = value_words(place.part, word / LANE_VECS)[word % LANE_VECS];
         for (var s = 0u; s < steps; s++) {
             let in_tile = s * spot.slots + slot;
-            let row = start + min(tile + in_tile, split.end - 1u) * kv_step(params.kv_heads);
+            let row = start + min(tile + in_tile, split.end - 1u);
             let k = key_words(place.part, row * place.lanes + place.lane);
             let v = value_words(place.part, row * place.lanes + place.lane);
             let k_scale = unpack2x16float(subgroupShuffle(key_scales, in_tile * words + mine) >> shift).x;
