@@ -39,6 +39,7 @@ mod checksum;
 pub mod engine;
 mod error;
 pub mod model;
+mod processors;
 pub mod quant;
 pub mod session;
 pub mod tensor;

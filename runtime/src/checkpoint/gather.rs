@@ -54,7 +54,7 @@ pub(crate) fn gather(pieces: Vec<(&mut [u8], Piece<'_>)>) -> Result<()> {
     /// More do not get more out of the memory of a machine with one socket.
     const MOST: usize = 8;
     let total: usize = pieces.iter().map(|(place, _)| place.len()).sum();
-    let processors = std::thread::available_parallelism().map_or(1, usize::from).min(MOST);
+    let processors = crate::processors::processors().min(MOST);
     let threads = (total / SHARE).clamp(1, processors);
     let turns = pieces
         .into_iter()

@@ -733,7 +733,7 @@ impl Upload {
 fn shares(rows: Range<usize>, row_bytes: u64) -> Vec<Range<usize>> {
     const LEAST: u64 = 1 << 20;
     const MOST: usize = 16;
-    let processors = std::thread::available_parallelism().map_or(1, usize::from).min(MOST);
+    let processors = crate::processors::processors().min(MOST);
     let wanted = (rows.len() as u64).saturating_mul(row_bytes) / LEAST;
     let number = (wanted as usize).clamp(1, processors);
     if number == 1 {

@@ -187,7 +187,7 @@ fn loading(weights: &mut Mutex<Option<Arc<Weights>>>) -> Result<&mut Weights> {
 
 impl Backend for Cpu {
     fn info(&self) -> BackendInfo {
-        let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
+        let threads = crate::processors::processors();
         BackendInfo {
             backend: "cpu",
             device: format!("{} ({threads} threads available)", std::env::consts::ARCH),
@@ -279,6 +279,39 @@ impl Backend for Cpu {
     }
 }
 
+/// Zeros in pages of their own, which take memory once they are written. An allocator may hand out memory that it had
+/// before, and clears it at once.
+#[derive(Default)]
+struct Zeros<T> {
+    pages: Option<memmap2::MmapMut>,
+    of: std::marker::PhantomData<T>,
+}
+
+impl<T: bytemuck::Pod> Zeros<T> {
+    /// `n` zeros, or an error that names the need.
+    fn new(n: Option<usize>, what: &str) -> Result<Self> {
+        let pages = match n.and_then(|n| n.checked_mul(size_of::<T>())) {
+            Some(0) => None,
+            bytes => Some(zero_pages(bytes, what)?),
+        };
+        Ok(Self { pages, of: std::marker::PhantomData })
+    }
+}
+
+impl<T: bytemuck::Pod> std::ops::Deref for Zeros<T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        self.pages.as_ref().map_or(&[], |pages| bytemuck::cast_slice(pages))
+    }
+}
+
+impl<T: bytemuck::Pod> std::ops::DerefMut for Zeros<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        self.pages.as_mut().map_or(&mut [], |pages| bytemuck::cast_slice_mut(pages))
+    }
+}
+
 /// `n` zeros, or an error that names the need.
 fn zeros(n: Option<usize>, what: &str) -> Result<Vec<f32>> {
     let bytes = fitting(n.and_then(|n| n.checked_mul(size_of::<f32>())), what)?;
@@ -295,10 +328,13 @@ fn zero_pages(bytes: Option<usize>, what: &str) -> Result<memmap2::MmapMut> {
 }
 
 /// Passes on a byte count that this machine could provide. Linux hands out address space beyond the memory it has,
-/// so a failed allocation is not enough to find out.
+/// so a failed allocation is not enough to find out; but to ask takes longer than to make a small one.
 fn fitting(bytes: Option<usize>, what: &str) -> Result<usize> {
+    const SMALL: usize = 1 << 20;
     match bytes {
-        Some(bytes) if available_memory().is_none_or(|available| bytes as u64 <= available) => Ok(bytes),
+        Some(bytes) if bytes < SMALL || available_memory().is_none_or(|available| bytes as u64 <= available) => {
+            Ok(bytes)
+        }
         Some(bytes) => Err(out_of_memory(what, bytes)),
         None => Err(out_of_memory(what, "more than 2^64")),
     }

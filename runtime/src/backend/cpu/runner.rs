@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use super::pool::Pool;
 use super::weights::Weights;
 use super::{
-    Cpu, Scratch, attention, fitting, gathered_len, integer, matmul, out_of_memory, partials_len, runner_bytes,
+    Cpu, Scratch, Zeros, attention, fitting, gathered_len, integer, matmul, out_of_memory, partials_len, runner_bytes,
     scratch, zeros,
 };
 use crate::backend::{
@@ -42,7 +42,7 @@ pub(super) struct CpuRunner {
     pool: Pool,
     scratch: Vec<Mutex<Scratch>>,
     /// One allocation a program buffer: (rows, width).
-    buffers: Vec<Vec<f32>>,
+    buffers: Vec<Zeros<f32>>,
     /// Keys and values of each layer.
     caches: Vec<attention::Cache>,
     /// Results of attention's splits.
@@ -63,6 +63,8 @@ pub(super) struct CpuRunner {
     candidates: Vec<(f32, u32)>,
     /// The chosen token, until it is asked for.
     chosen: Option<u32>,
+    /// Tokens that were embedded since the table was given back.
+    embedded: usize,
     cursor: Cursor,
 }
 
@@ -82,6 +84,9 @@ struct Cursor {
     pace: [f64; 4],
 }
 
+/// Tokens after which mapped pages of embeddings are given back: with each row systems map what else of its 64 KiB they
+/// have in memory, which after a long prompt is most of the table.
+const EMBEDDED: usize = 256;
 /// Longest piece between two looks at the clock.
 const PIECE: Duration = Duration::from_micros(250);
 
@@ -95,10 +100,8 @@ impl CpuRunner {
             .buffers
             .iter()
             .map(|desc| {
-                zeros(
-                    (desc.rows(config) as usize).checked_mul(desc.width as usize),
-                    &format!("activation buffer `{}`", desc.name),
-                )
+                let n = (desc.rows(config) as usize).checked_mul(desc.width as usize);
+                Zeros::new(n, &format!("activation buffer `{}`", desc.name))
             })
             .collect::<Result<Vec<_>>>()?;
         let layout = attention::Layout::new(&shape, context, kv_type);
@@ -146,6 +149,7 @@ impl CpuRunner {
             sample_row,
             candidates: Vec::with_capacity(program.vocab_size as usize),
             chosen: None,
+            embedded: 0,
             cursor: Cursor {
                 tokens: Vec::with_capacity(max_tokens),
                 position: 0,

@@ -8,7 +8,7 @@ const MOST: usize = 16;
 
 /// Threads that are worth having here.
 pub(super) fn processors() -> usize {
-    std::thread::available_parallelism().map_or(1, usize::from).min(MOST)
+    crate::processors::processors().min(MOST)
 }
 
 /// Does `work` once with every share, on at most `threads` threads, this one among them.

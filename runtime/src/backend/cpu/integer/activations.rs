@@ -2,7 +2,7 @@
 
 use super::super::kernels::Kernels;
 use super::super::pool::{Parts, Pool};
-use super::super::{fitting, mismatch, out_of_memory, zeros};
+use super::super::{Zeros, fitting, mismatch};
 use super::rows::{BYTE_GROUP, OCTET, Shape};
 use super::{PANEL, Panel};
 use crate::backend::{Op, Program, RunnerConfig};
@@ -96,9 +96,9 @@ pub(in crate::backend::cpu) struct Activations {
     k: usize,
     span: usize,
     planes: bool,
-    codes: Vec<i16>,
-    scales: Vec<f32>,
-    sums: Vec<f32>,
+    codes: Zeros<i16>,
+    scales: Zeros<f32>,
+    sums: Zeros<f32>,
 }
 
 /// Codes and spans of the largest inputs of a program's products.
@@ -139,10 +139,9 @@ impl Activations {
 
     pub(in crate::backend::cpu) fn with(codes: usize, spans: usize) -> Result<Self> {
         let what = "rounded activations";
-        // `vec!` leaves fresh pages untouched but aborts where there are none; so ask first.
-        Vec::<i16>::new().try_reserve_exact(codes).map_err(|_| out_of_memory(what, 2 * codes))?;
-        let (scales, sums) = (zeros(Some(spans), what)?, zeros(Some(spans), what)?);
-        Ok(Self { rows: 0, k: 0, span: BYTE_GROUP, planes: false, codes: vec![0; codes], scales, sums })
+        let codes = Zeros::new(Some(codes), what)?;
+        let (scales, sums) = (Zeros::new(Some(spans), what)?, Zeros::new(Some(spans), what)?);
+        Ok(Self { rows: 0, k: 0, span: BYTE_GROUP, planes: false, codes, scales, sums })
     }
 
     /// Rounds the rows of `x`, (rows, K), for products with matrices of `shape`, each with at most `together` of them.

@@ -7,7 +7,7 @@ use super::super::integer::rows::Shape;
 use super::super::pool::Parts;
 use super::super::weights::{Matrix, Weights};
 use super::super::{attention, integer, matmul, mismatch, softcap};
-use super::CpuRunner;
+use super::{CpuRunner, EMBEDDED};
 use crate::backend::{Activation, BufferId, NormKind, Op, Span, WeightId};
 use crate::error::Result;
 use crate::tensor::Weight;
@@ -35,7 +35,17 @@ impl CpuRunner {
         let n_tokens = self.cursor.tokens.len();
         let position = self.cursor.position as usize;
         match *op {
-            Op::Embed { table, out, scale } => self.embed(weights.matrix(table.0 as usize), out, scale, part),
+            Op::Embed { table, out, scale } => {
+                self.embed(weights.matrix(table.0 as usize), out, scale, part.clone())?;
+                self.embedded += part.len();
+                if self.embedded >= EMBEDDED && !self.is_multiplied(weights, table) {
+                    self.embedded = 0;
+                    if let Some(table) = weights.plain(table.0 as usize) {
+                        table.release();
+                    }
+                }
+                Ok(())
+            }
             Op::Norm { rows, .. } => {
                 let first = self.rows(rows).start;
                 self.norm(weights, op, first, part)
@@ -198,6 +208,12 @@ impl CpuRunner {
             }
         }
         Ok(())
+    }
+
+    /// Whether products read a table of embeddings as it is stored.
+    fn is_multiplied(&self, weights: &Weights, table: WeightId) -> bool {
+        let is_head = self.program.ops.iter().any(|op| matches!(op, Op::Linear { weight, .. } if *weight == table));
+        is_head && matches!(self.way(weights, table, self.program.logits), Way::Single)
     }
 
     /// [`Op::Route`] of the tokens `part`.
