@@ -97,7 +97,7 @@ impl Kernels for Neon {
     }
 
     fn gemv(&self, w: &Rows<'_>, block: usize, apart: usize, x: &Inputs<'_>, out: &mut [[f32; LANES]]) {
-        x.check_row(w.shape());
+        x.check_row(w.shape(), false);
         // SAFETY: `self` proves NEON and its products of bytes, `i8mm` those of matrices of bytes.
         unsafe {
             match self.i8mm {

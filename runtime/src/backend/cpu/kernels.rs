@@ -2,7 +2,7 @@
 //!
 //! Holding a value of an implementation proves that the processor supports it.
 
-use super::integer::rows::{self, LANES, Rows};
+use super::integer::rows::{self, Codes, LANES, Rows};
 use super::integer::{Inputs, Panel, portable};
 use super::vector::{self, Outer};
 use crate::tensor::{DenseType, Offset};
@@ -84,6 +84,21 @@ pub(super) trait Kernels: Send + Sync {
         let _ = codes;
     }
 
+    /// Whether [`Self::gemv`] takes [`Inputs::bytes`] for matrices of such codes.
+    fn takes_bytes(&self, codes: Codes) -> bool {
+        let _ = codes;
+        false
+    }
+
+    /// Makes bytes of a row of rounded activations, twice as many, where [`Self::takes_bytes`]: of an octet the low bytes of
+    /// columns 0, 2, 4 and 6, those of 1, 3, 5 and 7, and the high bytes of both, so that `256 * high + low` is the code.
+    ///
+    /// # Panics
+    /// If there are not as many bytes, or no whole groups of 32 columns.
+    fn split_row(&self, codes: &[i16], bytes: &mut [i8]) {
+        let _ = (codes, bytes);
+    }
+
     /// Rounded activations in the order of [`portable`], for tests.
     #[cfg(test)]
     fn natural(&self, codes: &[i16]) -> Vec<i16> {
@@ -119,7 +134,8 @@ pub(super) trait Kernels: Send + Sync {
     /// of activations.
     ///
     /// # Panics
-    /// If `x` is not one row for matrices of this shape, or there are not so many blocks.
+    /// If `x` is not one row for matrices of this shape, with bytes where it [`Self::takes_bytes`], or there are not so many
+    /// blocks.
     fn gemv(&self, w: &Rows<'_>, block: usize, apart: usize, x: &Inputs<'_>, out: &mut [[f32; LANES]]);
 
     /// Brings out the codes of as many spans of as many blocks as the panel says, from `first` and `block` on, in the form
@@ -262,7 +278,7 @@ impl Kernels for Portable {
     }
 
     fn gemv(&self, w: &Rows<'_>, block: usize, apart: usize, x: &Inputs<'_>, out: &mut [[f32; LANES]]) {
-        x.check_row(w.shape());
+        x.check_row(w.shape(), false);
         portable::gemv(w, block, apart, x, out);
     }
 

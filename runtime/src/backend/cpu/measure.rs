@@ -69,7 +69,7 @@ pub fn measure(case: Case, threads: usize, clock: &dyn Fn() -> f64) -> Result<Ve
     others.chunks_exact_mut(bytes).for_each(|copy| copy.copy_from_slice(first));
     let x: Vec<f32> = (0..TOKENS * k).map(|i| ((i * 37 % 101) as f32 - 50.0) / 50.0).collect();
     let mut pool = Pool::new(threads);
-    let workers: Vec<_> = (0..pool.threads()).map(|_| Mutex::new(Worker::new())).collect();
+    let workers: Vec<_> = (0..pool.threads()).map(|_| Worker::new(k).map(Mutex::new)).collect::<Result<_>>()?;
     let mut out = vec![0.0; TOKENS * n];
     let mut found = Vec::new();
     for kernels in kernels::all() {
@@ -172,7 +172,8 @@ fn check(kernels: &dyn Kernels, matrix: &Rows<'_>, x: &[f32]) -> Result<()> {
     for (kernels, products) in [kernels, &Portable as &dyn Kernels].into_iter().zip(&mut products) {
         let mut activations = Activations::with(x.len(), x.len() / rows::BYTE_GROUP)?;
         activations.round(&mut Pool::new(1), kernels, matrix.shape(), &x[..matrix.shape().k], 1)?;
-        kernels.gemv(matrix, 0, 1, &activations.inputs(), products);
+        let mut worker = Worker::new(matrix.shape().k)?;
+        kernels.gemv(matrix, 0, 1, &worker.row(kernels, matrix.shape().codes, activations.inputs()), products);
     }
     let [[found], [expected]] = products;
     let close = |(found, expected): (&f32, &f32)| (found - expected).abs() <= 1e-4 * (1.0 + expected.abs());

@@ -131,7 +131,9 @@ impl CpuRunner {
         let sample_row = zeros(Some(program.vocab_size as usize), "the sampling row")?;
         let rounded = integer::Activations::new(&program, config)?;
         let workers = if config.exact { 0 } else { pool.threads() };
-        let workers = (0..workers).map(|_| Mutex::new(integer::Worker::new())).collect();
+        let columns = integer::columns(&program, config);
+        let workers =
+            (0..workers).map(|_| integer::Worker::new(columns).map(Mutex::new)).collect::<Result<Vec<_>>>()?;
         Ok(Self {
             backend,
             config: config.clone(),

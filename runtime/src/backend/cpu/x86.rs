@@ -5,7 +5,7 @@
 
 use std::arch::x86_64::*;
 
-use super::integer::rows::{LANES, OCTET, Rows};
+use super::integer::rows::{Codes, LANES, OCTET, Rows};
 use super::integer::{Inputs, Panel, avx2};
 use super::kernels::{Kernels, Portable, TILE};
 use super::vector::{self, Outer};
@@ -146,8 +146,17 @@ impl Kernels for Avx2 {
         true
     }
 
+    fn takes_bytes(&self, codes: Codes) -> bool {
+        self.vnni && matches!(codes, Codes::Four(_))
+    }
+
+    fn split_row(&self, codes: &[i16], bytes: &mut [i8]) {
+        // SAFETY: `self` proves AVX2.
+        unsafe { avx2::split_row(codes, bytes) }
+    }
+
     fn gemv(&self, w: &Rows<'_>, block: usize, apart: usize, x: &Inputs<'_>, out: &mut [[f32; LANES]]) {
-        x.check_row(w.shape());
+        x.check_row(w.shape(), self.takes_bytes(w.shape().codes));
         // SAFETY: `self` proves AVX2, FMA and F16C, and `vnni` AVX-VNNI.
         unsafe {
             match self.vnni {

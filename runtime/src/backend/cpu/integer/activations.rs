@@ -41,6 +41,8 @@ pub(in crate::backend::cpu) struct Inputs<'a> {
     pub(in crate::backend::cpu) span: usize,
     /// (rows, k); an octet's columns in the order 0, 4, 1, 5, 2, 6, 3, 7.
     pub(in crate::backend::cpu) codes: &'a [i16],
+    /// The codes of a single row as [`Kernels::split_row`] leaves them, for products that take them so; else nothing.
+    pub(in crate::backend::cpu) bytes: &'a [i8],
     /// Whether [`Kernels::split`] made planes of bytes of each span's codes, for products of many rows.
     pub(in crate::backend::cpu) planes: bool,
     /// (rows, k / span)
@@ -54,6 +56,7 @@ impl Inputs<'_> {
     pub(super) fn rows(&self, rows: std::ops::Range<usize>) -> Self {
         let (k, spans) = (self.k, self.k / self.span);
         Self {
+            bytes: &[],
             codes: &self.codes[rows.start * k..rows.end * k],
             scales: &self.scales[rows.start * spans..rows.end * spans],
             sums: &self.sums[rows.start * spans..rows.end * spans],
@@ -62,10 +65,11 @@ impl Inputs<'_> {
     }
 
     /// # Panics
-    /// Unless this is one row for matrices of the shape.
-    pub(in crate::backend::cpu) fn check_row(&self, shape: &Shape) {
+    /// Unless this is one row for matrices of the shape, with its bytes where `bytes` says that they are needed.
+    pub(in crate::backend::cpu) fn check_row(&self, shape: &Shape, bytes: bool) {
         assert!(self.k == shape.k && self.span == shape.span() && self.codes.len() == self.k && !self.planes);
         assert!(self.scales.len() * self.span == self.k && self.sums.len() == self.scales.len());
+        assert!(!bytes || self.bytes.len() == 2 * self.k);
     }
 
     /// # Panics
@@ -101,12 +105,9 @@ pub(in crate::backend::cpu) struct Activations {
     sums: Zeros<f32>,
 }
 
-/// Codes and spans of the largest inputs of a program's products.
-fn capacity(program: &Program, config: &RunnerConfig) -> (u64, u64) {
-    if config.exact {
-        return (0, 0);
-    }
-    let inputs = program.ops.iter().filter_map(|op| {
+/// Rows and columns of the inputs of a program's products.
+fn inputs(program: &Program, config: &RunnerConfig) -> impl Iterator<Item = (u64, u64)> {
+    program.ops.iter().filter_map(|op| {
         let (x, rows) = match op {
             Op::Linear { x, .. } => (x, x),
             // An input goes through several experts.
@@ -115,8 +116,20 @@ fn capacity(program: &Program, config: &RunnerConfig) -> (u64, u64) {
         };
         let (x, rows) = (program.buffers.get(x.0 as usize)?, program.buffers.get(rows.0 as usize)?);
         Some((u64::from(rows.rows(config)), u64::from(x.width)))
-    });
-    inputs.fold((0, 0), |(most_codes, most_spans), (rows, width)| {
+    })
+}
+
+/// Most columns of an input of a program's products.
+pub(in crate::backend::cpu) fn columns(program: &Program, config: &RunnerConfig) -> usize {
+    inputs(program, config).map(|(_, width)| width as usize).max().unwrap_or(0)
+}
+
+/// Codes and spans of the largest inputs of a program's products.
+fn capacity(program: &Program, config: &RunnerConfig) -> (u64, u64) {
+    if config.exact {
+        return (0, 0);
+    }
+    inputs(program, config).fold((0, 0), |(most_codes, most_spans), (rows, width)| {
         let spans = rows.saturating_mul(width / BYTE_GROUP as u64);
         (most_codes.max(rows.saturating_mul(width)), most_spans.max(spans))
     })
@@ -188,6 +201,7 @@ impl Activations {
             k: self.k,
             span: self.span,
             codes: &self.codes[..self.rows * self.k],
+            bytes: &[],
             planes: self.planes,
             scales: &self.scales[..spans],
             sums: &self.sums[..spans],

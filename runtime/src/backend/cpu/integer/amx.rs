@@ -18,7 +18,7 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 use std::sync::OnceLock;
 
-use super::avx512::params;
+use super::avx512::{bytes_of_four, params};
 use super::rows::{Codes, LANES, OCTET, Rows};
 use super::{Inputs, Panel};
 
@@ -139,7 +139,6 @@ pub(in crate::backend::cpu) fn split(codes: &mut [i16]) {
 pub(in crate::backend::cpu) fn unpack(w: &Rows<'_>, block: usize, first: usize, panel: &mut Panel) {
     let shape = w.shape();
     let span = panel.span;
-    let low = _mm512_set1_epi8(15);
     let lines: &mut [u8] = bytemuck::cast_slice_mut(&mut panel.codes);
     let mut spans = lines.chunks_exact_mut(span * LANES).zip(panel.s.iter_mut().zip(&mut panel.b));
     for block in block..block + panel.blocks {
@@ -159,10 +158,7 @@ pub(in crate::backend::cpu) fn unpack(w: &Rows<'_>, block: usize, first: usize, 
                 _mm512_storeu_ps(b.as_mut_ptr(), numbers.1);
                 for (codes, to) in codes.chunks_exact(shape.octet_bytes()).zip(lines.chunks_exact_mut(2 * LINE)) {
                     let [even, odd] = match shape.codes {
-                        Codes::Four(_) => {
-                            let words = _mm512_loadu_si512(codes.as_ptr().cast());
-                            [_mm512_and_si512(words, low), _mm512_and_si512(_mm512_srli_epi16::<4>(words), low)]
-                        }
+                        Codes::Four(_) => bytes_of_four(codes.as_ptr()),
                         Codes::Eight => bytes_of_octet(codes.as_ptr()),
                     };
                     _mm512_storeu_si512(to.as_mut_ptr().cast(), even);

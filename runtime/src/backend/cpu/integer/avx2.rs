@@ -2,12 +2,14 @@
 //!
 //! A vector has eight rows, so a block is two. One `vpmaddwd` multiplies a pair of columns of eight rows with the same
 //! pair of activations, which a broadcasting load brings. One token takes, for the 128 codes of an octet, 12
-//! instructions to bring the codes out, 8 products and 8 additions: 7 cycles for 64 bytes on four vector units. Many
-//! tokens share codes that were brought out before ([`Panel`]): tiles of 16 rows and 6 tokens keep their 12 sums in
-//! registers.
+//! instructions to bring the codes out, 8 products and 8 additions: 7 cycles for 64 bytes on four vector units. (Products
+//! of bytes, `vpmaddubsw`, take 24 instructions and, on a Zen 3, as long.) Many tokens share codes that were brought out
+//! before ([`Panel`]): tiles of 16 rows and 6 tokens keep their 12 sums in registers.
 //!
-//! With AVX-VNNI, of processors for laptops since Alder Lake, `vpdpwssd` multiplies and adds in one: 8 instructions fewer
-//! for an octet, and twice the products a cycle for many tokens (16 multiplications in each of two units).
+//! With AVX-VNNI, of processors for laptops since Alder Lake, `vpdpwssd` multiplies and adds in one: twice the products a
+//! cycle for many tokens (16 multiplications in each of two units). One token has its activations as bytes then
+//! ([`Inputs::bytes`]): `vpdpbusd` multiplies four columns of eight rows with the low or the high bytes of four activations
+//! and adds, so an octet takes 6 instructions to bring the codes out and 8 of these.
 
 use std::arch::asm;
 use std::arch::x86_64::*;
@@ -25,7 +27,7 @@ const AHEAD: usize = 1024;
 
 /// The loops over products, with whatever adds the products of two pairs of 16-bit numbers to a sum.
 macro_rules! products {
-    ($name:ident, $features:literal, $add:ident) => {
+    ($name:ident, $features:literal, $add:ident, $span_of_four:ident) => {
         pub(in crate::backend::cpu) mod $name {
             use super::*;
 
@@ -85,9 +87,8 @@ macro_rules! products {
             ) {
                 let shape = w.shape();
                 let span = x.span;
-                let octet_bytes = if FOUR { 4 * LANES } else { OCTET * LANES };
                 let mut at: [*const u8; B] = std::array::from_fn(|i| w.block(block + apart * i).as_ptr());
-                let mut codes = x.codes.as_ptr();
+                let (mut codes, mut bytes) = (x.codes.as_ptr(), x.bytes.as_ptr());
                 let mut sums = [[_mm256_setzero_ps(); 2]; B];
                 let mut index = 0;
                 for _ in 0..shape.groups() {
@@ -95,25 +96,15 @@ macro_rules! products {
                     at = at.map(|at| at.wrapping_add(shape.param_bytes()));
                     for _ in 0..shape.group_size / span {
                         let mut lanes = [[_mm256_setzero_si256(); 2]; B];
-                        for _ in 0..span / OCTET {
-                            // SAFETY: an octet of these groups, and of the activations, is left.
-                            let pairs: [__m256i; 4] = std::array::from_fn(|t| unsafe { pair(codes, t) });
-                            for i in 0..B {
-                                _mm_prefetch::<_MM_HINT_T0>(at[i].wrapping_add(AHEAD).cast());
-                                if !FOUR {
-                                    _mm_prefetch::<_MM_HINT_T0>(at[i].wrapping_add(AHEAD + 64).cast());
-                                }
-                                // SAFETY: as above.
-                                unsafe {
-                                    match FOUR {
-                                        true => octet_of_four(at[i], &pairs, &mut lanes[i]),
-                                        false => octet_of_eight(at[i], &pairs, &mut lanes[i]),
-                                    }
-                                }
-                                at[i] = at[i].wrapping_add(octet_bytes);
+                        // SAFETY: a span of these groups, and of the activations, is left.
+                        unsafe {
+                            match FOUR {
+                                true => $span_of_four(&mut at, (codes, bytes), span, &mut lanes),
+                                false => span_of_eight(&mut at, codes, span, &mut lanes),
                             }
-                            codes = codes.wrapping_add(OCTET);
                         }
+                        codes = codes.wrapping_add(span);
+                        bytes = bytes.wrapping_add(2 * span);
                         let (d, sum) = (_mm256_set1_ps(x.scales[index]), _mm256_set1_ps(x.sums[index]));
                         index += 1;
                         for i in 0..B {
@@ -138,37 +129,33 @@ macro_rules! products {
                 }
             }
 
+            /// Adds the products of a span's 8-bit codes with activations.
+            ///
             /// # Safety
-            /// 64 bytes of codes at `at`.
+            /// The codes of `span` columns at each of `at`, which moves behind them, and as many activations.
             #[inline]
             #[target_feature(enable = $features)]
-            unsafe fn octet_of_four(at: *const u8, pairs: &[__m256i; 4], lanes: &mut [__m256i; 2]) {
-                let low = _mm256_set1_epi16(15);
-                for h in 0..2 {
+            unsafe fn span_of_eight<const B: usize>(
+                at: &mut [*const u8; B],
+                codes: *const i16,
+                span: usize,
+                lanes: &mut [[__m256i; 2]; B],
+            ) {
+                for octet in 0..span / OCTET {
                     // SAFETY: by the caller's promise.
-                    let words = unsafe { _mm256_loadu_si256(at.cast::<__m256i>().add(h)) };
-                    let codes = [
-                        _mm256_and_si256(words, low),
-                        _mm256_and_si256(_mm256_srli_epi16::<4>(words), low),
-                        _mm256_and_si256(_mm256_srli_epi16::<8>(words), low),
-                        _mm256_srli_epi16::<12>(words),
-                    ];
-                    for t in 0..4 {
-                        lanes[h] = $add(lanes[h], codes[t], pairs[t]);
-                    }
-                }
-            }
-
-            /// # Safety
-            /// 128 bytes of codes at `at`.
-            #[inline]
-            #[target_feature(enable = $features)]
-            unsafe fn octet_of_eight(at: *const u8, pairs: &[__m256i; 4], lanes: &mut [__m256i; 2]) {
-                for t in 0..4 {
-                    for h in 0..2 {
-                        // SAFETY: by the caller's promise.
-                        let bytes = unsafe { _mm_loadu_si128(at.cast::<__m128i>().add(2 * t + h)) };
-                        lanes[h] = $add(lanes[h], _mm256_cvtepi8_epi16(bytes), pairs[t]);
+                    let pairs: [__m256i; 4] =
+                        std::array::from_fn(|t| unsafe { pair(codes.wrapping_add(OCTET * octet), t) });
+                    for (at, lanes) in at.iter_mut().zip(&mut *lanes) {
+                        _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(AHEAD).cast());
+                        _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(AHEAD + 64).cast());
+                        for t in 0..4 {
+                            for h in 0..2 {
+                                // SAFETY: by the caller's promise.
+                                let bytes = unsafe { _mm_loadu_si128(at.cast::<__m128i>().add(2 * t + h)) };
+                                lanes[h] = $add(lanes[h], _mm256_cvtepi8_epi16(bytes), pairs[t]);
+                            }
+                        }
+                        *at = at.wrapping_add(OCTET * LANES);
                     }
                 }
             }
@@ -278,8 +265,150 @@ fn multiply_add_vnni(mut sums: __m256i, a: __m256i, b: __m256i) -> __m256i {
     sums
 }
 
-products!(plain, "avx2,fma,f16c", multiply_add);
-products!(vnni, "avx2,fma,f16c,avxvnni", multiply_add_vnni);
+/// Adds the products of a span's 4-bit codes with activations.
+///
+/// # Safety
+/// The codes of `span` columns at each of `at`, which moves behind them, and as many activations, in pairs first.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn span_of_four<const B: usize>(
+    at: &mut [*const u8; B],
+    (codes, _): (*const i16, *const i8),
+    span: usize,
+    lanes: &mut [[__m256i; 2]; B],
+) {
+    let low = _mm256_set1_epi16(15);
+    for octet in 0..span / OCTET {
+        // SAFETY: by the caller's promise.
+        let pairs: [__m256i; 4] = std::array::from_fn(|t| unsafe { pair(codes.wrapping_add(OCTET * octet), t) });
+        for (at, lanes) in at.iter_mut().zip(&mut *lanes) {
+            _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(AHEAD).cast());
+            for (h, lanes) in lanes.iter_mut().enumerate() {
+                // SAFETY: by the caller's promise.
+                let words = unsafe { _mm256_loadu_si256(at.cast::<__m256i>().add(h)) };
+                let codes = [
+                    _mm256_and_si256(words, low),
+                    _mm256_and_si256(_mm256_srli_epi16::<4>(words), low),
+                    _mm256_and_si256(_mm256_srli_epi16::<8>(words), low),
+                    _mm256_srli_epi16::<12>(words),
+                ];
+                for (codes, pair) in codes.into_iter().zip(pairs) {
+                    *lanes = multiply_add(*lanes, codes, pair);
+                }
+            }
+            *at = at.wrapping_add(4 * LANES);
+        }
+    }
+}
+
+/// The same with AVX-VNNI, and bytes of activations: two blocks at a time, since the sums of more would not fit registers.
+///
+/// # Safety
+/// As for [`span_of_four`], with bytes.
+#[inline]
+#[target_feature(enable = "avx2,avxvnni")]
+unsafe fn span_of_four_vnni<const B: usize>(
+    at: &mut [*const u8; B],
+    (_, bytes): (*const i16, *const i8),
+    span: usize,
+    lanes: &mut [[__m256i; 2]; B],
+) {
+    for first in (0..span / OCTET).step_by(OCTETS) {
+        let bytes = bytes.wrapping_add(2 * OCTET * first);
+        for (at, lanes) in at.chunks_mut(2).zip(lanes.chunks_mut(2)) {
+            // SAFETY: as many octets are left, by the caller's promise: spans are multiples of 32 columns.
+            unsafe {
+                match (at, lanes) {
+                    ([first, second], [a, b]) => octets_vnni([first, second], bytes, [a, b]),
+                    ([first], [a]) => octets_vnni([first], bytes, [a]),
+                    _ => {}
+                }
+            }
+        }
+    }
+}
+
+/// Octets of a block before those of the next ones, so that all streams advance together.
+const OCTETS: usize = 4;
+
+/// Adds the products of [`OCTETS`] octets of each of N blocks to the sums of their rows.
+///
+/// # Safety
+/// So many octets of 4-bit codes at each of `at`, which moves behind them, and of bytes at `x`.
+#[inline]
+#[target_feature(enable = "avx2,avxvnni")]
+unsafe fn octets_vnni<const N: usize>(at: [&mut *const u8; N], x: *const i8, lanes: [&mut [__m256i; 2]; N]) {
+    // Of low and of high bytes.
+    let mut sums = [[[_mm256_setzero_si256(); 2]; 2]; N];
+    let low = _mm256_set1_epi8(15);
+    for octet in 0..OCTETS {
+        // SAFETY: by the caller's promise.
+        let x: [__m256i; 4] = std::array::from_fn(|t| unsafe {
+            _mm256_set1_epi32(x.add(2 * OCTET * octet).cast::<i32>().add(t).read_unaligned())
+        });
+        for (at, sums) in at.iter().zip(&mut sums) {
+            let at = at.wrapping_add(4 * LANES * octet);
+            _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(AHEAD).cast());
+            for (h, sums) in sums.iter_mut().enumerate() {
+                // SAFETY: by the caller's promise.
+                let words = unsafe { _mm256_loadu_si256(at.cast::<__m256i>().add(h)) };
+                let even = _mm256_and_si256(words, low);
+                let odd = _mm256_and_si256(_mm256_srli_epi16::<4>(words), low);
+                for (sum, x) in sums.iter_mut().zip([[x[0], x[1]], [x[2], x[3]]]) {
+                    *sum = multiply_bytes_vnni(multiply_bytes_vnni(*sum, even, x[0]), odd, x[1]);
+                }
+            }
+        }
+    }
+    for ((at, lanes), sums) in at.into_iter().zip(lanes).zip(sums) {
+        *at = at.wrapping_add(4 * LANES * OCTETS);
+        for (lanes, [low, high]) in lanes.iter_mut().zip(sums) {
+            *lanes = _mm256_add_epi32(*lanes, _mm256_add_epi32(low, _mm256_slli_epi32::<8>(high)));
+        }
+    }
+}
+
+/// sums[i] + the four products of bytes 4 i to 4 i + 3, those of `a` without a sign.
+#[inline]
+#[target_feature(enable = "avx2,avxvnni")]
+fn multiply_bytes_vnni(mut sums: __m256i, a: __m256i, b: __m256i) -> __m256i {
+    // SAFETY: as for `multiply_add_vnni`.
+    unsafe {
+        asm!(
+            "{{vex}} vpdpbusd {sums}, {a}, {b}",
+            sums = inout(ymm_reg) sums, a = in(ymm_reg) a, b = in(ymm_reg) b,
+            options(pure, nomem, nostack, preserves_flags)
+        );
+    }
+    sums
+}
+
+products!(plain, "avx2,fma,f16c", multiply_add, span_of_four);
+products!(vnni, "avx2,fma,f16c,avxvnni", multiply_add_vnni, span_of_four_vnni);
+
+/// See [`super::super::kernels::Kernels::split_row`].
+///
+/// # Panics
+/// Unless there are twice as many bytes as codes, and these a multiple of 16.
+#[target_feature(enable = "avx2")]
+pub(in crate::backend::cpu) fn split_row(codes: &[i16], bytes: &mut [i8]) {
+    assert!(bytes.len() == 2 * codes.len() && codes.len().is_multiple_of(2 * OCTET));
+    // Of pairs 0 4, 1 5, 2 6, 3 7 the columns 0, 2, 4, 6 and 1, 3, 5, 7.
+    let order = _mm256_setr_epi8(
+        0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15, 0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15,
+    );
+    for (codes, bytes) in codes.as_chunks::<{ 2 * OCTET }>().0.iter().zip(bytes.as_chunks_mut::<{ 4 * OCTET }>().0) {
+        // SAFETY: sixteen codes and 32 bytes.
+        unsafe {
+            let codes = _mm256_loadu_si256(codes.as_ptr().cast());
+            let low = _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(codes));
+            let high = _mm256_srai_epi16::<8>(_mm256_sub_epi16(codes, low));
+            // An octet of low and the same of high bytes in each half.
+            let both = _mm256_shuffle_epi8(_mm256_packs_epi16(low, high), order);
+            _mm256_storeu_si256(bytes.as_mut_ptr().cast(), both);
+        }
+    }
+}
 
 /// Activations of columns t and t + 4 of an octet, in every lane.
 ///

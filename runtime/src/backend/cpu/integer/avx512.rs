@@ -1,9 +1,10 @@
 //! [`super`]'s inner loops with AVX-512 and its VNNI: the sixteen rows of a block are the lanes of one vector.
 //!
-//! One `vpdpwssd` multiplies a pair of columns of sixteen rows and adds to their sums; the pair of activations comes with
-//! it from memory. One token takes, for the 128 codes of an octet, 6 instructions to bring the codes out and 4 of these.
-//! Processors with two such units do 64 products a cycle, which two loads a cycle can feed: tiles have one vector of
-//! weights and 12 tokens, enough independent sums to hide the latency of both units.
+//! One `vpdpbusd` multiplies four columns of sixteen rows with the low or the high bytes of four activations
+//! ([`Inputs::bytes`]) and adds to their sums; the activations come with it from memory. One token takes, for the 128 4-bit
+//! codes of an octet, 3 instructions to bring the codes out and 4 of these. Many tokens, and 8-bit codes, go through
+//! `vpdpwssd` and pairs of columns. Processors with two such units do 64 of those products a cycle, which two loads a cycle
+//! can feed: tiles have one vector of weights and 12 tokens, enough independent sums to hide the latency of both units.
 
 use std::arch::asm;
 use std::arch::x86_64::*;
@@ -32,6 +33,21 @@ fn multiply_add(mut sums: __m512i, a: __m512i, b: __m512i) -> __m512i {
     sums
 }
 
+/// sums[i] + the four products of bytes 4 i to 4 i + 3, those of `a` without a sign.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn multiply_bytes(mut sums: __m512i, a: __m512i, b: __m512i) -> __m512i {
+    // SAFETY: as for `multiply_add`.
+    unsafe {
+        asm!(
+            "vpdpbusd {sums}, {a}, {b}",
+            sums = inout(zmm_reg) sums, a = in(zmm_reg) a, b = in(zmm_reg) b,
+            options(pure, nomem, nostack, preserves_flags)
+        );
+    }
+    sums
+}
+
 /// See [`super::super::kernels::Kernels::gemv`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 pub(in crate::backend::cpu) fn gemv(
@@ -42,22 +58,39 @@ pub(in crate::backend::cpu) fn gemv(
     out: &mut [[f32; LANES]],
 ) {
     let (fours, rest) = out.as_chunks_mut::<BLOCKS>();
+    let four = matches!(w.shape().codes, Codes::Four(_));
     for (i, out) in fours.iter_mut().enumerate() {
-        gemv_blocks(w, block + BLOCKS * i * apart, apart, x, out);
+        let first = block + BLOCKS * i * apart;
+        match four {
+            true => gemv_blocks::<BLOCKS, true>(w, first, apart, x, out),
+            false => gemv_blocks::<BLOCKS, false>(w, first, apart, x, out),
+        }
     }
     for (i, out) in rest.iter_mut().enumerate() {
-        gemv_blocks(w, block + (BLOCKS * fours.len() + i) * apart, apart, x, std::array::from_mut(out));
+        let (first, out) = (block + (BLOCKS * fours.len() + i) * apart, std::array::from_mut(out));
+        match four {
+            true => gemv_blocks::<1, true>(w, first, apart, x, out),
+            false => gemv_blocks::<1, false>(w, first, apart, x, out),
+        }
     }
 }
 
 /// The products of B blocks side by side: one core reads several streams from memory a quarter faster than one.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn gemv_blocks<const B: usize>(w: &Rows<'_>, block: usize, apart: usize, x: &Inputs<'_>, out: &mut [[f32; LANES]; B]) {
+fn gemv_blocks<const B: usize, const FOUR: bool>(
+    w: &Rows<'_>,
+    block: usize,
+    apart: usize,
+    x: &Inputs<'_>,
+    out: &mut [[f32; LANES]; B],
+) {
     let shape = w.shape();
     let spans = shape.group_size / x.span;
     let mut at: [*const u8; B] = std::array::from_fn(|i| w.block(block + apart * i).as_ptr());
-    let mut codes = x.codes.as_ptr().cast::<i32>();
+    // Of both an octet takes four times as much.
+    let mut activations = if FOUR { x.bytes.as_ptr().cast::<i32>() } else { x.codes.as_ptr().cast() };
+    let octet_bytes = if FOUR { 4 * LANES } else { OCTET * LANES };
     let mut sums = [_mm512_setzero_ps(); B];
     let mut index = 0;
     for _ in 0..shape.groups() {
@@ -65,28 +98,37 @@ fn gemv_blocks<const B: usize>(w: &Rows<'_>, block: usize, apart: usize, x: &Inp
         let numbers = at.map(|at| unsafe { params(w, at) });
         at = at.map(|at| at.wrapping_add(shape.param_bytes()));
         for _ in 0..spans {
-            // Two sums a block, or four of a single one: the next octet shall not wait for these multiplications.
+            // Four sums a block: of low bytes with even and odd columns, and of high ones; or of pairs, of which four blocks
+            // need two. The next octet shall not wait for these multiplications.
             let mut lanes = [[_mm512_setzero_si512(); 4]; B];
             for _ in 0..x.span / OCTET {
                 for i in 0..B {
                     _mm_prefetch::<_MM_HINT_T0>(at[i].wrapping_add(AHEAD).cast());
                     // SAFETY: a block has the bytes its shape says, and `x` the columns of that shape: an octet is left.
                     unsafe {
-                        for (t, octet) in bring_out(shape.codes, at[i]).into_iter().enumerate() {
-                            let pair = _mm512_set1_epi32(codes.add(t).read_unaligned());
-                            let sum = &mut lanes[i][if B == 1 { t } else { t % 2 }];
-                            *sum = multiply_add(*sum, octet, pair);
+                        let activations = |t: usize| _mm512_set1_epi32(activations.add(t).read_unaligned());
+                        if FOUR {
+                            let codes = bytes_of_four(at[i]);
+                            for (t, sum) in lanes[i].iter_mut().enumerate() {
+                                *sum = multiply_bytes(*sum, codes[t % 2], activations(t));
+                            }
+                        } else {
+                            for (t, octet) in bring_out(shape.codes, at[i]).into_iter().enumerate() {
+                                let sum = &mut lanes[i][if B == 1 { t } else { t % 2 }];
+                                *sum = multiply_add(*sum, octet, activations(t));
+                            }
                         }
                     }
-                    at[i] = at[i].wrapping_add(shape.octet_bytes());
+                    at[i] = at[i].wrapping_add(octet_bytes);
                 }
-                codes = codes.wrapping_add(OCTET / 2);
+                activations = activations.wrapping_add(4);
             }
             let (d, sum) = (_mm512_set1_ps(x.scales[index]), _mm512_set1_ps(x.sums[index]));
             index += 1;
             for i in 0..B {
                 let [a, b, c, e] = lanes[i];
-                let lanes = _mm512_add_epi32(_mm512_add_epi32(a, b), _mm512_add_epi32(c, e));
+                let (first, second) = (_mm512_add_epi32(a, b), _mm512_add_epi32(c, e));
+                let lanes = _mm512_add_epi32(first, if FOUR { _mm512_slli_epi32::<8>(second) } else { second });
                 let (s, b) = numbers[i];
                 sums[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(lanes), _mm512_mul_ps(s, d), sums[i]);
                 if shape.has_offsets() {
@@ -99,6 +141,19 @@ fn gemv_blocks<const B: usize>(w: &Rows<'_>, block: usize, apart: usize, x: &Inp
         // SAFETY: sixteen floats.
         unsafe { _mm512_storeu_ps(out.as_mut_ptr(), sums) }
     }
+}
+
+/// Even and odd columns of an octet of 4-bit codes as bytes.
+///
+/// # Safety
+/// 64 bytes at `at`.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+pub(super) unsafe fn bytes_of_four(at: *const u8) -> [__m512i; 2] {
+    let low = _mm512_set1_epi8(15);
+    // SAFETY: by the caller's promise.
+    let words = unsafe { _mm512_loadu_si512(at.cast()) };
+    [_mm512_and_si512(words, low), _mm512_and_si512(_mm512_srli_epi16::<4>(words), low)]
 }
 
 /// The codes of an octet as four vectors of pairs.

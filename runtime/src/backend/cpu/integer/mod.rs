@@ -13,11 +13,12 @@
 use std::ops::Range;
 use std::sync::Mutex;
 
+use super::Zeros;
 use super::kernels::Kernels;
 use super::matmul::Output;
 use super::pool::{Pool, TASKS_PER_THREAD};
 use crate::error::Result;
-use rows::{LANES, MAX_SPAN, Rows};
+use rows::{Codes, LANES, MAX_SPAN, Rows};
 
 mod activations;
 #[cfg(target_arch = "x86_64")]
@@ -37,7 +38,7 @@ pub(super) mod stored;
 mod tests;
 
 pub(super) use super::matmul::Group;
-pub(super) use activations::{Activations, Inputs, bytes};
+pub(super) use activations::{Activations, Inputs, bytes, columns};
 
 /// Columns of a [`Panel`]: its codes then take half of a first-level cache of 32 KiB.
 const PANEL: usize = 512;
@@ -82,10 +83,17 @@ pub(super) struct Worker {
     panel: Panel,
     /// Sums of the tokens that meet the panel, (blocks, tokens, 16).
     sums: [[f32; LANES]; BLOCKS * MAX_TOKENS],
+    /// See [`Inputs::bytes`].
+    bytes: Zeros<i8>,
 }
 
 impl Worker {
-    pub(super) fn new() -> Box<Self> {
+    /// For products with rows of at most `columns` activations.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::OutOfMemory`].
+    pub(super) fn new(columns: usize) -> Result<Box<Self>> {
+        let bytes = Zeros::new(columns.checked_mul(2), "a row of activations")?;
         let panel = Panel {
             span: MAX_SPAN,
             spans: 0,
@@ -96,7 +104,17 @@ impl Worker {
             s: [[0.0; LANES]; SPANS],
             b: [[0.0; LANES]; SPANS],
         };
-        Box::new(Self { panel, sums: [[0.0; LANES]; BLOCKS * MAX_TOKENS] })
+        Ok(Box::new(Self { panel, sums: [[0.0; LANES]; BLOCKS * MAX_TOKENS], bytes }))
+    }
+
+    /// A row of activations in the form that products of one row take.
+    pub(super) fn row<'a>(&'a mut self, kernels: &dyn Kernels, codes: Codes, x: Inputs<'a>) -> Inputs<'a> {
+        if !kernels.takes_bytes(codes) {
+            return x;
+        }
+        let bytes = &mut self.bytes[..2 * x.k];
+        kernels.split_row(x.codes, bytes);
+        Inputs { bytes, ..x }
     }
 
     /// The products of `blocks`, at most [`BLOCKS`], with all rows of `x`: (blocks, rows, 16).
@@ -107,7 +125,7 @@ impl Worker {
         blocks: Range<usize>,
         x: &Inputs<'_>,
     ) -> &[[f32; LANES]] {
-        let Self { panel, sums } = self;
+        let Self { panel, sums, .. } = self;
         let rows = x.codes.len() / x.k;
         let sums = &mut sums[..blocks.len() * rows];
         sums.fill([0.0; LANES]);
@@ -184,8 +202,9 @@ pub(super) fn matmul(
         write(worker.products(kernels, matrix, blocks, &x));
     };
     // A row meets few blocks at a time, which are read side by side.
-    let compute_row = |matrix: &Rows<'_>, token: usize, blocks: Range<usize>| {
-        let x = x.rows(token..token + 1);
+    let compute_row = |worker: usize, matrix: &Rows<'_>, token: usize, blocks: Range<usize>| {
+        let mut worker = workers[worker].lock().unwrap_or_else(|e| e.into_inner());
+        let x = worker.row(kernels, matrix.shape().codes, x.rows(token..token + 1));
         let row = order.map_or(token, |order| order[token]);
         let rounds = blocks.len().div_ceil(BLOCKS);
         let apart = if kernels.reads_apart() { rounds } else { 1 };
@@ -226,7 +245,7 @@ pub(super) fn matmul(
             }
             if group.rows.len() == 1 && !x.planes {
                 let [first, end] = [items.start, items.end].map(|item| part.start + (item - of_group.start) * together);
-                compute_row(&matrices[group.expert], group.rows.start, first..end.min(part.end));
+                compute_row(worker, &matrices[group.expert], group.rows.start, first..end.min(part.end));
                 continue;
             }
             for item in items {

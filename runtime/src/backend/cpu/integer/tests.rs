@@ -270,18 +270,21 @@ fn integer_sums_are_exact() {
                 for pair in bytes[..2 * LANES].chunks_exact_mut(2) {
                     pair.copy_from_slice(&f16::ONE.to_bits().to_ne_bytes());
                 }
-                // One row, and as many as may be split into planes.
-                for rows in [1, 21] {
-                    let x = vec![sign * 32639.0; rows * span];
+                // One row, and as many as may be split into planes; the largest code, and the one whose low byte is -128.
+                for (rows, code) in [1, 21].into_iter().flat_map(|rows| [(rows, 32639.0), (rows, 32384.0)]) {
+                    let mut x = vec![sign * code; rows * span];
+                    x.iter_mut().step_by(span).for_each(|x| *x = sign * 32639.0);
                     let activations = rounded(&*kernels, &shape, &x);
                     let x = activations.inputs();
                     assert_eq!(x.scales, vec![1.0; rows]);
-                    let expected = [sign * 32639.0 * 15.0 * span as f32; LANES];
-                    let mut worker = Worker::new();
+                    let sum = f64::from(code) * (span - 1) as f64 + 32639.0;
+                    let expected = [sign * (15.0 * sum) as f32; LANES];
+                    let mut worker = Worker::new(span).unwrap();
                     let sums = worker.products(&*kernels, &Rows::new(shape, &bytes), 0..1, &x);
                     assert_eq!(sums, vec![expected; rows], "{} {rows} rows", kernels.name());
                     if rows == 1 {
                         let mut found = [[0.0; LANES]];
+                        let x = worker.row(&*kernels, shape.codes, x);
                         kernels.gemv(&Rows::new(shape, &bytes), 0, 1, &x, &mut found);
                         assert_eq!(found, [expected], "{}", kernels.name());
                     }
@@ -339,7 +342,7 @@ fn products_match_f64_whatever_is_computed_together() {
             let mut alone: Vec<f32> = Vec::new();
             for (threads, tokens) in [(1, 1), (3, 1), (1, 2), (2, 3), (1, 5), (3, ROWS)] {
                 let mut pool = Pool::new(threads);
-                let workers: Vec<_> = (0..threads).map(|_| Mutex::new(Worker::new())).collect();
+                let workers: Vec<_> = (0..threads).map(|_| Mutex::new(Worker::new(k).unwrap())).collect();
                 for first in (0..ROWS - tokens + 1).step_by(tokens) {
                     let activations = rounded(&*kernels, &case.shape, &x[first * k..][..tokens * k]);
                     let x = activations.inputs();
@@ -391,7 +394,7 @@ fn long_inputs_are_computed_in_pieces() {
             let mut all = Vec::new();
             for threads in [1, 3] {
                 let mut pool = Pool::new(threads);
-                let workers: Vec<_> = (0..threads).map(|_| Mutex::new(Worker::new())).collect();
+                let workers: Vec<_> = (0..threads).map(|_| Mutex::new(Worker::new(k).unwrap())).collect();
                 let mut out = vec![f32::NAN; rows * n];
                 let target = Target { out: &mut out, stride: n, bias: None, accumulate: false, order: None };
                 let x = activations.inputs();
@@ -421,7 +424,7 @@ fn no_tile_is_left_in_use() {
     let x = inputs(37, 192, &mut seed);
     for kernels in kernels::all().into_iter().filter(|kernels| kernels.takes_planes(37)) {
         let activations = rounded(&*kernels, &case.shape, &x);
-        Worker::new().products(&*kernels, &case.rows(), 0..3, &activations.inputs());
+        Worker::new(192).unwrap().products(&*kernels, &case.rows(), 0..3, &activations.inputs());
         assert_eq!(amx::in_use(), Some(false), "{}", kernels.name());
     }
 }
@@ -436,7 +439,7 @@ fn experts_take_the_rows_that_are_theirs() {
     let groups = [(2, 0..1), (0, 1..6), (1, 6..7)].map(|(expert, rows)| Group { expert, rows });
     let order = [3, 0, 6, 5, 1, 2, 4];
     let mut pool = Pool::new(2);
-    let workers: Vec<_> = (0..2).map(|_| Mutex::new(Worker::new())).collect();
+    let workers: Vec<_> = (0..2).map(|_| Mutex::new(Worker::new(k).unwrap())).collect();
     for kernels in kernels::all() {
         let activations = rounded(&*kernels, &experts[0].shape, &x);
         let x = activations.inputs();

@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 
 use super::{Avx2, check_outer, check_tile, table_avx2};
-use crate::backend::cpu::integer::rows::{LANES, Rows};
+use crate::backend::cpu::integer::rows::{Codes, LANES, Rows};
 use crate::backend::cpu::integer::{Inputs, Panel, amx, avx512};
 use crate::backend::cpu::kernels::{Kernels, TILE};
 use crate::backend::cpu::vector::{self, Outer};
@@ -154,6 +154,14 @@ impl Kernels for Avx512 {
         }
     }
 
+    fn takes_bytes(&self, codes: Codes) -> bool {
+        if self.vnni { matches!(codes, Codes::Four(_)) } else { self.avx2.takes_bytes(codes) }
+    }
+
+    fn split_row(&self, codes: &[i16], bytes: &mut [i8]) {
+        self.avx2.split_row(codes, bytes);
+    }
+
     fn reads_apart(&self) -> bool {
         !self.vnni
     }
@@ -162,7 +170,7 @@ impl Kernels for Avx512 {
         if !self.vnni {
             return self.avx2.gemv(w, block, apart, x, out);
         }
-        x.check_row(w.shape());
+        x.check_row(w.shape(), self.takes_bytes(w.shape().codes));
         // SAFETY: `vnni` proves AVX-512 F, BW and VNNI.
         unsafe { avx512::gemv(w, block, apart, x, out) }
     }
