@@ -142,9 +142,9 @@ macro_rules! products {
                 lanes: &mut [[__m256i; 2]; B],
             ) {
                 for octet in 0..span / OCTET {
+                    let x = codes.wrapping_add(OCTET * octet);
                     // SAFETY: by the caller's promise.
-                    let pairs: [__m256i; 4] =
-                        std::array::from_fn(|t| unsafe { pair(codes.wrapping_add(OCTET * octet), t) });
+                    let pairs: [__m256i; 4] = std::array::from_fn(|t| unsafe { pair(x, t) });
                     for (at, lanes) in at.iter_mut().zip(&mut *lanes) {
                         _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(AHEAD).cast());
                         _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(AHEAD + 64).cast());
