@@ -88,7 +88,7 @@ fn gemv_blocks<const B: usize, const FOUR: bool>(
     let shape = w.shape();
     let spans = shape.group_size / x.span;
     let mut at: [*const u8; B] = std::array::from_fn(|i| w.block(block + apart * i).as_ptr());
-    // Of both an octet takes four times as much.
+    // An octet takes four words of activations, of bytes as of pairs.
     let mut activations = if FOUR { x.bytes.as_ptr().cast::<i32>() } else { x.codes.as_ptr().cast() };
     let octet_bytes = if FOUR { 4 * LANES } else { OCTET * LANES };
     let mut sums = [_mm512_setzero_ps(); B];
