@@ -63,7 +63,7 @@ pub(super) struct CpuRunner {
     candidates: Vec<(f32, u32)>,
     /// The chosen token, until it is asked for.
     chosen: Option<u32>,
-    /// Tokens that were embedded since the table was given back.
+    /// Tokens that were embedded since the table was, or could have been, given back.
     embedded: usize,
     cursor: Cursor,
 }

@@ -316,6 +316,28 @@ fn joined(codes: &[i16], span: usize) -> Vec<i16> {
     joined
 }
 
+/// Processors without VNNI have the instructions that split a row for it, too.
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn bytes_of_a_row_are_its_codes() {
+    let Some(kernels) = crate::backend::cpu::x86::Avx2::new() else { return };
+    let mut seed = 23;
+    for k in [32, 96, 576] {
+        let mut codes: Vec<i16> = (0..k).map(|_| (random(&mut seed) % 65279) as i16).collect();
+        codes.iter_mut().for_each(|code| *code = (*code).clamp(-32639, 32639));
+        codes[..6].copy_from_slice(&[32639, -32639, 32384, 127, 128, -129]);
+        let mut bytes = vec![0; 2 * k];
+        kernels.split_row(&codes, &mut bytes);
+        for (codes, bytes) in codes.as_chunks::<OCTET>().0.iter().zip(bytes.as_chunks::<{ 2 * OCTET }>().0) {
+            for column in 0..OCTET {
+                let at = OCTET / 2 * (column % 2) + column / 2;
+                let (low, high) = (i32::from(bytes[at]), i32::from(bytes[OCTET + at]));
+                assert_eq!(256 * high + low, i32::from(codes[place(column)]), "column {column} of {k}");
+            }
+        }
+    }
+}
+
 /// What the rounded activations stand for, times the unrounded weights, for each row of the matrix.
 fn expected(case: &Case, kernels: &dyn Kernels, x: &Inputs<'_>, t: usize) -> Vec<f64> {
     let k = case.shape.k;

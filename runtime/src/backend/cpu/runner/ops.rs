@@ -38,10 +38,12 @@ impl CpuRunner {
             Op::Embed { table, out, scale } => {
                 self.embed(weights.matrix(table.0 as usize), out, scale, part.clone())?;
                 self.embedded += part.len();
-                if self.embedded >= EMBEDDED && !self.is_multiplied(weights, table) {
+                if self.embedded >= EMBEDDED {
                     self.embedded = 0;
-                    if let Some(table) = weights.plain(table.0 as usize) {
-                        table.release();
+                    if let Some(mapped) =
+                        weights.plain(table.0 as usize).filter(|_| !self.is_multiplied(weights, table))
+                    {
+                        mapped.release();
                     }
                 }
                 Ok(())
