@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::quantize::tune;
 
+pub(crate) mod adam;
 pub mod clip;
 pub mod correct;
 pub mod gptq;

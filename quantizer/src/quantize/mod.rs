@@ -188,7 +188,7 @@ impl Plan {
         let c = &self.decoder.config;
         let weights: usize = Slot::ALL.iter().map(|&slot| self.decoder.shape(slot)).map(|(n, k)| n * k).sum();
         let widest = c.intermediate_size.max(c.hidden_size).max(self.decoder.q_width());
-        let copies = if self.recipe.learn.is_some() { 6 } else { 3 };
+        let copies = if self.recipe.learn.is_some() { 7 } else { 3 };
         let gram = if self.recipe.compensate.is_some() { 3 * widest * widest } else { 256 * widest };
         let streams = tokens * (4 * c.hidden_size + widest.max(2 * c.hidden_size + self.decoder.q_width()));
         let one = longest * (3 * c.intermediate_size + 8 * c.hidden_size) + 2 * longest * longest;

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use super::state::{State, Stored};
 use crate::decoder::{Block, Decoder, Gradients, Head, Linear, Slot, Trace};
 use crate::grid::{dequantize, half_scale};
+use crate::method::adam::Adam;
 use crate::random::Random;
 
 /// How the packed model is tuned.
@@ -54,59 +55,48 @@ pub struct TuneReport {
     pub steps: usize,
 }
 
-/// Adam (Kingma and Ba 2014) on one tensor, with steps relative to `sizes`.
-#[derive(Debug, Clone)]
-struct Adam {
-    first: Vec<f32>,
-    second: Vec<f32>,
-}
-
-const BETA1: f32 = 0.9;
-const BETA2: f32 = 0.98;
-
-impl Adam {
-    fn new(n: usize) -> Self {
-        Self { first: vec![0.0; n], second: vec![0.0; n] }
-    }
-
-    /// Moves `values` against `gradient`, both of the same length; `size(i)` is what one unit of `rate` means.
-    fn step(&mut self, values: &mut [f32], gradient: &[f32], step: usize, rate: f32, size: impl Fn(usize) -> f32) {
-        let (bias1, bias2) = (1.0 - BETA1.powi(step as i32 + 1), 1.0 - BETA2.powi(step as i32 + 1));
-        for (i, (value, &d)) in values.iter_mut().zip(gradient).enumerate() {
-            let (m, v) = (&mut self.first[i], &mut self.second[i]);
-            // In units of the size, so that the moments have no scale of their own.
-            let d = d * size(i);
-            *m = BETA1 * *m + (1.0 - BETA1) * d;
-            *v = BETA2 * *v + (1.0 - BETA2) * d * d;
-            let denominator = (*v / bias2).sqrt() + 1e-12;
-            *value -= rate * size(i) * (*m / bias1) / denominator;
-        }
-    }
-}
+/// Shares of both of Adam's moments that a step keeps.
+const KEEP: [f32; 2] = [0.9, 0.98];
 
 /// One tensor that is trained.
 struct Trained {
     values: Vec<f32>,
     /// What a relative step is relative to.
     sizes: Vec<f32>,
-    adam: Adam,
+    /// Of the gradient by a relative step, so that it has no scale of its own.
+    first: Vec<f32>,
+    /// Likewise.
+    second: Vec<f32>,
 }
 
 impl Trained {
     /// Steps are relative to each value itself.
     fn each(values: Vec<f32>) -> Self {
-        Self { sizes: values.iter().map(|v| v.abs()).collect(), adam: Adam::new(values.len()), values }
+        Self::new(values.iter().map(|v| v.abs()).collect(), values)
     }
 
     /// Steps are relative to the mean magnitude.
     fn common(values: Vec<f32>) -> Self {
         let mean = values.iter().map(|v| v.abs()).sum::<f32>() / values.len().max(1) as f32;
-        Self { sizes: vec![mean; values.len()], adam: Adam::new(values.len()), values }
+        Self::new(vec![mean; values.len()], values)
     }
 
+    fn new(sizes: Vec<f32>, values: Vec<f32>) -> Self {
+        let zeros = vec![0.0; values.len()];
+        Self { values, sizes, first: zeros.clone(), second: zeros }
+    }
+
+    /// One step against `gradient`.
     fn step(&mut self, gradient: &[f32], step: usize, rate: f32) {
-        let sizes = &self.sizes;
-        self.adam.step(&mut self.values, gradient, step, rate, |i| sizes[i]);
+        let adam = Adam::at(step, KEEP);
+        let moments = self.first.iter_mut().zip(&mut self.second);
+        let sized = self.values.iter_mut().zip(&self.sizes);
+        for ((&d, (first, second)), (value, &size)) in gradient.iter().zip(moments).zip(sized) {
+            adam.first(first, d * size);
+            adam.second(second, d * size);
+            let (mean, spread) = adam.direction(*first, *second);
+            *value -= rate * size * mean / spread;
+        }
     }
 }
 
@@ -199,13 +189,13 @@ impl Layer {
 /// Values and both moments of every parameter, one after the other.
 fn flatten(model: &mut [Layer]) -> Vec<f32> {
     let parameters = model.iter_mut().flat_map(Layer::parameters);
-    parameters.flat_map(|p| p.values.iter().chain(&p.adam.first).chain(&p.adam.second).copied()).collect()
+    parameters.flat_map(|p| p.values.iter().chain(&p.first).chain(&p.second).copied()).collect()
 }
 
 fn restore(model: &mut [Layer], values: &[f32]) -> Result<()> {
     let mut rest = values;
     for parameter in model.iter_mut().flat_map(Layer::parameters) {
-        for part in [&mut parameter.values, &mut parameter.adam.first, &mut parameter.adam.second] {
+        for part in [&mut parameter.values, &mut parameter.first, &mut parameter.second] {
             let (own, after) = rest.split_at_checked(part.len()).ok_or_else(too_short)?;
             part.copy_from_slice(own);
             rest = after;
